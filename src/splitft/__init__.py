@@ -1,0 +1,3 @@
+"""splitft: federated split fine-tuning of language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,63 @@
+"""Every error a user of splitft can meet, as one tree.
+
+    SplitftError
+    ├── ConfigError        the configuration file or a key=value override cannot be used
+    ├── GeometryError      spans, cuts or ranks that do not fit the model
+    ├── ModelError         a model that cannot be found, read or split
+    ├── DataError          text that cannot be read, or not enough of it
+    ├── WireError          bytes that are not the message that was expected
+    │   └── ProtocolError  a well-formed message that may not follow the one before
+    ├── AdapterError       adapter states that do not fit together
+    ├── ScheduleError      profiles, costs or cuts that are impossible
+    ├── RunError           a run folder that cannot be used, resumed or written
+    └── MethodError        a method that cannot run as configured
+
+Each message says what was found, what would fit, and what to do next. The command line turns any of
+them into one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+
+class SplitftError(Exception):
+    """Root of all errors that splitft raises on purpose."""
+
+
+class ConfigError(SplitftError):
+    """The configuration cannot be used; the message lists every fault, one a line."""
+
+
+class GeometryError(SplitftError):
+    """A span, cut or rank does not fit the model."""
+
+
+class ModelError(SplitftError):
+    """A model cannot be found, read or split."""
+
+
+class DataError(SplitftError):
+    """Text cannot be read, or there is too little of it."""
+
+
+class WireError(SplitftError):
+    """Bytes are not the message that was expected."""
+
+
+class ProtocolError(WireError):
+    """A well-formed message that may not follow the one before."""
+
+
+class AdapterError(SplitftError):
+    """Adapter states do not fit together."""
+
+
+class ScheduleError(SplitftError):
+    """A profile, cost or cut is impossible."""
+
+
+class RunError(SplitftError):
+    """A run folder cannot be used, resumed or written."""
+
+
+class MethodError(SplitftError):
+    """A method cannot run as configured."""
