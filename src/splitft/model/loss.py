@@ -1,0 +1,46 @@
+"""Next-token loss at labelled positions, and its gradient at the last hidden state.
+
+    hidden (M, D) -> final norm, output matrix -> logits (M, V) -> cross-entropy with targets (M,)
+
+With V in the tens of thousands the logits dwarf everything else, so they are made, used and dropped a few
+hundred positions at a time. The head is frozen: only the gradient of the hidden states is needed, and
+it is known as soon as the chunk's loss is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from splitft.model.segment import Segment
+
+CHUNK = 256
+"""Positions whose logits exist at one time."""
+
+
+def loss_and_gradient(
+    segment: Segment, hidden: torch.Tensor, targets: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """Mean loss over M positions, and d loss / d hidden (M, D)."""
+    total, gradients = 0.0, []
+    for chunk, wanted in zip(hidden.detach().split(CHUNK), targets.split(CHUNK), strict=True):
+        leaf = chunk.requires_grad_()
+        with torch.enable_grad():
+            loss = _summed(segment, leaf, wanted)
+        gradients.append(torch.autograd.grad(loss, leaf)[0])
+        total += float(loss.detach())
+    count = max(1, len(targets))
+    return total / count, torch.cat(gradients) / count
+
+
+@torch.no_grad()
+def summed_loss(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -> float:
+    """Sum of the loss over M positions, without gradient."""
+    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    return sum(float(_summed(segment, chunk, wanted)) for chunk, wanted in chunks)
+
+
+def _summed(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = segment.logits(hidden)
+    wide = torch.promote_types(logits.dtype, torch.float32)  # bfloat16 is too coarse for a sum over V
+    return functional.cross_entropy(logits.to(wide), targets, reduction="sum")

@@ -1,0 +1,206 @@
+"""Run one span of a causal language model's blocks, with the model's own Hugging Face code.
+
+    tokens (B, T) -> [client: embedding, blocks 0..k-1] -> hidden (B, T, D) -> [server: blocks k..L-1]
+                  -> hidden at labelled positions (M, D) -> [head: final norm, output matrix] -> logits (M, V)
+
+The model class is built on the meta device, where it weighs nothing. The parts that a segment holds are
+filled from the checkpoint; a span is run by mounting its blocks in the trunk's block list and calling
+the trunk's own forward, with hidden states instead of embeddings and with neutral stand-ins for
+the parts that belong to somebody else (position table, final norm). So rotary angles, masks, scalings and
+soft caps are those of the family, whichever it is.
+
+Batches are right-padded. Causal attention never looks right, so real tokens need no padding mask.
+The segment is always in evaluation mode: dropout of the base model is off, on both sides of the cut.
+
+Shapes: B sequences, T tokens, D width, L blocks, M labelled positions, V vocabulary.
+Split learning: Vepakomma et al. 2018, https://arxiv.org/abs/1812.00564.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from splitft.errors import GeometryError, ModelError
+from splitft.geometry import ModelShape, Span
+from splitft.model.anatomy import Anatomy, locate, shape_of
+from splitft.model.loading import Checkpoint
+
+Dtype = torch.dtype
+
+
+class _Nothing(nn.Module):
+    """Stands where a position table is not held: adds zero, whatever it is asked."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(())
+
+
+class _Frozen:
+    """One module's parameters on the meta device, with where to put what the checkpoint has for them."""
+
+    def __init__(self, prefix: str, module: nn.Module) -> None:
+        self.module = module
+        self.places = {
+            f"{prefix}.{name}": (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+            for name, _ in module.named_parameters()
+        }
+
+    def fill(self, checkpoint: Checkpoint, dtype: Dtype, owner: Any) -> int:
+        """Read the tensors, compute the buffers; returns the bytes of the parameters."""
+        for part in self.module.modules():
+            _fill_buffers(part, owner)
+        tensors = checkpoint.read(self.places)
+        for name, (part, attribute) in self.places.items():
+            expected = part._parameters[attribute]
+            if expected is None or tensors[name].shape != expected.shape:
+                wanted = None if expected is None else tuple(expected.shape)
+                found = tuple(tensors[name].shape)
+                raise ModelError(f"{name} has shape {found} in the checkpoint, the model wants {wanted}")
+            part._parameters[attribute] = nn.Parameter(tensors[name].to(dtype), requires_grad=False)
+        return sum(tensors[name].numel() for name in self.places) * dtype.itemsize
+
+    def empty(self) -> None:
+        """Give the memory back."""
+        for part, attribute in self.places.values():
+            tensor = part._parameters[attribute]
+            if tensor is not None:
+                part._parameters[attribute] = nn.Parameter(tensor.to("meta"), requires_grad=False)
+
+
+class Segment:
+    """A span of blocks, with the embedding or the head where they are held."""
+
+    def __init__(
+        self,
+        causal_lm: Any,
+        checkpoint: Checkpoint,
+        span: Span,
+        *,
+        embedding: bool,
+        head: bool,
+        dtype: Dtype,
+    ) -> None:
+        """Fill the held parts of `causal_lm` (on the meta device) from `checkpoint`.
+
+        Raises ModelError if the family is unknown or the checkpoint lacks tensors, GeometryError if
+        the span does not fit.
+        """
+        self.shape: ModelShape = shape_of(causal_lm.config)
+        self.dtype = dtype
+        self._lm = causal_lm.eval()
+        self._checkpoint = checkpoint
+        self._anatomy: Anatomy = locate(causal_lm)
+        self.blocks: list[nn.Module] = self._anatomy.block_list()
+        """All L blocks; those outside `span` are on the meta device."""
+        self._layer_types = list(getattr(causal_lm.config, "layer_types", None) or [])
+        names = {module: name for name, module in causal_lm.named_modules()}
+        self._frozen = [_Frozen(names[block], block) for block in self.blocks]
+        self._mounted: tuple[Span, bool, bool] | None = None
+        self._parts = {name: getattr(self._anatomy.trunk, name) for name in self._swappable()}
+        self.holds_embedding, self.holds_head = embedding, head
+        self.span = Span(0, 0)
+        self._fill_shared_parts(names)
+        self.resize(span)
+
+    def resize(self, span: Span) -> int:
+        """Load the blocks that `span` adds, free those that it leaves; returns bytes of weights read."""
+        if span.stop > self.shape.blocks:
+            raise GeometryError(f"span {span} ends after the model's {self.shape.blocks} blocks")
+        read = 0
+        for block in span.minus(self.span):
+            read += self._frozen[block].fill(self._checkpoint, self.dtype, self._lm)
+        for block in self.span.minus(span):
+            self._frozen[block].empty()
+        self.span = span
+        return read
+
+    def run(self, x: torch.Tensor, through: Span | None = None) -> torch.Tensor:
+        """Tokens (B, T), or hidden states (B, T, D), through some of the held blocks -> (B, T, D).
+
+        Token ids enter at block 0 only; hidden states enter anywhere, also at block 0 as embeddings with
+        positions already added. Raises GeometryError for blocks that are not held.
+        """
+        through = through or self.span
+        tokens = not x.is_floating_point()
+        if len(through) and through.minus(self.span):
+            raise GeometryError(f"blocks {through} asked of a segment that holds {self.span}")
+        if tokens and not (self.holds_embedding and through.start == 0):
+            raise GeometryError(f"token ids cannot enter at block {through.start} of {self.span}")
+        if not tokens and not len(through):
+            return x
+        self._mount(through, enters=tokens, leaves=False)
+        inputs = {"input_ids": x} if tokens else {"inputs_embeds": x}
+        hidden: torch.Tensor = self._anatomy.trunk(**inputs, use_cache=False)[0]
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the last block, at any positions (M, D) -> logits (M, V)."""
+        if not self.holds_head:
+            raise GeometryError("logits asked of a segment without the head")
+        last = self.shape.blocks
+        self._mount(Span(last, last), enters=False, leaves=True)
+        # M sequences of one token: with no blocks mounted, positions do not interact
+        logits: torch.Tensor = self._lm(inputs_embeds=hidden.unsqueeze(1), use_cache=False).logits
+        return logits.squeeze(1)
+
+    def parameter_count(self) -> int:
+        """Frozen parameters that are really held, each counted once."""
+        held = {id(p): p.numel() for p in self._lm.parameters() if p.device.type != "meta"}
+        for block in self.span:
+            held.update((id(p), p.numel()) for p in self.blocks[block].parameters() if not p.requires_grad)
+        return sum(held.values())
+
+    def _swappable(self) -> list[str]:
+        anatomy = self._anatomy
+        names = (anatomy.norm, anatomy.positions, *anatomy.before, *anatomy.after)
+        return [name for name in names if name is not None]
+
+    def _fill_shared_parts(self, names: dict[nn.Module, str]) -> None:
+        anatomy, held = self._anatomy, dict[str, nn.Module]()
+        if self.holds_embedding:
+            held["embedding"] = anatomy.embedding
+            held.update((n, self._parts[n]) for n in (anatomy.positions, *anatomy.before) if n)
+        if self.holds_head:
+            held.update((n, self._parts[n]) for n in (anatomy.norm, *anatomy.after) if n)
+            # a tied head is filled as the embedding: the checkpoint has the matrix under that name only
+            held["head"] = anatomy.embedding if self.shape.tied else anatomy.head
+        for module in dict.fromkeys(held.values()):
+            _Frozen(names[module], module).fill(self._checkpoint, self.dtype, self._lm)
+        if self.holds_head and self.shape.tied:
+            anatomy.head._parameters["weight"] = anatomy.embedding._parameters["weight"]
+        block_parts = {id(part) for block in self.blocks for part in block.modules()}
+        for part in self._lm.modules():  # what is left has no parameters: rotary angles
+            if id(part) not in block_parts and not part._parameters:
+                _fill_buffers(part, self._lm)
+
+    def _mount(self, through: Span, *, enters: bool, leaves: bool) -> None:
+        """Make the trunk's forward run exactly these blocks, with only the parts that apply."""
+        if self._mounted == (through, enters, leaves):
+            return
+        anatomy, trunk, config = self._anatomy, self._anatomy.trunk, self._lm.config
+        setattr(trunk, anatomy.blocks, nn.ModuleList(self.blocks[block] for block in through))
+        config.num_hidden_layers = len(through)
+        if self._layer_types:
+            config.layer_types = [self._layer_types[block] for block in through]
+        if anatomy.norm:
+            setattr(trunk, anatomy.norm, self._parts[anatomy.norm] if leaves else nn.Identity())
+        if anatomy.positions:
+            setattr(trunk, anatomy.positions, self._parts[anatomy.positions] if enters else _Nothing())
+        for name in anatomy.before:
+            setattr(trunk, name, self._parts[name] if enters else None)
+        for name in anatomy.after:
+            setattr(trunk, name, self._parts[name] if leaves else None)
+        self._mounted = (through, enters, leaves)
+
+
+def _fill_buffers(part: nn.Module, owner: Any) -> None:
+    """Compute a module's buffers that checkpoints do not carry (rotary angles, causal masks)."""
+    missing = [name for name, buffer in part._buffers.items() if buffer is not None and buffer.is_meta]
+    if not missing:
+        return
+    for name in missing:
+        part._buffers[name] = torch.empty_like(part._buffers[name], device="cpu")
+    owner._init_weights(part)

@@ -1,0 +1,119 @@
+"""From a model's name to its configuration, tokenizer, and segments of it.
+
+A name is an alias of an embedded model, a folder in Hugging Face format, or a hub id; see `open_model`.
+Nothing but the configuration is read until a segment is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splitft.errors import ModelError
+from splitft.geometry import ModelShape, Span
+from splitft.model.anatomy import locate, shape_of
+from splitft.model.embedded import EMBEDDED, embedded_model
+from splitft.model.loading import Checkpoint, in_folder, on_hub
+from splitft.model.segment import Segment
+from splitft.specs import ModelSpec
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pretrained model that segments can be taken from."""
+
+    spec: ModelSpec
+    """What the user asked for."""
+    path: str
+    """Folder or hub id that transformers and peft understand."""
+    config: Any
+    """Hugging Face configuration."""
+    shape: ModelShape
+    """Its sizes."""
+    checkpoint: Checkpoint
+    """Its tensors, readable by name."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of frozen weights and hidden states."""
+        return DTYPES[self.spec.dtype]
+
+    def segment(self, span: Span, *, embedding: bool = False, head: bool = False) -> Segment:
+        """Load one span, with the embedding or the head if they are held there."""
+        skeleton = _on_meta(self.config, self.dtype, self.spec.attention)
+        return Segment(skeleton, self.checkpoint, span, embedding=embedding, head=head, dtype=self.dtype)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer. Raises ModelError if it brings none."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{self.path} brings no usable tokenizer: {_first_line(error)}") from error
+
+
+def open_model(spec: ModelSpec) -> Model:
+    """Find a model by alias, folder or hub id, and check that its family can be split.
+
+    Raises ModelError that says what was looked for.
+    """
+    path = str(embedded_model(spec.name)) if spec.name in EMBEDDED else spec.name
+    config = _configuration(path)
+    skeleton = _on_meta(config, DTYPES[spec.dtype], spec.attention)
+    locate(skeleton)
+    prefixes = (f"{skeleton.base_model_prefix}.",)
+    folder = Path(path)
+    checkpoint = in_folder(folder, prefixes) if folder.is_dir() else on_hub(path, prefixes)
+    return Model(spec, path, config, shape_of(config), checkpoint)
+
+
+def _configuration(path: str) -> Any:
+    from transformers import AutoConfig
+
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
+        raise ModelError(f"{path} is not a model folder: it has no config.json; it holds {held}")
+    if folder.is_file():
+        raise ModelError(f"{path} is a file; give the folder that holds config.json and the weights")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        known = ", ".join(EMBEDDED)
+        near = difflib.get_close_matches(path, EMBEDDED, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ModelError(
+            f"no model {path!r}: it is not an embedded model ({known}), not a folder here, and the hub "
+            f"did not give it ({_first_line(error)}){hint}"
+        ) from error
+    return getattr(config, "text_config", None) or config
+
+
+def _on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    family = getattr(config, "model_type", "?")
+    own = copy.deepcopy(config)  # each skeleton changes its configuration to the blocks it has mounted
+    for attempt in dict.fromkeys((attention, "eager")):  # some families, such as gemma2, have eager only
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation=attempt)
+        except ValueError as error:
+            refused = error
+    raise ModelError(
+        f"family {family!r} cannot be built as a causal language model: looked for its class in "
+        f"transformers' AutoModelForCausalLM ({_first_line(refused)})"
+    ) from refused
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
