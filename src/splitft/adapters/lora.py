@@ -1,0 +1,171 @@
+"""Many clients' LoRA factors on one frozen linear layer.
+
+    x (B, T, in) --- frozen W ------------------------> y (B, T, out)
+       rows of client a --- A_a, B_a --- scale --- + ---^
+       rows of client b --- A_b, B_b --- scale --- + ---^
+
+The base product is one for all rows; each client's rows then meet its own small product, so a client gets the
+result it would get alone. A `slot` is one named set of factors: a client's, or one shared by all.
+
+The factors are kept in float32 (float64 over a float64 base) and the small products are computed in the
+type of the base, as in mixed precision training. Layers are nn.Linear or GPT-2's Conv1D, whose
+weight is stored transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from splitft.adapters.state import AdapterState, Factors, Key
+from splitft.errors import AdapterError
+
+Rows = Sequence[tuple[str | None, int]]
+"""Who owns the rows of a batch, in order: (slot, sequences); slot None runs the base model."""
+
+ATTENTION_NAMES = ("attn", "attention", "self_attn", "self_attention")
+
+
+class _Routing:
+    """Which rows of the batch at hand belong to which slot; shared by all layers of a segment."""
+
+    def __init__(self) -> None:
+        self.rows: Rows = ()
+
+
+class LoraLayer(nn.Module):
+    """A frozen linear layer with factors by slot."""
+
+    def __init__(self, base: nn.Module, scale: float, routing: _Routing) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = scale
+        self.slots: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._routing = routing
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, in) -> (B, T, out)."""
+        y: torch.Tensor = self.base(x)
+        rows = self._routing.rows
+        if len(rows) == 1:
+            slot = rows[0][0]
+            return y if slot is None else self._adapted(x, y, slot)
+        per_row = x.shape[0] // max(1, sum(count for _, count in rows))  # families that flatten (B, T)
+        counts = [count * per_row for _, count in rows]
+        parts = zip(rows, x.split(counts), y.split(counts), strict=True)
+        return torch.cat([y_ if slot is None else self._adapted(x_, y_, slot) for (slot, _), x_, y_ in parts])
+
+    def _adapted(self, x: torch.Tensor, y: torch.Tensor, slot: str) -> torch.Tensor:
+        A, B = self.slots[slot]
+        small = functional.linear(x, A.to(x.dtype))
+        return y + functional.linear(small, (B * self.scale).to(x.dtype))
+
+
+class AdapterBank:
+    """All adapted layers of a model's blocks, and the slots of factors on them."""
+
+    def __init__(self, layers: Mapping[Key, LoraLayer], routing: _Routing, dtype: torch.dtype) -> None:
+        self._layers, self._routing, self._dtype = dict(layers), routing, dtype
+
+    @property
+    def sizes(self) -> dict[Key, tuple[int, int]]:
+        """(in, out) of every adapted layer of every block, held or not."""
+        return {key: _sizes(layer.base) for key, layer in self._layers.items()}
+
+    def put(self, slot: str, state: AdapterState) -> None:
+        """Set a slot's factors, replacing what it had. Raises AdapterError for layers that do not fit."""
+        self.drop(slot)
+        for key, factors in state.items():
+            layer = self._layers.get(key)
+            if layer is None:
+                raise AdapterError(f"block {key[0]} has no adapted layer {key[1]!r}")
+            width_in, width_out = _sizes(layer.base)
+            if factors.A.shape[1] != width_in or factors.B.shape[0] != width_out:
+                raise AdapterError(
+                    f"block {key[0]} {key[1]}: factors {tuple(factors.B.shape)} x {tuple(factors.A.shape)} "
+                    f"on a layer of {width_in} inputs and {width_out} outputs"
+                )
+            A, B = (f.detach().to(self._dtype, copy=True) for f in (factors.A, factors.B))
+            layer.slots[slot] = (nn.Parameter(A), nn.Parameter(B))
+
+    def take(self, slot: str) -> AdapterState:
+        """A copy of a slot's factors."""
+        held = {key: layer.slots[slot] for key, layer in self._layers.items() if slot in layer.slots}
+        copies = {key: Factors(A.detach().clone(), B.detach().clone()) for key, (A, B) in held.items()}
+        return AdapterState(copies)
+
+    def drop(self, slot: str) -> None:
+        """Forget a slot."""
+        for layer in self._layers.values():
+            layer.slots.pop(slot, None)
+
+    def parameters(self, slot: str) -> dict[tuple[int, str, str], nn.Parameter]:
+        """A slot's trainable tensors by (block, target, "A" or "B")."""
+        held: dict[tuple[int, str, str], nn.Parameter] = {}
+        for (block, target), layer in self._layers.items():
+            if slot in layer.slots:
+                held[block, target, "A"], held[block, target, "B"] = layer.slots[slot]
+        return held
+
+    @contextmanager
+    def routed(self, rows: Rows) -> Iterator[None]:
+        """Within, the batch's rows belong to these slots in this order."""
+        before, self._routing.rows = self._routing.rows, tuple(rows)
+        try:
+            yield
+        finally:
+            self._routing.rows = before
+
+
+def attach(
+    blocks: Sequence[nn.Module], targets: str | Sequence[str], scale: float, dtype: torch.dtype
+) -> AdapterBank:
+    """Put LoRA layers in place of the chosen linear layers of all blocks (which may be on meta).
+
+    `targets`: "attention", "all-linear", or names; a name fits a layer whose path ends with it. The factors
+    are kept in float32, or in `dtype` if that is wider. Raises AdapterError, listing the layers
+    there are, if a name fits none.
+    """
+    routing = _Routing()
+    layers: dict[Key, LoraLayer] = {}
+    for index, block in enumerate(blocks):
+        for path in chosen_layers(block, targets):
+            parent_path, _, name = path.rpartition(".")
+            layer = LoraLayer(block.get_submodule(path), scale, routing)
+            setattr(block.get_submodule(parent_path), name, layer)
+            layers[index, path] = layer
+    return AdapterBank(layers, routing, torch.promote_types(dtype, torch.float32))
+
+
+def chosen_layers(block: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Paths of the linear layers of one block that `targets` names."""
+    linear = [path for path, module in block.named_modules() if _is_linear(module)]
+    if targets == "all-linear":
+        return linear
+    if targets == "attention":
+        chosen = [path for path in linear if set(path.split(".")[:-1]) & set(ATTENTION_NAMES)]
+        if not chosen:
+            raise AdapterError(f"no attention layers in this family; name targets among {', '.join(linear)}")
+        return chosen
+    names = [targets] if isinstance(targets, str) else list(targets)
+    fitting = {name: [p for p in linear if p == name or p.endswith(f".{name}")] for name in names}
+    unknown = [name for name, paths in fitting.items() if not paths]
+    if unknown:
+        raise AdapterError(f"no linear layer named {', '.join(unknown)}; there are {', '.join(linear)}")
+    return [path for path in linear if any(path in paths for paths in fitting.values())]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    width_in, width_out = layer.weight.shape  # Conv1D
+    return int(width_in), int(width_out)

@@ -1,0 +1,84 @@
+"""The local optimizer of one slot of adapters, and its moments as movable data.
+
+Adam keeps its moments by tensor, so a model's optimizer can be cut wherever its blocks are: client and server
+each step their own blocks and together do what one optimizer over the whole model would do. When moments
+are kept across rounds, those of a block go where the block goes.
+
+AdamW: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from splitft.errors import AdapterError
+from splitft.geometry import Span
+from splitft.specs import TrainingSpec
+
+ParameterKey = tuple[int, str, str]
+"""(block, target, "A" or "B")."""
+Moments = dict[str, torch.Tensor]
+"""Flat names -> tensors: `7.self_attn.q_proj.A.exp_avg`; empty for an optimizer without state."""
+
+
+class LocalOptimizer:
+    """torch's AdamW or SGD over a slot's factors."""
+
+    def __init__(
+        self,
+        parameters: Mapping[ParameterKey, nn.Parameter],
+        spec: TrainingSpec,
+        moments: Moments | None = None,
+    ) -> None:
+        self._parameters = dict(parameters)
+        tensors = list(self._parameters.values())
+        options: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay}
+        self._optimizer: torch.optim.Optimizer | None = None
+        if tensors:  # a client whose blocks have no targets trains nothing
+            if spec.optimizer == "adamw":
+                self._optimizer = torch.optim.AdamW(tensors, fused=True, **options)
+            else:
+                self._optimizer = torch.optim.SGD(tensors, **options)
+        if moments:
+            self._restore(moments)
+
+    def step(self) -> None:
+        """Apply the gradients and clear them."""
+        if self._optimizer is not None:
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+
+    def moments(self) -> Moments:
+        """A copy of the state."""
+        flat: Moments = {}
+        for key, parameter in self._parameters.items():
+            state = self._optimizer.state.get(parameter, {}) if self._optimizer else {}
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    flat[".".join(map(str, (*key, name)))] = value.detach().clone()
+        return flat
+
+    def _restore(self, moments: Moments) -> None:
+        if self._optimizer is None:
+            return
+        for name, value in moments.items():
+            head, _, field = name.rpartition(".")
+            block, _, rest = head.partition(".")
+            target, _, factor = rest.rpartition(".")
+            parameter = self._parameters.get((int(block), target, factor))
+            if parameter is None or (value.dim() and value.shape != parameter.shape):
+                continue  # a block that left this side, or a rank that changed: it starts afresh
+            self._optimizer.state[parameter][field] = value.detach().clone()
+
+
+def moments_within(moments: Moments, blocks: Span | Iterable[int]) -> Moments:
+    """The moments of these blocks."""
+    wanted = set(blocks)
+    try:
+        return {name: value for name, value in moments.items() if int(name.split(".")[0]) in wanted}
+    except ValueError as error:
+        raise AdapterError(f"not a name of a moment: {error}") from error

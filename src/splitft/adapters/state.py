@@ -1,0 +1,142 @@
+"""LoRA factors as plain data, keyed by absolute block index and target.
+
+    update of one linear layer = scale * B @ A        A (R, in), B (out, R), scale = alpha / rank
+
+The key never mentions a side, so the blocks of a client and of the server fit together whatever the cut, and
+moving a cut is moving keys. `scale` is one number for the run: a layer of lower rank keeps it, so that
+lowering a rank never changes the size of an update (peft's `alpha_pattern` says the same on export).
+
+LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from splitft.errors import AdapterError
+from splitft.geometry import Span
+
+Key = tuple[int, str]
+"""(absolute block, target path inside the block), such as (7, "self_attn.q_proj")."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A and B of one linear layer."""
+
+    A: torch.Tensor
+    """(R, in)."""
+    B: torch.Tensor
+    """(out, R)."""
+
+    def __post_init__(self) -> None:
+        if self.A.dim() != 2 or self.B.dim() != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise AdapterError(f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} are not two factors")
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return int(self.A.shape[0])
+
+    def product(self) -> torch.Tensor:
+        """B A (out, in), for tests and merged exports; aggregation never forms it."""
+        return self.B @ self.A
+
+
+class AdapterState(Mapping[Key, Factors]):
+    """An immutable set of factors over some blocks, in order of block and target."""
+
+    def __init__(self, factors: Mapping[Key, Factors] | None = None) -> None:
+        self._factors = dict(sorted((factors or {}).items()))
+
+    def __getitem__(self, key: Key) -> Factors:
+        return self._factors[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._factors)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+    def within(self, blocks: Span | Iterable[int]) -> AdapterState:
+        """The factors of these blocks."""
+        wanted = set(blocks)
+        return AdapterState({key: value for key, value in self.items() if key[0] in wanted})
+
+    def union(self, other: AdapterState) -> AdapterState:
+        """Both sets; they may not overlap."""
+        both = self.keys() & other.keys()
+        if both:
+            raise AdapterError(f"two adapters for block {min(both)[0]}: the halves overlap")
+        return AdapterState({**self, **other})
+
+    def updated(self, other: AdapterState) -> AdapterState:
+        """This set, with the factors of `other` in place of its own where both have them."""
+        return AdapterState({**self, **other})
+
+    def ranks(self) -> dict[int, int]:
+        """Rank of each block (the largest of its targets)."""
+        ranks: dict[int, int] = {}
+        for (block, _), factors in self.items():
+            ranks[block] = max(factors.rank, ranks.get(block, 0))
+        return ranks
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Flat names -> tensors: `7.self_attn.q_proj.A` and `.B`."""
+        flat: dict[str, torch.Tensor] = {}
+        for (block, target), factors in self.items():
+            flat[f"{block}.{target}.A"], flat[f"{block}.{target}.B"] = factors.A, factors.B
+        return flat
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> AdapterState:
+        """The inverse of `tensors`. Raises AdapterError for names or shapes that do not pair up."""
+        halves: dict[Key, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            head, _, factor = name.rpartition(".")
+            block, _, target = head.partition(".")
+            if factor not in ("A", "B") or not target or not block.isascii() or not block.isdigit():
+                raise AdapterError(f"{name!r} is not the name of an adapter factor")
+            halves.setdefault((int(block), target), {})[factor] = tensor
+        for (block, target), pair in halves.items():
+            if pair.keys() != {"A", "B"}:
+                raise AdapterError(f"block {block} {target}: only factor {next(iter(pair))} is there")
+        return cls({key: Factors(pair["A"], pair["B"]) for key, pair in halves.items()})
+
+    def all_finite(self) -> bool:
+        """Whether every number is finite."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors().values())
+
+
+def fresh_rows(
+    key: Key, rows: int, width: int, seed: int, *, salt: int = 0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """New rows of A (rows, width), as peft initialises them: Kaiming-uniform with a = sqrt(5).
+
+    That is uniform in +-1/sqrt(width). The numbers depend on the key, seed and salt alone, so that every
+    party can make them for itself and no cut changes them.
+    """
+    mixed = zlib.crc32(f"{seed}/{salt}/{key[0]}/{key[1]}".encode())
+    generator = torch.Generator().manual_seed(mixed)
+    bound = 1 / math.sqrt(width)
+    return (torch.rand(rows, width, generator=generator, dtype=torch.float32) * 2 - 1).mul_(bound).to(dtype)
+
+
+def initial_state(
+    sizes: Mapping[Key, tuple[int, int]], ranks: Mapping[int, int], seed: int, dtype: torch.dtype
+) -> AdapterState:
+    """Adapters before training: A random, B zero, so that the model starts as the base model.
+
+    `sizes` gives (in, out) of each adapted layer, `ranks` the rank of each block.
+    """
+    factors: dict[Key, Factors] = {}
+    for key, (width_in, width_out) in sizes.items():
+        rank = ranks[key[0]]
+        A = fresh_rows(key, rank, width_in, seed, dtype=dtype)
+        factors[key] = Factors(A, torch.zeros(width_out, rank, dtype=dtype))
+    return AdapterState(factors)
