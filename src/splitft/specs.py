@@ -32,7 +32,11 @@ class DataSpec(Spec):
     """Which text, and how it becomes examples."""
 
     source: str = "python-docs"
-    """`python-docs` (embedded), a .txt, .jsonl, .csv or .parquet file, or a hub id."""
+    """`python-docs` (embedded), a .txt, .jsonl, .csv, .tsv or .parquet file, or a hub id."""
+    hub_config: str | None = None
+    """Configuration of a hub data set that has several (`wikitext-2-raw-v1`); files have none."""
+    hub_split: str = "train"
+    """Split of a hub data set to read; files have none."""
     text: str = "text"
     """Column that holds the text; the loss covers all of it."""
     prompt: str | None = None
@@ -60,12 +64,22 @@ class DataSpec(Spec):
 class SharesSpec(Spec):
     """How text is divided among clients."""
 
-    by: Literal["length", "iid"] = "length"
-    """`length`: K length classes by quantile, then Dir(alpha) over clients within each class."""
+    by: Literal["length", "iid", "label", "quantity", "natural"] = "length"
+    """`length`: K length classes by quantile, then Dir(alpha) over clients within each class; `label`: the
+    same within each value of `column`; `quantity`: Dir(alpha) over sizes alone; `natural`: one client a
+    value of `column`; `iid`: equal parts at random."""
+    column: str | None = None
+    """Column that `by: label` and `by: natural` divide by, such as `site`; `python-docs` has `topic`."""
     alpha: float = Field(0.5, gt=0)
     """Dirichlet concentration: 0.1 is extreme, large is close to IID."""
     classes: int = Field(8, ge=1)
     """K, the number of length classes."""
+
+    @model_validator(mode="after")
+    def _a_division_by_column_names_it(self) -> SharesSpec:
+        if self.by in ("label", "natural") and self.column is None:
+            raise ValueError(f"by: {self.by} divides by the values of a column: give `column` too")
+        return self
 
 
 class ClientsSpec(Spec):

@@ -1,0 +1,176 @@
+"""Divide examples among clients: who gets which text.
+
+    length     K length classes by quantile, then for each class Dir(alpha) over clients (arXiv 2604.26388)
+    label      the same with the values of a column as classes (Hsu et al. 2019, arXiv 1909.06335)
+    quantity   Dir(alpha) over sizes alone; what a client's text is like does not differ
+    natural    one client for each value of a column, such as the site that owns the text
+    iid        equal parts at random
+
+Dir(alpha) with alpha = 0.1 gives nearly all of a class to one client; a large alpha gives equal parts.
+Every example goes to exactly one client, and every client gets at least `minimum` examples: after the draw,
+those below it are given examples, drawn at random, of the client that has most. N clients, n examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from textwrap import shorten
+
+import numpy as np
+
+from splitft.data.text import Example, Indices
+from splitft.errors import DataError
+from splitft.specs import SharesSpec
+
+Shares = tuple[tuple[int, ...], ...]
+"""For each client the indices of its examples, ascending."""
+
+MINIMUM = 2
+"""Examples that a client needs: one to train on, one held out."""
+
+SHARE_DRAWS = 3
+"""First word of the seed, so that no two purposes share random numbers."""
+
+
+def divide(
+    examples: Sequence[Example], clients: int, spec: SharesSpec, seed: int = 0, minimum: int = MINIMUM
+) -> Shares:
+    """Divide the examples among the clients as `spec` says.
+
+    Raises DataError, with the counts, if there are not `minimum` examples for every client, or if the
+    examples lack the labels that the division needs.
+    """
+    if clients < 1:
+        raise DataError(f"{clients} clients: text is divided among at least one")
+    if clients * minimum > len(examples):
+        raise DataError(
+            f"{clients} clients need at least {minimum} examples each, {clients * minimum} in all, but "
+            f"there are {len(examples)}; give more text, or at most {len(examples) // minimum} client(s)"
+        )
+    generator = np.random.default_rng([SHARE_DRAWS, seed])
+    parts = PARTITIONS[spec.by](examples, clients, spec, generator)
+    if spec.by == "natural":  # a site's text is its own: none is moved
+        _check_minimum(parts, minimum, examples)
+    else:
+        parts = _with_minimum(parts, minimum, generator)
+    return tuple(tuple(sorted(part.tolist())) for part in parts)
+
+
+Partition = Callable[[Sequence[Example], int, SharesSpec, np.random.Generator], list[Indices]]
+"""Examples, number of clients, spec and generator to the indices of each client."""
+
+
+def by_length(
+    examples: Sequence[Example], clients: int, spec: SharesSpec, generator: np.random.Generator
+) -> list[Indices]:
+    """Dir(alpha) over clients within each of K length classes."""
+    return _dirichlet(length_classes(examples, spec.classes), clients, spec.alpha, generator)
+
+
+def iid(
+    examples: Sequence[Example], clients: int, spec: SharesSpec, generator: np.random.Generator
+) -> list[Indices]:
+    """Equal parts at random; sizes differ by one at most."""
+    return np.array_split(generator.permutation(len(examples)), clients)
+
+
+def by_label(
+    examples: Sequence[Example], clients: int, spec: SharesSpec, generator: np.random.Generator
+) -> list[Indices]:
+    """Dir(alpha) over clients within each value of the column `spec.column`."""
+    return _dirichlet(label_classes(examples), clients, spec.alpha, generator)
+
+
+def by_quantity(
+    examples: Sequence[Example], clients: int, spec: SharesSpec, generator: np.random.Generator
+) -> list[Indices]:
+    """Sizes from Dir(alpha), text at random: one class."""
+    return _dirichlet(np.zeros(len(examples), dtype=np.int64), clients, spec.alpha, generator)
+
+
+def natural(
+    examples: Sequence[Example], clients: int, spec: SharesSpec, generator: np.random.Generator
+) -> list[Indices]:
+    """One client for each value of the column `spec.column`, in the order of `values_of`."""
+    values = values_of(examples)
+    if len(values) != clients:
+        raise DataError(
+            f"the column {spec.column!r} has {len(values)} values ({shorten(', '.join(values), 60)}), "
+            f"but there are {clients} clients; by: natural needs clients.count: {len(values)}"
+        )
+    classes = label_classes(examples)
+    return [np.flatnonzero(classes == one) for one in range(clients)]
+
+
+def values_of(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The different labels of the examples, sorted; with `by: natural`, the names of the clients."""
+    values = {example.label for example in examples}
+    if None in values:
+        raise DataError(
+            "the examples carry no labels to divide by; name their column in clients.shares.column"
+        )
+    return tuple(sorted(value for value in values if value is not None))
+
+
+def label_classes(examples: Sequence[Example]) -> Indices:
+    """The place (n,) of each example's label among `values_of`."""
+    place = {value: number for number, value in enumerate(values_of(examples))}
+    return np.array([place[example.label] for example in examples if example.label is not None])
+
+
+def length_classes(examples: Sequence[Example], classes: int) -> Indices:
+    """The class (n,), from 0 for the shortest, of each example among `classes` quantiles of token length.
+
+    Equal lengths are in one class, so that a corpus of few different lengths has fewer classes.
+    """
+    lengths = np.array([len(example) for example in examples])
+    inner = np.quantile(lengths, np.linspace(0, 1, classes + 1)[1:-1])
+    return np.searchsorted(inner, lengths, side="left")
+
+
+def _dirichlet(classes: Indices, clients: int, alpha: float, generator: np.random.Generator) -> list[Indices]:
+    """For each class, in order, divide its shuffled members by proportions drawn from Dir(alpha)."""
+    parts: list[list[Indices]] = [[] for _ in range(clients)]
+    for one in np.unique(classes):
+        members = generator.permutation(np.flatnonzero(classes == one))
+        proportions = generator.dirichlet(np.full(clients, alpha))
+        ends = np.round(np.cumsum(proportions) * len(members)).astype(np.int64)[:-1]
+        for part, piece in zip(parts, np.split(members, ends), strict=True):
+            part.append(piece)
+    return [np.concatenate(part) for part in parts]
+
+
+def _with_minimum(parts: list[Indices], minimum: int, generator: np.random.Generator) -> list[Indices]:
+    """Move examples, drawn at random, from the client that has most to each that has fewer than `minimum`."""
+    parts = list(parts)
+    for poor in range(len(parts)):
+        while len(parts[poor]) < minimum:
+            rich = max(range(len(parts)), key=lambda client: len(parts[client]))
+            given = int(generator.integers(len(parts[rich])))
+            parts[poor] = np.append(parts[poor], parts[rich][given])
+            parts[rich] = np.delete(parts[rich], given)
+    return parts
+
+
+def _check_minimum(parts: Sequence[Indices], minimum: int, examples: Sequence[Example]) -> None:
+    """Raise DataError if a site has fewer than `minimum` examples."""
+    poor = [
+        f"{name!r} {len(part)}"
+        for name, part in zip(values_of(examples), parts, strict=True)
+        if len(part) < minimum
+    ]
+    if poor:
+        raise DataError(
+            f"with by: natural every client needs at least {minimum} examples, but these have fewer: "
+            f"{shorten(', '.join(poor), 200)}; give them more text, or leave them out"
+        )
+
+
+PARTITIONS: dict[str, Partition] = {
+    "length": by_length,
+    "label": by_label,
+    "quantity": by_quantity,
+    "natural": natural,
+    "iid": iid,
+}
+"""Every way to divide text, by the name in `clients.shares.by`."""

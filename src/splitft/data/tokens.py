@@ -1,0 +1,103 @@
+"""Turn records into examples: text into tokens, and what was lost on the way into counts.
+
+    text                 -> [bos] text eos                    every token but the first carries loss
+    prompt, completion   -> [bos] prompt separator | completion eos     loss on the completion
+
+Tokens beyond `max_tokens` are cut off. What was cut, and what was left out because nothing of it could be
+learnt, is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from splitft.data.corpora import Record
+from splitft.data.text import Example
+from splitft.errors import DataError
+
+TOKENISED_AT_ONCE = 1024
+"""Records handed to the tokenizer in one call: enough for its threads, little in memory."""
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """The examples of a corpus, and what happened on the way."""
+
+    examples: tuple[Example, ...]
+    """In the order of the records."""
+    truncated: int
+    """Examples that were cut off at max_tokens."""
+    dropped: int
+    """Records without an example: blank, under two tokens, or a prompt that fills max_tokens alone."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all examples."""
+        return sum(len(example) for example in self.examples)
+
+
+class Tokenizer(Protocol):
+    """What we need of a Hugging Face tokenizer."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Id of the end-of-text token, if there is one."""
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]:
+        """Map texts to a mapping whose `input_ids` hold a list of token ids for each."""
+
+
+def tokenise(
+    records: Sequence[Record], tokenizer: Tokenizer, max_tokens: int, separator: str = "\n"
+) -> Tokenised:
+    """Turn records into examples of at most `max_tokens` tokens (at least 2).
+
+    A prompt and its completion are tokenised apart, so that the prompt's tokens are those that it has
+    when a model is asked to continue it; `separator` belongs to the prompt. Each example ends with the
+    tokenizer's end-of-text token, if it has one and the example was not cut off.
+
+    Raises DataError if no record gives an example.
+    """
+    if max_tokens < 2:
+        raise DataError(f"max_tokens is {max_tokens}: a token and the next one to predict make at least 2")
+    examples, truncated, dropped = [], 0, 0
+    for record, prompt, text in _token_ids(records, tokenizer, separator):
+        tokens = tuple(prompt + text)
+        labelled_from = max(1, len(prompt))
+        if not record.text.strip() or min(len(tokens), max_tokens) <= labelled_from:
+            dropped += 1
+            continue
+        truncated += len(tokens) > max_tokens
+        examples.append(Example(tokens[:max_tokens], labelled_from, record.label))
+    if not examples:
+        raise DataError(
+            f"none of {len(records)} records gives an example: each is blank, under two tokens, or has a "
+            f"prompt that leaves its completion no room in max_tokens {max_tokens}; raise max_tokens or "
+            f"check the columns"
+        )
+    return Tokenised(tuple(examples), truncated, dropped)
+
+
+def _token_ids(
+    records: Sequence[Record], tokenizer: Tokenizer, separator: str
+) -> Iterator[tuple[Record, list[int], list[int]]]:
+    """Each record with the token ids of its prompt (none for plain text) and of its text with the end."""
+    end = tokenizer.eos_token_id
+    for start in range(0, len(records), TOKENISED_AT_ONCE):
+        part = records[start : start + TOKENISED_AT_ONCE]
+        prompted = [i for i, record in enumerate(part) if record.prompt is not None]
+        plain = [i for i, record in enumerate(part) if record.prompt is None]
+        prompts: dict[int, list[int]] = {}
+        texts: dict[int, list[int]] = {}
+
+        def ids(of: list[str], begins: bool) -> list[list[int]]:
+            found = tokenizer(of, add_special_tokens=begins, verbose=False)["input_ids"] if of else []
+            return [list(one[:-1] if end is not None and one[-1:] == [end] else one) for one in found]
+
+        prompts |= zip(prompted, ids([f"{part[i].prompt}{separator}" for i in prompted], True), strict=True)
+        texts |= zip(prompted, ids([part[i].text for i in prompted], False), strict=True)
+        texts |= zip(plain, ids([part[i].text for i in plain], True), strict=True)
+        for i, record in enumerate(part):
+            yield record, prompts.get(i, []), texts[i] + ([] if end is None else [end])
