@@ -70,7 +70,7 @@ class SharesSpec(Spec):
     value of `column`; `iid`: equal parts at random."""
     column: str | None = None
     """Column that `by: label` and `by: natural` divide by, such as `site`; `python-docs` has `topic`."""
-    alpha: float = Field(0.5, gt=0)
+    alpha: float = Field(0.5, gt=0, le=1e6)
     """Dirichlet concentration: 0.1 is extreme, large is close to IID."""
     classes: int = Field(8, ge=1)
     """K, the number of length classes."""

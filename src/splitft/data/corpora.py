@@ -32,6 +32,9 @@ SHORTEST_PARAGRAPH = 20
 LONGEST_FIELD = 2**31 - 1
 """Characters of one csv field; the csv library's own limit, 131,072, is shorter than a long document."""
 
+SAMPLE_DRAWS = 4
+"""First word of the seed, so that no two purposes share random numbers."""
+
 BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 UNDERLINE = re.compile(r"^\s*([*=\-~^\"])\1{3,}\s*$", re.MULTILINE)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -79,7 +82,7 @@ def read_records(spec: DataSpec, column: str | None = None, seed: int = 0) -> tu
         what = f"only blank text ({len(records)} rows)" if records else "no text"
         raise DataError(f"{spec.source} holds {what}; check data.source and the column {columns[0]!r}")
     if spec.max_examples is not None and spec.max_examples < len(records):
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng([SAMPLE_DRAWS, seed])
         drawn = np.sort(generator.choice(len(records), spec.max_examples, replace=False))
         records = tuple(records[i] for i in drawn)
     return records
@@ -94,6 +97,8 @@ def _rows(spec: DataSpec, wanted: Sequence[str]) -> Iterable[Row]:
     if path.is_file() and reader is not None:
         return reader(path, wanted)
     if reader is None and not path.exists() and HUB_ID.fullmatch(spec.source):
+        if hint := _nearest(spec.source, list(EMBEDDED)):
+            raise DataError(f"there is no text named {spec.source!r}{hint}")
         return _hub(spec, wanted)
     beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
     readable = sorted(name for name in beside if Path(name).suffix.lower() in READERS)
@@ -105,14 +110,21 @@ def _rows(spec: DataSpec, wanted: Sequence[str]) -> Iterable[Row]:
 
 
 def _python_docs(wanted: Sequence[str]) -> Iterator[Row]:
-    """Paragraphs of the language reference, by topic in alphabetical order, without the headings."""
+    """Paragraphs of the language reference, by topic in alphabetical order, without the headings.
+
+    Topics share text. A shared paragraph is read once, under the first topic: otherwise a fifth of what is
+    held out would have been trained on.
+    """
     from pydoc_data.topics import topics
 
     _require(wanted, ["text", "topic"], "python-docs")
+    seen = set()
     for topic in sorted(topics):
         for number, paragraph in enumerate(BLANK_LINES.split(topics[topic])):
             text = textwrap.dedent(paragraph).strip()
-            if len(text) >= SHORTEST_PARAGRAPH and not UNDERLINE.search(text):
+            words = " ".join(text.split())
+            if len(text) >= SHORTEST_PARAGRAPH and not UNDERLINE.search(text) and words not in seen:
+                seen.add(words)
                 yield f"paragraph {number} of {topic}", {"text": text, "topic": topic}
 
 
@@ -198,6 +210,8 @@ def _hub(spec: DataSpec, wanted: Sequence[str]) -> Iterator[Row]:
 
 def _require(wanted: Sequence[str], found: Sequence[str], where: str) -> None:
     for column in wanted:
+        if found.count(column) > 1:
+            raise DataError(f"{where} has {found.count(column)} columns named {column!r}; rename all but one")
         if column not in found:
             raise DataError(
                 f"{where} has no column {column!r}; it has {', '.join(map(repr, found)) or 'none'}"

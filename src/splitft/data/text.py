@@ -28,11 +28,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from splitft.errors import DataError
 
-Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
+Indices = NDArray[np.int64]
 """Indices of examples (n,)."""
 
 PADDING = 0

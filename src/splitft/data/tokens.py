@@ -85,19 +85,30 @@ def _token_ids(
 ) -> Iterator[tuple[Record, list[int], list[int]]]:
     """Each record with the token ids of its prompt (none for plain text) and of its text with the end."""
     end = tokenizer.eos_token_id
+    ends_itself = end is not None and _ends_texts(tokenizer, end)
+
+    def ids(texts: list[str], begins: bool) -> Iterator[list[int]]:
+        return iter(tokenizer(texts, add_special_tokens=begins, verbose=False)["input_ids"] if texts else [])
+
     for start in range(0, len(records), TOKENISED_AT_ONCE):
         part = records[start : start + TOKENISED_AT_ONCE]
-        prompted = [i for i, record in enumerate(part) if record.prompt is not None]
-        plain = [i for i, record in enumerate(part) if record.prompt is None]
-        prompts: dict[int, list[int]] = {}
-        texts: dict[int, list[int]] = {}
+        prompts = ids([f"{one.prompt}{separator}" for one in part if one.prompt is not None], begins=True)
+        completions = ids([one.text for one in part if one.prompt is not None], begins=False)
+        plain = ids([one.text for one in part if one.prompt is None], begins=True)
+        for record in part:
+            prompt = [] if record.prompt is None else next(prompts)
+            text = next(plain if record.prompt is None else completions)
+            if ends_itself and prompt[-1:] == [end]:
+                prompt = prompt[:-1]
+            if end is not None and text[-1:] != [end]:
+                text = [*text, end]
+            yield record, prompt, text
 
-        def ids(of: list[str], begins: bool) -> list[list[int]]:
-            found = tokenizer(of, add_special_tokens=begins, verbose=False)["input_ids"] if of else []
-            return [list(one[:-1] if end is not None and one[-1:] == [end] else one) for one in found]
 
-        prompts |= zip(prompted, ids([f"{part[i].prompt}{separator}" for i in prompted], True), strict=True)
-        texts |= zip(prompted, ids([part[i].text for i in prompted], False), strict=True)
-        texts |= zip(plain, ids([part[i].text for i in plain], True), strict=True)
-        for i, record in enumerate(part):
-            yield record, prompts.get(i, []), texts[i] + ([] if end is None else [end])
+def _ends_texts(tokenizer: Tokenizer, end: int) -> bool:
+    """Whether the tokenizer itself puts the end-of-text token behind a text, as T5's does."""
+    marked, bare = (
+        tokenizer(["a"], add_special_tokens=special, verbose=False)["input_ids"][0]
+        for special in (True, False)
+    )
+    return bool(marked[-1:] == [end] != bare[-1:])
