@@ -1,0 +1,228 @@
+"""What is wrong with a configuration, in words of the user's own file: place, found, fits, nearest name.
+
+    run.yaml:12: training.rouns: no such key; did you mean rounds?
+    run.yaml:13: training.lr: found 'fast'; give a number above 0
+    lora.targets=attn: lora.targets: found 'attn'; give attention | all-linear, or a list of text; did you ...
+
+What fits is read off the JSON schema of `RunConfig`, so that it never contradicts the check itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from splitft.config.run import RunConfig
+
+Place = tuple[str | int, ...]
+"""The keys and indices that lead to a value."""
+Schema = Mapping[str, Any]
+
+_PREFIX = "Value error, "  # which pydantic puts before the message of a validator
+
+
+def explain(
+    error: ValidationError, data: Mapping[str, Any], origins: Mapping[Place, str], default: str
+) -> list[str]:
+    """One line for each fault; `origins` has a prefix (file and line) for places, `default` for the rest."""
+    messages: dict[Place, str] = {}
+    for detail in error.errors(include_url=False):
+        if detail["type"] != "conflict":
+            place = _place(detail["loc"], data)
+            messages.setdefault(place, _message(place, detail, data))  # a union has one error a member
+    faulty = list(messages)
+    for place, message in _second_look(data, faulty):
+        messages.setdefault(place, message)
+    return [_origin(place, origins, default) + _line(place, message) for place, message in messages.items()]
+
+
+def name(place: Place) -> str:
+    """A place as a user writes it: clients.cuts[2]."""
+    text = ""
+    for part in place:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _line(place: Place, message: str) -> str:
+    return f"{name(place)}: {message}" if place else message
+
+
+def _keys(text: str) -> Place:
+    """The inverse of `name`."""
+    parts = re.findall(r"[^.\[\]]+", text)
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
+
+
+def _origin(place: Place, origins: Mapping[Place, str], default: str) -> str:
+    """Where the nearest enclosing key stands."""
+    for length in range(len(place), 0, -1):
+        if place[:length] in origins:
+            return origins[place[:length]]
+    return default
+
+
+def _place(loc: Place, data: Any) -> Place:
+    """Pydantic's location without the names it adds for members of a union."""
+    place: list[str | int] = []
+    for position, part in enumerate(loc):
+        if isinstance(data, Mapping):
+            if part not in data and position < len(loc) - 1:
+                continue
+            place.append(part)
+            data = data.get(part)
+        elif isinstance(data, Sequence) and not isinstance(data, str) and isinstance(part, int):
+            place.append(part)
+            data = data[part] if part < len(data) else None
+    return tuple(place)
+
+
+def _message(place: Place, detail: ErrorDetails, data: Any) -> str:
+    """What was found and what fits at one place."""
+    schema = _schema(place)
+    if detail["type"] == "extra_forbidden" or schema is None:
+        return _unknown_key(place)
+    if detail["type"] == "value_error":
+        return detail["msg"].removeprefix(_PREFIX)
+    for part in place:
+        data = data.get(part) if isinstance(data, Mapping) else data[part]
+    message = f"found {_short(data)}; give {fits(schema)}"
+    near = difflib.get_close_matches(data, _choices(schema), n=1) if isinstance(data, str) else []
+    return f"{message}; did you mean {near[0]}?" if near else message
+
+
+def _unknown_key(place: Place) -> str:
+    """A key that does not exist: the nearest one, or the section where one of that name is."""
+    key = str(place[-1])
+    known = list((_schema(place[:-1]) or {}).get("properties", {}))
+    if near := difflib.get_close_matches(key, known, n=1):
+        return f"no such key; did you mean {near[0]}?"
+    homes = [
+        f"{section}.{key}" for section, field in _root()["properties"].items()
+        if key in _resolve(field).get("properties", {})
+    ]  # fmt: skip
+    if homes:
+        return f"no such key here; did you mean {' or '.join(homes)}?"
+    return f"no such key; give one of {', '.join(known)}" if known else "no such key"
+
+
+def _second_look(data: Mapping[str, Any], faulty: Sequence[Place]) -> list[tuple[Place, str]]:
+    """What does not fit together in the rest of the data: such checks run only once each value is fine.
+
+    Faulty places are left out; a check that has to do with one of them would judge a default, so what
+    it finds is left out too. What is found wrong within a section hides what is wrong between sections,
+    so we look again without it.
+    """
+    rest = json.loads(json.dumps(data))
+    for place in sorted(faulty, key=len, reverse=True):
+        _remove(rest, place)
+    try:
+        RunConfig.model_validate_json(json.dumps(rest), strict=True)
+    except ValidationError as error:
+        details = error.errors()
+    else:
+        return []
+    found: list[tuple[Place, str]] = []
+    for detail in details:
+        if detail["type"] == "conflict":
+            found += [
+                (_keys(paths[0]), message) for paths, message in detail["ctx"]["found"]
+                if not any(_overlap(place, _keys(path)) for place in faulty for path in paths)
+            ]  # fmt: skip
+    sections = [
+        (_place(detail["loc"], rest), detail) for detail in details if detail["type"] == "value_error"
+    ]
+    for section, detail in sections:
+        message = detail["msg"].removeprefix(_PREFIX)
+        if not any(place[: len(section)] == section and str(place[-1]) in message for place in faulty):
+            found.append((section, message))
+    if sections:
+        found += _second_look(rest, [*faulty, *(section for section, _ in sections)])
+    return found
+
+
+def _overlap(one: Place, other: Place) -> bool:
+    """Whether one place holds the other."""
+    shared = min(len(one), len(other))
+    return one[:shared] == other[:shared]
+
+
+def _remove(data: Any, place: Place) -> None:
+    """Take one value out of nested mappings; of a list, all values; what is gone already stays so."""
+    for part in place[:-1]:
+        data = data.get(part, {}) if isinstance(data, dict) else {}
+    if isinstance(data, list):
+        data.clear()
+    elif isinstance(data, dict) and place:
+        data.pop(place[-1], None)
+
+
+@cache
+def _root() -> Schema:
+    return RunConfig.model_json_schema()
+
+
+def _resolve(schema: Schema) -> Schema:
+    """Follow a reference into the definitions."""
+    while "$ref" in schema:
+        schema = _root()["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
+    return schema
+
+
+def _schema(place: Place) -> Schema | None:
+    """The part of the schema that describes a place, or None where the schema knows no such place."""
+    schemas = [_root()]
+    for part in place:
+        below: list[Schema] = []
+        for schema in map(_resolve, schemas):
+            for member in map(_resolve, schema.get("anyOf", [schema])):
+                if isinstance(part, int) and "items" in member:
+                    below.append(member["items"])
+                elif part in member.get("properties", {}):
+                    below.append(member["properties"][part])
+        schemas = below
+    return _resolve(schemas[0]) if schemas else None
+
+
+def _choices(schema: Schema) -> list[str]:
+    """The names that a schema allows, if it allows any."""
+    schema = _resolve(schema)
+    if "pattern" in schema:
+        return str(schema["pattern"]).strip("^$()").split("|")
+    found = [schema["const"]] if "const" in schema else list(schema.get("enum", []))
+    return [*found, *(choice for member in schema.get("anyOf", []) for choice in _choices(member))]
+
+
+def fits(schema: Schema) -> str:
+    """What a schema allows, in words: `a whole number, at least 1`."""
+    schema = _resolve(schema)
+    if "anyOf" in schema:
+        return ", or ".join(fits(member) for member in schema["anyOf"])
+    if choices := _choices(schema):
+        return " | ".join(choices)
+    if schema.get("type") == "array":
+        return f"a list of ({fits(schema['items'])})" if "items" in schema else "a list"
+    if "properties" in schema:
+        return f"a section with {', '.join(schema['properties'])}"
+    kinds = {
+        "integer": "a whole number", "number": "a number", "string": "text",
+        "boolean": "true | false", "null": "null", "object": "a section",
+    }  # fmt: skip
+    words = {
+        "minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below",
+    }  # fmt: skip
+    limits = " and ".join(f"{word} {schema[key]:.15g}" for key, word in words.items() if key in schema)
+    return ", ".join(filter(None, [kinds.get(schema.get("type", ""), "something else"), limits]))
+
+
+def _short(value: object) -> str:
+    """A value as it stands in the file, cut to a line."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,159 @@
+"""From text to `RunConfig`: YAML with line numbers, overrides, and all faults at once.
+
+YAML as people write it: `5e-4` is a number here (plain YAML 1.1 reads a string), and a key given twice
+is a fault rather than a silent choice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from splitft.config.faults import Place, explain
+from splitft.config.run import RunConfig
+from splitft.errors import ConfigError
+
+_FLOAT = re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 5e-4 as a number and refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} stands here twice; keep one", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration file, apply `key.path=value` overrides, check everything.
+
+    Raises ConfigError with one line for each fault, each with the file's line where it has one.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8; give a YAML configuration") from error
+    except OSError as error:
+        advice = (
+            "write one with `splitft init`" if isinstance(error, FileNotFoundError) else "give a YAML file"
+        )
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); {advice}") from error
+    data, lines = _parse(text, str(path))
+    return _check(data, {key: f"{path}:{line}: " for key, line in lines.items()}, f"{path}: ", overrides)
+
+
+def from_mapping(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """The same for a mapping that is there already, such as one a Python caller wrote."""
+    return _check(dict(data), {}, "", overrides)
+
+
+def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
+    """The mapping in a YAML text, and the line of every key in it."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        data = {} if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}" if mark else name
+        raise ConfigError(f"{where}: not YAML that can be read: {error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{name}: not YAML that can be read: {error}") from error
+    finally:
+        loader.dispose()
+    if node is None or data is None:
+        return {}, {}
+    if not isinstance(data, dict):
+        found = "a list" if isinstance(data, list) else repr(data)
+        raise ConfigError(f"{name}: found {found}; a configuration is `key: value` lines (`splitft init`)")
+    lines: dict[Place, int] = {}
+    _note_lines(node, (), lines)
+    return data, lines
+
+
+def _note_lines(node: yaml.Node, place: Place, lines: dict[Place, int]) -> None:
+    """Write down the line of every key and list item below a node."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            lines[(*place, key.value)] = key.start_mark.line + 1
+            _note_lines(value, (*place, key.value), lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*place, index)] = value.start_mark.line + 1
+            _note_lines(value, (*place, index), lines)
+
+
+def _check(
+    data: dict[str, Any], origins: dict[Place, str], default: str, overrides: Sequence[str]
+) -> RunConfig:
+    """Apply overrides and validate; `origins` says where each key stands, as a prefix of its faults."""
+    data = {key: {} if value is None and _is_section(key) else value for key, value in data.items()}
+    faults = []
+    for override in overrides:
+        try:
+            place = _apply(data, override)
+        except ConfigError as error:
+            faults.append(str(error))
+            continue
+        origins = {key: origin for key, origin in origins.items() if key[: len(place)] != place}
+        origins[place] = f"{override}: "
+    plain = _plain(data)
+    try:
+        config = RunConfig.model_validate_json(json.dumps(plain), strict=True)
+    except ValidationError as error:
+        faults += explain(error, plain, origins, default)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return config
+
+
+def _apply(data: dict[str, Any], override: str) -> Place:
+    """Put one `key.path=value` into the data, in place; the value is read as YAML."""
+    name, equals, text = override.partition("=")
+    place = tuple(part.strip() for part in name.split("."))
+    if not equals or not all(place):
+        raise ConfigError(f"{override!r} is not an override; write key.path=value, such as training.rounds=5")
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{override!r}: the value is not YAML; quote it, such as 'a.b=\"text\"'") from error
+    below = data
+    for part in place[:-1]:
+        if not isinstance(below.get(part, {}), dict):
+            raise ConfigError(f"{override!r}: {part} is not a section; it holds {below[part]!r}")
+        below[part] = dict(below.get(part, {}))  # the caller's own mapping stays as it is
+        below = below[part]
+    below[place[-1]] = value
+    return place
+
+
+def _plain(value: Any) -> Any:
+    """The value with everything that JSON lacks (dates, infinities, odd keys) as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _is_section(key: object) -> bool:
+    return isinstance(key, str) and key in RunConfig.model_fields and key not in ("method", "seed")

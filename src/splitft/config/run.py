@@ -1,0 +1,94 @@
+"""`RunConfig`: the rooms' specifications side by side, and what must fit together between them.
+
+Each section is a room's own spec (`splitft.specs`), which knows its bounds and defaults. Here are only
+the rules that need two sections at once; `assemble` checks what needs the model or the text.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from splitft.specs import (
+    AggregateSpec,
+    ClientsSpec,
+    DataSpec,
+    LoraSpec,
+    ModelSpec,
+    ScheduleSpec,
+    Spec,
+    SplitSpec,
+    TrainingSpec,
+    WireSpec,
+)
+
+Conflict = tuple[tuple[str, ...], str]
+"""The key paths that do not fit together, the first being the one to blame, and why with what to do."""
+
+
+class RunConfig(Spec):
+    """Everything a run depends on."""
+
+    model: ModelSpec = ModelSpec()
+    """The language model."""
+    data: DataSpec = DataSpec()
+    """The text."""
+    clients: ClientsSpec = ClientsSpec()
+    """The clients, their cuts and their shares of the text."""
+    lora: LoraSpec = LoraSpec()
+    """The adapters."""
+    split: SplitSpec = SplitSpec()
+    """Where labels and the server's adapters live."""
+    training: TrainingSpec = TrainingSpec()
+    """Rounds, steps, batches and the optimizer."""
+    aggregate: AggregateSpec = AggregateSpec()
+    """How the clients' adapters become one."""
+    schedule: ScheduleSpec = ScheduleSpec()
+    """Who chooses the cuts."""
+    wire: WireSpec = WireSpec()
+    """How tensors travel."""
+    method: Literal["splitft"] = "splitft"
+    """The method to run."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Fixes shares, initial factors and batches: equal seeds give equal runs on one machine."""
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> RunConfig:
+        if found := conflicts(self):
+            text = "; ".join(f"{paths[0]}: {message}" for paths, message in found)
+            raise PydanticCustomError("conflict", "{text}", {"text": text, "found": found})
+        return self
+
+    @property
+    def cuts(self) -> tuple[int, ...] | None:
+        """One cut a client, or None where the controller decides."""
+        given = self.clients.cuts
+        if given == "auto":
+            return None
+        return (given,) * self.clients.count if isinstance(given, int) else given
+
+
+def conflicts(config: RunConfig) -> list[Conflict]:
+    """Everything that is fine by itself and does not fit together."""
+    found: list[Conflict] = []
+    cuts, count = config.clients.cuts, config.clients.count
+    if isinstance(cuts, tuple) and len(cuts) != count:
+        message = f"found {len(cuts)} cuts for {count} clients; give one number for all, or one a client"
+        found.append((("clients.cuts", "clients.count"), message))
+    for index, cut in enumerate(cuts if isinstance(cuts, tuple) else [cuts]):
+        if isinstance(cut, int) and cut < 1:
+            place = f"clients.cuts[{index}]" if isinstance(cuts, tuple) else "clients.cuts"
+            message = f"found {cut}, which leaves the client no blocks; give at least 1"
+            found.append(((place, "clients.cuts"), message))
+    if config.clients.cuts == "auto" and config.schedule.controller == "fixed":
+        message = "found auto, but the fixed controller does not choose cuts; give numbers"
+        found.append((("clients.cuts", "schedule.controller"), message))
+    if config.training.optimizer_state == "keep" and config.aggregate.rule == "svd":
+        message = (
+            "found keep, which does not fit aggregate.rule svd: it factors the mean update anew, so old "
+            "moments belong to other factors; give reset, or the rule factors or zero-pad"
+        )
+        found.append((("training.optimizer_state", "aggregate.rule"), message))
+    return found

@@ -1,0 +1,77 @@
+"""From `RunConfig` back to text: a resolved file, a commented one to start from, a schema for editors."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from splitft.config.faults import fits
+from splitft.config.run import RunConfig
+
+_WIDTH = 100
+
+_OPENING = """\
+# A splitft run. Check and train it:   splitft train THIS_FILE
+# Override any key for one run:        splitft train THIS_FILE training.rounds=5 lora.rank=8
+# Every key may be left out; it then has the value written here.
+"""
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that keeps lists and text on one line."""
+
+
+_Dumper.add_representer(
+    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+)
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style='"' if "\n" in text else None
+    ),
+)
+
+
+def dump(config: RunConfig) -> str:
+    """The whole configuration as YAML, every default spelled out; `load` gives an equal one back."""
+    return _yaml(config.model_dump(mode="json"))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the configuration, for editors and other programs."""
+    return RunConfig.model_json_schema()
+
+
+def template(config: RunConfig | None = None) -> str:
+    """A commented configuration: each key with its meaning and what fits, with the values of `config`."""
+    return _OPENING + _section(config or RunConfig(), "")
+
+
+def _section(spec: BaseModel, indent: str) -> str:
+    """The lines of one section and the sections in it."""
+    schema = RunConfig.model_json_schema()
+    known = schema if isinstance(spec, RunConfig) else schema["$defs"][type(spec).__name__]
+    plain = spec.model_dump(mode="json")
+    text = ""
+    for key, field in type(spec).model_fields.items():
+        text += "\n" if isinstance(spec, RunConfig) else ""
+        text += _comment(field.description or "", indent)
+        value = getattr(spec, key)
+        if isinstance(value, BaseModel):
+            text += f"{indent}{key}:\n" + _section(value, indent + "  ")
+        else:
+            line = _yaml({key: plain[key]}).rstrip("\n")
+            text += f"{indent}{line}  # {fits(known['properties'][key])}\n"
+    return text
+
+
+def _comment(text: str, indent: str) -> str:
+    lines = textwrap.wrap(" ".join(text.split()), _WIDTH - len(indent) - 2, break_long_words=False)
+    return "".join(f"{indent}# {line}\n" for line in lines)
+
+
+def _yaml(value: object) -> str:
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=10**6, allow_unicode=True)

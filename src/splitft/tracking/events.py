@@ -1,0 +1,279 @@
+"""What happens in a run, as small typed facts: the one source of summary, report and progress.
+
+    runtime --Event--> listener(s)          EventLog       events.jsonl, one JSON object a line
+                                            Progress       the lines on the terminal
+    events.jsonl --read_events--> [Event] --summarise--> summary.json, report.html
+
+Rounds of training are numbered from 1; round 0 is the state before training, so that
+`Evaluated(round=0)` is the loss before and `Evaluated(round=r)` the loss after round r. A run that is
+resumed appends to the same file: `RunResumed(round=r)` says that rounds r and later begin again, and
+`settled` leaves out what was superseded. A line torn by a crash is dropped when the file is read, and
+cut off before the file is appended to.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from splitft.errors import RunError
+
+Role = Literal["hidden", "gradient", "adapter", "label"]
+"""What a tensor on the wire is: hidden states, their gradients, LoRA factors, or token ids."""
+
+
+class Fact(BaseModel):
+    """Frozen, strict about its keys, documented by its field docstrings."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants"
+    )
+
+
+class Traffic(Fact):
+    """Bytes of one client, by role, as they crossed the wire (frames and all)."""
+
+    up: Mapping[Role, int] = {}
+    """From the client to the server."""
+    down: Mapping[Role, int] = {}
+    """From the server to the client."""
+
+
+class ClientFacts(Fact):
+    """One client as it enters the run."""
+
+    name: str
+    """How every other event calls it."""
+    cut: int
+    """k: blocks on the client in the first round."""
+    train_examples: int
+    """Examples it may train on."""
+    train_tokens: int
+    """Tokens in them, after truncation."""
+    eval_examples: int
+    """Held-out examples."""
+    truncated: int = 0
+    """Examples cut off at `data.max_tokens`."""
+
+
+class Stamped(Fact):
+    """What every event has."""
+
+    t: float = Field(default_factory=time.time)
+    """Unix time at which it happened, in seconds."""
+
+
+class RunStarted(Stamped):
+    """The run has its model and its data and begins."""
+
+    event: Literal["RunStarted"] = "RunStarted"
+    version: str
+    """splitft's version."""
+    method: str
+    """Name of the method."""
+    seed: int
+    """Seed of shares, initial factors and batches."""
+    model: str
+    """Model as the configuration names it."""
+    blocks: int
+    """L, the model's number of blocks."""
+    rounds: int
+    """Rounds to train."""
+    steps: int
+    """Local steps a client takes in a round."""
+    labels: Literal["client", "server"]
+    """Where labels, head and loss live."""
+    clients: tuple[ClientFacts, ...]
+    """Everyone who takes part."""
+
+    @property
+    def privacy(self) -> str:
+        """What the server can read, in one sentence that a run says first and its report repeats."""
+        return PRIVACY[self.labels]
+
+
+class RunResumed(Stamped):
+    """The run continues from a checkpoint; rounds `round` and later begin again."""
+
+    event: Literal["RunResumed"] = "RunResumed"
+    round: int
+    """First round that is trained now."""
+
+
+class CutsChanged(Stamped):
+    """Cuts in force from this round on; sent for the first round too."""
+
+    event: Literal["CutsChanged"] = "CutsChanged"
+    round: int
+    """First round with these cuts."""
+    cuts: Mapping[str, int]
+    """k of each client, by name."""
+    reason: str = ""
+    """Why the controller moved them, in words."""
+
+
+class StepDone(Stamped):
+    """One client has taken one optimizer step."""
+
+    event: Literal["StepDone"] = "StepDone"
+    round: int
+    """Round, from 1."""
+    step: int
+    """The client's step, counted over the whole run from 0."""
+    client: str
+    """Who."""
+    loss: float
+    """Mean loss in nats over the batch's labelled tokens."""
+    tokens: int
+    """Labelled tokens in the batch."""
+    examples: int
+    """Sequences in the batch."""
+    seconds: Mapping[str, float] = {}
+    """Wall seconds by leg, such as client_forward or server_backward."""
+    traffic: Traffic = Traffic()
+    """What this step sent."""
+
+
+class RoundDone(Stamped):
+    """Adapters of one round have been collected and aggregated."""
+
+    event: Literal["RoundDone"] = "RoundDone"
+    round: int
+    """Round, from 1."""
+    participants: tuple[str, ...]
+    """Who trained in it."""
+    aggregation_error: float
+    """||mean(BA) - BA_global|| / ||mean(BA)|| over all layers; 0 is exact."""
+    traffic: Mapping[str, Traffic] = {}
+    """Adapters sent in this round, by client."""
+    simulated_seconds: float | None = None
+    """Length of the round on the simulated clock, if there is one."""
+
+
+class Evaluated(Stamped):
+    """The global adapters have been tried on every client's held-out text."""
+
+    event: Literal["Evaluated"] = "Evaluated"
+    round: int
+    """0 before training, r after round r."""
+    loss: float
+    """Mean loss in nats over the labelled held-out tokens of all clients."""
+    by_client: Mapping[str, float]
+    """The same for each client alone."""
+    traffic: Mapping[str, Traffic] = {}
+    """What the evaluation sent, by client; kept apart from the bytes of training."""
+
+
+class CheckpointSaved(Stamped):
+    """The run can continue from here."""
+
+    event: Literal["CheckpointSaved"] = "CheckpointSaved"
+    round: int
+    """Rounds that are in it."""
+    path: str
+    """Where, relative to the run folder."""
+
+
+class Warned(Stamped):
+    """Something the user should know; the run goes on."""
+
+    event: Literal["Warned"] = "Warned"
+    message: str
+    """One sentence."""
+
+
+class RunDone(Stamped):
+    """All rounds are trained and the adapter is written."""
+
+    event: Literal["RunDone"] = "RunDone"
+    rounds: int
+    """Rounds trained over the whole run."""
+
+
+Event = Annotated[
+    RunStarted
+    | RunResumed
+    | CutsChanged
+    | StepDone
+    | RoundDone
+    | Evaluated
+    | CheckpointSaved
+    | Warned
+    | RunDone,
+    Field(discriminator="event"),
+]
+Listener = Callable[[Event], None]
+
+PRIVACY = {
+    "client": "Labels stay on the clients: the server sees hidden states and gradients, never token ids; "
+    "hidden states of a shallow cut can still be inverted in part.",
+    "server": "Labels are on the server: it receives the token ids, so it can read the clients' text.",
+}
+
+_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+class EventLog:
+    """A listener that appends each event to a file as one line of JSON, flushed at once."""
+
+    def __init__(self, path: Path) -> None:
+        _cut_off_torn_line(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __call__(self, event: Event) -> None:
+        """Write one event."""
+        self._file.write(event.model_dump_json() + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; safe to call twice."""
+        self._file.close()
+
+
+def read_events(path: Path) -> list[Event]:
+    """All events of a file; a last line torn by a crash is left out, any other bad line is a RunError."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise RunError(f"{path}: cannot read events ({error.strerror}); is this a run folder?") from error
+    lines.pop()  # after the last newline: empty, or torn
+    events: list[Event] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            events.append(_EVENT.validate_json(line))
+        except ValidationError as error:
+            raise RunError(f"{path}:{number}: not an event of this version: {line[:80]!r}") from error
+    return events
+
+
+def settled(events: Iterable[Event]) -> list[Event]:
+    """The events that count: what a resumed run did over again is left out."""
+    kept: list[Event] = []
+    for event in events:
+        if isinstance(event, RunResumed):
+            kept = [old for old in kept if not _superseded(old, event.round)]
+        kept.append(event)
+    return kept
+
+
+def _superseded(event: Event, restart: int) -> bool:
+    """Whether an event tells of a round from `restart` on, which begins again."""
+    if isinstance(event, RunDone):
+        return True
+    numbered = CutsChanged | StepDone | RoundDone | Evaluated | CheckpointSaved
+    return isinstance(event, numbered) and event.round >= restart
+
+
+def _cut_off_torn_line(path: Path) -> None:
+    """Shorten a file to its last complete line, if there is one."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
