@@ -1,0 +1,174 @@
+"""A run in one page of JSON: a pure fold over its events.
+
+    [RunStarted, CutsChanged, Evaluated(0), StepDone..., RoundDone(1), Evaluated(1), ...] --> summary.json
+
+The fold needs no finished run: after a crash it tells what is known. Losses are nats per labelled
+token. `bytes` counts training and adapters by role and direction; what evaluation sent stands apart in
+`evaluation_bytes`, because a deployment evaluates as often as it likes. Numbers that are not finite
+become null, so that the file is plain JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from splitft.tracking.events import (
+    ClientFacts,
+    CutsChanged,
+    Evaluated,
+    Event,
+    Role,
+    RoundDone,
+    RunDone,
+    RunResumed,
+    RunStarted,
+    StepDone,
+    Traffic,
+    Warned,
+    read_events,
+    settled,
+)
+
+
+def summarise(events: Iterable[Event]) -> dict[str, Any]:
+    """Fold events into the summary; without a RunStarted there is nothing to tell, and it is empty.
+
+    `eval_loss` and each client's `loss` have one number before training and one after each round;
+    `cut`, `train_loss` and `aggregation_error` have one a round. `examples` and `tokens` are what was
+    trained on, counted as often as it was seen.
+    """
+    events = settled(events)
+    started = next((event for event in events if isinstance(event, RunStarted)), None)
+    if started is None:
+        return {}
+    rounds = [event for event in events if isinstance(event, RoundDone)]
+    evaluations = [event for event in events if isinstance(event, Evaluated)]
+    steps = [event for event in events if isinstance(event, StepDone)]
+    cuts = _cuts_by_round(started, events, len(rounds))
+    clients = [_client(facts, cuts, rounds, evaluations, steps) for facts in started.clients]
+    training = [*(step.traffic for step in steps), *(one for done in rounds for one in done.traffic.values())]
+    simulated = [done.simulated_seconds for done in rounds if done.simulated_seconds is not None]
+    return {
+        "version": started.version,
+        "method": started.method,
+        "seed": started.seed,
+        "model": started.model,
+        "labels": started.labels,
+        "privacy": started.privacy,
+        "finished": any(isinstance(event, RunDone) for event in events),
+        "rounds": len(rounds),
+        "eval_loss": [_finite(event.loss) for event in evaluations],
+        "not_improved": [client["name"] for client in clients if not _improved(client["loss"])],
+        "clients": clients,
+        "bytes": _by_role(training),
+        "evaluation_bytes": _by_role(one for event in evaluations for one in event.traffic.values()),
+        "aggregation_error": [_finite(event.aggregation_error) for event in rounds],
+        "steps": len(steps),
+        "tokens": sum(step.tokens for step in steps),
+        "seconds_by_leg": _seconds_by_leg(steps),
+        "wall_seconds": _wall_seconds(events),
+        "simulated_seconds": sum(simulated) if simulated else None,
+        "warnings": [event.message for event in events if isinstance(event, Warned)],
+    }
+
+
+def write_summary(out: Path) -> dict[str, Any]:
+    """Fold `events.jsonl` of a run folder into its `summary.json`, replaced in one stroke."""
+    summary = summarise(read_events(out / "events.jsonl"))
+    draft = out / "summary.json.draft"
+    draft.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(draft, out / "summary.json")
+    return summary
+
+
+def _client(
+    facts: ClientFacts,
+    cuts: list[Mapping[str, int]],
+    rounds: list[RoundDone],
+    evaluations: list[Evaluated],
+    steps: list[StepDone],
+) -> dict[str, Any]:
+    """One client's line of the summary."""
+    own = [step for step in steps if step.client == facts.name]
+    traffic = [step.traffic for step in own]
+    traffic += [done.traffic[facts.name] for done in rounds if facts.name in done.traffic]
+    return {
+        "name": facts.name,
+        "cut": [by_name.get(facts.name, facts.cut) for by_name in cuts],
+        "examples": sum(step.examples for step in own),
+        "tokens": sum(step.tokens for step in own),
+        "train_examples": facts.train_examples,
+        "train_tokens": facts.train_tokens,
+        "eval_examples": facts.eval_examples,
+        "truncated": facts.truncated,
+        "loss": [_finite(event.by_client.get(facts.name, math.nan)) for event in evaluations],
+        "train_loss": [_mean_loss(own, done.round) for done in rounds],
+        "bytes_up": sum(sum(one.up.values()) for one in traffic),
+        "bytes_down": sum(sum(one.down.values()) for one in traffic),
+    }
+
+
+def _cuts_by_round(started: RunStarted, events: Iterable[Event], rounds: int) -> list[Mapping[str, int]]:
+    """Cuts in force in rounds 1 to `rounds`; at least the first round's, which a run starts with."""
+    changes = {event.round: event.cuts for event in events if isinstance(event, CutsChanged)}
+    now: dict[str, int] = {facts.name: facts.cut for facts in started.clients}
+    by_round = []
+    for number in range(1, max(rounds, 1) + 1):
+        now = {**now, **changes.get(number, {})}
+        by_round.append(now)
+    return by_round
+
+
+def _by_role(traffic: Iterable[Traffic]) -> dict[str, dict[str, int]]:
+    """Total bytes by role, then by direction; every role is there, if only with zeros."""
+    total = {role: {"up": 0, "down": 0} for role in get_args(Role)}
+    for one in traffic:
+        for role, count in one.up.items():
+            total[role]["up"] += count
+        for role, count in one.down.items():
+            total[role]["down"] += count
+    return total
+
+
+def _mean_loss(steps: Iterable[StepDone], number: int) -> float | None:
+    """Token-weighted training loss of one round; None for who did not take part."""
+    losses = [(step.loss, step.tokens) for step in steps if step.round == number]
+    tokens = sum(count for _, count in losses)
+    return _finite(sum(loss * count for loss, count in losses) / tokens) if tokens else None
+
+
+def _seconds_by_leg(steps: Iterable[StepDone]) -> dict[str, float]:
+    total: defaultdict[str, float] = defaultdict(float)
+    for step in steps:
+        for leg, seconds in step.seconds.items():
+            total[leg] += seconds
+    return {leg: round(seconds, 6) for leg, seconds in total.items()}
+
+
+def _wall_seconds(events: Iterable[Event]) -> float:
+    """Time from the first to the last event of each process that worked on the run, added up."""
+    total, since, last = 0.0, None, 0.0
+    for event in events:
+        if since is None or isinstance(event, RunResumed):
+            total += last - since if since is not None else 0.0
+            since = event.t
+        last = event.t
+    return round(total + last - since, 3) if since is not None else 0.0
+
+
+def _improved(loss: list[float | None]) -> bool:
+    """Whether the last loss is below the first; too early to tell counts as yes."""
+    if len(loss) < 2:
+        return True
+    first, last = loss[0], loss[-1]
+    return first is not None and last is not None and last < first
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
