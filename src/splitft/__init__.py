@@ -1,3 +1,35 @@
-"""splitft: federated split fine-tuning of language models."""
+"""splitft: federated split fine-tuning of language models.
+
+    run = splitft.train("run.yaml", out="runs/a")
+    run.summary["eval_loss"], run.adapter_dir, run.report()
+
+Importing this package is light: torch and transformers come with the first use of a name below.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splitft.assemble import Run, export, generate, train
+    from splitft.config import RunConfig, load
 
 __version__ = "0.1.0"
+__all__ = ["Run", "RunConfig", "__version__", "export", "generate", "load", "train"]
+
+_HOMES = {
+    "Run": "splitft.assemble",
+    "RunConfig": "splitft.config",
+    "export": "splitft.assemble",
+    "generate": "splitft.assemble",
+    "load": "splitft.config",
+    "train": "splitft.assemble",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name where it lives when it is first asked for (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'splitft' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

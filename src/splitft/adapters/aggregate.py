@@ -8,8 +8,8 @@ server trained for it). Per layer, with weights w_i that sum to 1, the mean upda
 and a rule finds factors of a given rank for it. `mean(B) mean(A)` is not that mean; how far each rule is
 from it is its aggregation error, ||mean(BA) - B A|| / ||mean(BA)|| over all layers together.
 
-No rule forms a D x D product: stacked factors B' (out, sum r), A' (sum r, in) are orthogonalised (QR), and all
-norms and singular values are those of a core of at most (sum r, sum r).
+No rule forms a D x D product: stacked factors B' (out, sum r), A' (sum r, in) are orthogonalised (QR),
+and all norms and singular values are those of a core of at most (sum r, sum r).
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _refactored(key: Key, stacked: Factors, rank: int, fresh: Fresh) -> Factors:
     U, S, Vh = torch.linalg.svd(Rb @ Ra.T)
     # directions below rounding carry nothing: they become fresh ones, free to learn
     eps = torch.finfo(stacked.A.dtype).eps
-    kept = min(rank, int((S > S[0] * eps).sum()))
+    kept = min(rank, int((S[0] * eps < S).sum()))
     B = (Qb @ (U[:, :kept] * S[:kept])) / A_ROW_NORM
     A = (Vh[:kept] @ Qa.T) * A_ROW_NORM
     return fresh.grown(key, Factors(A.to(stacked.A.dtype), B.to(stacked.B.dtype)), rank)

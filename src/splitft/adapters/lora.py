@@ -57,7 +57,7 @@ class LoraLayer(nn.Module):
             return y if slot is None else self._adapted(x, y, slot)
         per_row = x.shape[0] // max(1, sum(count for _, count in rows))  # families that flatten (B, T)
         counts = [count * per_row for _, count in rows]
-        parts = zip(rows, x.split(counts), y.split(counts), strict=True)
+        parts = zip(rows, torch.split(x, counts), torch.split(y, counts), strict=True)
         return torch.cat([y_ if slot is None else self._adapted(x_, y_, slot) for (slot, _), x_, y_ in parts])
 
     def _adapted(self, x: torch.Tensor, y: torch.Tensor, slot: str) -> torch.Tensor:

@@ -103,9 +103,9 @@ class AdapterState(Mapping[Key, Factors]):
             if factor not in ("A", "B") or not target or not block.isascii() or not block.isdigit():
                 raise AdapterError(f"{name!r} is not the name of an adapter factor")
             halves.setdefault((int(block), target), {})[factor] = tensor
-        for (block, target), pair in halves.items():
+        for key, pair in halves.items():
             if pair.keys() != {"A", "B"}:
-                raise AdapterError(f"block {block} {target}: only factor {next(iter(pair))} is there")
+                raise AdapterError(f"block {key[0]} {key[1]}: only factor {next(iter(pair))} is there")
         return cls({key: Factors(pair["A"], pair["B"]) for key, pair in halves.items()})
 
     def all_finite(self) -> bool:

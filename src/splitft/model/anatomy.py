@@ -1,7 +1,7 @@
 """Where a Hugging Face causal language model keeps its parts.
 
     causal LM ─┬─ trunk ─┬─ embedding     (wte, embed_tokens, embed_in, word_embeddings)
-               │         ├─ positions     (wpe, embed_positions: learned tables only; rotary ones are not here)
+               │         ├─ positions     (wpe, embed_positions: learned tables; rotary ones are not here)
                │         ├─ blocks 0..L-1 (h, layers)
                │         └─ final norm    (ln_f, norm, final_layer_norm)
                └─ output matrix           (lm_head, embed_out; often tied to the embedding)

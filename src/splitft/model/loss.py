@@ -23,7 +23,7 @@ def loss_and_gradient(
 ) -> tuple[float, torch.Tensor]:
     """Mean loss over M positions, and d loss / d hidden (M, D)."""
     total, gradients = 0.0, []
-    for chunk, wanted in zip(hidden.detach().split(CHUNK), targets.split(CHUNK), strict=True):
+    for chunk, wanted in zip(torch.split(hidden.detach(), CHUNK), torch.split(targets, CHUNK), strict=True):
         leaf = chunk.requires_grad_()
         with torch.enable_grad():
             loss = _summed(segment, leaf, wanted)
@@ -36,7 +36,7 @@ def loss_and_gradient(
 @torch.no_grad()
 def summed_loss(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -> float:
     """Sum of the loss over M positions, without gradient."""
-    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    chunks = zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True)
     return sum(float(_summed(segment, chunk, wanted)) for chunk, wanted in chunks)
 
 

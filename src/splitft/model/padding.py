@@ -22,7 +22,7 @@ def pad(packed: torch.Tensor, lengths: Sequence[int], width: int | None = None) 
     width = max(lengths) if width is None else width
     if all(length == width for length in lengths):
         return packed.reshape(len(lengths), width, packed.shape[-1])
-    rows = packed.split(list(lengths))
+    rows = torch.split(packed, list(lengths))
     return torch.stack([torch.nn.functional.pad(row, (0, 0, 0, width - len(row))) for row in rows])
 
 

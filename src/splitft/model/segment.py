@@ -198,9 +198,9 @@ class Segment:
 
 def _fill_buffers(part: nn.Module, owner: Any) -> None:
     """Compute a module's buffers that checkpoints do not carry (rotary angles, causal masks)."""
-    missing = [name for name, buffer in part._buffers.items() if buffer is not None and buffer.is_meta]
-    if not missing:
+    buffers = {name: buffer for name, buffer in part._buffers.items() if buffer is not None}
+    if not any(buffer.is_meta for buffer in buffers.values()):
         return
-    for name in missing:
-        part._buffers[name] = torch.empty_like(part._buffers[name], device="cpu")
+    for name, buffer in buffers.items():
+        part._buffers[name] = torch.empty_like(buffer, device="cpu")
     owner._init_weights(part)

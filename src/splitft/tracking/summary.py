@@ -118,7 +118,7 @@ def _cuts_by_round(started: RunStarted, events: Iterable[Event], rounds: int) ->
     """Cuts in force in rounds 1 to `rounds`; at least the first round's, which a run starts with."""
     changes = {event.round: event.cuts for event in events if isinstance(event, CutsChanged)}
     now: dict[str, int] = {facts.name: facts.cut for facts in started.clients}
-    by_round = []
+    by_round: list[Mapping[str, int]] = []
     for number in range(1, max(rounds, 1) + 1):
         now = {**now, **changes.get(number, {})}
         by_round.append(now)
@@ -155,7 +155,7 @@ def _wall_seconds(events: Iterable[Event]) -> float:
     """Time from the first to the last event of each process that worked on the run, added up."""
     total, since, last = 0.0, None, 0.0
     for event in events:
-        if since is None or isinstance(event, RunResumed):
+        if since is None or isinstance(event, RunStarted | RunResumed):
             total += last - since if since is not None else 0.0
             since = event.t
         last = event.t
