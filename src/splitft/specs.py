@@ -123,6 +123,9 @@ class SplitSpec(Spec):
     """`client`: the head and the loss are on the client, the server sees no text. `server`: it does."""
     server_adapters: Literal["per-client", "shared"] = "per-client"
     """One copy of the server's adapters a client (SplitFed v1), or one trained by all (SplitLoRA)."""
+    group_tokens: int = Field(256, ge=1)
+    """The server works on several clients' batches at once while they are at most this many padded tokens
+    together; on a CPU larger groups are no faster (`benchmarks/server_batching.py`)."""
 
 
 class TrainingSpec(Spec):
@@ -162,20 +165,21 @@ class ScheduleSpec(Spec):
     """`fixed`: as given in clients.cuts."""
 
 
-Codec = Annotated[str, Field(pattern="^(fp32|bf16)$")]
+Codec = Annotated[str, Field(pattern="^(bf16|fp32|fp64)$")]
 
 
 class WireSpec(Spec):
     """How tensors travel, by role."""
 
     hidden: Codec = "bf16"
-    """Codec of hidden states: fp32 or bf16."""
+    """Codec of hidden states: bf16, fp32, or fp64 for exactness studies on a float64 model."""
     gradient: Codec = "bf16"
     """Codec of gradients of hidden states."""
     adapter: Codec = "fp32"
     """Codec of adapters."""
     in_process: Literal["bytes", "direct"] = "bytes"
-    """In simulation, really encode and decode every message, or hand tensors over for speed."""
+    """In simulation, pass every message through bytes, or hand its rounded tensors over for speed: the
+    results are equal, and bytes are then those of the tensors alone."""
 
 
 def field_docs(spec: type[BaseModel]) -> dict[str, str]:

@@ -144,7 +144,7 @@ def attach(
 
 def chosen_layers(block: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """Paths of the linear layers of one block that `targets` names."""
-    linear = [path for path, module in block.named_modules() if _is_linear(module)]
+    linear = [path for path, module in block.named_modules() if is_linear(module)]
     if targets == "all-linear":
         return linear
     if targets == "attention":
@@ -160,7 +160,8 @@ def chosen_layers(block: nn.Module, targets: str | Sequence[str]) -> list[str]:
     return [path for path in linear if any(path in paths for paths in fitting.values())]
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that can be adapted: nn.Linear or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

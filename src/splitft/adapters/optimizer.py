@@ -46,10 +46,20 @@ class LocalOptimizer:
         if moments:
             self._restore(moments)
 
-    def step(self) -> None:
-        """Apply the gradients and clear them."""
+    def step(self, divide_by: float = 1) -> None:
+        """Apply the gradients, divided by a number, and clear them."""
+        if self._optimizer is None:
+            return
+        if divide_by != 1:
+            for parameter in self._parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(divide_by)
+        self._optimizer.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Clear the gradients without applying them."""
         if self._optimizer is not None:
-            self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
 
     def moments(self) -> Moments:

@@ -48,8 +48,19 @@ class Model:
 
     def segment(self, span: Span, *, embedding: bool = False, head: bool = False) -> Segment:
         """Load one span, with the embedding or the head if they are held there."""
-        skeleton = _on_meta(self.config, self.dtype, self.spec.attention)
-        return Segment(skeleton, self.checkpoint, span, embedding=embedding, head=head, dtype=self.dtype)
+        return Segment(
+            self.skeleton(), self.checkpoint, span, embedding=embedding, head=head, dtype=self.dtype
+        )
+
+    def skeleton(self) -> Any:
+        """The whole model on the meta device: names and shapes, no weights."""
+        return _on_meta(self.config, self.dtype, self.spec.attention)
+
+    def block_names(self) -> list[str]:
+        """Full name of each block, such as `model.layers.0`."""
+        skeleton = self.skeleton()
+        names = {module: name for name, module in skeleton.named_modules()}
+        return [names[block] for block in locate(skeleton).block_list()]
 
     def tokenizer(self) -> Any:
         """The model's tokenizer. Raises ModelError if it brings none."""

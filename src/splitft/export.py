@@ -1,0 +1,96 @@
+"""From the global factors to what others load: a PEFT folder, or a merged checkpoint.
+
+    AdapterState --write_peft--> adapter_config.json, adapter_model.safetensors --write_merged--> model folder
+
+Every layer's update is (alpha / rank) B A with one scale for the run, whatever rank the layer carries. peft
+divides by the layer's own rank, so `alpha_pattern` gives a layer of rank r the alpha of scale * r.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from splitft.adapters import AdapterState
+from splitft.adapters.lora import is_linear
+from splitft.errors import ModelError, RunError
+from splitft.model import Model
+
+WEIGHTS_PREFIX = "base_model.model."
+"""What peft puts before a module's own name."""
+
+
+def write_peft(state: AdapterState, model: Model, scale: float, folder: Path) -> Path:
+    """Write the adapter as `peft` saves LoRA; tensors keep their type. Returns the folder."""
+    from peft import LoraConfig
+
+    names = model.block_names()
+    layers = {f"{names[block]}.{target}": factors for (block, target), factors in state.items()}
+    modules = dict(model.skeleton().named_modules())
+    counted = Counter(factors.rank for factors in layers.values())
+    usual = max(counted, key=lambda rank: (counted[rank], rank))
+    others = {name: factors.rank for name, factors in layers.items() if factors.rank != usual}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.path,
+        r=usual,
+        lora_alpha=_number(scale * usual),
+        rank_pattern=others,
+        alpha_pattern={name: _number(scale * rank) for name, rank in others.items()},
+        target_modules=_shortest_names(state, layers, modules),
+        fan_in_fan_out=any(type(modules[name]).__name__ == "Conv1D" for name in layers),
+        inference_mode=True,
+    )
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, factors in layers.items():
+        tensors[f"{WEIGHTS_PREFIX}{name}.lora_A.weight"] = factors.A.contiguous()
+        tensors[f"{WEIGHTS_PREFIX}{name}.lora_B.weight"] = factors.B.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def with_adapter(adapter: Path, base: str, dtype: torch.dtype) -> Any:
+    """The whole base model with a PEFT folder on it. Raises RunError if there is no adapter there."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise RunError(f"{adapter} holds no adapter; it is written when a run has finished a round")
+    try:
+        whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    except OSError as error:
+        raise ModelError(f"the base model {base} cannot be loaded: {error}") from error
+    return PeftModel.from_pretrained(whole, str(adapter)).eval()
+
+
+def write_merged(adapter: Path, model: Model, folder: Path) -> Path:
+    """Fold the adapter into the base weights and write a whole checkpoint with its tokenizer."""
+    merged = with_adapter(adapter, model.path, model.dtype).merge_and_unload()
+    merged.save_pretrained(str(folder))
+    model.tokenizer().save_pretrained(str(folder))
+    return folder
+
+
+def _shortest_names(state: AdapterState, layers: dict[str, Any], modules: dict[str, nn.Module]) -> list[str]:
+    """Last names (`q_proj`), as other tools like them, if they choose just these layers; else longer ones."""
+    linear = [name for name, module in modules.items() if is_linear(module)]
+    targets = {target for _, target in state}
+    for candidate in ({target.rpartition(".")[2] for target in targets}, targets):
+        chosen = {name for name in linear if any(name.endswith(f".{one}") for one in candidate)}
+        if chosen == set(layers):
+            return sorted(candidate)
+    return sorted(layers)
+
+
+def _number(value: float) -> int | float:
+    """An int where it is one, as peft's files have it."""
+    return int(value) if value == int(value) else value

@@ -1,0 +1,141 @@
+"""What a run needs to continue after any stop, written in one stroke after each round.
+
+    checkpoints/round-0002/  state.json           round, cuts, steps of each client
+                             state.safetensors    global/..., client/NAME/..., server/SLOT/...
+
+A checkpoint is written beside, flushed to the disk and renamed, so that a folder of that name is always
+whole; the one before is removed only then. A full disk or a kill -9 in the middle loses the draft alone.
+Batches, participants and fresh factors are pure functions of seed and round: no generator's state is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from splitft.adapters import AdapterState, Moments
+from splitft.errors import RunError
+from splitft.runtime.rounds import RunState
+
+FORMAT = 1
+KEPT = 2
+"""Checkpoints that stay on disk."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run between two rounds, with what each party keeps for itself."""
+
+    state: RunState
+    steps: dict[str, int]
+    """Optimizer steps taken by each client."""
+    client_moments: dict[str, Moments]
+    """Optimizer moments by client, when kept."""
+    server_moments: dict[str, Moments]
+    """The server's, by slot."""
+
+
+def folder_of(run: Path, number: int) -> Path:
+    """Where the checkpoint of a round is."""
+    return run / "checkpoints" / f"round-{number:04d}"
+
+
+def save_snapshot(run: Path, snapshot: Snapshot) -> Path:
+    """Write the checkpoint of the round just finished; returns its folder.
+
+    Raises RunError if it cannot be written; the checkpoint before it is then still there.
+    """
+    number = snapshot.state.round
+    final = folder_of(run, number)
+    draft = final.with_name(f".{final.name}.draft")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        save_file(_tensors(snapshot), draft / "state.safetensors")
+        facts = {
+            "format": FORMAT,
+            "round": number,
+            "cuts": dict(snapshot.state.cuts),
+            "steps": snapshot.steps,
+        }
+        (draft / "state.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        for file in (*draft.iterdir(), draft):
+            _flush(file)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(draft, final)
+        _flush(final.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        before = latest(run)
+        safe = f"round {before} is safe in {folder_of(run, before)}" if before else "no round is saved yet"
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(
+            f"the checkpoint of round {number} could not be written to {final.parent} ({reason}); {safe}. "
+            "Free some space, then continue with --resume"
+        ) from error
+    for old in _numbers(run)[:-KEPT]:
+        shutil.rmtree(folder_of(run, old), ignore_errors=True)
+    return final
+
+
+def latest(run: Path) -> int | None:
+    """The last round with a checkpoint, if there is one."""
+    numbers = _numbers(run)
+    return numbers[-1] if numbers else None
+
+
+def load_snapshot(run: Path, number: int) -> Snapshot:
+    """Read a checkpoint. Raises RunError if it is damaged or of another version."""
+    folder = folder_of(run, number)
+    try:
+        facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT:
+            raise RunError(f"{folder} has format {facts['format']}, this version reads {FORMAT}")
+        tensors = load_file(folder / "state.safetensors")
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            owner, _, rest = name.partition("/")
+            parts.setdefault(owner, {})[rest] = tensor
+        state = RunState(facts["round"], facts["cuts"], AdapterState.from_tensors(parts["global"]))
+        return Snapshot(
+            state, facts["steps"], _by_owner(parts.get("client", {})), _by_owner(parts.get("server", {}))
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(f"{folder} is damaged and cannot be read: {error}") from error
+
+
+def _tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
+    flat = {f"global/{name}": tensor for name, tensor in snapshot.state.adapters.tensors().items()}
+    for side, owners in (("client", snapshot.client_moments), ("server", snapshot.server_moments)):
+        for owner, moments in owners.items():
+            flat.update((f"{side}/{owner}/{name}", tensor) for name, tensor in moments.items())
+    return {name: tensor.contiguous() for name, tensor in flat.items()}
+
+
+def _by_owner(tensors: dict[str, torch.Tensor]) -> dict[str, Moments]:
+    owners: dict[str, Moments] = {}
+    for name, tensor in tensors.items():
+        owner, _, rest = name.rpartition("/")
+        owners.setdefault(owner, {})[rest] = tensor
+    return owners
+
+
+def _numbers(run: Path) -> list[int]:
+    folders = (run / "checkpoints").glob("round-*")
+    return sorted(int(folder.name.removeprefix("round-")) for folder in folders if folder.is_dir())
+
+
+def _flush(path: Path) -> None:
+    """Make sure that the disk has it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

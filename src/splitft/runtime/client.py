@@ -1,0 +1,242 @@
+"""A data owner: holds its text, the embedding, its first k blocks and, by default, the head.
+
+    start(RoundStart) -> RoundReady
+    forward() -> Activations                     tokens stay here, hidden states leave
+    head(LastHidden) -> HeadGradient             labels stay here
+    backward(CutGradient)                        and the client's own optimizer steps
+    upload() -> AdapterUpload
+    install(GlobalAdapters), held_out(i) -> Activations, held_out_head(...), evaluation() -> Evaluation
+
+A client says what it has to say and is told what comes back; who carries the messages is not its concern.
+The order of messages is that of `protocol`, and anything else is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from splitft.adapters import AdapterState, LocalOptimizer, Moments, attach, initial_state, moments_within
+from splitft.data.text import Batch, BatchStream
+from splitft.errors import ProtocolError, RunError
+from splitft.geometry import Plan, Side
+from splitft.model import Model, loss_and_gradient, pack, summed_loss
+from splitft.protocol import (
+    Activations,
+    AdapterUpload,
+    CutGradient,
+    Evaluation,
+    GlobalAdapters,
+    HeadGradient,
+    HeldOutLoss,
+    LastHidden,
+    Message,
+    RoundReady,
+    RoundStart,
+    expect,
+)
+from splitft.runtime.ranks import Ranks
+from splitft.specs import TrainingSpec
+
+SLOT = "own"
+"""The one set of factors that a client has."""
+
+
+@dataclass(frozen=True)
+class _Underway:
+    """A batch whose hidden states have left and whose gradient has not come back."""
+
+    batch: Batch
+    hidden: torch.Tensor
+    """(N, D) at the cut, with its graph if it is trained on."""
+
+
+class Client:
+    """One client over a whole run."""
+
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        cut: int,
+        labels: Side,
+        ranks: Ranks,
+        training: TrainingSpec,
+        stream: BatchStream,
+        held_out: Sequence[Batch],
+    ) -> None:
+        """Load the blocks [0, cut) of the model. Raises GeometryError or ModelError if that cannot be."""
+        self.name = name
+        self.plan = Plan(cut, model.shape.blocks, labels)
+        self.steps = 0
+        """Optimizer steps taken, over the whole run."""
+        self._ranks, self._training = ranks, training
+        self._stream, self._held_out = stream, tuple(held_out)
+        self.segment = model.segment(self.plan.client, embedding=True, head=labels == "client")
+        self._bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype)
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        start = initial_state(self._bank.sizes, ranks.initial(), ranks.seed, dtype)
+        self._known = start.within(self.plan.client)  # the global factors of the blocks held here
+        self._bank.put(SLOT, self._known)
+        self._moments: Moments = {}
+        self._optimizer: LocalOptimizer | None = None
+        self._underway: _Underway | None = None
+        self._round = 0
+        self._evaluated = (0.0, 0)
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def start(self, message: Message) -> RoundReady:
+        """Move to the round's cut and take up the adapters to train from."""
+        expect(message, RoundStart)
+        assert isinstance(message, RoundStart)
+        span = Plan(message.cut, self.plan.blocks, self.plan.labels).client
+        given_up = moments_within(self._moments, self.plan.client.minus(span))
+        known = self._known.updated(message.adapters)
+        lacking = {block for block, _ in self._bank.sizes if block in span} - set(known.ranks())
+        if lacking:
+            raise ProtocolError(f"no factors came for block {min(lacking)}, which the new cut brings here")
+        self.segment.resize(span)
+        self.plan = Plan(message.cut, self.plan.blocks, self.plan.labels)
+        self._known = known.within(span)
+        self._moments = moments_within({**self._moments, **message.moments}, span)
+        self._round = message.round
+        self._bank.put(SLOT, self._ranks.fitted(self._known, self._ranks.of(message.cut), message.round))
+        self._optimizer = LocalOptimizer(self._bank.parameters(SLOT), self._training, self._moments)
+        return RoundReady(client=self.name, round=message.round, moments=given_up)
+
+    def forward(self) -> Activations:
+        """The next batch through the client's blocks."""
+        batch = self._stream.batch(self.steps)
+        with torch.enable_grad():
+            hidden = self._run(batch)
+        self._underway = _Underway(batch, hidden)
+        return self._activations(self.steps, training=True)
+
+    def head(self, message: Message) -> HeadGradient:
+        """Loss of the batch underway, and its gradient at the last hidden states.
+
+        Raises RunError if the loss is not finite.
+        """
+        batch = self._awaited().batch
+        expect(message, LastHidden, step=self.steps)
+        assert isinstance(message, LastHidden)
+        loss, gradient = loss_and_gradient(self.segment, message.hidden, batch.targets())
+        if not math.isfinite(loss):
+            raise RunError(
+                f"{self.name}: the loss is {loss} at step {self.steps} of round {self._round}; "
+                "lower training.lr, or look at the client's text"
+            )
+        return HeadGradient(
+            client=self.name, round=self._round, step=self.steps, loss=loss, gradient=gradient
+        )
+
+    def backward(self, message: Message) -> None:
+        """Gradient at the cut through the client's blocks, then one optimizer step."""
+        underway = self._awaited()
+        expect(message, CutGradient, step=self.steps)
+        assert isinstance(message, CutGradient)
+        assert self._optimizer is not None
+        if message.gradient.shape != underway.hidden.shape:
+            raise ProtocolError(f"CutGradient {tuple(message.gradient.shape)} for {underway.hidden.shape}")
+        if underway.hidden.requires_grad:  # it does not if no layer of these blocks is adapted
+            torch.autograd.backward([underway.hidden], [message.gradient.to(underway.hidden.dtype)])
+        self._optimizer.step()
+        self._underway = None
+        self.steps += 1
+
+    def upload(self) -> AdapterUpload:
+        """The client's factors after the round."""
+        assert self._optimizer is not None
+        if self._training.optimizer_state == "keep":
+            self._moments = self._optimizer.moments()
+        self._optimizer = None
+        return AdapterUpload(client=self.name, round=self._round, adapters=self._bank.take(SLOT))
+
+    # --- the global adapters ----------------------------------------------------------------------
+
+    def install(self, message: Message) -> None:
+        """Take the aggregated factors of the client's blocks, to evaluate and to start from."""
+        expect(message, GlobalAdapters)
+        assert isinstance(message, GlobalAdapters)
+        if set(message.adapters.keys()) != {key for key in self._bank.sizes if key[0] in self.plan.client}:
+            raise ProtocolError(f"{self.name}: the global adapters are not those of {self.plan.client}")
+        self._known = message.adapters
+        self._bank.put(SLOT, message.adapters)
+        self._round = message.round
+        self._evaluated = (0.0, 0)
+
+    @property
+    def held_out_batches(self) -> int:
+        """How many batches an evaluation has."""
+        return len(self._held_out)
+
+    @torch.no_grad()
+    def held_out(self, index: int) -> Activations:
+        """One held-out batch through the client's blocks, without gradient."""
+        batch = self._held_out[index]
+        self._underway = _Underway(batch, self._run(batch))
+        return self._activations(index, training=False)
+
+    def held_out_head(self, message: Message) -> None:
+        """Add up the loss of the held-out batch underway."""
+        batch = self._awaited().batch
+        expect(message, LastHidden, HeldOutLoss)
+        if isinstance(message, LastHidden):
+            loss, tokens = summed_loss(self.segment, message.hidden, batch.targets()), batch.labelled_tokens
+        else:
+            assert isinstance(message, HeldOutLoss)
+            loss, tokens = message.loss, message.tokens
+        self._evaluated = (self._evaluated[0] + loss, self._evaluated[1] + tokens)
+        self._underway = None
+
+    def evaluation(self) -> Evaluation:
+        """The held-out loss so far, and start counting afresh."""
+        loss, tokens = self._evaluated
+        self._evaluated = (0.0, 0)
+        return Evaluation(client=self.name, round=self._round, loss=loss, tokens=tokens)
+
+    # --- what a checkpoint keeps ------------------------------------------------------------------
+
+    def kept(self) -> tuple[int, Moments]:
+        """Steps taken, and the optimizer's moments if they are kept across rounds."""
+        return self.steps, self._moments
+
+    def restore(self, cut: int, known: AdapterState, steps: int, moments: Moments) -> None:
+        """Continue as the client that `kept` this, with these global factors of its blocks."""
+        self.plan = Plan(cut, self.plan.blocks, self.plan.labels)
+        self.segment.resize(self.plan.client)
+        self._known, self.steps, self._moments = known, steps, moments
+        self._bank.put(SLOT, known)
+
+    # ----------------------------------------------------------------------------------------------
+
+    def _run(self, batch: Batch) -> torch.Tensor:
+        """Tokens through the client's blocks -> (N, D)."""
+        with self._bank.routed([(SLOT, len(batch.lengths))]):
+            hidden = self.segment.run(batch.tokens, self.plan.client)
+        return pack(hidden, batch.lengths)
+
+    def _activations(self, step: int, training: bool) -> Activations:
+        underway = self._awaited()
+        batch = underway.batch
+        starts = [first - 1 for first in batch.labelled_from]
+        stops = [length - 1 for length in batch.lengths]
+        return Activations(
+            client=self.name,
+            round=self._round,
+            step=step,
+            training=training,
+            lengths=batch.lengths,
+            labelled=tuple(zip(starts, stops, strict=True)),
+            hidden=underway.hidden.detach(),
+            labels=batch.targets() if self.plan.labels == "server" else None,
+        )
+
+    def _awaited(self) -> _Underway:
+        if self._underway is None:
+            raise ProtocolError(f"{self.name}: a reply came, but no batch is underway")
+        return self._underway

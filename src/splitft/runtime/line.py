@@ -1,0 +1,54 @@
+"""A client's connection to the server in simulation: every message passes through it and is counted.
+
+    client --up--> bytes --> server          server --down--> bytes --> client
+
+By default a message really becomes bytes and is read back from them, checks and all. With
+`wire: {in_process: direct}` its tensors are rounded as the wire would round them, and no bytes are made.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Literal
+
+from splitft.protocol import Message, Terms
+from splitft.tracking.events import Role, Traffic
+
+Direction = Literal["up", "down"]
+Tap = Callable[[str, Direction, bytes], None]
+"""Told of every frame: client, direction, bytes. For recorders and audits."""
+
+
+class Line:
+    """One client's metered line."""
+
+    def __init__(self, client: str, terms: Terms, tap: Tap | None = None) -> None:
+        self._client, self._terms, self._tap = client, terms, tap
+        self._counts: dict[Direction, Counter[Role]] = {"up": Counter(), "down": Counter()}
+
+    def up(self, message: Message) -> Message:
+        """From the client to the server, as the server sees it."""
+        return self._pass(message, "up")
+
+    def down(self, message: Message) -> Message:
+        """From the server to the client, as the client sees it."""
+        return self._pass(message, "down")
+
+    def traffic(self) -> Traffic:
+        """Bytes since this was asked last."""
+        counted = Traffic(up=dict(self._counts["up"]), down=dict(self._counts["down"]))
+        self._counts = {"up": Counter(), "down": Counter()}
+        return counted
+
+    def _pass(self, message: Message, direction: Direction) -> Message:
+        sizes: Counter[Role] = Counter(self._terms.payload_bytes(message))
+        if self._terms.wire.in_process == "direct":
+            self._counts[direction].update(sizes)
+            return self._terms.rounded(message)
+        data = self._terms.to_bytes(message)
+        if self._tap is not None:
+            self._tap(self._client, direction, data)
+        sizes[message.main_role] += len(data) - sizes.total()  # prefix, headers and plain fields
+        self._counts[direction].update(sizes)
+        return self._terms.from_bytes(data)

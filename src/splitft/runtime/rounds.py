@@ -1,0 +1,163 @@
+"""The algorithm: rounds of local training and aggregation. SplitFT, arXiv 2604.26388.
+
+    for each round:
+        1  the controller gives every client a cut; participants are drawn
+        2  every participant gets the global factors of the blocks that are new to it (start)
+        3  local steps: client and server each train their own blocks                  (train)
+        4  client's factors [0, k) + server's factors [k, L) for it = a full set, whatever its cut
+        5  aggregation per block and target, weighted by labelled tokens               (aggregate)
+        6  every client gets the global factors of its blocks; held-out loss           (install, evaluate)
+
+Where the clients are, in this process or behind a network, is a `Federation`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from splitft.adapters import AdapterState, Fresh, aggregate
+from splitft.geometry import Span
+from splitft.protocol import AdapterUpload, Evaluation, GlobalAdapters, RoundReady, RoundStart
+from splitft.runtime.ranks import Ranks
+from splitft.runtime.server import Server
+from splitft.specs import TrainingSpec
+from splitft.tracking.events import CutsChanged, Evaluated, Listener, RoundDone, StepDone, Traffic
+
+PARTICIPANT_DRAWS = 5
+"""First word of the seed, so that no two purposes share random numbers."""
+
+Controller = Callable[[int, Mapping[str, int]], Mapping[str, int]]
+"""Number of the round to come and the cuts in force -> the cuts of that round."""
+
+
+class Federation(Protocol):
+    """Carries a round to the clients and brings back what they answer."""
+
+    def start(self, messages: Mapping[str, RoundStart]) -> dict[str, RoundReady]:
+        """Begin a round with these clients."""
+
+    def train(
+        self, number: int, participants: Sequence[str], steps: int, listener: Callable[[StepDone], None]
+    ) -> dict[str, AdapterUpload]:
+        """Let them train; returns their blocks' factors."""
+
+    def install(self, messages: Mapping[str, GlobalAdapters]) -> None:
+        """Hand out the aggregated factors."""
+
+    def evaluate(self) -> dict[str, Evaluation]:
+        """Held-out loss of every client."""
+
+    def traffic(self) -> dict[str, Traffic]:
+        """Bytes by client since this was asked last, without those of steps."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What is between two rounds, and all that the next one needs beside the parties' own moments."""
+
+    round: int
+    """Rounds finished."""
+    cuts: Mapping[str, int]
+    """k of every client."""
+    adapters: AdapterState
+    """The global factors, over all L blocks."""
+
+
+def train_rounds(
+    state: RunState,
+    server: Server,
+    federation: Federation,
+    ranks: Ranks,
+    training: TrainingSpec,
+    controller: Controller,
+    listener: Listener,
+    save: Callable[[RunState], None],
+) -> RunState:
+    """Train from `state` to the last round; `save` is called after each."""
+    if state.round == 0:
+        server.place(state.cuts)
+        server.install(state.adapters)
+        listener(_evaluated(0, federation))
+    for number in range(state.round + 1, training.rounds + 1):
+        cuts = dict(controller(number, state.cuts))
+        if number == 1 or cuts != state.cuts:
+            listener(CutsChanged(round=number, cuts=cuts))
+        state = _round(
+            number, replace(state, cuts=cuts), state.cuts, server, federation, ranks, training, listener
+        )
+        listener(_evaluated(number, federation))
+        save(state)
+    return state
+
+
+def participants_of(number: int, clients: Sequence[str], share: float, seed: int) -> list[str]:
+    """The clients drawn for a round: a share of them, at least one, in their usual order."""
+    count = max(1, round(share * len(clients)))
+    generator = np.random.default_rng([PARTICIPANT_DRAWS, seed, number])
+    return [clients[i] for i in np.sort(generator.choice(len(clients), count, replace=False))]
+
+
+def _round(
+    number: int,
+    state: RunState,
+    old_cuts: Mapping[str, int],
+    server: Server,
+    federation: Federation,
+    ranks: Ranks,
+    training: TrainingSpec,
+    listener: Listener,
+) -> RunState:
+    """One round of training and aggregation, from the global factors to the next ones."""
+    clients, cuts = list(state.cuts), state.cuts
+    participants = participants_of(number, clients, training.participation, ranks.seed)
+    server.place(cuts)
+    starts = {}
+    for name in clients if cuts != old_cuts else participants:
+        gained = Span(0, cuts[name]).minus(Span(0, old_cuts[name]))
+        moments = server.moments_to_client(name, gained)
+        starts[name] = RoundStart(
+            round=number, cut=cuts[name], adapters=state.adapters.within(gained), moments=moments
+        )
+    for name, ready in federation.start(starts).items():
+        server.moments_from_client(name, ready.moments)
+    server.start(number, participants, state.adapters)
+
+    uploads = federation.train(number, participants, training.steps, listener)
+
+    full_sets = []
+    for name, upload in uploads.items():
+        others, tokens = server.trained(name)
+        full_sets.append((float(tokens), upload.adapters.union(others)))
+    server.finish()
+    fresh = Fresh(ranks.seed, salt=number)
+    result = aggregate(ranks.rule, full_sets, ranks.united(cuts.values()), fresh)
+    server.install(result.state)
+    federation.install({
+        name: GlobalAdapters(round=number, adapters=result.state.within(Span(0, cuts[name])))
+        for name in clients
+    })  # fmt: skip
+    listener(
+        RoundDone(
+            round=number,
+            participants=tuple(participants),
+            aggregation_error=result.error,
+            traffic=federation.traffic(),
+        )
+    )
+    return RunState(number, cuts, result.state)
+
+
+def _evaluated(number: int, federation: Federation) -> Evaluated:
+    """Held-out loss by client, and over all labelled tokens of all clients."""
+    results = federation.evaluate()
+    tokens = sum(result.tokens for result in results.values())
+    return Evaluated(
+        round=number,
+        loss=sum(result.loss for result in results.values()) / max(1, tokens),
+        by_client={name: result.loss / max(1, result.tokens) for name, result in results.items()},
+        traffic=federation.traffic(),
+    )

@@ -1,0 +1,294 @@
+"""The server: holds blocks [k, L) for every client, and works on many clients' batches at once.
+
+    client a, cut 2   (B_a, T, D) --[2,5)--+
+    client b, cut 5   (B_b, T, D) ---------+--[5,L)--> split --> LastHidden for a, LastHidden for b
+
+The base model is frozen and shared, so the rows of all clients go through one product; each client's rows
+meet that client's own factors (`server_adapters: per-client`, SplitFed v1, arXiv 2004.12088), or one set that
+all clients train (`shared`, SplitFed v2 and SplitLoRA, arXiv 2407.00952). A client joins at its cut.
+With own factors, who else is in the batch changes nothing but rounding.
+
+With shared factors the loss is that of the concatenated batch, sum_i M_i loss_i / sum_i M_i over the clients
+of a step, and the one optimizer steps when all have been heard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from splitft.adapters import (
+    AdapterState,
+    LocalOptimizer,
+    Moments,
+    attach,
+    initial_state,
+    moments_within,
+)
+from splitft.errors import ProtocolError
+from splitft.geometry import Plan, Span
+from splitft.model import Model, Segment, loss_and_gradient, pack, pad, pick, summed_loss
+from splitft.protocol import Activations, CutGradient, HeadGradient, HeldOutLoss, LastHidden, expect
+from splitft.runtime.ranks import Ranks
+from splitft.specs import SplitSpec, TrainingSpec
+
+GLOBAL, SHARED = "=global", "=shared"
+"""Slots of the aggregated factors and of those that all clients train; no client's name begins with `=`."""
+
+
+@dataclass
+class _Seat:
+    """What the server keeps for one participant of the round."""
+
+    cut: int
+    step: int = 0
+    """Steps this client has finished in the round."""
+    tokens: int = 0
+    """Labelled tokens it has trained on in the round."""
+
+
+@dataclass
+class _Group:
+    """A batch of several clients between forward and backward."""
+
+    leaves: dict[str, torch.Tensor] = field(default_factory=dict)
+    """(B, T, D) by client, as it came in."""
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    """(M, D) by client, with the graph."""
+    messages: dict[str, Activations] = field(default_factory=dict)
+
+
+class Server:
+    """The server's side of a whole run."""
+
+    def __init__(
+        self, model: Model, deepest: Span, ranks: Ranks, split: SplitSpec, training: TrainingSpec
+    ) -> None:
+        """Load `deepest`, the blocks after the shallowest cut, and the head if labels are here."""
+        self._ranks, self._split, self._training = ranks, split, training
+        self.segment: Segment = model.segment(deepest, head=split.labels == "server")
+        self._bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype)
+        self._dtype = torch.promote_types(model.dtype, torch.float32)
+        self._seats: dict[str, _Seat] = {}
+        self._cuts: dict[str, int] = {}
+        self._groups: dict[str, _Group] = {}
+        self._optimizers: dict[str, LocalOptimizer] = {}
+        self._heard: dict[str, int] = {}  # shared factors: labelled tokens of who was heard this step
+        self.moments: dict[str, Moments] = {}
+        """Optimizer moments by slot, when kept across rounds."""
+
+    def initial(self) -> AdapterState:
+        """The global factors before training, over all L blocks."""
+        return initial_state(self._bank.sizes, self._ranks.initial(), self._ranks.seed, self._dtype)
+
+    # --- rounds -----------------------------------------------------------------------------------
+
+    def place(self, cuts: Mapping[str, int]) -> int:
+        """Hold what these cuts leave to the server; returns bytes of weights read."""
+        blocks = self.segment.shape.blocks
+        for cut in cuts.values():
+            Plan(cut, blocks, self._split.labels)
+        self._cuts = dict(cuts)
+        return self.segment.resize(Span(min(cuts.values()), blocks))
+
+    def start(self, number: int, participants: Sequence[str], state: AdapterState) -> None:
+        """Give every participant (or all together) the round's factors and a fresh optimizer."""
+        blocks = self.segment.shape.blocks
+        self._seats = {name: _Seat(self._cuts[name]) for name in participants}
+        self._groups, self._heard, self._optimizers = {}, {}, {}
+        if self._split.server_adapters == "shared":
+            cuts = [self._cuts[name] for name in participants]
+            slots = {SHARED: (Span(min(cuts), blocks), self._ranks.shared(cuts))}
+        else:
+            slots = {
+                name: (Span(seat.cut, blocks), self._ranks.of(seat.cut)) for name, seat in self._seats.items()
+            }
+        for slot, (span, ranks) in slots.items():
+            self._bank.put(slot, self._ranks.fitted(state.within(span), ranks, number))
+            moments = moments_within(self.moments.get(slot, {}), span)
+            self._optimizers[slot] = LocalOptimizer(self._bank.parameters(slot), self._training, moments)
+
+    def trained(self, client: str) -> tuple[AdapterState, int]:
+        """Factors of blocks [k, L) trained for one client, and the labelled tokens it has seen."""
+        seat = self._seat(client)
+        span = Span(seat.cut, self.segment.shape.blocks)
+        return self._bank.take(self._slot(client)).within(span), seat.tokens
+
+    def finish(self) -> None:
+        """End the round: keep moments if they are kept, and forget everything else of it."""
+        if self._training.optimizer_state == "keep":
+            self.moments.update({slot: one.moments() for slot, one in self._optimizers.items()})
+        for slot in self._optimizers:
+            self._bank.drop(slot)
+        self._optimizers, self._groups, self._seats = {}, {}, {}
+
+    def install(self, state: AdapterState) -> None:
+        """Take the aggregated factors, to evaluate with."""
+        self._bank.put(GLOBAL, state.within(self.segment.span))
+
+    def moments_to_client(self, client: str, blocks: Sequence[int]) -> Moments:
+        """Moments of blocks that move to the client; shared moments stay with the others who share."""
+        own = self.moments.get(client, {})
+        leaving = moments_within(own, blocks)
+        self.moments[client] = {name: value for name, value in own.items() if name not in leaving}
+        return leaving
+
+    def moments_from_client(self, client: str, moments: Moments) -> None:
+        """Moments of blocks that the client gave up."""
+        if moments and self._split.server_adapters == "per-client":
+            self.moments[client] = {**self.moments.get(client, {}), **moments}
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def groups(self, messages: Sequence[Activations]) -> list[list[Activations]]:
+        """Who is worked on together: neighbours in length, up to `group_tokens` padded tokens."""
+        groups: list[list[Activations]] = []
+        for message in sorted(messages, key=lambda one: (max(one.lengths), one.client)):
+            candidate = [*(groups[-1] if groups else []), message]
+            sequences = sum(len(one.lengths) for one in candidate)
+            if groups and sequences * max(message.lengths) <= self._split.group_tokens:
+                groups[-1].append(message)
+            else:
+                groups.append([message])
+        return groups
+
+    def forward(self, messages: Sequence[Activations]) -> dict[str, LastHidden | CutGradient | HeldOutLoss]:
+        """One batch of one or several clients through the server's blocks; a reply for each.
+
+        LastHidden (M, D) with labels on the clients; with labels here, the gradient or the loss at once.
+        """
+        training = messages[0].training
+        group = _Group(messages={message.client: message for message in messages})
+        with torch.set_grad_enabled(training):
+            self._through_blocks(messages, group, training)
+        if training:
+            self._groups.update(dict.fromkeys(group.messages, group))
+        if self._split.labels == "server":
+            return dict(self._graded(group, training))
+        return {
+            client: LastHidden(step=group.messages[client].step, hidden=output.detach())
+            for client, output in group.outputs.items()
+        }
+
+    def backward(self, messages: Sequence[HeadGradient]) -> dict[str, CutGradient]:
+        """Gradients at the last hidden states, back to the cuts; the optimizers of these clients step.
+
+        The messages answer one `forward`; who is missing from them is left out of the step.
+        """
+        group = self._groups.get(messages[0].client)
+        for message in messages:
+            if group is None or self._groups.get(message.client) is not group:
+                raise ProtocolError(f"{message.client} sends a gradient, but no batch of it is underway here")
+            awaited = group.messages[message.client]
+            expect(message, HeadGradient, round=awaited.round, step=awaited.step)
+            if message.gradient.shape != group.outputs[message.client].shape:
+                raise ProtocolError(
+                    f"{message.client}: gradient {tuple(message.gradient.shape)} does not fit"
+                )
+        assert group is not None
+        at_cuts = self._back(group, {message.client: message.gradient for message in messages})
+        return {
+            message.client: CutGradient(step=message.step, gradient=at_cuts[message.client])
+            for message in messages
+        }
+
+    # ----------------------------------------------------------------------------------------------
+
+    def _through_blocks(self, messages: Sequence[Activations], group: _Group, training: bool) -> None:
+        """Run the on-ramp: each client's rows join the batch where its cut is."""
+        order = sorted(messages, key=lambda one: (self._cuts[one.client], one.client))
+        width = max(max(message.lengths) for message in order)
+        stops = [*(self._cuts[message.client] for message in order[1:]), self.segment.shape.blocks]
+        rows: list[tuple[str | None, int]] = []
+        hidden: torch.Tensor | None = None
+        for message, stop in zip(order, stops, strict=True):
+            leaf = pad(message.hidden, message.lengths, width).requires_grad_(training)
+            group.leaves[message.client] = leaf
+            hidden = leaf if hidden is None else torch.cat([hidden, leaf])
+            rows.append((self._slot(message.client) if training else GLOBAL, len(message.lengths)))
+            span = Span(self._cuts[message.client], stop)
+            if len(span):
+                with self._bank.routed(_merged(rows)):
+                    hidden = self.segment.run(hidden, span)
+        assert hidden is not None
+        parts = torch.split(hidden, [len(message.lengths) for message in order])
+        for message, part in zip(order, parts, strict=True):
+            group.outputs[message.client] = pick(part, message.labelled)
+
+    def _graded(self, group: _Group, training: bool) -> Mapping[str, LastHidden | CutGradient | HeldOutLoss]:
+        """Loss here, since the labels are: the reply is the gradient at the cut, or the held-out loss."""
+        losses, gradients = {}, {}
+        for client, message in group.messages.items():
+            if message.labels is None:
+                raise ProtocolError(f"{client} sends no labels, but this run has them on the server")
+            if training:
+                graded = loss_and_gradient(self.segment, group.outputs[client], message.labels)
+                losses[client], gradients[client] = graded
+            else:
+                losses[client] = summed_loss(self.segment, group.outputs[client], message.labels)
+        if not training:
+            return {
+                client: HeldOutLoss(step=message.step, loss=losses[client], tokens=message.labelled_tokens)
+                for client, message in group.messages.items()
+            }
+        at_cuts = self._back(group, gradients)
+        return {
+            client: CutGradient(step=message.step, gradient=at_cuts[client], loss=losses[client])
+            for client, message in group.messages.items()
+        }
+
+    def _back(self, group: _Group, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Backward through one group; returns gradients (N, D) at the cuts."""
+        shared = self._split.server_adapters == "shared"
+        weights = {c: group.messages[c].labelled_tokens if shared else 1 for c in gradients}
+        outputs = [group.outputs[client] for client in gradients]
+        wanted = [gradient.to(output.dtype) * weights[client]
+                  for (client, gradient), output in zip(gradients.items(), outputs, strict=True)]  # fmt: skip
+        torch.autograd.backward(outputs, wanted)
+        at_cuts = {}
+        for client in gradients:
+            gradient = group.leaves[client].grad
+            assert gradient is not None
+            at_cuts[client] = pack(gradient, group.messages[client].lengths) / weights[client]
+        for client, message in group.messages.items():
+            self._groups.pop(client, None)
+            if client in gradients:
+                self._seats[client].tokens += message.labelled_tokens
+                self._seats[client].step += 1
+        self._step(group, weights)
+        return at_cuts
+
+    def _step(self, group: _Group, weights: Mapping[str, int]) -> None:
+        """Optimizer steps: each client's own, or the shared one when all have been heard."""
+        if self._split.server_adapters == "per-client":
+            for client in group.messages:
+                if client in weights:
+                    self._optimizers[client].step()
+                else:
+                    self._optimizers[client].forget()  # its rows were in the product, with gradient zero
+            return
+        self._heard.update(weights)
+        if self._heard.keys() >= self._seats.keys():
+            self._optimizers[SHARED].step(divide_by=sum(self._heard.values()))
+            self._heard = {}
+
+    def _slot(self, client: str) -> str:
+        return SHARED if self._split.server_adapters == "shared" else client
+
+    def _seat(self, client: str) -> _Seat:
+        if client not in self._seats:
+            raise ProtocolError(f"{client} does not take part in this round")
+        return self._seats[client]
+
+
+def _merged(rows: Sequence[tuple[str | None, int]]) -> list[tuple[str | None, int]]:
+    """Neighbours with the same factors as one."""
+    merged: list[tuple[str | None, int]] = []
+    for slot, count in rows:
+        if merged and merged[-1][0] == slot:
+            merged[-1] = (slot, merged[-1][1] + count)
+        else:
+            merged.append((slot, count))
+    return merged

@@ -1,0 +1,165 @@
+"""The whole federation in one process: the same client and server objects, on metered lines.
+
+Each local step of all participants is played at once: all forward, the server in groups, all backward. Real
+federations need not be in step; results do not depend on it, since every client has its own
+factors on the server (with shared factors, in step is what the method means).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from splitft.protocol import (
+    Activations,
+    AdapterUpload,
+    CutGradient,
+    Evaluation,
+    GlobalAdapters,
+    HeadGradient,
+    Message,
+    RoundReady,
+    RoundStart,
+    Terms,
+)
+from splitft.runtime.client import Client
+from splitft.runtime.line import Line, Tap
+from splitft.runtime.server import Server
+from splitft.tracking.events import Role, StepDone, Traffic
+
+K = TypeVar("K")
+M = TypeVar("M", bound=Message)
+
+
+class Simulation:
+    """Carries the messages between one server and its clients. Implements `rounds.Federation`."""
+
+    def __init__(
+        self, server: Server, clients: Sequence[Client], terms: Terms, tap: Tap | None = None
+    ) -> None:
+        self.server = server
+        self.clients: Mapping[str, Client] = {client.name: client for client in clients}
+        self._lines = {name: Line(name, terms, tap) for name in self.clients}
+        self._aside: dict[str, list[Traffic]] = {name: [] for name in self.clients}
+        self._seconds: dict[str, defaultdict[str, float]] = {
+            name: defaultdict(float) for name in self.clients
+        }
+
+    def start(self, messages: Mapping[str, RoundStart]) -> dict[str, RoundReady]:
+        """Begin a round with these clients."""
+        ready = {}
+        for name, message in messages.items():
+            line = self._lines[name]
+            ready[name] = line.up(self.clients[name].start(line.down(message)))
+        return _all(RoundReady, ready)
+
+    def train(
+        self, number: int, participants: Sequence[str], steps: int, listener: Callable[[StepDone], None]
+    ) -> dict[str, AdapterUpload]:
+        """Play the round's local steps; returns the clients' factors."""
+        self._set_aside(participants)
+        for _ in range(steps):
+            sent: list[Message] = []
+            for name in participants:
+                with self._timed("client_forward", [name]):
+                    activations = self.clients[name].forward()
+                sent.append(self._lines[name].up(activations))
+            for group in self.server.groups(list(_all(Activations, dict(enumerate(sent))).values())):
+                for step in self._step(number, group):
+                    listener(step)
+        uploads = {name: self._lines[name].up(self.clients[name].upload()) for name in participants}
+        return _all(AdapterUpload, uploads)
+
+    def install(self, messages: Mapping[str, GlobalAdapters]) -> None:
+        """Hand every client the aggregated factors of its blocks."""
+        for name, message in messages.items():
+            self.clients[name].install(self._lines[name].down(message))
+
+    def evaluate(self) -> dict[str, Evaluation]:
+        """Held-out loss of the global adapters on every client's text."""
+        for index in range(max(client.held_out_batches for client in self.clients.values())):
+            names = [name for name, client in self.clients.items() if index < client.held_out_batches]
+            sent = {name: self._lines[name].up(self.clients[name].held_out(index)) for name in names}
+            for group in self.server.groups(list(_all(Activations, sent).values())):
+                for name, reply in self.server.forward(group).items():
+                    self.clients[name].held_out_head(self._lines[name].down(reply))
+        return _all(Evaluation, {n: self._lines[n].up(c.evaluation()) for n, c in self.clients.items()})
+
+    def traffic(self) -> dict[str, Traffic]:
+        """Bytes of each client since this was asked last, without those of steps (their events have them)."""
+        self._set_aside(list(self._lines))
+        counted = {name: _sum(parts) for name, parts in self._aside.items()}
+        self._aside = {name: [] for name in self._lines}
+        return counted
+
+    # ----------------------------------------------------------------------------------------------
+
+    def _step(self, number: int, group: Sequence[Activations]) -> Iterator[StepDone]:
+        """One step of the clients of one group, after their forward."""
+        names = [message.client for message in group]
+        steps = {name: self.clients[name].steps for name in names}
+        losses: dict[str, float] = {}
+        with self._timed("server_forward", names):
+            replies: Mapping[str, Message] = self.server.forward(group)
+        if not all(isinstance(reply, CutGradient) for reply in replies.values()):
+            gradients: dict[str, Message] = {}
+            for name in names:
+                reply = self._lines[name].down(replies[name])
+                with self._timed("head", [name]):
+                    gradient = self.clients[name].head(reply)
+                losses[name] = gradient.loss
+                gradients[name] = self._lines[name].up(gradient)
+            with self._timed("server_backward", names):
+                replies = self.server.backward(list(_all(HeadGradient, gradients).values()))
+        for message in group:
+            name = message.client
+            reply = self._lines[name].down(replies[name])
+            assert isinstance(reply, CutGradient)
+            with self._timed("client_backward", [name]):
+                self.clients[name].backward(reply)
+            yield StepDone(
+                round=number,
+                step=steps[name],
+                client=name,
+                loss=losses[name] if reply.loss is None else reply.loss,
+                tokens=message.labelled_tokens,
+                examples=len(message.lengths),
+                seconds={leg: round(spent, 6) for leg, spent in self._seconds[name].items()},
+                traffic=self._lines[name].traffic(),
+            )
+            self._seconds[name].clear()
+
+    def _set_aside(self, names: Sequence[str]) -> None:
+        """Keep what was counted so far apart from the steps to come."""
+        for name in names:
+            self._aside[name].append(self._lines[name].traffic())
+
+    @contextmanager
+    def _timed(self, leg: str, names: Sequence[str]) -> Iterator[None]:
+        """Charge wall time in equal parts to those it was spent for."""
+        began = time.perf_counter()
+        yield
+        spent = (time.perf_counter() - began) / len(names)
+        for name in names:
+            self._seconds[name][leg] += spent
+
+
+def _all(kind: type[M], messages: Mapping[K, Message]) -> dict[K, M]:
+    """These messages, known to be of one kind."""
+    known: dict[K, M] = {}
+    for key, message in messages.items():
+        assert isinstance(message, kind)
+        known[key] = message
+    return known
+
+
+def _sum(parts: Sequence[Traffic]) -> Traffic:
+    up: Counter[Role] = Counter()
+    down: Counter[Role] = Counter()
+    for part in parts:
+        up.update(part.up)
+        down.update(part.down)
+    return Traffic(up=dict(up), down=dict(down))
