@@ -1,0 +1,67 @@
+"""Small federations for the laws: a tiny model, three clients with text of unequal length, real rounds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from splitft.assemble import Prepared, prepare
+from splitft.config import from_mapping
+from splitft.runtime import RunState, train_rounds
+
+WORDS = "ward dose fever scan blood pulse nurse chart sleep pain heart lung acute mild daily twice".split()
+
+
+def write_text(path: Path, examples: int = 40, seed: int = 0) -> Path:
+    """A .jsonl of sentences of 2 to 7 words."""
+    generator = np.random.default_rng(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(examples):
+            words = generator.choice(WORDS, generator.integers(2, 8))
+            file.write(json.dumps({"text": " ".join(words)}) + "\n")
+    return path
+
+
+def federation(folder: Path, text: Path, cuts: Sequence[int], **sections: Mapping[str, Any]) -> Prepared:
+    """Parties over a tiny model, exact by default: equal ranks, wide types, nothing rounded on the wire."""
+    base: dict[str, dict[str, Any]] = {
+        "model": {"name": str(folder), "dtype": "float64"},
+        "data": {"source": str(text), "max_tokens": 32},
+        "clients": {"count": len(cuts), "cuts": list(cuts), "shares": {"by": "length", "alpha": 1.0}},
+        "lora": {"rank": 4, "rank_at_cut": None, "alpha": 8},
+        "training": {"rounds": 3, "steps": 20, "batch_size": 3, "lr": 5e-3},
+        "aggregate": {"rule": "factors"},
+        "wire": {"hidden": "fp64", "gradient": "fp64", "adapter": "fp64"},
+    }
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    return prepare(from_mapping(base))
+
+
+def play(
+    prepared: Prepared,
+    controller: Callable[[int, Mapping[str, int]], Mapping[str, int]] = lambda number, cuts: cuts,
+) -> tuple[RunState, list[Any]]:
+    """All rounds; returns the last state and every event."""
+    events: list[Any] = []
+    state = train_rounds(
+        prepared.initial(),
+        prepared.server,
+        prepared.simulation(),
+        prepared.ranks,
+        prepared.config.training,
+        controller,
+        events.append,
+        lambda state: None,
+    )
+    return state, events
+
+
+def largest_relative_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """Over all tensors: the largest difference against the tensor's largest number."""
+    assert one.keys() == other.keys()
+    return max(float((one[k] - other[k]).abs().max() / other[k].abs().max()) for k in one)
