@@ -75,14 +75,15 @@ class LocalOptimizer:
     def _restore(self, moments: Moments) -> None:
         if self._optimizer is None:
             return
+        by_parameter: dict[str, Moments] = {}
         for name, value in moments.items():
-            head, _, field = name.rpartition(".")
-            block, _, rest = head.partition(".")
-            target, _, factor = rest.rpartition(".")
-            parameter = self._parameters.get((int(block), target, factor))
-            if parameter is None or (value.dim() and value.shape != parameter.shape):
-                continue  # a block that left this side, or a rank that changed: it starts afresh
-            self._optimizer.state[parameter][field] = value.detach().clone()
+            parameter_name, _, field = name.rpartition(".")
+            by_parameter.setdefault(parameter_name, {})[field] = value
+        for key, parameter in self._parameters.items():
+            state = by_parameter.get(".".join(map(str, key)), {})
+            # all of it or none: after a change of rank, a step count without its moments is no state
+            if state and all(value.dim() == 0 or value.shape == parameter.shape for value in state.values()):
+                self._optimizer.state[parameter] = {field: v.detach().clone() for field, v in state.items()}
 
 
 def moments_within(moments: Moments, blocks: Span | Iterable[int]) -> Moments:

@@ -100,7 +100,7 @@ class AdapterState(Mapping[Key, Factors]):
         for name, tensor in tensors.items():
             head, _, factor = name.rpartition(".")
             block, _, target = head.partition(".")
-            if factor not in ("A", "B") or not target or not block.isascii() or not block.isdigit():
+            if factor not in ("A", "B") or not target or not _is_block(block):
                 raise AdapterError(f"{name!r} is not the name of an adapter factor")
             halves.setdefault((int(block), target), {})[factor] = tensor
         for key, pair in halves.items():
@@ -111,6 +111,11 @@ class AdapterState(Mapping[Key, Factors]):
     def all_finite(self) -> bool:
         """Whether every number is finite."""
         return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors().values())
+
+
+def _is_block(text: str) -> bool:
+    """Whether a text is a block index in its one spelling: `7`, not `07`."""
+    return len(text) < 7 and text.isascii() and text.isdigit() and text == str(int(text))
 
 
 def fresh_rows(

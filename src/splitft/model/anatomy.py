@@ -3,7 +3,7 @@
     causal LM ─┬─ trunk ─┬─ embedding     (wte, embed_tokens, embed_in, word_embeddings)
                │         ├─ positions     (wpe, embed_positions: learned tables; rotary ones are not here)
                │         ├─ blocks 0..L-1 (h, layers)
-               │         └─ final norm    (ln_f, norm, final_layer_norm)
+               │         └─ final norm    (ln_f, norm, final_layer_norm, norm_f)
                └─ output matrix           (lm_head, embed_out; often tied to the embedding)
 
 The families differ in names only, so the parts are found by looking, never by a copied modelling file.
@@ -22,10 +22,10 @@ from splitft.errors import ModelError
 from splitft.geometry import ModelShape
 
 BLOCK_NAMES = ("layers", "h", "blocks")
-NORM_NAMES = ("norm", "ln_f", "final_layer_norm")
+NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f", "layer_norm")
 POSITION_NAMES = ("wpe", "embed_positions")
-INPUT_PROJECTION_NAMES = ("project_in",)
-OUTPUT_PROJECTION_NAMES = ("project_out",)
+BEFORE_NAMES = ("project_in", "word_embeddings_layernorm")
+AFTER_NAMES = ("project_out",)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Anatomy:
     positions: str | None
     """Attribute of a learned absolute position table, if there is one."""
     before: tuple[str, ...]
-    """Attributes that act between embedding and block 0 (OPT's `project_in`)."""
+    """Attributes that act between embedding and block 0 (OPT's `project_in`, BLOOM's norm)."""
     after: tuple[str, ...]
     """Attributes that act between the final norm and the output matrix (OPT's `project_out`)."""
     embedding: nn.Module
@@ -82,16 +82,21 @@ def locate(causal_lm: Any) -> Anatomy:
             f"cannot split a model of family {family!r}: looked in {type(trunk).__name__} for "
             f"{'; '.join(missing)}; it holds {held}"
         )
-    return Anatomy(
-        trunk=trunk,
-        blocks=blocks,
-        norm=norm,
-        positions=_first(trunk, POSITION_NAMES, nn.Module),
-        before=tuple(n for n in INPUT_PROJECTION_NAMES if getattr(trunk, n, None) is not None),
-        after=tuple(n for n in OUTPUT_PROJECTION_NAMES if getattr(trunk, n, None) is not None),
-        embedding=embedding,
-        head=head,
-    )
+    positions = _first(trunk, POSITION_NAMES, nn.Module)
+    before = tuple(name for name in BEFORE_NAMES if getattr(trunk, name, None) is not None)
+    after = tuple(name for name in AFTER_NAMES if getattr(trunk, name, None) is not None)
+    known = {blocks, norm, positions, *before, *after}
+    strange = [
+        name
+        for name, part in trunk.named_children()
+        if name not in known and part is not embedding and any(True for _ in part.parameters())
+    ]
+    if strange:
+        raise ModelError(
+            f"cannot split a model of family {family!r}: its trunk {type(trunk).__name__} also holds "
+            f"{', '.join(strange)}, and it is not known which side needs that"
+        )
+    return Anatomy(trunk, blocks, norm, positions, before, after, embedding, head)
 
 
 def shape_of(config: Any) -> ModelShape:

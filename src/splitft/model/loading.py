@@ -41,7 +41,12 @@ class Checkpoint:
     def __post_init__(self) -> None:
         index = self.fetch(INDEX)
         if index is not None:
-            self._file_of = dict(json.loads(index.read_text())["weight_map"])
+            try:
+                self._file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ModelError(
+                    f"{index} does not tell which shard holds which tensor: {error!r}"
+                ) from error
             return
         weights = self.fetch(WEIGHTS)
         if weights is None:
@@ -74,6 +79,9 @@ class Checkpoint:
             if path is None:
                 raise ModelError(f"{self.source}: shard {file} is named in the index but missing")
             with _opened(path) as shard:
+                absent = {key for _, key in wanted}.difference(shard.keys())
+                if absent:
+                    raise ModelError(f"{path} lacks {min(absent)!r}, which the index says is there")
                 tensors.update((name, shard.get_tensor(key)) for name, key in wanted)
         return tensors
 
@@ -96,13 +104,15 @@ def in_folder(folder: Path, prefixes: tuple[str, ...] = ()) -> Checkpoint:
 
 def on_hub(repo: str, prefixes: tuple[str, ...] = ()) -> Checkpoint:
     """A checkpoint on the Hugging Face hub; files come through its cache, each when first needed."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     def fetch(name: str) -> Path | None:
         try:
             return Path(hf_hub_download(repo, name))
         except LocalEntryNotFoundError as error:
+            if name == INDEX and isinstance(try_to_load_from_cache(repo, WEIGHTS), str):
+                return None  # offline, with a model in one file that was downloaded before
             raise ModelError(f"{repo}: {name} is neither in the hub cache nor reachable") from error
         except EntryNotFoundError:
             return None

@@ -18,6 +18,7 @@ Split learning: Vepakomma et al. 2018, https://arxiv.org/abs/1812.00564.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from splitft.model.anatomy import Anatomy, locate, shape_of
 from splitft.model.loading import Checkpoint
 
 Dtype = torch.dtype
+_Place = tuple[nn.Module, str]
+"""A module and the name of one of its tensors."""
 
 
 class _Nothing(nn.Module):
@@ -38,29 +41,45 @@ class _Nothing(nn.Module):
         return torch.zeros(())
 
 
+class _AddsOne(nn.Module):
+    """Stands where the final norm is, to see how often a trunk uses it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
 class _Frozen:
-    """One module's parameters on the meta device, with where to put what the checkpoint has for them."""
+    """One module's tensors on the meta device, with where to put what the checkpoint has for them."""
 
     def __init__(self, prefix: str, module: nn.Module) -> None:
         self.module = module
-        self.places = {
-            f"{prefix}.{name}": (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
-            for name, _ in module.named_parameters()
-        }
+        self.places, self.buffers = dict[str, _Place](), dict[str, _Place]()
+        for path, part in module.named_modules(prefix=prefix):
+            self.places.update((f"{path}.{name}", (part, name)) for name in _present(part._parameters))
+            kept = _present(part._buffers) - part._non_persistent_buffers_set
+            self.buffers.update((f"{path}.{name}", (part, name)) for name in kept)
 
     def fill(self, checkpoint: Checkpoint, dtype: Dtype, owner: Any) -> int:
-        """Read the tensors, compute the buffers; returns the bytes of the parameters."""
+        """Read the tensors, compute the buffers that are not among them; returns the bytes of parameters."""
         for part in self.module.modules():
             _fill_buffers(part, owner)
-        tensors = checkpoint.read(self.places)
-        for name, (part, attribute) in self.places.items():
-            expected = part._parameters[attribute]
-            if expected is None or tensors[name].shape != expected.shape:
-                wanted = None if expected is None else tuple(expected.shape)
-                found = tuple(tensors[name].shape)
+        saved = {name: place for name, place in self.buffers.items() if name in checkpoint}
+        tensors = checkpoint.read([*self.places, *saved])
+        for name, (part, attribute) in {**self.places, **saved}.items():
+            expected: torch.Tensor = getattr(part, attribute)
+            if tensors[name].shape != expected.shape:
+                wanted, found = tuple(expected.shape), tuple(tensors[name].shape)
                 raise ModelError(f"{name} has shape {found} in the checkpoint, the model wants {wanted}")
-            part._parameters[attribute] = nn.Parameter(tensors[name].to(dtype), requires_grad=False)
+            if name in saved:
+                part._buffers[attribute] = tensors[name].to(expected.dtype)
+            else:
+                part._parameters[attribute] = nn.Parameter(tensors[name].to(dtype), requires_grad=False)
         return sum(tensors[name].numel() for name in self.places) * dtype.itemsize
+
+    def held(self) -> dict[int, int]:
+        """Sizes of the parameters that are in memory, by identity."""
+        parameters = (part._parameters[attribute] for part, attribute in self.places.values())
+        return {id(p): p.numel() for p in parameters if p is not None and not p.is_meta}
 
     def empty(self) -> None:
         """Give the memory back."""
@@ -103,6 +122,7 @@ class Segment:
         self.holds_embedding, self.holds_head = embedding, head
         self.span = Span(0, 0)
         self._fill_shared_parts(names)
+        self._check_that_only_blocks_act()
         self.resize(span)
 
     def resize(self, span: Span) -> int:
@@ -123,7 +143,7 @@ class Segment:
         Token ids enter at block 0 only; hidden states enter anywhere, also at block 0 as embeddings with
         positions already added. Raises GeometryError for blocks that are not held.
         """
-        through = through or self.span
+        through = self.span if through is None else through  # an empty span is asked for on purpose
         tokens = not x.is_floating_point()
         if len(through) and through.minus(self.span):
             raise GeometryError(f"blocks {through} asked of a segment that holds {self.span}")
@@ -148,10 +168,33 @@ class Segment:
 
     def parameter_count(self) -> int:
         """Frozen parameters that are really held, each counted once."""
-        held = {id(p): p.numel() for p in self._lm.parameters() if p.device.type != "meta"}
-        for block in self.span:
-            held.update((id(p), p.numel()) for p in self.blocks[block].parameters() if not p.requires_grad)
+        held: dict[int, int] = {}
+        for frozen in (*self._shared, *self._frozen):
+            held.update(frozen.held())
         return sum(held.values())
+
+    def _check_that_only_blocks_act(self) -> None:
+        """Refuse a trunk whose forward does more to hidden states than its parts do.
+
+        Some families scale what enters (granite's multiplier) or use their norm there too (nanochat); split,
+        that would happen twice, or never. Without blocks, and with a norm that adds one, one must be added.
+        """
+        family, trunk, norm = self.shape.family, self._anatomy.trunk, self._anatomy.norm
+        x = torch.linspace(-2, 2, 2 * self.shape.width, dtype=self.dtype).view(1, 2, -1)
+        try:
+            self._mount(Span(0, 0), enters=False, leaves=False)
+            if norm:
+                setattr(trunk, norm, _AddsOne())
+            with torch.no_grad():
+                out = trunk(inputs_embeds=x, use_cache=False)[0]
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(f"family {family!r} cannot run in parts: {error}") from error
+        self._mounted = None
+        if not torch.equal(out, x + 1 if norm else x):
+            raise ModelError(
+                f"family {family!r} cannot be split: {type(trunk).__name__} changes hidden states outside "
+                "its blocks"
+            )
 
     def _swappable(self) -> list[str]:
         anatomy = self._anatomy
@@ -167,8 +210,9 @@ class Segment:
             held.update((n, self._parts[n]) for n in (anatomy.norm, *anatomy.after) if n)
             # a tied head is filled as the embedding: the checkpoint has the matrix under that name only
             held["head"] = anatomy.embedding if self.shape.tied else anatomy.head
-        for module in dict.fromkeys(held.values()):
-            _Frozen(names[module], module).fill(self._checkpoint, self.dtype, self._lm)
+        self._shared = [_Frozen(names[module], module) for module in dict.fromkeys(held.values())]
+        for frozen in self._shared:
+            frozen.fill(self._checkpoint, self.dtype, self._lm)
         if self.holds_head and self.shape.tied:
             anatomy.head._parameters["weight"] = anatomy.embedding._parameters["weight"]
         block_parts = {id(part) for block in self.blocks for part in block.modules()}
@@ -190,10 +234,14 @@ class Segment:
         if anatomy.positions:
             setattr(trunk, anatomy.positions, self._parts[anatomy.positions] if enters else _Nothing())
         for name in anatomy.before:
-            setattr(trunk, name, self._parts[name] if enters else None)
+            setattr(trunk, name, self._parts[name] if enters else nn.Identity())
         for name in anatomy.after:
-            setattr(trunk, name, self._parts[name] if leaves else None)
+            setattr(trunk, name, self._parts[name] if leaves else nn.Identity())
         self._mounted = (through, enters, leaves)
+
+
+def _present(tensors: Mapping[str, torch.Tensor | None]) -> set[str]:
+    return {name for name, tensor in tensors.items() if tensor is not None}
 
 
 def _fill_buffers(part: nn.Module, owner: Any) -> None:

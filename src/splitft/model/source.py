@@ -79,6 +79,8 @@ def open_model(spec: ModelSpec) -> Model:
     """
     path = str(embedded_model(spec.name)) if spec.name in EMBEDDED else spec.name
     config = _configuration(path)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{path} holds quantised weights; give the model that it was made from")
     skeleton = _on_meta(config, DTYPES[spec.dtype], spec.attention)
     locate(skeleton)
     prefixes = (f"{skeleton.base_model_prefix}.",)
