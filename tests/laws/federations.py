@@ -13,7 +13,7 @@ from splitft.assemble import Prepared, prepare
 from splitft.config import from_mapping
 from splitft.runtime import RunState, train_rounds
 
-WORDS = "ward dose fever scan blood pulse nurse chart sleep pain heart lung acute mild daily twice".split()
+WORDS = ("ward", "dose", "fever", "scan", "blood", "pulse", "nurse", "chart", "sleep", "acute", "daily")
 
 
 def write_text(path: Path, examples: int = 40, seed: int = 0) -> Path:

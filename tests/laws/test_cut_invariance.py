@@ -1,4 +1,4 @@
-"""Where a block runs is a question of placement, never of mathematics: the law that makes unequal cuts sound."""
+"""Where a block runs is a question of placement, never of mathematics: so unequal cuts are sound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Client and server together compute what the unsplit model computes: loss and gradients, every family and cut."""
+"""Client and server together compute the unsplit model's loss and gradients, for every family and cut."""
 
 from __future__ import annotations
 
