@@ -63,7 +63,7 @@ def test_the_configuration_shown_is_one_that_loads(tmp_path):
 
 
 def test_every_file_and_folder_that_the_readme_links_to_is_there():
-    linked = [path for path in re.findall(r"\]\(([^)#:]+)\)", README)]
+    linked = list(re.findall(r"\]\(([^)#:]+)\)", README))
     assert linked
     assert [path for path in linked if not (ROOT / path).exists()] == []
 

@@ -261,6 +261,7 @@ def _client(
         train_examples=len(to_train),
         train_tokens=sum(map(len, to_train)),
         eval_examples=sum(len(batch.lengths) for batch in batches),
+        truncated=sum(example.truncated for example in own),
     )
     return client, facts
 

@@ -56,6 +56,8 @@ class Example:
     """tokens[labelled_from:] carry loss; at least 1, because nothing predicts the first token."""
     label: str | None = None
     """Value of the column that shares may be divided by, such as a topic or a site."""
+    truncated: bool = False
+    """Whether its text went on beyond max_tokens."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.labelled_from < len(self.tokens):

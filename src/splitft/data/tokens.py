@@ -27,10 +27,13 @@ class Tokenised:
 
     examples: tuple[Example, ...]
     """In the order of the records."""
-    truncated: int
-    """Examples that were cut off at max_tokens."""
     dropped: int
     """Records without an example: blank, under two tokens, or a prompt that fills max_tokens alone."""
+
+    @property
+    def truncated(self) -> int:
+        """Examples that were cut off at max_tokens."""
+        return sum(example.truncated for example in self.examples)
 
     @property
     def tokens(self) -> int:
@@ -62,22 +65,21 @@ def tokenise(
     """
     if max_tokens < 2:
         raise DataError(f"max_tokens is {max_tokens}: a token and the next one to predict make at least 2")
-    examples, truncated, dropped = [], 0, 0
+    examples, dropped = [], 0
     for record, prompt, text in _token_ids(records, tokenizer, separator):
         tokens = tuple(prompt + text)
         labelled_from = max(1, len(prompt))
         if not record.text.strip() or min(len(tokens), max_tokens) <= labelled_from:
             dropped += 1
             continue
-        truncated += len(tokens) > max_tokens
-        examples.append(Example(tokens[:max_tokens], labelled_from, record.label))
+        examples.append(Example(tokens[:max_tokens], labelled_from, record.label, len(tokens) > max_tokens))
     if not examples:
         raise DataError(
             f"none of {len(records)} records gives an example: each is blank, under two tokens, or has a "
             f"prompt that leaves its completion no room in max_tokens {max_tokens}; raise max_tokens or "
             f"check the columns"
         )
-    return Tokenised(tuple(examples), truncated, dropped)
+    return Tokenised(tuple(examples), dropped)
 
 
 def _token_ids(

@@ -78,8 +78,9 @@ class Client:
         self.segment = model.segment(self.plan.client, embedding=True, head=labels == "client")
         self._bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype)
         dtype = torch.promote_types(model.dtype, torch.float32)
-        start = initial_state(self._bank.sizes, ranks.initial(), ranks.seed, dtype)
-        self._known = start.within(self.plan.client)  # the global factors of the blocks held here
+        sizes = {key: size for key, size in self._bank.sizes.items() if key[0] in self.plan.client}
+        # the global factors of the blocks held here
+        self._known = initial_state(sizes, ranks.initial(), ranks.seed, dtype)
         self._bank.put(SLOT, self._known)
         self._moments: Moments = {}
         self._optimizer: LocalOptimizer | None = None
