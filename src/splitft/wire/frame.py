@@ -51,7 +51,7 @@ class Frame:
         header = json.dumps({"kind": self.kind, "fields": dict(self.fields)}, separators=(",", ":")).encode()
         if len(header) > MAX_HEADER_BYTES:
             raise WireError(f"a {self.kind} header of {len(header)} bytes is over {MAX_HEADER_BYTES}")
-        body = safetensors.save({name: tensor.contiguous() for name, tensor in self.tensors.items()})
+        body = safetensors.save(_apart(self.tensors))
         prefix: bytes = _PREFIX.pack(MAGIC, VERSION, 0, len(header), len(body))
         return b"".join((prefix, header, body))
 
@@ -70,6 +70,18 @@ class Frame:
         except (SafetensorError, ValueError, KeyError) as error:
             raise WireError(f"{kind}: the body is not safetensors: {error}") from error
         return cls(kind, fields, tensors)
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors, views of one another copied: safetensors refuses what shares memory."""
+    apart: dict[str, torch.Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.contiguous()
+        place = own.untyped_storage().data_ptr()
+        apart[name] = own.clone() if place in taken else own
+        taken.add(place)
+    return apart
 
 
 def _lengths(data: bytes) -> tuple[int, int]:
