@@ -78,7 +78,7 @@ def _family_options(family: str, blocks: int) -> dict[str, Any]:
             "bias": True,
         },
     }
-    return table[family]
+    return table.get(family, {})
 
 
 FAMILIES = (

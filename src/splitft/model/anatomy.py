@@ -100,7 +100,13 @@ def locate(causal_lm: Any) -> Anatomy:
 
 
 def shape_of(config: Any) -> ModelShape:
-    """Sizes of a model from its Hugging Face configuration."""
+    """Sizes of a model from its Hugging Face configuration. Raises ModelError if it does not tell them."""
+    sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    absent = [name for name in sizes if getattr(config, name, None) is None]
+    if absent:
+        raise ModelError(
+            f"family {config.model_type!r} cannot be split: its configuration lacks {', '.join(absent)}"
+        )
     width = int(config.hidden_size)
     heads = int(config.num_attention_heads)
     inner = _number(config, ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"), 4 * width)
