@@ -23,6 +23,7 @@ knows what both sides agreed on, and turns messages into frames and back.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -36,6 +37,9 @@ from splitft.errors import AdapterError, ProtocolError, WireError
 from splitft.specs import WireSpec
 from splitft.tracking.events import Role
 from splitft.wire import CODECS, MAX_FRAME_BYTES, Cast, Frame
+
+_MOMENT = re.compile(r"(0|[1-9]\d{0,5})\.[\w.]+\.[AB]\.\w+", re.ASCII)
+"""`7.self_attn.q_proj.A.exp_avg`"""
 
 Count = Annotated[int, Field(ge=0)]
 Length = Annotated[int, Field(ge=1)]
@@ -301,13 +305,23 @@ class Terms:
 
     def _members(self, kind: str, field: str, members: Mapping[str, torch.Tensor]) -> AdapterState | Moments:
         if field == "moments":
-            return dict(members)
+            return self._moments(kind, members)
         codec = CODECS[self.wire.adapter]
         for name, tensor in members.items():
             if tensor.dtype != codec.dtype:
                 raise ProtocolError(f"{kind}: {name} comes as {tensor.dtype}; agreed was {codec.dtype}")
         decoded = {name: codec.decode(tensor, self.adapter_dtype) for name, tensor in members.items()}
         return AdapterState.from_tensors(decoded)
+
+    def _moments(self, kind: str, members: Mapping[str, torch.Tensor]) -> Moments:
+        """Moments by the names that `LocalOptimizer` gives them, in the type of the factors."""
+        for name, tensor in members.items():
+            if not _MOMENT.fullmatch(name):
+                raise ProtocolError(f"{kind}: {name!r} is not the name of an optimizer's moment")
+            due = (self.adapter_dtype,) if tensor.dim() else (torch.float32, self.adapter_dtype)
+            if tensor.dtype not in due:
+                raise ProtocolError(f"{kind}: {name} comes as {tensor.dtype}; agreed was {due[0]}")
+        return dict(members)
 
 
 def expect(message: Message, *kinds: type[Message], **fields: object) -> None:

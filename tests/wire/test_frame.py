@@ -183,12 +183,11 @@ def test_a_tensor_table_that_lies_gives_a_wire_error_and_no_allocation(entry):
     frame = _with_body({"x": entry}, b"\0" * (end if end < 100 else 8))
     try:
         tensor = Frame.from_bytes(frame).tensors["x"]
-    except WireError as error:
-        assert str(error).startswith("K: the body is not safetensors")
-    else:
-        assert tensor.numel() * tensor.dtype.itemsize <= 24  # a type that we do not send, but no lie
+    except WireError:
+        return
+    assert tensor.numel() * tensor.dtype.itemsize <= 24  # a type that we do not send, but no lie
 
 
 def test_a_header_too_long_to_be_read_is_not_sent():
-    with pytest.raises(WireError, match="header of .* is over"):
+    with pytest.raises(WireError, match="is over 1048576"):
         Frame("K", {"x": "y" * MAX_HEADER_BYTES}, {}).to_bytes()
