@@ -1,0 +1,139 @@
+"""What the benchmarks share: interleaved timing, paired ratios, and lines that say where numbers came from.
+
+    round 1: A B C    round 2: A B C    ...    ratio of B to A = median over rounds of B / A in that round
+
+Variants take turns, so that a machine that grows slower for a while does so for all of them, and a ratio is
+formed within a round before the median over rounds is taken. Spread is the range of the middle half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A sample in three numbers."""
+
+    low: float
+    """First quartile."""
+    median: float
+    high: float
+    """Third quartile."""
+
+    @classmethod
+    def of(cls, sample: Sequence[float]) -> Spread:
+        """Summarise at least one number."""
+        if len(sample) == 1:
+            return cls(sample[0], sample[0], sample[0])
+        low, median, high = statistics.quantiles(sample, n=4, method="inclusive")
+        return cls(low, median, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each of `rounds` rounds; the `warmup` rounds before are not kept."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(-warmup, rounds):
+        for name, run in variants.items():
+            began = time.perf_counter()
+            run()
+            spent = time.perf_counter() - began
+            if number >= 0:
+                seconds[name].append(spent)
+    return seconds
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
+    """Ratios formed round by round."""
+    return Spread.of([a / b for a, b in zip(above, below, strict=True)])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def section(title: str, command: str, facts: Mapping[str, object], *parts: str) -> str:
+    """A markdown section: what was asked, how to ask it again, where, and the answers."""
+    lines = [
+        f"## {title}",
+        "",
+        f"- command: `{command}`",
+        *(f"- {name}: {fact}" for name, fact in facts.items()),
+        *(f"- {name}: {fact}" for name, fact in environment().items()),
+    ]
+    return "\n".join(lines) + "\n\n" + "\n\n".join(parts) + "\n"
+
+
+def environment() -> dict[str, str]:
+    """Machine, versions, commit and date."""
+    import peft
+    import torch
+    import transformers
+
+    load = os.getloadavg()[0]  # other programs' and our own
+    return {
+        "machine": f"{os.cpu_count()} cores {platform.machine()}, no GPU ({_cpu()}); "
+        f"load {load:.1f} at the end",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, peft {peft.__version__}",
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def options(question: str) -> argparse.ArgumentParser:
+    """The command line that every benchmark has."""
+    parser = argparse.ArgumentParser(description=question)
+    parser.add_argument("--quick", action="store_true", help="a few rounds, to see that it runs")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def quiet() -> None:
+    """Keep progress bars and advice of the libraries out of the output, and the hub out of the run."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore", FutureWarning)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    facts = dict(map(str.strip, line.partition(":")[::2]) for line in lines if ":" in line)
+    wide = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
+    family = f"family {facts.get('cpu family', '?')} model {facts.get('model', '?')}"
+    return f"{facts.get('model name', 'unknown')}, {family}{''.join(f', {flag}' for flag in wide)}"
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "src", "benchmarks/*.py")
+    return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")

@@ -1,0 +1,226 @@
+"""Does a split step cost more than an ordinary one?
+
+    plain   transformers + peft: one model, padded batch with attention mask, labels -100 where none are
+    split   client -> bytes -> server -> bytes -> client's head -> bytes -> server -> bytes -> client
+
+Both train the same LoRA (attention q, k, v, o; one rank everywhere) on the same batches with the same AdamW
+and type. The split step also leaves out work that an ordinary step does in vain: logits of positions without
+a label, a mask that right-padded causal attention does not need, float32 products of low rank. So the plain
+step is measured with these savings too, added one by one; what splitting itself costs is the ratio to the
+plain step with all of them. Goal: at most 1.0 times the plain step, at a shallow and at a deep cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from measuring import REPOSITORY, Spread, interleaved, options, quiet, ratio, section, table
+from splitft.data.corpora import read_records
+from splitft.data.text import Batch, BatchStream
+from splitft.data.tokens import tokenise
+from splitft.geometry import Span
+from splitft.model import Model, open_model
+from splitft.protocol import RoundStart, Terms
+from splitft.runtime import Client, Server
+from splitft.runtime.line import Line
+from splitft.runtime.ranks import Ranks
+from splitft.specs import DataSpec, LoraSpec, ModelSpec, SplitSpec, TrainingSpec, WireSpec
+
+CUTS = (2, 15)
+LORA = LoraSpec(rank=16, rank_at_cut=None, alpha=32)
+TRAINING = TrainingSpec(batch_size=8, lr=5e-4)
+GOAL = 1.0
+"""Seconds of a split step over seconds of a plain step."""
+
+Step = Callable[[], float]
+"""Trains on the next batch; returns its loss."""
+
+
+def split_steps(model: Model, stream: BatchStream, seed: int) -> dict[str, Step]:
+    """A step for each cut, through bytes, with the labels on the client."""
+    blocks, names = model.shape.blocks, {f"cut {cut}": cut for cut in CUTS}
+    ranks = Ranks(LORA, blocks, "svd", seed)
+    terms = Terms(model.shape.width, model.dtype, torch.float32, WireSpec())
+    server = Server(model, Span(min(CUTS), blocks), ranks, SplitSpec(), TRAINING)
+    server.place(names)
+    server.start(1, list(names), server.initial())
+    return {
+        f"split, {name}": _split_step(name, cut, model, stream, ranks, terms, server)
+        for name, cut in names.items()
+    }
+
+
+def _split_step(
+    name: str, cut: int, model: Model, stream: BatchStream, ranks: Ranks, terms: Terms, server: Server
+) -> Step:
+    client = Client(name, model, cut, "client", ranks, TRAINING, stream, ())
+    client.start(RoundStart(round=1, cut=cut))
+    line = Line(name, terms)
+
+    def step() -> float:
+        last = server.forward([line.up(client.forward())])[name]
+        graded = client.head(line.down(last))
+        at_cut = server.backward([line.up(graded)])[name]
+        client.backward(line.down(at_cut))
+        return graded.loss
+
+    return step
+
+
+def plain_step(model: Model, stream: BatchStream, loss_of: Callable[[Any, Batch], torch.Tensor]) -> Step:
+    """A step of transformers + peft on the whole model."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(model.path, dtype=model.dtype)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    whole = get_peft_model(whole, LoraConfig(r=LORA.rank, lora_alpha=int(LORA.alpha), target_modules=targets))
+    optimizer = torch.optim.AdamW(
+        [p for p in whole.parameters() if p.requires_grad], lr=TRAINING.lr, weight_decay=0.0, fused=True
+    )
+    done = 0
+
+    def step() -> float:
+        nonlocal done
+        loss = loss_of(whole, stream.batch(done))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        done += 1
+        return float(loss.detach())
+
+    return step
+
+
+def ordinary(whole: Any, batch: Batch) -> torch.Tensor:
+    """The padded batch with its mask; transformers makes the logits of all positions and the loss."""
+    labels = torch.full_like(batch.tokens, -100)
+    rows, columns = batch.positions()
+    labels[rows, columns + 1] = batch.tokens[rows, columns + 1]  # transformers shifts them itself
+    return whole(input_ids=batch.tokens, attention_mask=_mask(batch), labels=labels, use_cache=False).loss
+
+
+def labelled_logits(whole: Any, batch: Batch) -> torch.Tensor:
+    """With logits of labelled positions only."""
+    return _loss(whole, _hidden(whole, input_ids=batch.tokens, attention_mask=_mask(batch)), batch)
+
+
+def no_mask(whole: Any, batch: Batch) -> torch.Tensor:
+    """And without the mask: causal attention never looks right, where the padding is."""
+    return _loss(whole, _hidden(whole, input_ids=batch.tokens), batch)
+
+
+def low_rank_in_bfloat16(whole: Any, batch: Batch) -> torch.Tensor:
+    """And with the products of low rank in bfloat16: peft makes them in float32 unless autocast is on."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return no_mask(whole, batch)
+
+
+def padding_free(whole: Any, batch: Batch) -> torch.Tensor:
+    """Instead of padding, the sequences end to end in one row, told apart by their positions."""
+    real = _mask(batch).bool()
+    positions = torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
+    flat = _hidden(whole, input_ids=batch.tokens[real][None], position_ids=positions[real][None])
+    hidden = flat.new_zeros(*real.shape, flat.shape[-1])
+    hidden[real] = flat[0]
+    return _loss(whole, hidden, batch)
+
+
+PLAIN = {
+    "plain": ordinary,
+    "+ logits of labelled positions only": labelled_logits,
+    "+ no mask": no_mask,
+    "+ low rank in bfloat16": low_rank_in_bfloat16,
+    "plain, labelled logits, padding-free": padding_free,
+}
+BEST = "+ low rank in bfloat16"
+
+
+def _hidden(whole: Any, **inputs: torch.Tensor) -> torch.Tensor:
+    """(B, T, D) after the final norm."""
+    hidden: torch.Tensor = whole.get_base_model().model(**inputs, use_cache=False)[0]
+    return hidden
+
+
+def _loss(whole: Any, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    logits = whole.get_base_model().lm_head(hidden[batch.positions()])
+    return functional.cross_entropy(logits.float(), batch.targets())
+
+
+def _mask(batch: Batch) -> torch.Tensor:
+    return (torch.arange(batch.tokens.shape[1]) < torch.tensor(batch.lengths)[:, None]).long()
+
+
+def read_text(model: Model, path: Path, seed: int) -> tuple[BatchStream, str]:
+    """Batches of the E2E challenge's texts, or of the embedded text where they are not at hand."""
+    if path.is_file():
+        spec, what = DataSpec(source=str(path), prompt="mr", completion="ref"), f"E2E ({path.name})"
+    else:
+        spec, what = DataSpec(max_tokens=96), "python-docs (embedded)"
+    text = tokenise(read_records(spec, None, seed), model.tokenizer(), spec.max_tokens, spec.separator)
+    return BatchStream(text.examples, TRAINING.batch_size, None, seed, 0), what
+
+
+def main() -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared/data/e2e/devset.csv")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of each variant")
+    chosen = parser.parse_args()
+    steps = 3 if chosen.quick else chosen.steps
+    quiet()
+    torch.manual_seed(chosen.seed)
+    model = open_model(ModelSpec())
+    stream, what = read_text(model, chosen.data, chosen.seed)
+    trains = {name: plain_step(model, stream, loss_of) for name, loss_of in PLAIN.items()}
+    trains |= split_steps(model, stream, chosen.seed)
+    losses: dict[str, list[float]] = {name: [] for name in trains}
+
+    def recording(name: str) -> Callable[[], None]:
+        return lambda: losses[name].append(trains[name]())
+
+    seconds = interleaved({name: recording(name) for name in trains}, steps, warmup=2)
+    batches = [stream.batch(step) for step in range(2, steps + 2)]
+    tokens, padded, labelled = (
+        sum(count(batch) for batch in batches)
+        for count in (lambda b: b.real_tokens, lambda b: b.tokens.numel(), lambda b: b.labelled_tokens)
+    )
+    rows = [
+        (
+            name,
+            f"{Spread.of(spent).median:.3f}",
+            ratio(spent, seconds["plain"]),
+            ratio(spent, seconds[BEST]),
+            f"{math.fsum(losses[name][-5:]) / len(losses[name][-5:]):.3f}",
+        )
+        for name, spent in seconds.items()
+    ]
+    met = {name: ratio(seconds[name], seconds["plain"]).median for name in trains if name.startswith("split")}
+    verdict = "; ".join(
+        f"{name}: {found:.3f}, {'met' if found <= GOAL else 'missed'}" for name, found in met.items()
+    )
+    print(
+        section(
+            "Step overhead",
+            "python benchmarks/step_overhead.py" + (" --quick" if chosen.quick else ""),
+            {
+                "config": f"{model.spec.name}, {model.spec.dtype}, LoRA rank {LORA.rank} on attention, batch "
+                f"{TRAINING.batch_size}, fused AdamW in all; {steps} interleaved steps each, 2 before to warm up",
+                "text": f"{what}: {tokens / steps:.0f} tokens a step ({padded / steps:.0f} padded), "
+                f"{labelled / steps:.0f} with a label",
+                "seed": chosen.seed,
+                "spread": "median of the ratios of single steps on the same batch (middle half)",
+                f"goal, at most {GOAL} times the plain step": verdict,
+            },
+            table(("step", "seconds", "to plain", "to plain with all savings", "loss, last 5 steps"), rows),
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
