@@ -92,4 +92,5 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_finished(folder: Path) -> bool:
+    """Whether the run in this folder has trained all its rounds."""
     return any(isinstance(event, RunDone) for event in settled(read_events(folder / "events.jsonl")))

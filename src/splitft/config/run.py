@@ -85,6 +85,18 @@ def conflicts(config: RunConfig) -> list[Conflict]:
     if config.clients.cuts == "auto" and config.schedule.controller == "fixed":
         message = "found auto, but the fixed controller does not choose cuts; give numbers"
         found.append((("clients.cuts", "schedule.controller"), message))
+    schedule = config.schedule
+    for key, value in (("devices", schedule.devices), ("links", schedule.links)):
+        if isinstance(value, tuple) and len(value) != count:
+            message = f"found {len(value)} for {count} clients; give one for all, or one a client"
+            found.append(((f"schedule.{key}", "clients.count"), message))
+    if schedule.max_cut is not None and schedule.max_cut < schedule.min_cut:
+        message = f"found {schedule.max_cut}, below min_cut {schedule.min_cut}; give at least {schedule.min_cut}"
+        found.append((("schedule.max_cut", "schedule.min_cut"), message))
+    for index, change in enumerate(schedule.changes):
+        if change.client > count:
+            message = f"found client {change.client}, but there are {count} clients"
+            found.append(((f"schedule.changes[{index}].client", "clients.count"), message))
     if config.training.optimizer_state == "keep" and config.aggregate.rule == "svd":
         message = (
             "found keep, which does not fit aggregate.rule svd: it factors the mean update anew, so old "
