@@ -182,6 +182,10 @@ class LinkSpec(Spec):
     """One-way delay, in milliseconds."""
 
 
+DeviceName = Literal["phone", "laptop", "workstation", "edge-gpu", "server-gpu", "measured"]
+LinkName = Literal["lte", "dsl", "fibre", "lan"]
+
+
 class ChangeSpec(Spec):
     """A change of conditions, for scripted scenarios: from this round on, one client is faster or slower."""
 
@@ -201,12 +205,11 @@ class ScheduleSpec(Spec):
     controller: Literal["fixed", "resources", "paper", "makespan"] = "fixed"
     """`fixed`: as given in clients.cuts; `resources`: what fits memory and equalises compute time; `paper`:
     SplitFT's rule, by resources and held-out loss; `makespan`: the least predicted round time."""
-    devices: str | DeviceSpec | tuple[str | DeviceSpec, ...] = "laptop"
-    """Machines, one for all clients or one a client: a preset (phone, laptop, workstation, edge-gpu,
-    server-gpu), `measured` (this machine), or numbers."""
-    links: str | LinkSpec | tuple[str | LinkSpec, ...] = "fibre"
-    """Connections likewise: a preset (lte, dsl, fibre, lan) or numbers."""
-    server: str | DeviceSpec = "server-gpu"
+    devices: DeviceName | DeviceSpec | tuple[DeviceName | DeviceSpec, ...] = "laptop"
+    """Machines, one for all clients or one a client: a preset, `measured` (this machine), or numbers."""
+    links: LinkName | LinkSpec | tuple[LinkName | LinkSpec, ...] = "fibre"
+    """Connections likewise: a preset, or numbers."""
+    server: DeviceName | DeviceSpec = "server-gpu"
     """The server's machine."""
     min_cut: int = Field(1, ge=1)
     """Shallowest cut that a controller may choose, for privacy."""

@@ -37,6 +37,8 @@ def explain(
         if detail["type"] != "conflict":
             place = _place(detail["loc"], data)
             messages.setdefault(place, _message(place, detail, data))  # a union has one error a member
+    deepest = {place for place in messages if not any(_is_within(other, place) for other in messages)}
+    messages = {place: message for place, message in messages.items() if place in deepest}
     faulty = list(messages)
     for place, message in _second_look(data, faulty):
         messages.setdefault(place, message)
@@ -74,7 +76,7 @@ def _place(loc: Place, data: Any) -> Place:
     place: list[str | int] = []
     for position, part in enumerate(loc):
         if isinstance(data, Mapping):
-            if part not in data and position < len(loc) - 1:
+            if part not in data and (position < len(loc) - 1 or _is_member(part)):
                 continue
             place.append(part)
             data = data.get(part)
@@ -82,6 +84,13 @@ def _place(loc: Place, data: Any) -> Place:
             place.append(part)
             data = data[part] if part < len(data) else None
     return tuple(place)
+
+
+def _is_member(part: str | int) -> bool:
+    """Whether pydantic names a member of a union here, such as `DeviceSpec` or `literal['a']`, not a key."""
+    return isinstance(part, str) and (
+        part in ("str", "int", "float", "bool") or part != part.lower() or "[" in part
+    )
 
 
 def _message(place: Place, detail: ErrorDetails, data: Any) -> str:
@@ -146,6 +155,11 @@ def _second_look(data: Mapping[str, Any], faulty: Sequence[Place]) -> list[tuple
     if sections:
         found += _second_look(rest, [*faulty, *(section for section, _ in sections)])
     return found
+
+
+def _is_within(inner: Place, outer: Place) -> bool:
+    """Whether a place lies in another one: a list that fits no member of a union has a fault inside."""
+    return len(inner) > len(outer) and inner[: len(outer)] == outer
 
 
 def _overlap(one: Place, other: Place) -> bool:

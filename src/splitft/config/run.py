@@ -91,7 +91,8 @@ def conflicts(config: RunConfig) -> list[Conflict]:
             message = f"found {len(value)} for {count} clients; give one for all, or one a client"
             found.append(((f"schedule.{key}", "clients.count"), message))
     if schedule.max_cut is not None and schedule.max_cut < schedule.min_cut:
-        message = f"found {schedule.max_cut}, below min_cut {schedule.min_cut}; give at least {schedule.min_cut}"
+        least = schedule.min_cut
+        message = f"found {schedule.max_cut}, below min_cut {least}; give at least {least}"
         found.append((("schedule.max_cut", "schedule.min_cut"), message))
     for index, change in enumerate(schedule.changes):
         if change.client > count:
