@@ -101,11 +101,11 @@ def check_cut(cut: int, blocks: int, whole_allowed: bool = True) -> int:
     server-side part needs; pass `whole_allowed=False` where a real split is required.
     """
     deepest = blocks if whole_allowed else blocks - 1
+    if deepest < 1:
+        raise GeometryError(f"cut {cut}: a model of {blocks} block cannot be split")
     if not 1 <= cut <= deepest:
         lacks = "the client no blocks" if cut < 1 else "the server no blocks"
-        raise GeometryError(
-            f"cut {cut} leaves {lacks}: the model has {blocks} blocks; choose 1 to {deepest}"
-        )
+        raise GeometryError(f"cut {cut} leaves {lacks}: the model has {blocks} blocks; choose 1 to {deepest}")
     return cut
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -140,14 +143,14 @@ def test_what_stands_in_the_padding_never_matters(tiny_folders, family, cut, tai
     tokens = torch.randint(1, VOCAB, (2, 8), generator=torch.manual_seed(seed))
     padded = torch.nn.functional.pad(tokens, (0, tail), value=seed)
     with torch.no_grad():
-        segment = _SEGMENTS.get(family) or _SEGMENTS.setdefault(
-            family, _model(tiny_folders[family]).segment(Span(0, BLOCKS), embedding=True)
-        )
+        segment = _client(tiny_folders[family])
         plain = segment.run(tokens, Span(0, cut))
         torch.testing.assert_close(segment.run(padded, Span(0, cut))[:, :8], plain, rtol=0, atol=1e-5)
 
 
-_SEGMENTS: dict[str, Segment] = {}
+@cache
+def _client(folder: Path) -> Segment:
+    return _model(folder).segment(Span(0, BLOCKS), embedding=True)
 
 
 def _with_lora(segment: Segment) -> AdapterBank:

@@ -1,0 +1,77 @@
+"""What a client with 2 of 30 blocks of a real model must hold, in parameters and in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from splitft.geometry import Span
+from splitft.model import open_model
+from splitft.specs import ModelSpec
+
+pytestmark = pytest.mark.real
+
+MEASURE = """
+import json, re, sys
+import torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from splitft.geometry import Span
+from splitft.model import loss_and_gradient, open_model
+from splitft.specs import ModelSpec
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+torch.set_num_threads(1)
+what, folder = sys.argv[1:]
+tokens = torch.arange(100, 132).view(1, 32)
+model = open_model(ModelSpec(name=folder))
+model.segment(Span(0, 0))  # modelling code is imported
+before = peak()
+if what == "whole":
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    parameters = sum(p.numel() for p in whole.parameters())
+    with torch.no_grad():
+        whole(tokens)
+else:
+    segment = model.segment(Span(0, 2), embedding=True, head=True)
+    parameters = segment.parameter_count()
+    with torch.no_grad():
+        hidden = segment.run(tokens)
+    loss_and_gradient(segment, hidden[0, :-1], tokens[0, 1:])
+print(json.dumps({"parameters": parameters, "peak_mib": peak(), "weights_mib": peak() - before}))
+"""
+
+
+def _measured(what: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, "-c", MEASURE, what, str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
+def test_a_client_with_two_blocks_needs_a_fraction_of_the_models_memory(real_model):
+    client, whole = _measured("client", real_model), _measured("whole", real_model)
+    for what, measured in (("client", client), ("whole", whole)):
+        print(what, measured)
+    assert client["parameters"] < 0.45 * whole["parameters"]
+    assert client["weights_mib"] < 0.6 * whole["weights_mib"]
+    assert client["peak_mib"] < whole["peak_mib"]
+
+
+@torch.no_grad()
+def test_the_real_model_split_says_what_it_says_whole(real_model):
+    model = open_model(ModelSpec(name="smollm2-135m"))
+    tokens = torch.tensor([model.tokenizer()("The capital of France is").input_ids])
+    client, server = model.segment(Span(0, 2), embedding=True, head=True), model.segment(Span(2, 30))
+    logits = client.logits(server.run(client.run(tokens))[0])
+    whole = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.bfloat16).eval()
+    assert torch.equal(logits, whole(tokens).logits[0])
+    assert model.tokenizer().decode(logits[-1].argmax()) == " Paris"
