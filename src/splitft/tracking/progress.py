@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -30,6 +31,9 @@ from splitft.tracking.events import (
     Warned,
     settled,
 )
+from splitft.tracking.summary import CLIENT_HEADINGS, client_rows, clock, verdict
+
+__all__ = ["Progress", "client_table", "verdict"]
 
 _WINDOW_S = 20.0
 """Speeds are taken over this many seconds."""
@@ -79,12 +83,14 @@ class Progress:
         self._count(event)
         match event:
             case RunStarted():
-                self._say(f"{event.model}, {event.blocks} blocks, {len(event.clients)} clients. {event.privacy}")
+                about = f"{event.model}, {event.blocks} blocks, {len(event.clients)} clients"
+                self._say(f"{about}. {event.privacy}")
             case RunResumed():
                 self._say(f"continuing with round {event.round}")
             case CutsChanged():
                 cuts = ", ".join(f"{name} {cut}" for name, cut in event.cuts.items())
-                self._say(f"round {event.round}: cuts {cuts}" + (f" ({event.reason})" if event.reason else ""))
+                reason = f" ({event.reason})" if event.reason else ""
+                self._say(f"round {event.round}: cuts {cuts}{reason}")
             case StepDone():
                 self._draw(event)
             case Evaluated():
@@ -139,7 +145,7 @@ class Progress:
             tokens = sum(one.tokens for one in self._recent) - self._recent[0].tokens
             steps_per_s = (len(self._recent) - 1) / seconds
             left = max(self._total - self._done, 0) / steps_per_s
-            parts += [f"{tokens / seconds:.0f} tokens/s", f"loss {step.loss:.3f}", f"{_clock(left)} left"]
+            parts += [f"{tokens / seconds:.0f} tokens/s", f"loss {step.loss:.3f}", f"{clock(left)} left"]
         else:
             parts.append(f"loss {step.loss:.3f}")
         return " · ".join(parts)
@@ -156,43 +162,10 @@ class Progress:
 
 
 def client_table(summary: dict[str, Any]) -> Table:
-    """The table at the end of a run: client, cut, examples, tokens, loss before and after, MB up and down."""
+    """The table at the end of a run: what each client trained, gained and sent."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("client")
-    for heading in ("cut", "examples", "tokens", "loss before", "loss after", "MB up", "MB down"):
-        table.add_column(heading, justify="right")
-    for client in summary["clients"]:
-        cuts = list(dict.fromkeys(client["cut"]))  # each once, in order
-        table.add_row(
-            client["name"],
-            " → ".join(map(str, cuts)) if len(cuts) <= 3 else f"{cuts[0]} → … → {cuts[-1]}",
-            f"{client['examples']:,}",
-            f"{client['tokens']:,}",
-            _loss(client["loss"], 0),
-            _loss(client["loss"], -1),
-            f"{client['bytes_up'] / 1e6:.1f}",
-            f"{client['bytes_down'] / 1e6:.1f}",
-        )
+    for index, heading in enumerate(CLIENT_HEADINGS):
+        table.add_column(heading, justify="right" if index else "left")
+    for row in client_rows(summary):
+        table.add_row(*map(escape, row))
     return table
-
-
-def verdict(summary: dict[str, Any]) -> str:
-    """One sentence on the held-out loss, and the clients that did not gain."""
-    losses = summary["eval_loss"]
-    if len(losses) < 2 or losses[0] is None or losses[-1] is None:
-        return "Held-out loss: not measured before and after."
-    change = 100 * (losses[-1] / losses[0] - 1)
-    text = f"Held-out loss of all clients: {losses[0]:.3f} before, {losses[-1]:.3f} after ({change:+.1f} %)."
-    lacking = summary["not_improved"]
-    return f"{text} It did not fall on {', '.join(lacking)}." if lacking else f"{text} It fell on every client."
-
-
-def _loss(losses: list[float | None], index: int) -> str:
-    value = losses[index] if losses else None
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

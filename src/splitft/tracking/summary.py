@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -85,6 +85,66 @@ def write_summary(out: Path) -> dict[str, Any]:
     draft.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(draft, out / "summary.json")
     return summary
+
+
+CLIENT_HEADINGS = ("client", "cut", "examples", "tokens", "loss before", "loss after", "MB up", "MB down")
+"""Columns of `client_rows`."""
+
+
+def client_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row of text a client, for a terminal and for a page: what it trained, gained and sent."""
+    return [
+        (
+            client["name"],
+            _in_short(client["cut"]),
+            f"{client['examples']:,}",
+            f"{client['tokens']:,}",
+            loss_text(client["loss"], 0),
+            loss_text(client["loss"], -1),
+            f"{client['bytes_up'] / 1e6:.1f}",
+            f"{client['bytes_down'] / 1e6:.1f}",
+        )
+        for client in summary["clients"]
+    ]
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """One sentence on the held-out loss, and the clients that did not gain."""
+    losses = summary["eval_loss"]
+    if len(losses) < 2 or losses[0] is None or losses[-1] is None:
+        return "Held-out loss: not measured before and after."
+    text = f"Held-out loss of all clients: {losses[0]:.3f} before, {losses[-1]:.3f} after"
+    text += f" ({change_text(losses)})." if losses[0] else "."
+    lacking, clients = summary["not_improved"], len(summary["clients"])
+    if not lacking:
+        return f"{text} It fell on every client."
+    who = ", ".join(lacking) if len(lacking) <= 5 else f"{len(lacking)} of {clients} clients"
+    return f"{text} It did not fall on {who}."
+
+
+def change_text(losses: Sequence[float | None]) -> str:
+    """From the first loss to the last, in per cent; a dash where either is not known."""
+    first, last = (losses[0], losses[-1]) if losses else (None, None)
+    return f"{100 * (last / first - 1):+.1f} %" if first and last is not None else "–"
+
+
+def loss_text(losses: Sequence[float | None], index: int) -> str:
+    """One loss of several as text; a dash where it was not measured or is not finite."""
+    value = losses[index] if losses else None
+    return "–" if value is None else f"{value:.3f}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _in_short(cuts: Sequence[int]) -> str:
+    """The cuts of a client in order of rounds, each as often as it changed."""
+    moves = [cut for index, cut in enumerate(cuts) if index == 0 or cut != cuts[index - 1]]
+    return " → ".join(map(str, moves)) if len(moves) <= 3 else f"{moves[0]} → … → {moves[-1]}"
 
 
 def _client(
