@@ -69,7 +69,7 @@ def of_several_runs(
             "Held-out loss",
             "Of the global adapters on all clients' held-out text; round 0 is before training.",
             _lines(losses, markers=True),
-            _axes("round", "nats per token", whole_x=True),
+            _axes("round", "nats per token", max(len(line[0]) for line in losses.values())),
         ),
         Chart(
             "Training loss",
@@ -91,7 +91,7 @@ def held_out_loss(summary: Mapping[str, Any]) -> Chart:
         "Held-out loss",
         "Of the global adapters on each client's held-out text; round 0 is before training.",
         _lines(lines, bold=_by_round(summary["eval_loss"], first=0), markers=True),
-        _axes("round", "nats per token", whole_x=True),
+        _axes("round", "nats per token", len(summary["eval_loss"])),
     )
 
 
@@ -113,7 +113,7 @@ def training_loss(events: Iterable[Event]) -> Chart:
 def cuts_by_round(summary: Mapping[str, Any], blocks: int) -> Chart:
     """How many blocks each client held in each round."""
     lines = {client["name"]: _by_round(client["cut"], first=1) for client in summary["clients"]}
-    axes = _axes("round", "blocks on the client", whole_x=True)
+    axes = _axes("round", "blocks on the client", max(summary["rounds"], 1))
     axes["yaxis"] |= {"range": [0, blocks * 1.03]}
     return Chart(
         "Cuts",
@@ -192,7 +192,7 @@ def seconds_by_leg(summaries: Mapping[str, Mapping[str, Any]]) -> Chart:
 def aggregation_error(summaries: Mapping[str, Mapping[str, Any]]) -> Chart:
     """How far the global adapters are from the mean of the clients' updates, by round."""
     lines = {name: _by_round(summary["aggregation_error"], first=1) for name, summary in summaries.items()}
-    axes = _axes("round", "relative error", whole_x=True)
+    axes = _axes("round", "relative error", max(len(line[0]) for line in lines.values()))
     axes["yaxis"] |= {"rangemode": "tozero"}
     return Chart(
         "Aggregation error",
@@ -254,9 +254,9 @@ def _trace(name: str, line: Line, colour: str, width: float, markers: bool) -> d
     }
 
 
-def _axes(x: str, y: str, whole_x: bool = False) -> dict[str, Any]:
-    """Titles of both axes; rounds are whole numbers."""
-    whole = {"tickformat": "d", "dtick": 1, "nticks": 12} if whole_x else {}
+def _axes(x: str, y: str, rounds: int = 0) -> dict[str, Any]:
+    """Titles of both axes; rounds are whole numbers, a dozen ticks at most."""
+    whole = {"tickformat": "d", "dtick": math.ceil(rounds / 12)} if rounds else {}
     names = {} if x else {"showgrid": False}  # an axis without a title has names on it
     return {"xaxis": {"title": {"text": x}} | whole | names, "yaxis": {"title": {"text": y}}}
 

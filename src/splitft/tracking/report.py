@@ -170,8 +170,8 @@ def _clients(summary: Mapping[str, Any]) -> str:
     cut_off = [f"{client['truncated']:,}" for client in summary["clients"]]
     rows = [(*row, *rest) for row, *rest in zip(client_rows(summary), held, cut_off, strict=True)]
     note = (
-        "Examples and tokens are what a client trained on, counted as often as it saw them; losses are of its "
-        "held-out examples; truncated are those longer than <code>data.max_tokens</code>."
+        "Examples and tokens are what a client trained on, counted as often as it saw them; losses are of "
+        "its held-out examples; truncated are those longer than <code>data.max_tokens</code>."
     )
     return _table((*CLIENT_HEADINGS, "held out", "truncated"), rows) + f"<p class=caption>{note}</p>\n"
 
