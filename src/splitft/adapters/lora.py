@@ -52,13 +52,22 @@ class LoraLayer(nn.Module):
         """(B, T, in) -> (B, T, out)."""
         y: torch.Tensor = self.base(x)
         rows = self._routing.rows
+        counts = self._counts(x)
         if len(rows) == 1:
             slot = rows[0][0]
             return y if slot is None else self._adapted(x, y, slot)
-        per_row = x.shape[0] // max(1, sum(count for _, count in rows))  # families that flatten (B, T)
-        counts = [count * per_row for _, count in rows]
         parts = zip(rows, torch.split(x, counts), torch.split(y, counts), strict=True)
         return torch.cat([y_ if slot is None else self._adapted(x_, y_, slot) for (slot, _), x_, y_ in parts])
+
+    def _counts(self, x: torch.Tensor) -> list[int]:
+        """Rows of x by client: its sequences, or its tokens in families that flatten (B, T)."""
+        counts = [count for _, count in self._routing.rows]
+        sequences = sum(counts)
+        if x.dim() == 2 and sequences and x.shape[0] % sequences == 0:
+            return [count * (x.shape[0] // sequences) for count in counts]
+        if sequences != x.shape[0]:
+            raise AdapterError(f"a batch of {x.shape[0]} sequences whose rows are said to be {sequences}")
+        return counts
 
     def _adapted(self, x: torch.Tensor, y: torch.Tensor, slot: str) -> torch.Tensor:
         A, B = self.slots[slot]
