@@ -19,6 +19,8 @@ from splitft.model.anatomy import locate
 from splitft.specs import ModelSpec
 from tiny import VOCAB, WIDTH
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
 BLOCKS = 4
 RANKS = {0: 4, 1: 2, 2: 3, 3: 4}
 SCALE = 0.7

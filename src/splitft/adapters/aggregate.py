@@ -100,12 +100,15 @@ def aggregate(
 ) -> Aggregated:
     """One adapter set of the given ranks by block, from (weight, full set) of every participant.
 
-    Weights are made to sum to 1. Raises AdapterError if a set is not finite, if the sets cover different
-    layers, or if the rule cannot unite their ranks.
+    Weights are made to sum to 1. Raises AdapterError if they cannot be, if a set is not finite, if the sets
+    cover different layers, or if the rule cannot unite their ranks.
     """
     if not members:
         raise AdapterError("nothing to aggregate: no participant finished the round")
     total = sum(weight for weight, _ in members)
+    if min(weight for weight, _ in members) < 0 or not 0 < total < math.inf:
+        listed = ", ".join(f"{weight:g}" for weight, _ in members)
+        raise AdapterError(f"weights {listed} make no mean: none may be negative, and one must be positive")
     keys = members[0][1].keys()
     for _, state in members:
         if state.keys() != keys:

@@ -1,0 +1,178 @@
+"""An optimizer cut in two against torch's own over everything, and moments that travel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from splitft.adapters import LocalOptimizer, moments_within
+from splitft.errors import AdapterError
+from splitft.geometry import Span
+from splitft.specs import TrainingSpec
+
+BLOCKS = 4
+SPECS = [
+    TrainingSpec(lr=0.02),
+    TrainingSpec(lr=0.02, weight_decay=0.1),
+    TrainingSpec(lr=0.1, optimizer="sgd", weight_decay=0.1),
+]
+Parameters = dict[tuple[int, str, str], nn.Parameter]
+
+
+def _parameters(ranks: dict[int, int] | None = None) -> Parameters:
+    generator = torch.manual_seed(0)
+    found: Parameters = {}
+    for block in range(BLOCKS):
+        rank = (ranks or {}).get(block, 2)
+        for target in ("self_attn.q_proj", "mlp.up"):
+            found[block, target, "A"] = nn.Parameter(torch.randn(rank, 5, generator=generator))
+            found[block, target, "B"] = nn.Parameter(torch.randn(4, rank, generator=generator))
+    return found
+
+
+def _backward(parameters: Parameters, step: int) -> None:
+    """A gradient that depends on the numbers, on the parameter and on the step."""
+    for number, parameter in enumerate(parameters.values()):
+        (((step + number) * parameter).sin() * parameter).sum().backward()
+
+
+def _of(parameters: Parameters, span: Span) -> Parameters:
+    return {key: parameter for key, parameter in parameters.items() if key[0] in span}
+
+
+def _torchs(parameters: Parameters, spec: TrainingSpec) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if spec.optimizer == "adamw" else torch.optim.SGD
+    return kind(parameters.values(), lr=spec.lr, weight_decay=spec.weight_decay)
+
+
+def _after(spec: TrainingSpec, steps: int = 6) -> Parameters:
+    """The oracle: torch's optimizer over all parameters."""
+    parameters = _parameters()
+    optimizer = _torchs(parameters, spec)
+    for step in range(steps):
+        optimizer.zero_grad()
+        _backward(parameters, step)
+        optimizer.step()
+    return parameters
+
+
+def _check_equal(found: Parameters, expected: Parameters) -> None:
+    for key, parameter in expected.items():
+        torch.testing.assert_close(found[key].data, parameter.data, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("cut", range(BLOCKS + 1))
+def test_two_optimizers_at_any_cut_are_one_over_everything(spec, cut):
+    parameters = _parameters()
+    sides = [LocalOptimizer(_of(parameters, span), spec) for span in (Span(0, cut), Span(cut, BLOCKS))]
+    for step in range(6):
+        _backward(parameters, step)
+        for side in sides:
+            side.step()
+    _check_equal(parameters, _after(spec))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_moments_that_change_sides_go_on_as_if_they_had_not(spec):
+    """Cuts 1, 3 and 2, two steps each; every optimizer is new, with the moments of its blocks."""
+    parameters, moments = _parameters(), {}
+    for turn, cut in enumerate((1, 3, 2)):
+        spans = (Span(0, cut), Span(cut, BLOCKS))
+        sides = [LocalOptimizer(_of(parameters, s), spec, moments_within(moments, s)) for s in spans]
+        for step in (2 * turn, 2 * turn + 1):
+            _backward(parameters, step)
+            for side in sides:
+                side.step()
+        moments = {**sides[0].moments(), **sides[1].moments()}
+    _check_equal(parameters, _after(spec))
+
+
+def test_moments_survive_a_round_trip_and_are_copies():
+    parameters = _parameters()
+    optimizer = LocalOptimizer(parameters, SPECS[0])
+    _backward(parameters, 0)
+    optimizer.step()
+    moments = optimizer.moments()
+    assert len(moments) == 3 * len(parameters)  # exp_avg, exp_avg_sq, step
+    again = LocalOptimizer(parameters, SPECS[0], moments).moments()
+    assert again.keys() == moments.keys()
+    assert all(torch.equal(again[name], moments[name]) for name in moments)
+    kept = {name: value.clone() for name, value in moments.items()}
+    _backward(parameters, 1)
+    optimizer.step()
+    assert all(torch.equal(moments[name], kept[name]) for name in kept)
+
+
+def test_a_block_whose_rank_changed_starts_afresh_and_the_others_do_not():
+    parameters = _parameters()
+    optimizer = LocalOptimizer(parameters, SPECS[0])
+    _backward(parameters, 0)
+    optimizer.step()
+    moments, changed = optimizer.moments(), _parameters({2: 3})
+    restored = LocalOptimizer(changed, SPECS[0], moments)
+    assert {int(name.split(".")[0]) for name in restored.moments()} == {0, 1, 3}
+    _backward(changed, 1)
+    restored.step()
+    steps = {name: int(value) for name, value in restored.moments().items() if name.endswith(".step")}
+    assert {name: count for name, count in steps.items() if count == 1} == {
+        f"2.{target}.{factor}.step": 1 for target in ("self_attn.q_proj", "mlp.up") for factor in "AB"
+    }
+
+
+def test_moments_of_blocks_held_elsewhere_are_left_out():
+    parameters = _parameters()
+    optimizer = LocalOptimizer(parameters, SPECS[0])
+    _backward(parameters, 0)
+    optimizer.step()
+    client = LocalOptimizer(_of(parameters, Span(0, 1)), SPECS[0], optimizer.moments())
+    assert client.moments().keys() == moments_within(optimizer.moments(), Span(0, 1)).keys()
+
+
+def test_a_step_applies_the_gradients_once_and_clears_them():
+    parameters = _parameters()
+    optimizer = LocalOptimizer(parameters, SPECS[0])
+    _backward(parameters, 0)
+    optimizer.step()
+    assert all(parameter.grad is None for parameter in parameters.values())
+    _backward(parameters, 1)
+    optimizer.forget()
+    assert all(parameter.grad is None for parameter in parameters.values())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_gradients_of_several_clients_can_be_divided_by_their_number(spec):
+    summed, mean = _parameters(), _parameters()
+    one, other = LocalOptimizer(summed, spec), LocalOptimizer(mean, spec)
+    for _ in range(3):
+        _backward(summed, 1)
+    _backward(mean, 1)
+    one.step(divide_by=3)
+    other.step()
+    _check_equal(summed, mean)
+
+
+def test_sgd_has_no_moments_and_nobody_to_train_is_no_error():
+    parameters = _parameters()
+    optimizer = LocalOptimizer(parameters, SPECS[2])
+    _backward(parameters, 0)
+    optimizer.step()
+    assert optimizer.moments() == {}
+    idle = LocalOptimizer({}, SPECS[0], {"0.q.A.step": torch.ones(())})
+    idle.step()
+    idle.forget()
+    assert idle.moments() == {}
+
+
+def test_moments_over_float64_factors_stay_in_float64():
+    parameter = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+    optimizer = LocalOptimizer({(0, "q", "A"): parameter}, SPECS[0])
+    parameter.sum().backward()
+    optimizer.step()
+    assert optimizer.moments()["0.q.A.exp_avg"].dtype == torch.float64
+
+
+def test_names_that_are_no_moments_are_refused():
+    with pytest.raises(AdapterError, match="not a name of a moment"):
+        moments_within({"q.A.step": torch.ones(())}, Span(0, 1))
