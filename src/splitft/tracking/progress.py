@@ -70,7 +70,8 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:
+            self._bar.stop()
 
     def remember(self, events: Iterable[Event]) -> None:
         """Take in what an earlier process of this run did, without drawing it."""
@@ -139,7 +140,7 @@ class Progress:
 
     def _note(self, step: StepDone) -> str:
         """Step, tokens/s, loss and time left."""
-        parts = [f"step {self._done}/{self._total}"]
+        parts = [f"step {self._done}/{self._total or '?'}"]
         seconds = step.t - self._recent[0].t
         if seconds > 0:
             tokens = sum(one.tokens for one in self._recent) - self._recent[0].tokens
@@ -157,8 +158,7 @@ class Progress:
 
     def _say(self, line: str) -> None:
         """A line that stays, above the bar."""
-        console = self._bar.console if self._console.is_terminal else self._console
-        console.print(line, markup=False, highlight=False)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
 
 
 def client_table(summary: dict[str, Any]) -> Table:
