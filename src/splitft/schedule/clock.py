@@ -1,0 +1,283 @@
+"""One round on a simulated clock: who does what, from when to when.
+
+    a  |forward|up|  wait  |==server==|down|head|up|==server==|down|backward| ...
+    b  |forward |up|wait|==server==|down|head|up|wait|==server==|down|backward| ...
+    server          |  b  |    a    |           ...
+
+A discrete-event simulation over a heap: at each instant first everything that ends is handed on, then
+every free place (a client's processor, each direction of its link, the server) starts what waits for it,
+first come first served. The server works on one group at a time: all clients that wait for the same leg as
+the one that has waited longest, in order of arrival, while they have at most `group_tokens` padded tokens
+together. A group takes `group_overhead_s` plus the seconds of its members, and all of them wait for its end.
+Ties go to the client named first. The arithmetic has no randomness: equal input gives equal output, bit for
+bit.
+
+A client's optimizer step is a barrier: the micro-batches of a step may be in flight together, those of
+the next step may not. The round ends when every client has sent its adapters.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from splitft.errors import ScheduleError
+from splitft.schedule.cost import Client, Job, Leg, Place, adapter_legs, step_legs
+from splitft.schedule.profile import Server
+
+SERVER = "server"
+"""Name of the server among those who do things; no client may be called so."""
+
+WAIT = "wait"
+"""Name of the interval between arrival at a place and the start of its work."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One bar of the chart."""
+
+    who: str
+    """A client, or SERVER."""
+    leg: str
+    """One of `cost.LEGS`, or WAIT."""
+    place: Place
+    """What is occupied, or waited for."""
+    start_s: float
+    """From when, in seconds since the round began."""
+    end_s: float
+    """Until when."""
+    members: tuple[str, ...] = ()
+    """For the server: the clients of the group."""
+
+    @property
+    def seconds(self) -> float:
+        """How long."""
+        return self.end_s - self.start_s
+
+
+@dataclass(frozen=True)
+class ClientRound:
+    """What one client goes through in a round."""
+
+    name: str
+    """Who."""
+    before: tuple[Leg, ...]
+    """Legs before the first step: fetching adapters."""
+    step: tuple[Leg, ...]
+    """Legs of one micro-batch of a step."""
+    steps: int
+    """Local steps."""
+    after: tuple[Leg, ...]
+    """Legs after the last step: sending adapters."""
+    micro_batches: int = 1
+    """Micro-batches of a step, all in flight together."""
+
+    @property
+    def own_s(self) -> float:
+        """Its round with the server to itself and micro-batches one by one, without overhead of groups."""
+        step_s = sum(leg.seconds for leg in self.step)
+        once_s = sum(leg.seconds for leg in (*self.before, *self.after))
+        return once_s + self.steps * self.micro_batches * step_s
+
+
+@dataclass(frozen=True)
+class RoundTimeline:
+    """What happened in a round, and when."""
+
+    clients: tuple[str, ...]
+    """Who took part, in the order given."""
+    intervals: tuple[Interval, ...]
+    """By start; at a client every leg has one, on the server every group."""
+    round_s: float
+    """Until the last client has sent its adapters."""
+
+    def of(self, who: str, place: Place | None = None) -> tuple[Interval, ...]:
+        """The intervals of a client or of SERVER, waits included; of one place only if it is given."""
+        if who not in (*self.clients, SERVER):
+            raise ScheduleError(f"{who!r} took no part in the round; {', '.join(self.clients)} did")
+        return tuple(one for one in self.intervals if one.who == who and place in (None, one.place))
+
+    def finished_s(self, client: str) -> float:
+        """When this client had sent its adapters."""
+        return max((one.end_s for one in self.of(client)), default=0.0)
+
+    def seconds_by_leg(self, who: str) -> dict[str, float]:
+        """Seconds that a client (or SERVER) spent on each leg, waiting included as a leg of its own.
+
+        With one micro-batch a client is always on exactly one leg, so these add up to when it finished.
+        """
+        seconds: dict[str, float] = {}
+        for one in self.of(who):
+            seconds[one.leg] = seconds.get(one.leg, 0.0) + one.seconds
+        return seconds
+
+    def busy_s(self, who: str) -> float:
+        """Seconds in which a client's processor, or the server, was computing."""
+        place: Place = "server" if who == SERVER else "client"
+        return sum(one.seconds for one in self.of(who, place) if one.leg != WAIT)
+
+    def idle_s(self, who: str) -> float:
+        """Seconds of the round in which it was not."""
+        return self.round_s - self.busy_s(who)
+
+
+def client_round(job: Job, client: Client, cut: int, micro_batches: int = 1) -> ClientRound:
+    """A client's round at this cut, with the legs that `cost` predicts."""
+    down, up = adapter_legs(job, client, cut)
+    divided = Client(client.name, client.device, client.link, client.workload.divided(micro_batches))
+    legs = step_legs(job, divided, cut)
+    return ClientRound(client.name, (down,), legs, client.workload.steps, (up,), micro_batches)
+
+
+def simulate_round(clients: Sequence[ClientRound], server: Server) -> RoundTimeline:
+    """Run one round of these clients to its end.
+
+    Raises ScheduleError if a name appears twice, or if a client has no work or endless work.
+    """
+    _check(clients)
+    return _Clock(clients, server).run()
+
+
+@dataclass(eq=False)
+class _Batch:
+    """One micro-batch (or an exchange of adapters) on its way through its legs; equal to itself alone."""
+
+    client: int
+    legs: tuple[Leg, ...]
+    done: int = 0
+    ready_s: float = 0.0
+
+    @property
+    def leg(self) -> Leg:
+        return self.legs[self.done]
+
+
+_Where = tuple[int, Place]
+"""A place: a client's number and what of it; the server is (-1, "server")."""
+
+
+@dataclass
+class _Clock:
+    """The state of a running simulation."""
+
+    clients: Sequence[ClientRound]
+    server: Server
+    ends: list[tuple[float, int, _Where, list[_Batch]]] = field(default_factory=list)
+    """Heap of what is under way: end, number, place, members."""
+    waiting: dict[_Where, list[_Batch]] = field(default_factory=dict)
+    """What waits for each place, in order of arrival."""
+    busy: set[_Where] = field(default_factory=set)
+    intervals: list[Interval] = field(default_factory=list)
+    number: int = 0
+    """Of the next entry of the heap: entries of equal end come out as they went in."""
+
+    def run(self) -> RoundTimeline:
+        stages = [_stages(client) for client in self.clients]
+        open_batches = [0] * len(self.clients)
+        for client in range(len(self.clients)):
+            open_batches[client] = self.enter(next(stages[client]), client, 0.0)
+        self.start(0.0)
+        now_s = 0.0
+        while self.ends:
+            now_s = self.ends[0][0]
+            for batch in sorted(self.ended(now_s), key=attrgetter("client")):
+                batch.done += 1
+                if batch.done < len(batch.legs):
+                    self.wait(batch, now_s)
+                    continue
+                open_batches[batch.client] -= 1
+                if not open_batches[batch.client]:  # the barrier: on to the next step
+                    stage = next(stages[batch.client], ())
+                    open_batches[batch.client] = self.enter(stage, batch.client, now_s)
+            self.start(now_s)
+        ordered = sorted(self.intervals, key=lambda one: (one.start_s, one.end_s))  # stable
+        return RoundTimeline(tuple(client.name for client in self.clients), tuple(ordered), now_s)
+
+    def enter(self, chains: Sequence[tuple[Leg, ...]], client: int, now_s: float) -> int:
+        """Begin these chains of legs together; return how many there are."""
+        for legs in chains:
+            self.wait(_Batch(client, legs), now_s)
+        return len(chains)
+
+    def wait(self, batch: _Batch, now_s: float) -> None:
+        place = batch.leg.place
+        where: _Where = (-1, place) if place == "server" else (batch.client, place)
+        batch.ready_s = now_s
+        self.waiting.setdefault(where, []).append(batch)
+
+    def ended(self, now_s: float) -> Iterator[_Batch]:
+        """All batches whose leg ends now; their places are free again."""
+        while self.ends and self.ends[0][0] == now_s:
+            _, _, where, members = heapq.heappop(self.ends)
+            self.busy.discard(where)
+            yield from members
+
+    def start(self, now_s: float) -> None:
+        """Let every free place begin what waits for it."""
+        for where in sorted(self.waiting):
+            queue = self.waiting[where]
+            if where in self.busy or not queue:
+                continue
+            group = self.group(queue) if where[1] == "server" else queue[:1]
+            for batch in group:
+                queue.remove(batch)
+            self.work(where, group, now_s)
+
+    def group(self, queue: Sequence[_Batch]) -> list[_Batch]:
+        """The first in the queue, and the others that wait for the same leg while they fit together."""
+        group, tokens = [queue[0]], queue[0].leg.tokens
+        for batch in queue[1:]:
+            if batch.leg.name == group[0].leg.name:
+                tokens += batch.leg.tokens
+                if tokens > self.server.group_tokens:
+                    break
+                group.append(batch)
+        return group
+
+    def work(self, where: _Where, group: list[_Batch], now_s: float) -> None:
+        """Occupy a place with one leg of this group, and write it down."""
+        seconds = sum(batch.leg.seconds for batch in group)
+        if where[1] == "server":
+            seconds += self.server.group_overhead_s
+        end_s = now_s + seconds
+        for batch in group:
+            name, leg = self.clients[batch.client].name, batch.leg
+            if batch.ready_s < now_s:
+                self.intervals.append(Interval(name, WAIT, leg.place, batch.ready_s, now_s))
+            self.intervals.append(Interval(name, leg.name, leg.place, now_s, end_s))
+        if where[1] == "server":
+            members = tuple(self.clients[batch.client].name for batch in group)
+            self.intervals.append(Interval(SERVER, group[0].leg.name, "server", now_s, end_s, members))
+        self.busy.add(where)
+        heapq.heappush(self.ends, (end_s, self.number, where, group))
+        self.number += 1
+
+
+def _stages(client: ClientRound) -> Iterator[Sequence[tuple[Leg, ...]]]:
+    """What a client goes through between barriers: chains of legs that may be in flight together."""
+    if client.before:
+        yield (client.before,)
+    for _ in range(client.steps):
+        yield (client.step,) * client.micro_batches
+    if client.after:
+        yield (client.after,)
+
+
+def _check(clients: Sequence[ClientRound]) -> None:
+    """Raise ScheduleError unless these clients can be simulated."""
+    names = [client.name for client in clients]
+    for client in clients:
+        if names.count(client.name) > 1 or client.name == SERVER:
+            raise ScheduleError(f"a client may not be called {client.name!r}: the name is taken")
+        if min(client.steps, client.micro_batches, len(client.step)) < 1:
+            raise ScheduleError(
+                f"client {client.name!r} has {client.steps} steps of {client.micro_batches} micro-batches of "
+                f"{len(client.step)} legs; give at least one of each"
+            )
+        for leg in (*client.before, *client.step, *client.after):
+            if not 0 <= leg.seconds < float("inf"):
+                raise ScheduleError(
+                    f"client {client.name!r}: {leg.name} takes {leg.seconds} s; it must be a finite time"
+                )

@@ -1,0 +1,279 @@
+"""What a cut costs one client: seconds and bytes, leg by leg.
+
+    labels on the client                              labels on the server
+      client_forward    client   k blocks               client_forward   client
+      up_hidden         up       N x D                  up_hidden        up      N x D, M token ids
+      server_forward    server   L - k blocks           server_step      server  forward, head, backward
+      down_hidden       down     M x D                  down_gradient    down    N x D
+      head              client   M positions            client_backward  client
+      up_gradient       up       M x D
+      server_backward   server   L - k blocks         the whole model on the client (k = L)
+      down_gradient     down     N x D                  client_forward, head, client_backward
+      client_backward   client   k blocks
+    and once a round: adapters_down, before the first step, and adapters_up, after the last.
+
+N real tokens and M labelled ones a step, D width, L blocks, k the cut. Machines compute padded tokens, links
+carry real ones. Waiting for the server is not a cost of a cut but of the others' cuts: `clock` finds it. A
+link carries one message at a time and counts the latency, as request and answer do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+from splitft.errors import ScheduleError
+from splitft.geometry import Side, check_cut, ranks_by_block
+from splitft.schedule.profile import Device, Link, Server
+from splitft.schedule.sizes import ModelSizes
+from splitft.specs import LoraSpec
+
+Place = Literal["client", "up", "down", "server"]
+"""What a leg occupies: the client's processor, its link in one direction, or the server."""
+
+LEGS: dict[str, Place] = {
+    "adapters_down": "down",
+    "client_forward": "client",
+    "up_hidden": "up",
+    "server_forward": "server",
+    "server_step": "server",
+    "down_hidden": "down",
+    "head": "client",
+    "up_gradient": "up",
+    "server_backward": "server",
+    "down_gradient": "down",
+    "client_backward": "client",
+    "adapters_up": "up",
+}
+"""Every leg of a round, in its order, and what it occupies."""
+
+LABEL_BYTES = 8
+"""A token id on the wire."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one client trains on in a round; means over its steps, so fractions fit."""
+
+    tokens: float
+    """N, real tokens of a step."""
+    labelled_tokens: float
+    """M, those of them that carry a label."""
+    sequences: float
+    """B, sequences of a step."""
+    padded_length: float
+    """T, tokens of a sequence after padding."""
+    steps: int
+    """Local steps of a round."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            if not getattr(self, entry.name) > 0:
+                raise ScheduleError(
+                    f"workload: {entry.name} is {getattr(self, entry.name)}; it must be above 0"
+                )
+        if self.labelled_tokens > self.tokens or self.tokens > self.padded_tokens * (1 + 1e-9):
+            raise ScheduleError(
+                f"workload: {self.labelled_tokens:g} labelled of {self.tokens:g} real of "
+                f"{self.padded_tokens:g} padded tokens; each must be at most the next"
+            )
+
+    @property
+    def padded_tokens(self) -> float:
+        """B x T, what machines compute."""
+        return self.sequences * self.padded_length
+
+    def divided(self, parts: int) -> Workload:
+        """The workload of one of `parts` equal micro-batches of every step."""
+        return replace(
+            self,
+            tokens=self.tokens / parts,
+            labelled_tokens=self.labelled_tokens / parts,
+            sequences=self.sequences / parts,
+        )
+
+
+@dataclass(frozen=True)
+class WireBytes:
+    """Bytes that an element takes on the wire, by role: 4 for fp32, 2 for bf16, 1 and more for int8."""
+
+    hidden: float = 2.0
+    """Of a hidden state."""
+    gradient: float = 2.0
+    """Of its gradient."""
+    adapter: float = 4.0
+    """Of a LoRA factor or an optimizer moment."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            if not getattr(self, entry.name) > 0:
+                raise ScheduleError(
+                    f"{entry.name} takes {getattr(self, entry.name)} bytes an element; it must be above 0"
+                )
+
+
+@dataclass(frozen=True)
+class Client:
+    """One client as its costs see it."""
+
+    name: str
+    """How messages call it."""
+    device: Device
+    """Its machine."""
+    link: Link
+    """Its connection to the server."""
+    workload: Workload
+    """What it trains on in a round."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all clients of a run share."""
+
+    sizes: ModelSizes
+    """The model."""
+    server: Server
+    """The machine of the deeper blocks."""
+    lora: LoraSpec
+    """Ranks, also at the cut."""
+    wire: WireBytes = field(default_factory=WireBytes)
+    """Bytes an element on the wire."""
+    labels: Side = "client"
+    """Where the labels live, and so the head and the loss."""
+    weight_bytes: int = 2
+    """Bytes of a frozen weight and of a kept activation: 2 for bfloat16, 4 for float32."""
+    moments: int = 2
+    """Optimizer moments of a parameter: 2 for AdamW, 0 for SGD."""
+
+    def ranks(self, cut: int) -> tuple[int, ...]:
+        """LoRA rank of each block for a client with this cut."""
+        lora = self.lora
+        return ranks_by_block(
+            cut, self.sizes.blocks, lora.rank, lora.rank_at_cut, lora.cut_span, lora.cut_sides
+        )
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One stage of a step or of a round."""
+
+    name: str
+    """One of LEGS."""
+    seconds: float
+    """How long it occupies its place when nothing else does; without the server's overhead of a group."""
+    nbytes: float = 0.0
+    """What it sends."""
+    tokens: float = 0.0
+    """Padded tokens, which limit how many clients the server groups."""
+
+    @property
+    def place(self) -> Place:
+        """What it occupies."""
+        return LEGS[self.name]
+
+
+def step_legs(job: Job, client: Client, cut: int) -> tuple[Leg, ...]:
+    """The legs of one step, in order; they follow one another, so the step takes the sum of their seconds."""
+    L, D = job.sizes.blocks, job.sizes.width
+    check_cut(cut, L)
+    work, device, server, wire = client.workload, client.device, job.server.device, job.wire
+    padded, deeper = work.padded_tokens, (L - cut) * work.padded_tokens
+    forward = Leg("client_forward", cut * padded * device.block_forward_s_per_token)
+    backward = Leg("client_backward", cut * padded * device.block_backward_s_per_token)
+    head = Leg("head", work.labelled_tokens * device.head_s_per_token)
+    if cut == L:
+        return forward, head, backward
+    hidden = work.tokens * D * wire.hidden
+    down_gradient = _down(client, "down_gradient", work.tokens * D * wire.gradient)
+    forward_s = deeper * server.block_forward_s_per_token
+    backward_s = deeper * server.block_backward_s_per_token
+    if job.labels == "server":
+        head_s = work.labelled_tokens * server.head_s_per_token
+        up = _up(client, "up_hidden", hidden + work.labelled_tokens * LABEL_BYTES)
+        visit = Leg("server_step", forward_s + head_s + backward_s, tokens=padded)
+        return forward, up, visit, down_gradient, backward
+    return (
+        forward,
+        _up(client, "up_hidden", hidden),
+        Leg("server_forward", forward_s, tokens=padded),
+        _down(client, "down_hidden", work.labelled_tokens * D * wire.hidden),
+        head,
+        _up(client, "up_gradient", work.labelled_tokens * D * wire.gradient),
+        Leg("server_backward", backward_s, tokens=padded),
+        down_gradient,
+        backward,
+    )
+
+
+def adapter_legs(job: Job, client: Client, cut: int) -> tuple[Leg, Leg]:
+    """adapters_down and adapters_up of one round: the factors of the client's own blocks."""
+    nbytes = job.sizes.adapter_parameters(job.ranks(cut)[:cut]) * job.wire.adapter
+    return _down(client, "adapters_down", nbytes), _up(client, "adapters_up", nbytes)
+
+
+def pipelined_step_s(micro_batch: Sequence[Leg], micro_batches: int) -> float:
+    """Least seconds of a step whose micro-batches are all in flight: no schedule does it in less.
+
+    Each place works through all its legs of all micro-batches, one at a time; and one micro-batch must go
+    through its whole chain. `micro_batch` holds the legs of one: `step_legs` of the divided workload. With a
+    single micro-batch this is the sum of the legs.
+    """
+    chain_s = sum(leg.seconds for leg in micro_batch)
+    by_place: dict[Place, float] = {}
+    for leg in micro_batch:
+        by_place[leg.place] = by_place.get(leg.place, 0.0) + leg.seconds
+    return max(chain_s, micro_batches * max(by_place.values()))
+
+
+def round_seconds(job: Job, client: Client, cut: int) -> dict[str, float]:
+    """Seconds of a round by leg, with the server to itself: each visit pays the overhead of a group."""
+    seconds: dict[str, float] = {}
+    for leg, times in _round(job, client, cut):
+        overhead_s = job.server.group_overhead_s if leg.place == "server" else 0.0
+        seconds[leg.name] = times * (leg.seconds + overhead_s)
+    return seconds
+
+
+def round_bytes(job: Job, client: Client, cut: int) -> dict[str, float]:
+    """Bytes of a round by leg; legs that send nothing are left out."""
+    return {leg.name: times * leg.nbytes for leg, times in _round(job, client, cut) if leg.nbytes}
+
+
+def move_seconds(
+    job: Job, client: Client, old: int, new: int, weights_kept: bool = False, moments_kept: bool = False
+) -> float:
+    """Seconds that changing a client's cut takes before its next round can begin.
+
+    Going deeper it fetches the frozen weights of the blocks between (unless `weights_kept` at the client),
+    their adapters and, if the run keeps them, their moments; going shallower it hands over moments only.
+    """
+    if new == old:
+        return 0.0
+    low, high = sorted((old, new))
+    factors = job.sizes.adapter_parameters(job.ranks(new)[low:high])
+    moments = factors * job.moments * job.wire.adapter if moments_kept else 0.0
+    if new < old:
+        return client.link.seconds_up(moments)
+    weights = 0 if weights_kept else (high - low) * job.sizes.block_parameters * job.weight_bytes
+    return client.link.seconds_down(weights + factors * job.wire.adapter + moments)
+
+
+def total_by_place(by_leg: Mapping[str, float], place: Place) -> float:
+    """Sum over the legs that occupy this place."""
+    return sum(value for leg, value in by_leg.items() if LEGS[leg] == place)
+
+
+def _round(job: Job, client: Client, cut: int) -> list[tuple[Leg, int]]:
+    """The legs of a round, and how often each runs."""
+    down, up = adapter_legs(job, client, cut)
+    steps = client.workload.steps
+    return [(down, 1), *((leg, steps) for leg in step_legs(job, client, cut)), (up, 1)]
+
+
+def _up(client: Client, name: str, nbytes: float) -> Leg:
+    return Leg(name, client.link.seconds_up(nbytes), nbytes)
+
+
+def _down(client: Client, name: str, nbytes: float) -> Leg:
+    return Leg(name, client.link.seconds_down(nbytes), nbytes)

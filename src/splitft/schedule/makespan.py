@@ -1,0 +1,115 @@
+"""The cuts with the least predicted round time, found exactly.
+
+    round(k_1 .. k_n) = max( max_i own_i(k_i),  sum_i server_i(k_i) )
+
+own_i is client i's round from its first leg to its last when it never waits for others; server_i the server's
+work for it. No round can be shorter than either, when groups save nothing. What the model leaves out: the
+time a client waits for the server although the server is not full, which makes a round longer, and groups
+sharing their overhead, which makes it shorter. `clock` has both.
+
+Why a search over one number suffices. Say the round may take T. Client i may then have the cuts with
+own_i <= T; the deepest of them leaves the server the least work and the least memory, whatever the others
+do. So T can be met if and only if those cuts meet it. A larger T allows more cuts, hence binary search;
+between two neighbouring values of own_i nothing changes, so those values are the only T to try. This holds
+for any own_i, also if it falls with depth; server work and memory must not rise with depth, and are checked.
+
+Ties go to the deeper cut: every client gets its deepest cut of at most the best T (deeper reveals less). From
+this follows that a slower client never gets a deeper cut than it would if it were faster, all else equal.
+If T' > T was needed because i is slower, then only because its old cut k now takes longer than T, and
+T' <= own_i'(k); a deeper k' with own_i'(k') <= T' would have own_i(k') <= own_i(k) <= T, since being
+slower costs the deeper cut at least as many seconds as the shallower: it would have been taken before.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+
+from splitft.errors import ScheduleError
+from splitft.schedule.situation import CutOption, Feasible, Situation, corrected
+
+Prices = dict[str, list[CutOption]]
+"""The possible options of each client, ascending in depth."""
+
+
+def predicted_round_s(situation: Situation, cuts: Mapping[str, int]) -> float:
+    """Seconds of a round with these cuts, by the model above."""
+    taken = [
+        option
+        for client in situation.clients
+        for option in corrected(client)
+        if option.cut == cuts[client.name]
+    ]
+    return _round_s(taken)
+
+
+def best_cuts(situation: Situation, allowed: Mapping[str, Feasible]) -> dict[str, int]:
+    """The cuts, among the allowed ones, with the least predicted round time; ties go to the deeper cut.
+
+    Raises ScheduleError if the server's memory does not suffice even with every client at its deepest cut.
+    """
+    prices = _prices(situation, allowed)
+    own_s = sorted({option.own_s for options in prices.values() for option in options})
+    start_s = max(min(option.own_s for option in options) for options in prices.values())
+    times = own_s[own_s.index(start_s) :]  # below, some client has no cut at all
+    if not _fits_memory(situation, _deepest(prices, times[-1])):
+        _raise_lack(situation, _deepest(prices, times[-1]))
+
+    def met(time_s: float) -> bool:
+        taken = _deepest(prices, time_s)
+        return _round_s(taken.values()) <= time_s and _fits_memory(situation, taken)
+
+    first = bisect_left(times, True, key=met)
+    best_s = times[first] if first < len(times) else float("inf")
+    if first > 0:  # between two values the server's work alone sets the time
+        before = _deepest(prices, times[first - 1])
+        if _fits_memory(situation, before):
+            best_s = min(best_s, _round_s(before.values()))
+    return {name: option.cut for name, option in _deepest(prices, best_s).items()}
+
+
+def _prices(situation: Situation, allowed: Mapping[str, Feasible]) -> Prices:
+    """The allowed options of each client; raises ScheduleError unless a deeper cut spares the server."""
+    prices: Prices = {}
+    for client in situation.clients:
+        possible = [option for option in corrected(client) if option.cut in allowed[client.name].cuts]
+        if not possible:
+            raise ScheduleError(f"{allowed[client.name].lack}; leave it out, or give it more")
+        for shallow, deep in pairwise(possible):
+            if deep.server_s > shallow.server_s or deep.server_bytes > shallow.server_bytes:
+                raise ScheduleError(
+                    f"client {client.name!r}: cut {deep.cut} costs the server more than cut {shallow.cut} "
+                    f"({deep.server_s:.4g} s and {shallow.server_s:.4g} s, {deep.server_bytes:.4g} and "
+                    f"{shallow.server_bytes:.4g} bytes); makespan needs prices that do not rise with depth"
+                )
+        prices[client.name] = possible
+    return prices
+
+
+def _deepest(prices: Prices, time_s: float) -> dict[str, CutOption]:
+    """Each client's deepest option of at most this time."""
+    return {
+        name: next(option for option in reversed(options) if option.own_s <= time_s)
+        for name, options in prices.items()
+    }
+
+
+def _round_s(taken: Iterable[CutOption]) -> float:
+    options = list(taken)
+    return max(max(option.own_s for option in options), sum(option.server_s for option in options))
+
+
+def _fits_memory(situation: Situation, taken: Mapping[str, CutOption]) -> bool:
+    cuts = {name: option.cut for name, option in taken.items()}
+    return situation.server_bytes(cuts) <= situation.server_memory_bytes
+
+
+def _raise_lack(situation: Situation, taken: Mapping[str, CutOption]) -> None:
+    cuts = {name: option.cut for name, option in taken.items()}
+    raise ScheduleError(
+        f"the server lacks memory: with every client at its deepest possible cut "
+        f"({', '.join(f'{name} {cut}' for name, cut in cuts.items())}) it needs "
+        f"{situation.server_bytes(cuts) / 1e9:.3g} GB and has {situation.server_memory_bytes / 1e9:.3g} GB; "
+        "let fewer clients take part, or give it more"
+    )
