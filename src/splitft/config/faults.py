@@ -64,11 +64,12 @@ def _keys(text: str) -> Place:
 
 
 def _origin(place: Place, origins: Mapping[Place, str], default: str) -> str:
-    """Where the nearest enclosing key stands."""
+    """Where the nearest enclosing key stands, or else the first key within."""
     for length in range(len(place), 0, -1):
         if place[:length] in origins:
             return origins[place[:length]]
-    return default
+    within = (origin for key, origin in origins.items() if place and key[: len(place)] == place)
+    return next(within, default)
 
 
 def _place(loc: Place, data: Any) -> Place:

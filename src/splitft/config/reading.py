@@ -20,15 +20,27 @@ from splitft.config.faults import Place, explain
 from splitft.config.run import RunConfig
 from splitft.errors import ConfigError
 
-_FLOAT = re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
+FLOAT = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+)
+"""What else is a number here: 5e-4, for which YAML 1.1 wants 5.0e-4."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 5e-4 as a number and refuses repeated keys."""
+    """SafeLoader that reads 5e-4 as a number, and refuses repeated keys and aliases (which may be cycles)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read; write it out", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be one word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key.value!r} stands here twice; keep one", key.start_mark
@@ -37,7 +49,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Loader.add_implicit_resolver(*FLOAT, list("-+.0123456789"))
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -66,8 +78,9 @@ def from_mapping(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunC
 
 def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
     """The mapping in a YAML text, and the line of every key in it."""
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         data = {} if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
@@ -75,9 +88,10 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
         where = f"{name}:{mark.line + 1}" if mark else name
         raise ConfigError(f"{where}: not YAML that can be read: {error.problem or error.context}") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{name}: not YAML that can be read: {error}") from error
+        raise ConfigError(f"{name}: not YAML that can be read: {str(error).splitlines()[0]}") from error
     finally:
-        loader.dispose()
+        if loader:
+            loader.dispose()
     if node is None or data is None:
         return {}, {}
     if not isinstance(data, dict):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
 from splitft.config.faults import fits
+from splitft.config.reading import FLOAT
 from splitft.config.run import RunConfig
 
 _WIDTH = 100
@@ -24,6 +26,7 @@ class _Dumper(yaml.SafeDumper):
     """SafeDumper that keeps lists and text on one line."""
 
 
+_Dumper.add_implicit_resolver(*FLOAT, None)  # so that text which we would read as a number is quoted
 _Dumper.add_representer(
     list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
 )
@@ -47,12 +50,11 @@ def json_schema() -> dict[str, Any]:
 
 def template(config: RunConfig | None = None) -> str:
     """A commented configuration: each key with its meaning and what fits, with the values of `config`."""
-    return _OPENING + _section(config or RunConfig(), "")
+    return _OPENING + _section(config or RunConfig(), "", json_schema())
 
 
-def _section(spec: BaseModel, indent: str) -> str:
+def _section(spec: BaseModel, indent: str, schema: Mapping[str, Any]) -> str:
     """The lines of one section and the sections in it."""
-    schema = RunConfig.model_json_schema()
     known = schema if isinstance(spec, RunConfig) else schema["$defs"][type(spec).__name__]
     plain = spec.model_dump(mode="json")
     text = ""
@@ -61,7 +63,7 @@ def _section(spec: BaseModel, indent: str) -> str:
         text += _comment(field.description or "", indent)
         value = getattr(spec, key)
         if isinstance(value, BaseModel):
-            text += f"{indent}{key}:\n" + _section(value, indent + "  ")
+            text += f"{indent}{key}:\n" + _section(value, indent + "  ", schema)
         else:
             line = _yaml({key: plain[key]}).rstrip("\n")
             text += f"{indent}{line}  # {fits(known['properties'][key])}\n"
