@@ -82,6 +82,16 @@ def test_a_fault_of_an_override_is_told_with_the_override(faults):
         ("data: {source: null}", "data.source: found null; give text"),
         ("data: {max_examples: none}", "found 'none'; give a whole number, at least 1, or null"),
         ("wire: {hidden: fp3}", "did you mean fp32?"),
+        (
+            "schedule: {links: {up_mbit_per_s: 3}}",
+            "links.down_mbit_per_s: is missing; give a number, above 0",
+        ),
+        ("schedule: {devices: [laptop, lapto]}", "schedule.devices[1]: found 'lapto'; give phone | laptop"),
+        (
+            "schedule: {links: [fibre, 3]}",
+            "schedule.links[1]: found 3; give lte | dsl | fibre | lan, or a",
+        ),
+        ("schedule: {links: fibr}", "latency_ms, or a list of these; did you mean fibre?"),
         ("12: 3", "12: no such key; give one of model, data, "),
         ("lora: {12: 3}", "lora.12: no such key; give one of rank, "),
     ],
@@ -90,6 +100,17 @@ def test_a_fault_says_what_was_found_and_what_fits(faults, text, fault):
     (line,) = faults(text)
     assert line.startswith("run.yaml:1: ")
     assert fault in line
+
+
+def test_a_section_among_several_kinds_of_value_has_its_own_keys(faults):
+    given = "up_mbit_per_s: 3, down_mbit_per_s: 3"
+    assert faults(f"schedule: {{links: {{{given}, latency: 5}}}}") == [
+        "run.yaml:1: schedule.links.latency: no such key; did you mean latency_ms?"
+    ]
+    (line,) = faults(f"schedule: {{links: [{{{given}, jitter: 5}}]}}")
+    assert line.endswith(
+        "links[0].jitter: no such key; give one of up_mbit_per_s, down_mbit_per_s, latency_ms"
+    )
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,8 @@ def _message(place: Place, detail: ErrorDetails, data: Any) -> str:
         return _unknown_key(place)
     if detail["type"] == "value_error":
         return detail["msg"].removeprefix(_PREFIX)
+    if detail["type"] == "missing":
+        return f"is missing; give {fits(schema)}"
     for part in place:
         data = data.get(part) if isinstance(data, Mapping) else data[part]
     message = f"found {_short(data)}; give {fits(schema)}"
@@ -111,7 +113,7 @@ def _message(place: Place, detail: ErrorDetails, data: Any) -> str:
 def _unknown_key(place: Place) -> str:
     """A key that does not exist: the nearest one, or the section where one of that name is."""
     key = str(place[-1])
-    known = list((_schema(place[:-1]) or {}).get("properties", {}))
+    known = _keys_of(_schema(place[:-1]) or {})
     if near := difflib.get_close_matches(key, known, n=1):
         return f"no such key; did you mean {near[0]}?"
     homes = [
@@ -121,6 +123,12 @@ def _unknown_key(place: Place) -> str:
     if homes:
         return f"no such key here; did you mean {' or '.join(homes)}?"
     return f"no such key; give one of {', '.join(known)}" if known else "no such key"
+
+
+def _keys_of(schema: Schema) -> list[str]:
+    """The keys that a schema, or a member of it, has."""
+    members = map(_resolve, schema.get("anyOf", [schema]))
+    return [key for member in members for key in member.get("properties", {})]
 
 
 def _second_look(data: Mapping[str, Any], faulty: Sequence[Place]) -> list[tuple[Place, str]]:
@@ -219,7 +227,10 @@ def fits(schema: Schema) -> str:
     """What a schema allows, in words: `a whole number, at least 1`."""
     schema = _resolve(schema)
     if "anyOf" in schema:
-        return ", or ".join(fits(member) for member in schema["anyOf"])
+        one = ", or ".join(fits(member) for member in schema["anyOf"] if "items" not in member)
+        lists = [member for member in schema["anyOf"] if "items" in member]
+        many = ["a list of these" if fits(member["items"]) == one else fits(member) for member in lists]
+        return ", or ".join([one, *many])
     if choices := _choices(schema):
         return " | ".join(choices)
     if schema.get("type") == "array":

@@ -66,7 +66,11 @@ def _section(spec: BaseModel, indent: str, schema: Mapping[str, Any]) -> str:
             text += f"{indent}{key}:\n" + _section(value, indent + "  ", schema)
         else:
             line = _yaml({key: plain[key]}).rstrip("\n")
-            text += f"{indent}{line}  # {fits(known['properties'][key])}\n"
+            choices = fits(known["properties"][key])
+            if len(line := f"{indent}{line}  # {choices}") > _WIDTH:
+                text += _comment(f"Give {choices}.", indent)
+                line = line.removesuffix(f"  # {choices}")
+            text += f"{line}\n"
     return text
 
 
