@@ -141,6 +141,13 @@ def test_micro_batches_in_flight_hide_the_link_and_reach_the_bound():
     assert pipelined_step_s(step, 4) == 8
 
 
+def test_the_next_step_waits_for_all_micro_batches_of_this_one():
+    step = (Leg("client_forward", 1.0), Leg("up_hidden", 1.0))
+    timeline = simulate_round([ClientRound("a", (), step, 2, (), micro_batches=2)], SERVER)
+    starts = [one.start_s for one in timeline.of("a", "client") if one.leg != WAIT]
+    assert starts == [0, 1, 3, 4]
+
+
 @pytest.mark.parametrize("labels", ["client", "server"])
 @pytest.mark.parametrize("cut", [1, 3, 6])
 def test_a_client_alone_takes_what_its_costs_predict(labels, cut):

@@ -254,6 +254,13 @@ def test_numbers_that_mean_nothing_are_refused(fields):
         ClientSituation("a", 1, (option(1, 1, 1),), **fields)
 
 
+def test_the_whole_model_moves_to_a_client_only_where_that_is_allowed():
+    members = [client("a", 100.0), client("b", 100.0)]
+    assert choose("makespan", situation_of(job(), members, [1, 1], 100)).cuts == {"a": 5, "b": 5}
+    whole = situation_of(job(), members, [1, 1], 100, whole_allowed=True)
+    assert choose("makespan", whole).cuts == {"a": 6, "b": 6}
+
+
 def test_clients_have_names_of_their_own():
     one = ClientSituation("a", 1, (option(1, 1, 1),))
     with pytest.raises(ScheduleError, match="a name of its own"):

@@ -173,8 +173,13 @@ def situation_of(
     rounds_left: int = 1,
     weights_kept: bool = False,
     moments_kept: bool = False,
+    whole_allowed: bool = False,
 ) -> Situation:
-    """A situation of predicted prices and device memories; bounds, losses and measurements by `replace`."""
+    """A situation of predicted prices and device memories; bounds, losses and measurements by `replace`.
+
+    Cuts end at L - 1 unless `whole_allowed`: the whole model on a client sends no hidden states, so on slow
+    links it would win every comparison of times, and there would be no split left.
+    """
     if len(clients) != len(cuts):
         raise ScheduleError(f"{len(clients)} clients but {len(cuts)} cuts; give one cut a client")
     L = job.sizes.blocks
@@ -184,6 +189,7 @@ def situation_of(
                 client.name,
                 current,
                 options(job, client, current, weights_kept, moments_kept),
+                max_cut=L if whole_allowed else L - 1,
                 memory_bytes=client.device.memory_bytes,
                 weight=client.workload.tokens * client.workload.steps,
             )
