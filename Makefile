@@ -33,7 +33,7 @@ check: $(READY)
 	$(PYTEST)
 
 bench: $(READY)
-	@for question in benchmarks/*.py; do echo "== $$question"; $(BIN)/python $$question || exit 1; done
+	@for question in $(wildcard benchmarks/*.py); do echo "== $$question"; $(BIN)/python $$question || exit 1; done
 
 setup: $(READY)
 
