@@ -13,6 +13,7 @@ from splitft.tracking.events import (
     Evaluated,
     Event,
     RoundDone,
+    RoundTimed,
     RunDone,
     RunStarted,
     StepDone,
@@ -64,6 +65,13 @@ def adapters(up: int, down: int) -> Traffic:
     return Traffic(up={"adapter": up}, down={"adapter": down})
 
 
+def timed(t: float, number: int, seconds: float) -> RoundTimed:
+    return RoundTimed(
+        t=t, round=number, seconds=seconds, move_seconds=1.0, weight_bytes=100,
+        legs={ANN: {"client_forward": 2.0, "wait": 1.0}}, idle={ANN: 3.0, "server": 4.0},
+    )  # fmt: skip
+
+
 def story() -> list[Event]:
     """The whole run, from 100 s to 130 s."""
     return [
@@ -80,8 +88,9 @@ def story() -> list[Event]:
         step(108, 1, 1, BOB, 2.0, 10),
         RoundDone(
             t=110, round=1, participants=(ANN, BOB), aggregation_error=0.25,
-            traffic={ANN: adapters(1000, 2000), BOB: adapters(100, 200)}, simulated_seconds=12.0,
+            traffic={ANN: adapters(1000, 2000), BOB: adapters(100, 200)},
         ),
+        timed(110, 1, 12.0),
         Evaluated(t=112, round=1, loss=3.5, by_client={ANN: 4.5, BOB: 3.0}),
         CheckpointSaved(t=113, round=1, path="checkpoints/round-0001"),
         CutsChanged(t=114, round=2, cuts={ANN: 4}, reason="ann is quick"),
@@ -89,8 +98,9 @@ def story() -> list[Event]:
         step(118, 2, 3, ANN, 2.0, 20),
         RoundDone(
             t=120, round=2, participants=(ANN,), aggregation_error=0.0,
-            traffic={ANN: adapters(3000, 4000)}, simulated_seconds=8.0,
+            traffic={ANN: adapters(3000, 4000)},
         ),
+        timed(120, 2, 8.0),
         Evaluated(t=125, round=2, loss=3.0, by_client={ANN: 3.0, BOB: 3.75}),
         CheckpointSaved(t=126, round=2, path="checkpoints/round-0002"),
         RunDone(t=130, rounds=2),

@@ -6,6 +6,7 @@ config.yaml  events.jsonl  summary.json  checkpoints/  adapter/  report.html
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from splitft.config import RunConfig, dump, load
 from splitft.errors import RunError
 from splitft.runtime.checkpoint import Snapshot, latest, load_snapshot
-from splitft.tracking.events import RunDone, read_events, settled
+from splitft.tracking.events import EventLog, RunDone, read_events, settled
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,11 @@ class Run:
         return path
 
 
-def open_folder(folder: Path, config: RunConfig, resume: bool) -> Snapshot | None:
-    """Make a run folder, or find where the one that is there can continue."""
+def find_snapshot(folder: Path, config: RunConfig, resume: bool) -> Snapshot | None:
+    """Where the run that is there can continue; None for a fresh start. Changes nothing.
+
+    Raises RunError if the folder cannot be used as asked.
+    """
     written = folder / "config.yaml"
     if resume:
         if not written.is_file():
@@ -62,17 +66,23 @@ def open_folder(folder: Path, config: RunConfig, resume: bool) -> Snapshot | Non
             )
         _check_same(load(written), config, folder)
         number = latest(folder)
-        if number is None:
-            for file in ("events.jsonl", "summary.json"):  # stopped before a round was saved: begin again
-                (folder / file).unlink(missing_ok=True)
-        written.write_text(dump(config), encoding="utf-8")
         return None if number is None else load_snapshot(folder, number)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "holds a run already" if written.is_file() else "exists and is not empty"
         raise RunError(f"{folder} {what}; continue it with --resume, or give another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    written.write_text(dump(config), encoding="utf-8")
     return None
+
+
+def open_log(folder: Path, config: RunConfig, snapshot: Snapshot | None) -> EventLog:
+    """Make the run folder, or take it up again, and open its log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if snapshot is None:  # of a run that stopped before a round was saved, nothing counts
+        for file in ("events.jsonl", "summary.json"):
+            (folder / file).unlink(missing_ok=True)
+    draft = folder / "config.yaml.draft"
+    draft.write_text(dump(config), encoding="utf-8")
+    os.replace(draft, folder / "config.yaml")
+    return EventLog(folder / "events.jsonl")
 
 
 def _check_same(old: RunConfig, new: RunConfig, folder: Path) -> None:

@@ -1,6 +1,8 @@
 """From a configuration to the parties of a run: model, text, shares, clients, server.
 
-RunConfig --prepare--> Prepared(model, server, clients, ...) --simulation--> all in this process
+    RunConfig --gather--> Gathered(model, text, shares) --prepare--> Prepared(server, clients, pace, ...)
+
+Cuts come between the two: what a client trains on, on which machine, is known before its blocks are loaded.
 """
 
 from __future__ import annotations
@@ -9,10 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from splitft.assemble.fleet import Fleet, fleet_of
+from splitft.assemble.pace import Pace
 from splitft.config import RunConfig
 from splitft.data.corpora import read_records
 from splitft.data.shares import divide, values_of
-from splitft.data.text import BatchStream, Example, eval_batches, held_out
+from splitft.data.text import Batch, BatchStream, eval_batches, held_out
 from splitft.data.tokens import Tokenised, tokenise
 from splitft.errors import ConfigError, GeometryError
 from splitft.geometry import Span, check_cut
@@ -22,6 +26,37 @@ from splitft.runtime import Client, RunState, Server, Simulation
 from splitft.runtime.line import Tap
 from splitft.runtime.ranks import Ranks
 from splitft.tracking.events import ClientFacts
+
+
+@dataclass(frozen=True)
+class ClientText:
+    """One client's share of the text."""
+
+    name: str
+    """How the run calls the client."""
+    stream: BatchStream
+    """What it trains on."""
+    held_out: tuple[Batch, ...]
+    """What it is evaluated on."""
+    facts: ClientFacts
+    """Both in numbers; the cut is still to come (0)."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What is known before anyone holds a block."""
+
+    config: RunConfig
+    model: Model
+    ranks: Ranks
+    text: Tokenised
+    clients: tuple[ClientText, ...]
+
+    def fleet(self) -> Fleet:
+        """The clients' machines and links."""
+        names = [client.name for client in self.clients]
+        streams = [client.stream for client in self.clients]
+        return fleet_of(self.config, self.model, self.ranks, names, streams)
 
 
 @dataclass(frozen=True)
@@ -36,6 +71,8 @@ class Prepared:
     facts: tuple[ClientFacts, ...]
     text: Tokenised
     terms: Terms
+    pace: Pace
+    """Who chooses the cuts, and the simulated clock."""
 
     def simulation(self, tap: Tap | None = None) -> Simulation:
         """The parties on lines in this process."""
@@ -47,30 +84,45 @@ class Prepared:
         return RunState(0, cuts, self.server.initial())
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Read model and text, divide it, and set up every party.
+def gather(config: RunConfig) -> Gathered:
+    """Open the model, read the text and divide it.
 
     Raises a SplitftError that names the key to mend if the configuration does not fit the model or the text.
     """
     model = open_model(config.model)
-    blocks = model.shape.blocks
-    cuts = _cuts(config, blocks)
+    _check_cuts(config, model.shape.blocks)
     shares = config.clients.shares
     column = shares.column if shares.by in ("label", "natural") else None
     records = read_records(config.data, column, config.seed)
     text = tokenise(records, model.tokenizer(), config.data.max_tokens, config.data.separator)
     _check_length(text, model)
     parts = divide(text.examples, config.clients.count, shares, config.seed)
-    ranks = Ranks(config.lora, blocks, config.aggregate.rule, config.seed)
     names = values_of(text.examples) if shares.by == "natural" else None
-    clients, facts = [], []
-    for index, (part, cut) in enumerate(zip(parts, cuts, strict=True)):
-        name = names[index] if names else f"client-{index + 1}"
-        own = [text.examples[i] for i in part]
-        client, fact = _client(config, model, ranks, name, index, cut, own)
-        clients.append(client)
-        facts.append(fact)
-    server = Server(model, Span(min(cuts), blocks), ranks, config.split, config.training)
+    clients = tuple(
+        _client_text(config, text, part, index, names[index] if names else f"client-{index + 1}")
+        for index, part in enumerate(parts)
+    )
+    ranks = Ranks(config.lora, model.shape.blocks, config.aggregate.rule, config.seed)
+    return Gathered(config, model, ranks, text, clients)
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Gather, choose the first cuts, and set up every party.
+
+    Raises what `gather` raises, and ScheduleError if a client fits at no cut.
+    """
+    gathered = gather(config)
+    model, ranks = gathered.model, gathered.ranks
+    pace, cuts = Pace.begin(config, gathered.fleet())
+    here = [client for client in gathered.clients if client.name in cuts]
+    labels, training = config.split.labels, config.training
+    clients = tuple(
+        Client(one.name, model, cuts[one.name], labels, ranks, training, one.stream, one.held_out)
+        for one in here
+    )
+    facts = tuple(one.facts.model_copy(update={"cut": cuts[one.name]}) for one in here)
+    deepest = Span(min(cuts.values()), model.shape.blocks)
+    server = Server(model, deepest, ranks, config.split, config.training)
     terms = Terms(
         width=model.shape.width,
         dtype=model.dtype,
@@ -78,19 +130,23 @@ def prepare(config: RunConfig) -> Prepared:
         wire=config.wire,
         labels_travel=config.split.labels == "server",
     )
-    return Prepared(config, model, ranks, server, tuple(clients), tuple(facts), text, terms)
+    return Prepared(config, model, ranks, server, clients, facts, gathered.text, terms, pace)
 
 
-def _cuts(config: RunConfig, blocks: int) -> tuple[int, ...]:
-    cuts = config.cuts
-    assert cuts is not None  # the configuration refuses `auto` without a controller that decides
-    for index, cut in enumerate(cuts):
+def _check_cuts(config: RunConfig, blocks: int) -> None:
+    for index, cut in enumerate(config.cuts or ()):
         try:
             check_cut(cut, blocks, whole_allowed=False)
         except GeometryError as error:
             one = f"[{index}]" if isinstance(config.clients.cuts, tuple) else ""
             raise GeometryError(f"clients.cuts{one}: {error}") from error
-    return cuts
+    bounds = {"min_cut": config.schedule.min_cut, "max_cut": config.schedule.max_cut}
+    for key, bound in bounds.items():
+        if bound is not None and bound >= blocks:
+            raise GeometryError(
+                f"schedule.{key}: {bound} leaves the server no blocks: the model has {blocks}; "
+                f"give at most {blocks - 1}"
+            )
 
 
 def _check_length(text: Tokenised, model: Model) -> None:
@@ -102,20 +158,20 @@ def _check_length(text: Tokenised, model: Model) -> None:
         )
 
 
-def _client(
-    config: RunConfig, model: Model, ranks: Ranks, name: str, index: int, cut: int, own: list[Example]
-) -> tuple[Client, ClientFacts]:
+def _client_text(
+    config: RunConfig, text: Tokenised, part: tuple[int, ...], index: int, name: str
+) -> ClientText:
     training, data = config.training, config.data
+    own = [text.examples[i] for i in part]
     to_train, kept_out = held_out(own, data.holdout, config.seed, index)
     stream = BatchStream(to_train, training.batch_size, training.batch_tokens, config.seed, index)
     batches = eval_batches(kept_out, training.batch_size, training.batch_tokens, data.eval_examples)
-    client = Client(name, model, cut, config.split.labels, ranks, training, stream, batches)
     facts = ClientFacts(
         name=name,
-        cut=cut,
+        cut=0,
         train_examples=len(to_train),
         train_tokens=sum(map(len, to_train)),
         eval_examples=sum(len(batch.lengths) for batch in batches),
         truncated=sum(example.truncated for example in own),
     )
-    return client, facts
+    return ClientText(name, stream, tuple(batches), facts)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+
+from safetensors import SafetensorError
 
 from splitft import __version__
-from splitft.assemble.folder import Run, is_finished, open_folder
+from splitft.assemble.folder import Run, find_snapshot, is_finished, open_log
 from splitft.assemble.parties import Prepared, prepare
 from splitft.assemble.quiet import quiet
 from splitft.config import RunConfig, load
 from splitft.data.tokens import Tokenised
+from splitft.errors import RunError
 from splitft.export import write_peft
 from splitft.geometry import Span
 from splitft.runtime import RunState, train_rounds
-from splitft.runtime.checkpoint import Snapshot, save_snapshot
+from splitft.runtime.checkpoint import Snapshot, save_snapshot, what_is_safe
 from splitft.runtime.line import Tap
 from splitft.tracking.events import (
     CheckpointSaved,
     Event,
-    EventLog,
     Listener,
     RunDone,
     RunResumed,
@@ -46,11 +49,12 @@ def train(
     """
     config = config if isinstance(config, RunConfig) else load(config, overrides)
     run = Run(Path(out))
-    snapshot = open_folder(run.folder, config, resume)
+    snapshot = find_snapshot(run.folder, config, resume)
     if snapshot is not None and snapshot.state.round >= config.training.rounds and is_finished(run.folder):
         return run
-    with contextlib.closing(EventLog(run.folder / "events.jsonl")) as log, quiet():
-        prepared = prepare(config)
+    with quiet():
+        prepared = prepare(config)  # what does not fit is said before the folder is made
+    with _stopping(run.folder), contextlib.closing(open_log(run.folder, config, snapshot)) as log, quiet():
 
         def listener(event: Event) -> None:
             log(event)
@@ -58,24 +62,44 @@ def train(
                 other(event)
 
         state = _begin(prepared, snapshot, listener)
+        if snapshot is not None:  # the run may have stopped between the checkpoint and the adapter
+            _write_adapter(prepared, state, run.adapter_dir)
         simulation = prepared.simulation(tap)
 
         def save(state: RunState) -> None:
             path = save_snapshot(run.folder, _snapshot(prepared, state))
-            write_peft(state.adapters, prepared.model, prepared.ranks.scale, run.adapter_dir)
+            _write_adapter(prepared, state, run.adapter_dir)
             listener(CheckpointSaved(round=state.round, path=str(path.relative_to(run.folder))))
             write_summary(run.folder)
 
-        def controller(number: int, cuts: Any) -> Any:
-            return cuts
-
         train_rounds(
-            state, prepared.server, simulation, prepared.ranks, config.training, controller, listener, save
+            state, prepared.server, simulation, prepared.ranks, config.training, prepared.pace, listener, save
         )
         listener(RunDone(rounds=config.training.rounds))
-    write_summary(run.folder)
-    run.report()
+        write_summary(run.folder)
+        run.report()
     return Run(run.folder)
+
+
+@contextlib.contextmanager
+def _stopping(folder: Path) -> Iterator[None]:
+    """Say what is safe when the disk gives out under a run."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # the terminal's, not the disk's
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"the run stopped writing to {folder} ({reason}); {what_is_safe(folder)}") from error
+
+
+def _write_adapter(prepared: Prepared, state: RunState, folder: Path) -> None:
+    """The global adapter as a PEFT folder, put in place when it is whole."""
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    write_peft(state.adapters, prepared.model, prepared.ranks.scale, draft)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
 
 
 def _begin(prepared: Prepared, snapshot: Snapshot | None, listener: Listener) -> RunState:
@@ -93,9 +117,12 @@ def _begin(prepared: Prepared, snapshot: Snapshot | None, listener: Listener) ->
                 steps=config.training.steps,
                 labels=config.split.labels,
                 clients=prepared.facts,
+                machines=prepared.pace.machines(),
             )
         )
         _warn_of_losses(prepared.text, config, listener)
+        for message in (*prepared.pace.left_out, *prepared.pace.misfits):
+            listener(Warned(message=message))
         return prepared.initial()
     listener(RunResumed(round=snapshot.state.round + 1))
     state = snapshot.state

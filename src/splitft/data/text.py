@@ -141,6 +141,20 @@ def held_out(
     return training, tuple(examples[i] for i in drawn)
 
 
+@dataclass(frozen=True)
+class BatchSize:
+    """How much work one batch is."""
+
+    sequences: int
+    """B."""
+    longest: int
+    """T, tokens of the longest sequence."""
+    tokens: int
+    """Real tokens."""
+    labelled: int
+    """Tokens that carry loss."""
+
+
 class BatchStream:
     """An endless sequence of training batches, epoch after epoch, each example once an epoch."""
 
@@ -168,6 +182,16 @@ class BatchStream:
             raise DataError(f"step {step}: steps are counted from 0")
         epoch, place = self._locate(step)
         return Batch.of([self._examples[i] for i in self.epoch(epoch)[place]])
+
+    def sizes(self) -> list[BatchSize]:
+        """The sizes of the first epoch's batches, without making them."""
+        sizes = []
+        for indices in self.epoch(0):
+            examples = [self._examples[i] for i in indices]
+            lengths = [len(example) for example in examples]
+            labelled = sum(len(example) - example.labelled_from for example in examples)
+            sizes.append(BatchSize(len(examples), max(lengths), sum(lengths), labelled))
+        return sizes
 
     def epoch(self, epoch: int) -> list[Indices]:
         """The batches of this epoch, as indices of the examples."""

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from splitft.adapters import AdapterState, Moments
-from splitft.errors import RunError
+from splitft.errors import AdapterError, RunError
 from splitft.runtime.rounds import RunState
 
 FORMAT = 1
@@ -64,6 +64,7 @@ def save_snapshot(run: Path, snapshot: Snapshot) -> Path:
             "round": number,
             "cuts": dict(snapshot.state.cuts),
             "steps": snapshot.steps,
+            "losses": dict(snapshot.state.losses),
         }
         (draft / "state.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         for file in (*draft.iterdir(), draft):
@@ -73,16 +74,21 @@ def save_snapshot(run: Path, snapshot: Snapshot) -> Path:
         _flush(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        before = latest(run)
-        safe = f"round {before} is safe in {folder_of(run, before)}" if before else "no round is saved yet"
         reason = getattr(error, "strerror", None) or error
         raise RunError(
-            f"the checkpoint of round {number} could not be written to {final.parent} ({reason}); {safe}. "
-            "Free some space, then continue with --resume"
+            f"the checkpoint of round {number} could not be written to {final.parent} ({reason}); "
+            f"{what_is_safe(run)}"
         ) from error
     for old in _numbers(run)[:-KEPT]:
         shutil.rmtree(folder_of(run, old), ignore_errors=True)
     return final
+
+
+def what_is_safe(run: Path) -> str:
+    """For whoever's disk gave out: where the last whole round is, and how to go on."""
+    number = latest(run)
+    safe = f"round {number} is safe in {folder_of(run, number)}" if number else "no round is saved yet"
+    return f"{safe}. Free some space, then continue with --resume"
 
 
 def latest(run: Path) -> int | None:
@@ -103,12 +109,19 @@ def load_snapshot(run: Path, number: int) -> Snapshot:
         for name, tensor in tensors.items():
             owner, _, rest = name.partition("/")
             parts.setdefault(owner, {})[rest] = tensor
-        state = RunState(facts["round"], facts["cuts"], AdapterState.from_tensors(parts["global"]))
+        adapters = AdapterState.from_tensors(parts["global"])
+        state = RunState(facts["round"], facts["cuts"], adapters, facts["losses"])
         return Snapshot(
             state, facts["steps"], _by_owner(parts.get("client", {})), _by_owner(parts.get("server", {}))
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise RunError(f"{folder} is damaged and cannot be read: {error}") from error
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError, AdapterError) as error:
+        raise RunError(f"{folder} is damaged and cannot be read ({error}){_instead(run, number)}") from error
+
+
+def _instead(run: Path, number: int) -> str:
+    """What to do without this checkpoint."""
+    older = [other for other in _numbers(run) if other < number]
+    return f"; remove it to continue from round {older[-1]}" if older else "; start again with another --out"
 
 
 def _tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
@@ -128,8 +141,9 @@ def _by_owner(tensors: dict[str, torch.Tensor]) -> dict[str, Moments]:
 
 
 def _numbers(run: Path) -> list[int]:
-    folders = (run / "checkpoints").glob("round-*")
-    return sorted(int(folder.name.removeprefix("round-")) for folder in folders if folder.is_dir())
+    folders = [folder for folder in (run / "checkpoints").glob("round-*") if folder.is_dir()]
+    numbers = [folder.name.removeprefix("round-") for folder in folders]
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def _flush(path: Path) -> None:

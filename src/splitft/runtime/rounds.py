@@ -14,7 +14,7 @@ Where the clients are, in this process or behind a network, is a `Federation`'s 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -24,14 +24,24 @@ from splitft.geometry import Span
 from splitft.protocol import AdapterUpload, Evaluation, GlobalAdapters, RoundReady, RoundStart
 from splitft.runtime.ranks import Ranks
 from splitft.runtime.server import Server
+from splitft.schedule.cuts import Decision
 from splitft.specs import TrainingSpec
-from splitft.tracking.events import CutsChanged, Evaluated, Listener, RoundDone, StepDone, Traffic
+from splitft.tracking.events import CutsChanged, Evaluated, Listener, RoundDone, RoundTimed, StepDone, Traffic
 
 PARTICIPANT_DRAWS = 5
 """First word of the seed, so that no two purposes share random numbers."""
 
-Controller = Callable[[int, Mapping[str, int]], Mapping[str, int]]
-"""Number of the round to come and the cuts in force -> the cuts of that round."""
+
+class Schedule(Protocol):
+    """Chooses cuts, and keeps the simulated clock."""
+
+    def choose(self, number: int, cuts: Mapping[str, int], losses: Mapping[str, float]) -> Decision:
+        """The cuts of the round to come, from those in force and the last held-out losses."""
+
+    def charge(
+        self, number: int, participants: Sequence[str], before: Mapping[str, int], cuts: Mapping[str, int]
+    ) -> RoundTimed:
+        """What the round took on the simulated clock."""
 
 
 class Federation(Protocol):
@@ -65,6 +75,8 @@ class RunState:
     """k of every client."""
     adapters: AdapterState
     """The global factors, over all L blocks."""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """Held-out loss of each client with them."""
 
 
 def train_rounds(
@@ -73,7 +85,7 @@ def train_rounds(
     federation: Federation,
     ranks: Ranks,
     training: TrainingSpec,
-    controller: Controller,
+    schedule: Schedule,
     listener: Listener,
     save: Callable[[RunState], None],
 ) -> RunState:
@@ -81,15 +93,21 @@ def train_rounds(
     if state.round == 0:
         server.place(state.cuts)
         server.install(state.adapters)
-        listener(_evaluated(0, federation))
+        before = _evaluated(0, federation)
+        listener(before)
+        state = replace(state, losses=before.by_client)
     for number in range(state.round + 1, training.rounds + 1):
-        cuts = dict(controller(number, state.cuts))
+        decision = schedule.choose(number, state.cuts, state.losses)
+        cuts = dict(decision.cuts)
         if number == 1 or cuts != state.cuts:
-            listener(CutsChanged(round=number, cuts=cuts))
-        state = _round(
-            number, replace(state, cuts=cuts), state.cuts, server, federation, ranks, training, listener
-        )
-        listener(_evaluated(number, federation))
+            listener(CutsChanged(round=number, cuts=cuts, reason=decision.reason))
+        old_cuts, state = state.cuts, replace(state, cuts=cuts)
+        state = _round(number, state, old_cuts, server, federation, ranks, training, listener)
+        participants = participants_of(number, list(cuts), training.participation, ranks.seed)
+        listener(schedule.charge(number, participants, old_cuts, cuts))
+        evaluated = _evaluated(number, federation)
+        listener(evaluated)
+        state = replace(state, losses=evaluated.by_client)
         save(state)
     return state
 

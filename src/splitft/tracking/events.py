@@ -90,6 +90,8 @@ class RunStarted(Stamped):
     """Where labels, head and loss live."""
     clients: tuple[ClientFacts, ...]
     """Everyone who takes part."""
+    machines: Mapping[str, str] = {}
+    """Devices and links of the simulated clock, by client, in words."""
 
     @property
     def privacy(self) -> str:
@@ -151,8 +153,39 @@ class RoundDone(Stamped):
     """||mean(BA) - BA_global|| / ||mean(BA)|| over all layers; 0 is exact."""
     traffic: Mapping[str, Traffic] = {}
     """Adapters sent in this round, by client."""
-    simulated_seconds: float | None = None
-    """Length of the round on the simulated clock, if there is one."""
+
+
+class Bar(Fact):
+    """Something done in a round on the simulated clock: one bar of its Gantt chart."""
+
+    who: str
+    """A client, or `server`."""
+    leg: str
+    """What, such as client_forward, up_hidden or wait."""
+    start: float
+    """Seconds since the round began, without moving."""
+    end: float
+    """Likewise."""
+
+
+class RoundTimed(Stamped):
+    """How long a round took on the simulated clock."""
+
+    event: Literal["RoundTimed"] = "RoundTimed"
+    round: int
+    """Round, from 1."""
+    seconds: float
+    """Simulated seconds from the start of moving to the last client's adapters."""
+    move_seconds: float
+    """Those of them in which blocks changed sides."""
+    weight_bytes: int
+    """Base weights that clients loaded for deeper cuts."""
+    legs: Mapping[str, Mapping[str, float]]
+    """Seconds by client and leg, waiting for the server among them."""
+    idle: Mapping[str, float]
+    """Seconds in which a client's processor, or the server, did not compute."""
+    bars: tuple[Bar, ...] = ()
+    """The round in full; given for the first round, and for those in which a cut moved."""
 
 
 class Evaluated(Stamped):
@@ -201,6 +234,7 @@ Event = Annotated[
     | CutsChanged
     | StepDone
     | RoundDone
+    | RoundTimed
     | Evaluated
     | CheckpointSaved
     | Warned
@@ -265,7 +299,7 @@ def _superseded(event: Event, restart: int) -> bool:
     """Whether an event tells of a round from `restart` on, which begins again."""
     if isinstance(event, RunDone):
         return True
-    numbered = CutsChanged | StepDone | RoundDone | Evaluated | CheckpointSaved
+    numbered = CutsChanged | StepDone | RoundDone | RoundTimed | Evaluated | CheckpointSaved
     return isinstance(event, numbered) and event.round >= restart
 
 

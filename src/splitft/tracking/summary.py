@@ -25,6 +25,7 @@ from splitft.tracking.events import (
     Event,
     Role,
     RoundDone,
+    RoundTimed,
     RunDone,
     RunResumed,
     RunStarted,
@@ -53,7 +54,7 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
     cuts = _cuts_by_round(started, events, len(rounds))
     clients = [_client(facts, cuts, rounds, evaluations, steps) for facts in started.clients]
     training = [*(step.traffic for step in steps), *(one for done in rounds for one in done.traffic.values())]
-    simulated = [done.simulated_seconds for done in rounds if done.simulated_seconds is not None]
+    timed = [event for event in events if isinstance(event, RoundTimed)]
     return {
         "version": started.version,
         "method": started.method,
@@ -73,7 +74,8 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
         "tokens": sum(step.tokens for step in steps),
         "seconds_by_leg": _seconds_by_leg(steps),
         "wall_seconds": _wall_seconds(events),
-        "simulated_seconds": sum(simulated) if simulated else None,
+        "simulated_seconds": sum(event.seconds for event in timed) if timed else None,
+        "simulated": _simulated(timed, started.machines) if timed else None,
         "warnings": [event.message for event in events if isinstance(event, Warned)],
     }
 
@@ -209,6 +211,26 @@ def _seconds_by_leg(steps: Iterable[StepDone]) -> dict[str, float]:
         for leg, seconds in step.seconds.items():
             total[leg] += seconds
     return {leg: round(seconds, 6) for leg, seconds in total.items()}
+
+
+def _simulated(timed: Iterable[RoundTimed], machines: Mapping[str, str]) -> dict[str, Any]:
+    """The simulated clock: seconds by round, by client and leg, and idle by client and server."""
+    legs: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+    idle: defaultdict[str, float] = defaultdict(float)
+    for event in timed:
+        for client, seconds in event.legs.items():
+            for leg, spent in seconds.items():
+                legs[client][leg] += spent
+        for who, spent in event.idle.items():
+            idle[who] += spent
+    return {
+        "seconds": [event.seconds for event in timed],
+        "move_seconds": [event.move_seconds for event in timed],
+        "weight_bytes": sum(event.weight_bytes for event in timed),
+        "legs": {client: dict(seconds) for client, seconds in legs.items()},
+        "idle": dict(idle),
+        "machines": dict(machines),
+    }
 
 
 def _wall_seconds(events: Iterable[Event]) -> float:

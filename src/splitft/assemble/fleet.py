@@ -1,0 +1,165 @@
+"""The federation as the schedule sees it: every client's machine, link and work, and the server's.
+
+    RunConfig, Model, the clients' text --fleet_of--> Job + schedule.Client for each
+
+Machines are presets, whose seconds follow from the model's operations and so are the same everywhere; numbers
+that the user gives; or `measured`, this machine's own calibration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from splitft.adapters import attach
+from splitft.config import RunConfig
+from splitft.data.text import BatchStream
+from splitft.model import Model
+from splitft.model.anatomy import locate
+from splitft.runtime.calibration import measured
+from splitft.runtime.ranks import Ranks
+from splitft.schedule.cost import Client, Job, WireBytes, Workload
+from splitft.schedule.profile import (
+    GB,
+    MBIT_PER_S,
+    Calibration,
+    Device,
+    Link,
+    Server,
+    device_preset,
+    link_preset,
+)
+from splitft.schedule.sizes import ModelSizes, sizes_of
+from splitft.specs import ChangeSpec, DeviceSpec, LinkSpec
+from splitft.wire import CODECS
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """All machines of a run."""
+
+    job: Job
+    """What all clients share, the server among it."""
+    clients: tuple[Client, ...]
+    """As they are before any scripted change."""
+    changes: tuple[ChangeSpec, ...] = ()
+    """What happens to them, and when."""
+
+    def at(self, number: int) -> tuple[Client, ...]:
+        """The clients under the conditions of a round."""
+        clients = list(self.clients)
+        for change in sorted(self.changes, key=lambda one: one.round):
+            if change.round <= number:
+                clients[change.client - 1] = _changed(self.clients[change.client - 1], change)
+        return tuple(clients)
+
+
+@dataclass(frozen=True)
+class _Machines:
+    """Turns what a user wrote into devices and links, measuring this machine if it is named."""
+
+    model: Model
+    sizes: ModelSizes
+    ranks: Ranks
+    config: RunConfig
+
+    def device(self, name: str, given: str | DeviceSpec) -> Device:
+        """A machine, called after who owns it."""
+        if isinstance(given, DeviceSpec):
+            return Device(
+                name=name,
+                block_forward_s_per_token=given.block_forward_ms_per_token / 1e3,
+                block_backward_s_per_token=given.block_backward_ms_per_token / 1e3,
+                head_s_per_token=given.head_ms_per_token / 1e3,
+                memory_bytes=given.memory_gb * GB,
+            )
+        if given == "measured":
+            return replace(self._calibration.device, name=name)
+        return replace(device_preset(given, self.sizes, self.config.data.max_tokens), name=name)
+
+    def link(self, name: str, given: str | LinkSpec) -> Link:
+        """A connection, called after who owns it."""
+        if isinstance(given, LinkSpec):
+            up, down = given.up_mbit_per_s * MBIT_PER_S, given.down_mbit_per_s * MBIT_PER_S
+            return Link(name, up, down, given.latency_ms / 1e3)
+        return replace(link_preset(given), name=name)
+
+    @cached_property
+    def _calibration(self) -> Calibration:
+        return measured(self.model, self.sizes, self.ranks, self.config.training)
+
+
+def fleet_of(
+    config: RunConfig, model: Model, ranks: Ranks, names: Sequence[str], streams: Sequence[BatchStream]
+) -> Fleet:
+    """The fleet of a run; a few seconds the first time if a machine is `measured`."""
+    sizes = exact_sizes(model, ranks)
+    machines, schedule, count = _Machines(model, sizes, ranks, config), config.schedule, len(names)
+    devices, links = _one_each(schedule.devices, count), _one_each(schedule.links, count)
+    clients = tuple(
+        Client(
+            name, machines.device(name, devices[i]), machines.link(name, links[i]), _workload(config, stream)
+        )
+        for i, (name, stream) in enumerate(zip(names, streams, strict=True))
+    )
+    job = Job(
+        sizes=sizes,
+        server=Server(machines.device("server", schedule.server), group_tokens=config.split.group_tokens),
+        lora=config.lora,
+        wire=WireBytes(**{
+            role: CODECS[getattr(config.wire, role)].bytes_per_element
+            for role in ("hidden", "gradient", "adapter")
+        }),
+        labels=config.split.labels,
+        weight_bytes=model.dtype.itemsize,
+        moments=2 if config.training.optimizer == "adamw" else 0,
+    )  # fmt: skip
+    return Fleet(job, clients, schedule.changes)
+
+
+def exact_sizes(model: Model, ranks: Ranks) -> ModelSizes:
+    """The model's sizes, counted on its skeleton."""
+    skeleton = model.skeleton()
+    anatomy = locate(skeleton)
+    block = anatomy.block_list()[0]
+    block_parameters = sum(parameter.numel() for parameter in block.parameters())
+    embedding = sum(parameter.numel() for parameter in anatomy.embedding.parameters())
+    whole = sum(parameter.numel() for parameter in skeleton.parameters())
+    bank = attach(anatomy.block_list(), ranks.lora.targets, ranks.scale, model.dtype)
+    per_rank = sum(sum(size) for (index, _), size in bank.sizes.items() if index == 0)
+    return sizes_of(
+        model.shape,
+        block_parameters=block_parameters,
+        embedding_parameters=embedding,
+        head_parameters=max(0, whole - embedding - model.shape.blocks * block_parameters),
+        adapter_parameters_per_rank=per_rank,
+    )
+
+
+def _workload(config: RunConfig, stream: BatchStream) -> Workload:
+    """Means over the batches of one epoch."""
+    batches = stream.sizes()
+    count = len(batches)
+    return Workload(
+        tokens=sum(one.tokens for one in batches) / count,
+        labelled_tokens=sum(one.labelled for one in batches) / count,
+        sequences=sum(one.sequences for one in batches) / count,
+        padded_length=sum(one.sequences * one.longest for one in batches)
+        / sum(one.sequences for one in batches),
+        steps=config.training.steps,
+    )
+
+
+def _changed(client: Client, change: ChangeSpec) -> Client:
+    link = replace(
+        client.link,
+        up_bytes_per_s=client.link.up_bytes_per_s * change.link,
+        down_bytes_per_s=client.link.down_bytes_per_s * change.link,
+    )
+    return replace(client, device=client.device.scaled(change.compute), link=link)
+
+
+def _one_each(given: Any, count: int) -> tuple[Any, ...]:
+    return given if isinstance(given, tuple) else (given,) * count
