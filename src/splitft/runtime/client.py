@@ -85,6 +85,7 @@ class Client:
         self._moments: Moments = {}
         self._optimizer: LocalOptimizer | None = None
         self._underway: _Underway | None = None
+        self._graded = False  # whether the head has answered for the batch underway
         self._round = 0
         self._evaluated = (0.0, 0)
 
@@ -104,13 +105,14 @@ class Client:
         self.plan = Plan(message.cut, self.plan.blocks, self.plan.labels)
         self._known = known.within(span)
         self._moments = moments_within({**self._moments, **message.moments}, span)
-        self._round = message.round
+        self._round, self._underway, self._graded = message.round, None, False
         self._bank.put(SLOT, self._ranks.fitted(self._known, self._ranks.of(message.cut), message.round))
         self._optimizer = LocalOptimizer(self._bank.parameters(SLOT), self._training, self._moments)
         return RoundReady(client=self.name, round=message.round, moments=given_up)
 
     def forward(self) -> Activations:
         """The next batch through the client's blocks."""
+        self._in_round()
         batch = self._stream.batch(self.steps)
         with torch.enable_grad():
             hidden = self._run(batch)
@@ -125,35 +127,37 @@ class Client:
         batch = self._awaited().batch
         expect(message, LastHidden, step=self.steps)
         assert isinstance(message, LastHidden)
+        self._check_rows(message, batch)
         loss, gradient = loss_and_gradient(self.segment, message.hidden, batch.targets())
         if not math.isfinite(loss):
             raise RunError(
                 f"{self.name}: the loss is {loss} at step {self.steps} of round {self._round}; "
                 "lower training.lr, or look at the client's text"
             )
+        self._graded = True
         return HeadGradient(
             client=self.name, round=self._round, step=self.steps, loss=loss, gradient=gradient
         )
 
     def backward(self, message: Message) -> None:
         """Gradient at the cut through the client's blocks, then one optimizer step."""
-        underway = self._awaited()
+        underway, optimizer = self._awaited(), self._in_round()
+        expect(message, CutGradient if self._graded or self.plan.labels == "server" else LastHidden)
         expect(message, CutGradient, step=self.steps)
         assert isinstance(message, CutGradient)
-        assert self._optimizer is not None
         if message.gradient.shape != underway.hidden.shape:
             raise ProtocolError(f"CutGradient {tuple(message.gradient.shape)} for {underway.hidden.shape}")
         if underway.hidden.requires_grad:  # it does not if no layer of these blocks is adapted
             torch.autograd.backward([underway.hidden], [message.gradient.to(underway.hidden.dtype)])
-        self._optimizer.step()
-        self._underway = None
+        optimizer.step()
+        self._underway, self._graded = None, False
         self.steps += 1
 
     def upload(self) -> AdapterUpload:
         """The client's factors after the round."""
-        assert self._optimizer is not None
+        optimizer = self._in_round()
         if self._training.optimizer_state == "keep":
-            self._moments = self._optimizer.moments()
+            self._moments = optimizer.moments()
         self._optimizer = None
         return AdapterUpload(client=self.name, round=self._round, adapters=self._bank.take(SLOT))
 
@@ -185,13 +189,14 @@ class Client:
     def held_out_head(self, message: Message) -> None:
         """Add up the loss of the held-out batch underway."""
         batch = self._awaited().batch
-        expect(message, LastHidden, HeldOutLoss)
+        expect(message, LastHidden if self.plan.labels == "client" else HeldOutLoss)
         if isinstance(message, LastHidden):
-            loss, tokens = summed_loss(self.segment, message.hidden, batch.targets()), batch.labelled_tokens
+            self._check_rows(message, batch)
+            loss = summed_loss(self.segment, message.hidden, batch.targets())
         else:
             assert isinstance(message, HeldOutLoss)
-            loss, tokens = message.loss, message.tokens
-        self._evaluated = (self._evaluated[0] + loss, self._evaluated[1] + tokens)
+            loss = message.loss
+        self._evaluated = (self._evaluated[0] + loss, self._evaluated[1] + batch.labelled_tokens)
         self._underway = None
 
     def evaluation(self) -> Evaluation:
@@ -236,6 +241,17 @@ class Client:
             hidden=underway.hidden.detach(),
             labels=batch.targets() if self.plan.labels == "server" else None,
         )
+
+    def _in_round(self) -> LocalOptimizer:
+        if self._optimizer is None:
+            raise ProtocolError(f"{self.name}: no round is underway; RoundStart is due first")
+        return self._optimizer
+
+    def _check_rows(self, message: LastHidden, batch: Batch) -> None:
+        if len(message.hidden) != batch.labelled_tokens:
+            raise ProtocolError(
+                f"{self.name}: LastHidden has {len(message.hidden)} rows, {batch.labelled_tokens} were due"
+            )
 
     def _awaited(self) -> _Underway:
         if self._underway is None:

@@ -71,6 +71,7 @@ class Server:
         self.segment: Segment = model.segment(deepest, head=split.labels == "server")
         self._bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype)
         self._dtype = torch.promote_types(model.dtype, torch.float32)
+        self._round = 0
         self._seats: dict[str, _Seat] = {}
         self._cuts: dict[str, int] = {}
         self._groups: dict[str, _Group] = {}
@@ -97,7 +98,7 @@ class Server:
         """Give every participant (or all together) the round's factors and a fresh optimizer."""
         blocks = self.segment.shape.blocks
         self._seats = {name: _Seat(self._cuts[name]) for name in participants}
-        self._groups, self._heard, self._optimizers = {}, {}, {}
+        self._round, self._groups, self._heard, self._optimizers = number, {}, {}, {}
         if self._split.server_adapters == "shared":
             cuts = [self._cuts[name] for name in participants]
             slots = {SHARED: (Span(min(cuts), blocks), self._ranks.shared(cuts))}
@@ -160,6 +161,7 @@ class Server:
         LastHidden (M, D) with labels on the clients; with labels here, the gradient or the loss at once.
         """
         training = messages[0].training
+        self._check_turn(messages, training)
         group = _Group(messages={message.client: message for message in messages})
         with torch.set_grad_enabled(training):
             self._through_blocks(messages, group, training)
@@ -196,6 +198,29 @@ class Server:
 
     # ----------------------------------------------------------------------------------------------
 
+    def _check_turn(self, messages: Sequence[Activations], training: bool) -> None:
+        """Raise ProtocolError for batches that may not come now, or not together."""
+        for message in messages:
+            if message.client not in self._cuts:
+                raise ProtocolError(f"{message.client} is no client of this run")
+            expect(message, Activations, training=training)
+            if training:
+                self._seat(message.client)
+                expect(message, Activations, round=self._round)
+                if message.client in self._groups:
+                    raise ProtocolError(f"{message.client} sends a batch, but its gradient was due")
+            if self._split.labels == "server":
+                self._check_labels(message)
+        if len({message.client for message in messages}) < len(messages):
+            raise ProtocolError("a client sends two batches at once")
+
+    def _check_labels(self, message: Activations) -> None:
+        if message.labels is None:
+            raise ProtocolError(f"{message.client} sends no labels, but this run has them on the server")
+        vocab = self.segment.shape.vocab
+        if int(message.labels.min()) < 0 or int(message.labels.max()) >= vocab:
+            raise ProtocolError(f"{message.client} sends labels that are not token ids below {vocab}")
+
     def _through_blocks(self, messages: Sequence[Activations], group: _Group, training: bool) -> None:
         """Run the on-ramp: each client's rows join the batch where its cut is."""
         order = sorted(messages, key=lambda one: (self._cuts[one.client], one.client))
@@ -221,8 +246,7 @@ class Server:
         """Loss here, since the labels are: the reply is the gradient at the cut, or the held-out loss."""
         losses, gradients = {}, {}
         for client, message in group.messages.items():
-            if message.labels is None:
-                raise ProtocolError(f"{client} sends no labels, but this run has them on the server")
+            assert message.labels is not None
             if training:
                 graded = loss_and_gradient(self.segment, group.outputs[client], message.labels)
                 losses[client], gradients[client] = graded
