@@ -219,7 +219,7 @@ def _train(config: RunConfig, out: Path, resume: bool, quiet: bool = False) -> R
     if not quiet:
         console.print()
         console.print(client_table(run.summary))
-        console.print(f"\n{verdict(run.summary)}", highlight=False)
+        console.print(f"\n{verdict(run.summary)}", highlight=False, soft_wrap=True)
         console.print(f"Report   {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
         console.print(f"Adapter  {run.adapter_dir} (PEFT)", highlight=False, soft_wrap=True)
     return run
