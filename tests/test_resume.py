@@ -94,6 +94,30 @@ def test_every_way_of_training_resumes_bit_for_bit(tmp_path, config, sections):
 
 
 @pytest.mark.parametrize(
+    ("controller", "stopped_in"), [("makespan", 2), ("makespan", 4), ("resources", 3), ("paper", 3)]
+)
+def test_cuts_that_move_resume_bit_for_bit_with_the_moments_of_their_blocks(
+    tmp_path, config, controller, stopped_in
+):
+    changes = [
+        {"round": 2, "client": 1, "compute": 0.1, "link": 0.05},
+        {"round": 2, "client": 2, "compute": 20},
+    ]
+    once = config(
+        training={"rounds": 4, "optimizer_state": "keep"},
+        aggregate={"rule": "zero-pad"},
+        schedule={"controller": controller, "changes": changes},
+    )
+    whole = splitft.train(once, tmp_path / "whole")
+    assert any(len(set(client["cut"])) > 1 for client in whole.summary["clients"])
+    with pytest.raises(StoppedError):
+        splitft.train(once, tmp_path / "stopped", listeners=[stop_at(StepDone, stopped_in)])
+    again = splitft.train(once, tmp_path / "stopped", resume=True)
+    assert adapter_bytes(again.folder) == adapter_bytes(whole.folder)
+    _assert_same_summary(again.summary, whole.summary)
+
+
+@pytest.mark.parametrize(
     "moment",
     [
         stop_at(Evaluated, round=0),
