@@ -28,6 +28,9 @@ from splitft.errors import AdapterError
 Rows = Sequence[tuple[str | None, int]]
 """Who owns the rows of a batch, in order: (slot, sequences); slot None runs the base model."""
 
+Pair = tuple[nn.Parameter, nn.Parameter]
+"""A (R, in) and B (out, R) of one slot on one layer."""
+
 ATTENTION_NAMES = ("attn", "attention", "self_attn", "self_attention")
 
 
@@ -45,7 +48,7 @@ class LoraLayer(nn.Module):
         super().__init__()
         self.base = base
         self.scale = scale
-        self.slots: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.slots: dict[str, Pair] = {}
         self._routing = routing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -56,8 +59,18 @@ class LoraLayer(nn.Module):
         if len(rows) == 1:
             slot = rows[0][0]
             return y if slot is None else self._adapted(x, y, slot)
+        factors = [self.slots[slot] for slot, _ in rows if slot is not None]
+        if len(factors) == len(rows) and len(set(counts)) == 1 and len({A.shape for A, _ in factors}) == 1:
+            return y + self._together(x, factors).view_as(y)
         parts = zip(rows, torch.split(x, counts), torch.split(y, counts), strict=True)
         return torch.cat([y_ if slot is None else self._adapted(x_, y_, slot) for (slot, _), x_, y_ in parts])
+
+    def _together(self, x: torch.Tensor, factors: Sequence[Pair]) -> torch.Tensor:
+        """The small products of clients with equally many rows and equal ranks, in one batched product."""
+        A = torch.stack([A for A, _ in factors]).to(x.dtype)  # (clients, R, in)
+        B = (torch.stack([B for _, B in factors]) * self.scale).to(x.dtype)  # (clients, out, R)
+        small = torch.bmm(x.reshape(len(factors), -1, x.shape[-1]), A.mT)
+        return torch.bmm(small, B.mT)
 
     def _counts(self, x: torch.Tensor) -> list[int]:
         """Rows of x by client: its sequences, or its tokens in families that flatten (B, T)."""
