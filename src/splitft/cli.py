@@ -1,6 +1,6 @@
 """The command line: every verb of splitft, and how each ends.
 
-    splitft demo | init | train | report | generate | export
+    splitft demo | init | train | plan | report | generate | export
 
 Exit status 0, or 2 with one clear message for what the user can mend, 130 on Ctrl-C with the last finished
 round safe on disk, and 1 for a fault of ours (SPLITFT_DEBUG=1 shows where). Heavy imports are inside the
@@ -155,6 +155,31 @@ def train(
     run = _train(config, out or _new_folder(file.stem), resume, quiet=as_json)
     if as_json:
         typer.echo(json.dumps(run.summary, indent=2))
+
+
+@verb
+def plan(
+    file: ConfigFile,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as schedule.server=laptop")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict seconds, bytes and memory of every client at every cut; trains nothing."""
+    from splitft.assemble import plan as planned
+    from splitft.config import load
+    from splitft.tracking.tables import choice_table, price_tables
+
+    result = planned(load(file, overrides or []))
+    if as_json:
+        typer.echo(json.dumps(result.to_json(), indent=2))
+        return
+    console = _console()
+    for heading, table in price_tables(result.to_json()):
+        console.print(heading, highlight=False, markup=False, soft_wrap=True)
+        console.print(table)
+        console.print()
+    console.print(choice_table(result.to_json()))
 
 
 @verb

@@ -5,7 +5,8 @@ RunConfig --parties--> clients, server --training--> run folder --results--> tex
 
 from splitft.assemble.folder import Run
 from splitft.assemble.parties import Prepared, prepare
+from splitft.assemble.plan import plan
 from splitft.assemble.results import export, generate
 from splitft.assemble.training import train
 
-__all__ = ["Prepared", "Run", "export", "generate", "prepare", "train"]
+__all__ = ["Prepared", "Run", "export", "generate", "plan", "prepare", "train"]

@@ -106,7 +106,7 @@ def paper(situation: Situation) -> Decision:
 
 
 def makespan(situation: Situation) -> Decision:
-    """Least predicted round time, and only if the gain over the rounds left pays for the move.
+    """Least predicted round time, if the gain over the rounds left pays for the move.
 
     All clients move at once, so a move takes as long as its longest part. A current cut that is no longer
     possible (less memory, a new bound) moves whatever it costs.
@@ -122,7 +122,7 @@ def makespan(situation: Situation) -> Decision:
     gain_s = (current_s - best_s) * situation.rounds_left
     move_s = max(client.option(best[client.name]).move_s for client in situation.clients)
     against = f"{gain_s:.4g} s over {situation.rounds_left} rounds against {move_s:.4g} s of moving"
-    if gain_s > move_s:
+    if gain_s >= move_s:  # also where moving is free and gains nothing: ties go to the deeper cut
         return Decision(best, f"predicted round {best_s:.4g} s instead of {current_s:.4g} s: {against}")
     return Decision(current, f"predicted round {current_s:.4g} s; another gains {against}")
 

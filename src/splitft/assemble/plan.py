@@ -1,0 +1,131 @@
+"""What a run would cost at every cut, and what each controller would choose; trains nothing.
+
+RunConfig --gather--> text, machines --predict--> every client at every cut + every controller's choice
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from splitft.assemble.fleet import Fleet
+from splitft.assemble.pace import Pace
+from splitft.assemble.parties import gather
+from splitft.assemble.quiet import quiet
+from splitft.config import RunConfig
+from splitft.errors import ScheduleError
+from splitft.schedule.clock import client_round, simulate_round
+from splitft.schedule.cost import LEGS, Client, round_bytes, round_seconds
+from splitft.schedule.cuts import CONTROLLERS
+from splitft.schedule.memory import client_memory
+from splitft.schedule.situation import feasible
+
+
+@dataclass(frozen=True)
+class CutPrice:
+    """One client at one cut."""
+
+    cut: int
+    seconds: float
+    """Of a round, if it never waits for others."""
+    up_mb: float
+    """Sent in a round, in MB (10^6 bytes)."""
+    down_mb: float
+    """Received in a round."""
+    memory_gb: float
+    """Peak memory of the client, in GB (10^9 bytes)."""
+    fits: bool
+    """Whether memory and the site's bounds allow it."""
+
+
+@dataclass(frozen=True)
+class ClientPlan:
+    """One client at every cut."""
+
+    name: str
+    device: str
+    """Its machine, in words."""
+    link: str
+    """Its connection, in words."""
+    prices: tuple[CutPrice, ...]
+    lack: str
+    """What is missing if no cut fits, in words."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one controller would do in the first round."""
+
+    controller: str
+    cuts: dict[str, int]
+    round_seconds: float | None
+    """Of a round on the simulated clock; None if it finds no cuts."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The whole prediction."""
+
+    model: str
+    blocks: int
+    clients: tuple[ClientPlan, ...]
+    choices: tuple[Choice, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def plan(config: RunConfig) -> RunPlan:
+    """Predict. Raises what `gather` raises."""
+    with quiet():
+        gathered = gather(config)
+        fleet = gathered.fleet()
+    blocks = gathered.model.shape.blocks
+    given = config.cuts or (1,) * len(fleet.clients)
+    names = tuple(client.name for client in fleet.clients)
+    current = dict(zip(names, given, strict=True))
+    allowed = feasible(Pace(config, fleet, names).situation(1, current))
+    clients = tuple(
+        ClientPlan(
+            client.name,
+            client.device.source,
+            client.link.source,
+            tuple(_price(fleet, client, cut, cut in allowed[client.name].cuts) for cut in range(1, blocks)),
+            allowed[client.name].lack,
+        )
+        for client in fleet.clients
+    )
+    choices = tuple(_choice(config, fleet, controller) for controller in CONTROLLERS)
+    return RunPlan(config.model.name, blocks, clients, choices)
+
+
+def _price(fleet: Fleet, client: Client, cut: int, fits: bool) -> CutPrice:
+    sent = round_bytes(fleet.job, client, cut)
+    by_way = {way: sum(n for leg, n in sent.items() if LEGS[leg] == way) for way in ("up", "down")}
+    return CutPrice(
+        cut=cut,
+        seconds=sum(round_seconds(fleet.job, client, cut).values()),
+        up_mb=by_way["up"] / 1e6,
+        down_mb=by_way["down"] / 1e6,
+        memory_gb=client_memory(fleet.job, client, cut).total / 1e9,
+        fits=fits,
+    )
+
+
+def _choice(config: RunConfig, fleet: Fleet, controller: str) -> Choice:
+    """The first round of the same run under another controller."""
+    if controller == "fixed" and config.cuts is None:
+        return Choice(controller, {}, None, "clients.cuts is auto: nothing is given")
+    schedule = config.schedule.model_copy(update={"controller": controller})
+    try:
+        pace, cuts = Pace.begin(config.model_copy(update={"schedule": schedule}), fleet)
+    except ScheduleError as error:
+        return Choice(controller, {}, None, str(error))
+    rounds = [
+        client_round(fleet.job, client, cuts[client.name]) for client in fleet.at(1) if client.name in cuts
+    ]
+    seconds = simulate_round(rounds, fleet.job.server).round_s
+    reason = "; ".join(pace.misfits) or pace.first.reason or "as given in clients.cuts"
+    return Choice(controller, cuts, seconds, reason)
