@@ -210,7 +210,7 @@ def main() -> None:
             "python benchmarks/step_overhead.py" + (" --quick" if chosen.quick else ""),
             {
                 "config": f"{model.spec.name}, {model.spec.dtype}, LoRA rank {LORA.rank} on attention, batch "
-                f"{TRAINING.batch_size}, fused AdamW in all; {steps} interleaved steps each, 2 before to warm up",
+                f"{TRAINING.batch_size}, fused AdamW in all; {steps} interleaved steps each, 2 to warm up",
                 "text": f"{what}: {tokens / steps:.0f} tokens a step ({padded / steps:.0f} padded), "
                 f"{labelled / steps:.0f} with a label",
                 "seed": chosen.seed,

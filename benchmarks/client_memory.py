@@ -1,0 +1,146 @@
+"""How much less memory does a client need than the whole model?
+
+    client    embedding, blocks [0, k), and with labels on the client the head: one split training step
+    whole     transformers + peft, all L blocks: one training step on the same batch
+
+Each runs in a process of its own, which first imports everything; the memory that it has then is subtracted
+from the peak. What a server would answer is random numbers here, for they weigh the same. The peak is the
+kernel's own (VmHWM of resident memory), with the pages of the weights' file that were touched. Both steps
+are a client's first: forward, loss, backward, AdamW.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from measuring import Spread, options, quiet, ratio, section, table
+from splitft.data.text import BatchStream, Example
+from splitft.model import Model, open_model
+from splitft.protocol import Activations, CutGradient, LastHidden, RoundStart
+from splitft.runtime import Client
+from splitft.runtime.ranks import Ranks
+from splitft.specs import LoraSpec, ModelSpec, TrainingSpec
+from step_overhead import ordinary, plain_step
+
+SEQUENCES, TOKENS = 8, 64
+LORA = LoraSpec(rank=16, rank_at_cut=None)
+WHOLE = "whole, transformers + peft"
+CASES = {
+    "client, cut 2, labels on the client": (2, "client"),
+    "client, cut 2, labels on the server": (2, "server"),
+    "client, cut 15, labels on the client": (15, "client"),
+    WHOLE: None,
+}
+"""What is measured: (cut, labels), or the whole model."""
+
+
+def stream_of_random_text(model: Model, seed: int) -> BatchStream:
+    """One batch of sequences of one length; the second half of each carries loss."""
+    tokens = torch.randint(model.shape.vocab, (SEQUENCES, TOKENS), generator=torch.manual_seed(seed))
+    examples = [Example(tuple(row), TOKENS // 2) for row in tokens.tolist()]
+    return BatchStream(examples, SEQUENCES, None, seed, 0)
+
+
+def client_step(model: Model, cut: int, labels: str, seed: int) -> int:
+    """Set up a client and take its first step, with random numbers for the server's answers."""
+    side = "client" if labels == "client" else "server"
+    ranks = Ranks(LORA, model.shape.blocks, "svd", seed)
+    client = Client("c", model, cut, side, ranks, TrainingSpec(), stream_of_random_text(model, seed), ())
+    client.start(RoundStart(round=1, cut=cut))
+    sent: Activations = client.forward()
+    if side == "client":
+        rows = torch.randn(sent.labelled_tokens, model.shape.width).to(model.dtype)
+        client.head(LastHidden(step=0, hidden=rows))
+    gradient = torch.randn(sent.hidden.shape).to(model.dtype)
+    client.backward(CutGradient(step=0, gradient=gradient, loss=None if side == "client" else 1.0))
+    return client.segment.parameter_count()
+
+
+def whole_step(model: Model, seed: int) -> int:
+    """Load the whole model with peft and take its first step."""
+    plain_step(model, stream_of_random_text(model, seed), ordinary)()
+    return sum(parameter.numel() for parameter in model.skeleton().parameters())
+
+
+def measure(case: str, seed: int) -> dict[str, float]:
+    """One case in this process: frozen parameters held, and MiB of peak above what importing takes."""
+    import peft  # noqa: F401  # the client's process imports what the other does, so that both begin alike
+
+    quiet()
+    torch.manual_seed(seed)
+    model = open_model(ModelSpec())
+    model.skeleton()  # modelling code is imported
+    torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the kernel forgets the peak so far
+    before = _status("VmRSS")
+    where = CASES[case]
+    step: Callable[[], int]
+    step = (lambda: whole_step(model, seed)) if where is None else (lambda: client_step(model, *where, seed))
+    parameters = step()
+    return {"parameters": parameters, "before": before, "peak": _status("VmHWM") - before}
+
+
+def _status(field: str) -> float:
+    """MiB, from the kernel's account of this process."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
+
+
+def _in_a_process(case: str, seed: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--seed", str(seed), "--case", case]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def main() -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=CASES, help="measure one case in this process, as JSON")
+    parser.add_argument("--repeats", type=int, default=5)
+    chosen = parser.parse_args()
+    if chosen.case:
+        print(json.dumps(measure(chosen.case, chosen.seed)))
+        return
+    quiet()
+    model = open_model(ModelSpec())
+    found: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
+    for _ in range(1 if chosen.quick else chosen.repeats):
+        for case in CASES:
+            found[case].append(_in_a_process(case, chosen.seed))
+    peaks = {case: [one["peak"] for one in measured] for case, measured in found.items()}
+    parameters = {case: measured[0]["parameters"] for case, measured in found.items()}
+    rows = [
+        (
+            case,
+            f"{parameters[case] / 1e6:.1f} M",
+            f"{parameters[case] / parameters[WHOLE]:.3f}",
+            f"{Spread.of(peaks[case]).median:.0f} MiB",
+            ratio(peaks[case], peaks[WHOLE]),
+        )
+        for case in CASES
+    ]
+    importing = Spread.of([one["before"] for measured in found.values() for one in measured]).median
+    print(
+        section(
+            "Client memory",
+            "python benchmarks/client_memory.py" + (" --quick" if chosen.quick else ""),
+            {
+                "config": f"{model.spec.name}, {model.spec.dtype}, {model.shape.blocks} blocks, LoRA rank "
+                f"{LORA.rank} on attention, one step on {SEQUENCES} x {TOKENS} random tokens, AdamW",
+                "seed": chosen.seed,
+                "spread": f"median of {len(peaks[WHOLE])} processes each, in turns (middle half)",
+                "subtracted": f"{importing:.0f} MiB that each process has after importing all libraries",
+            },
+            table(("process", "frozen parameters", "to whole", "peak memory", "to whole"), rows),
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""When is it faster for the server to work on several clients' batches at once?
+
+    at once          rows of N clients in one product with the frozen weights, one batched product of factors
+    after another    the same N batches, each alone
+
+A server step is forward, backward and the optimizer steps of N clients' own factors, at one cut, on the
+blocks behind it. Large products already fill the cores, small ones do not: the table tells up to how many
+padded tokens it pays, which is what `split.group_tokens` should be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from measuring import Spread, interleaved, options, quiet, ratio, section, table
+from splitft.geometry import Span
+from splitft.model import Model, open_model
+from splitft.protocol import Activations, HeadGradient
+from splitft.runtime import Server
+from splitft.runtime.ranks import Ranks
+from splitft.specs import LoraSpec, ModelSpec, SplitSpec, TrainingSpec
+
+CUT = 2
+CLIENTS = (1, 2, 4, 8, 16)
+BATCHES = {"small": (1, 32), "medium": (2, 64), "large": (4, 128)}
+"""(sequences, tokens of each) of one client."""
+PAYS = 1.05
+"""Throughput ratio from which grouping counts as a gain."""
+
+
+def server_for(model: Model, clients: Sequence[str], seed: int) -> Server:
+    """A server in its first round with these clients, each with its own factors."""
+    blocks = model.shape.blocks
+    server = Server(
+        model, Span(CUT, blocks), Ranks(LoraSpec(), blocks, "svd", seed), SplitSpec(), TrainingSpec()
+    )
+    server.place(dict.fromkeys(clients, CUT))
+    server.start(1, clients, server.initial())
+    return server
+
+
+def activations(client: str, sequences: int, tokens: int, model: Model) -> Activations:
+    """Hidden states of random numbers: what they are does not change what they cost."""
+    hidden = torch.randn(sequences * tokens, model.shape.width).to(model.dtype)
+    labelled = ((tokens // 2, tokens - 1),) * sequences  # the second half is the completion
+    return Activations(
+        client=client,
+        round=1,
+        step=0,
+        training=True,
+        lengths=(tokens,) * sequences,
+        labelled=labelled,
+        hidden=hidden,
+    )
+
+
+def step(server: Server, messages: Sequence[Activations], gradients: Sequence[HeadGradient]) -> None:
+    """Forward, backward and the optimizers of these clients."""
+    server.forward(messages)
+    server.backward(gradients)
+
+
+def gradient(message: Activations, model: Model) -> HeadGradient:
+    """What the client's head would answer."""
+    rows = torch.randn(message.labelled_tokens, model.shape.width).to(model.dtype) / message.labelled_tokens
+    return HeadGradient(client=message.client, round=1, step=message.step, loss=1.0, gradient=rows)
+
+
+def variants(model: Model, count: int, size: tuple[int, int], seed: int) -> dict[str, Callable[[], None]]:
+    """Both ways to do one step for `count` clients."""
+    names = [f"client-{number:02d}" for number in range(count)]
+    server = server_for(model, names, seed)
+    messages = [activations(name, *size, model) for name in names]
+    gradients = [gradient(message, model) for message in messages]
+
+    def at_once() -> None:
+        step(server, messages, gradients)
+
+    def after_another() -> None:
+        for message, one in zip(messages, gradients, strict=True):
+            step(server, [message], [one])
+
+    return {"at once": at_once, "after another": after_another}
+
+
+def main() -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4096, help="padded tokens to measure in each cell")
+    chosen = parser.parse_args()
+    quiet()
+    torch.manual_seed(chosen.seed)
+    model = open_model(ModelSpec())
+    rows, gains = [], dict[int, list[float]]()
+    for name, size in BATCHES.items():
+        cells, speeds = [], []
+        for count in CLIENTS:
+            tokens = count * size[0] * size[1]
+            if chosen.quick and tokens > 512:
+                continue
+            rounds = 2 if chosen.quick else min(10, max(3, chosen.tokens // tokens))
+            seconds = interleaved(variants(model, count, size, chosen.seed), rounds)
+            gain = ratio(seconds["after another"], seconds["at once"])
+            cells.append(f"{gain.median:.2f} ({gain.low:.2f} to {gain.high:.2f})")
+            speeds.append(f"{tokens / Spread.of(seconds['at once']).median:.0f}")
+            if count > 1:
+                gains.setdefault(tokens, []).append(gain.median)
+        missing = ["-"] * (len(CLIENTS) - len(cells))
+        rows.append([f"{name}, {size[0]} x {size[1]}", "ratio", *cells, *missing])
+        rows.append(["", "tokens/s", *speeds, *missing])
+    totals = [
+        (tokens, ", ".join(f"{one:.2f}" for one in found), "yes" if min(found) >= PAYS else "no")
+        for tokens, found in sorted(gains.items())
+    ]
+    paying = [tokens for tokens, _, pays in totals if pays == "yes"]
+    print(
+        section(
+            "Server batching",
+            "python benchmarks/server_batching.py" + (" --quick" if chosen.quick else ""),
+            {
+                "config": f"{model.spec.name}, {model.spec.dtype}, blocks {CUT} to {model.shape.blocks - 1}, "
+                "LoRA of the defaults on attention, AdamW; forward, backward and optimizer",
+                "seed": chosen.seed,
+                "spread": f"median of ratios of neighbouring steps (middle half), 3 to 10 of each; {PAYS} "
+                "and more counts as a gain",
+                "largest group that gains": f"{max(paying, default=0)} padded tokens",
+            },
+            "Throughput of one step for N clients at once over N steps one after the other:",
+            table(["batch of a client", "", *(f"N = {count}" for count in CLIENTS)], rows),
+            "The same by size of the group:",
+            table(["padded tokens together", "ratios", "gain"], totals),
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
