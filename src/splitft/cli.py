@@ -12,10 +12,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -64,7 +65,7 @@ def verb(function: Verb) -> Verb:
         except SplitftError as error:
             _end(str(error), UNUSABLE)
         except KeyboardInterrupt:
-            _end("stopped; finished rounds are safe, continue with --resume", INTERRUPTED)
+            _end("stopped", INTERRUPTED)
         except (typer.Exit, typer.BadParameter, BrokenPipeError):
             raise
         except OSError as error:
@@ -77,7 +78,7 @@ def verb(function: Verb) -> Verb:
     return function
 
 
-def _end(message: str, status: int) -> None:
+def _end(message: str, status: int) -> NoReturn:
     """Say why on stderr and leave; with SPLITFT_DEBUG, let the exception at hand through as it is."""
     if os.environ.get("SPLITFT_DEBUG"):
         raise  # called while an exception is handled
@@ -236,11 +237,14 @@ def _train(config: RunConfig, out: Path, resume: bool, quiet: bool = False) -> R
     from splitft.tracking.progress import Progress, client_table, verdict
 
     console = _console(stderr=quiet)
-    with Progress(console) as progress:
-        events = out / "events.jsonl"
-        if resume and events.is_file():
-            progress.remember(read_events(events))
-        run = assemble.train(config, out, resume=resume, listeners=[progress])
+    try:
+        with Progress(console) as progress:
+            events = out / "events.jsonl"
+            if resume and events.is_file():
+                progress.remember(read_events(events))
+            run = assemble.train(config, out, resume=resume, listeners=[progress])
+    except KeyboardInterrupt:
+        _end(_how_to_continue(out), INTERRUPTED)
     if not quiet:
         console.print()
         console.print(client_table(run.summary))
@@ -248,6 +252,18 @@ def _train(config: RunConfig, out: Path, resume: bool, quiet: bool = False) -> R
         console.print(f"Report   {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
         console.print(f"Adapter  {run.adapter_dir} (PEFT)", highlight=False, soft_wrap=True)
     return run
+
+
+def _how_to_continue(out: Path) -> str:
+    """What a stopped run has safe, and the command that goes on with it."""
+    from splitft.runtime.checkpoint import latest
+
+    if not (out / "config.yaml").is_file():
+        return "stopped before the run began; nothing was written"
+    number = latest(out)
+    saved = f"round {number} is safe" if number else "no round is finished yet"
+    command = shlex.join(["splitft", "train", str(out / "config.yaml"), "--out", str(out), "--resume"])
+    return f"stopped; {saved}. Continue with: {command}"
 
 
 def _console(stderr: bool = False) -> Console:

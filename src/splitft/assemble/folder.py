@@ -74,15 +74,21 @@ def find_snapshot(folder: Path, config: RunConfig, resume: bool) -> Snapshot | N
 
 
 def open_log(folder: Path, config: RunConfig, snapshot: Snapshot | None) -> EventLog:
-    """Make the run folder, or take it up again, and open its log."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if snapshot is None:  # of a run that stopped before a round was saved, nothing counts
-        for file in ("events.jsonl", "summary.json"):
-            (folder / file).unlink(missing_ok=True)
-    draft = folder / "config.yaml.draft"
-    draft.write_text(dump(config), encoding="utf-8")
-    os.replace(draft, folder / "config.yaml")
-    return EventLog(folder / "events.jsonl")
+    """Make the run folder, or take it up again, and open its log.
+
+    Raises RunError if that cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if snapshot is None:  # of a run that stopped before a round was saved, nothing counts
+            for file in ("events.jsonl", "summary.json"):
+                (folder / file).unlink(missing_ok=True)
+        draft = folder / "config.yaml.draft"
+        draft.write_text(dump(config), encoding="utf-8")
+        os.replace(draft, folder / "config.yaml")
+        return EventLog(folder / "events.jsonl")
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error.strerror}); give another --out") from error
 
 
 def _check_same(old: RunConfig, new: RunConfig, folder: Path) -> None:
