@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from typer.testing import CliRunner
 
 from laws.federations import write_text
+from splitft.cli import app
 from splitft.tracking.events import Event
 
 COMMAND = (sys.executable, "-c", "from splitft.cli import main; main()")
@@ -51,6 +53,11 @@ def started(*arguments: object, **options: Any) -> subprocess.Popen[str]:
         env=environment,
         **options,
     )
+
+
+def invoke(*arguments: object) -> Any:
+    """The command in this process: its exit status, stdout and stderr."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def adapter_bytes(run: Path) -> bytes:

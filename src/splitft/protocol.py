@@ -270,7 +270,7 @@ class Terms:
             field, _, key = name.partition("/")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise ProtocolError(f"{frame.kind}: tensor {name!r} has numbers that are not finite")
-            if field not in kind.ROLES or field in values:
+            if field not in kind.ROLES or field in values or (not key and field in parts):
                 raise ProtocolError(f"{frame.kind} has no tensor {name!r}")
             if key:
                 parts.setdefault(field, {})[key] = tensor
