@@ -7,6 +7,7 @@ misses round 2.
 from __future__ import annotations
 
 from splitft.tracking.events import (
+    Bar,
     CheckpointSaved,
     ClientFacts,
     CutsChanged,
@@ -66,9 +67,15 @@ def adapters(up: int, down: int) -> Traffic:
 
 
 def timed(t: float, number: int, seconds: float) -> RoundTimed:
+    """A round of which Ann's one step is recorded, second by second."""
+    bars = (
+        (ANN, "client_forward", 0.0, 1.0), (ANN, "wait", 1.0, 2.0), (ANN, "server_forward", 2.0, 4.0),
+        ("server", "server_forward", 2.0, 4.0), (ANN, "client_backward", 4.0, 5.0),
+    )  # fmt: skip
     return RoundTimed(
         t=t, round=number, seconds=seconds, move_seconds=1.0, weight_bytes=100,
         legs={ANN: {"client_forward": 2.0, "wait": 1.0}}, idle={ANN: 3.0, "server": 4.0},
+        bars=tuple(Bar(who=who, leg=leg, start=start, end=end) for who, leg, start, end in bars),
     )  # fmt: skip
 
 

@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 from splitft.errors import RunError
-from splitft.tracking.events import ClientFacts, Evaluated, Event, EventLog, RunResumed, Warned
+from splitft.tracking.events import (
+    Bar,
+    ClientFacts,
+    CutsChanged,
+    Evaluated,
+    Event,
+    EventLog,
+    RoundTimed,
+    RunResumed,
+    Warned,
+)
 from splitft.tracking.report import page, read_run, write_report
 from splitft.tracking.summary import client_rows, summarise, verdict
 from tracking.story import started, step, story
@@ -109,7 +119,7 @@ def test_plotly_is_written_once_however_many_runs(finished, tmp_path):
 
 
 def test_the_charts_show_the_events(finished):
-    held_out, training, cuts, traffic, seconds, error = figures(seen(finished))
+    held_out, training, cuts, traffic, seconds, error, *_ = figures(seen(finished))
     assert {t["name"]: t["y"] for t in held_out["data"]} == {
         "ann": [5.0, 4.5, 3.0], "bob": [3.5, 3.0, 3.75], "all clients": [4.0, 3.5, 3.0],
     }  # fmt: skip
@@ -127,6 +137,30 @@ def test_the_charts_show_the_events(finished):
     assert traffic["data"][0]["y"] == pytest.approx([720e-6, 480e-6, 4100e-6, 77e-6])
     assert seconds["data"][0]["x"] == [1.5, 3.0]
     assert error["data"][0]["y"] == [0.25, 0.0]
+
+
+def test_the_simulated_clock_has_its_section_with_machines_and_idle_shares(tmp_path):
+    events = [started(machines={"ann": "a phone", "server": "a big one"}), *story()[1:]]
+    told = seen(run_folder(tmp_path / "timed", events))
+    words = told.words.split("Simulated clock", 1)[1]
+    assert "One round Round 2: who does what, and when. Before it, blocks moved for 1 s." in words
+    assert "who idle machine ann 33.3 % a phone server 44.4 % a big one" in words, "of 11 and 7 seconds"
+    assert ("figure", {"class": "wide"}) in told.elements
+    assert len(figures(told)) == 6 + 3
+
+
+def test_a_run_without_simulated_clock_shows_nothing_of_it(tmp_path):
+    events = [event for event in story() if not isinstance(event, RoundTimed)]
+    told = seen(run_folder(tmp_path / "untimed", events))
+    assert "imulated" not in told.words
+    assert len(figures(told)) == 6
+
+
+def test_the_reasons_of_cuts_stand_under_their_chart(finished):
+    words = seen(finished).words
+    cuts, after = words.index("Blocks that each client holds"), words.index("Bytes on the wire")
+    assert "Round 2: ann is quick" in words[cuts:after]
+    assert "Round 1:" not in words[cuts:after], "for which none is given"
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
@@ -157,10 +191,15 @@ def test_every_name_is_text_and_none_is_markup(tmp_path):
         ClientFacts(name="bob", cut=2, train_examples=1, train_tokens=1, eval_examples=1),
     )
     events = [
-        started(model=HOSTILE, method=HOSTILE, clients=clients),
+        started(model=HOSTILE, method=HOSTILE, clients=clients, machines={HOSTILE: HOSTILE}),
         Warned(message=HOSTILE),
         Evaluated(round=0, loss=2.0, by_client={HOSTILE: 2.0, "bob": 2.0}),
-    ]
+        CutsChanged(round=1, cuts={HOSTILE: 3}, reason=HOSTILE),
+        RoundTimed(
+            round=1, seconds=1, move_seconds=0, weight_bytes=0, legs={HOSTILE: {HOSTILE: 1.0}},
+            idle={HOSTILE: 0.0}, bars=(Bar(who=HOSTILE, leg=HOSTILE, start=0, end=1),),
+        ),
+    ]  # fmt: skip
     folder = run_folder(tmp_path / "<b>run", events, HOSTILE)
     for told in (seen(folder), seen(folder, run_folder(tmp_path / "other", story(), "seed: 1"))):
         assert told.text.count(HOSTILE) >= 4
@@ -170,6 +209,8 @@ def test_every_name_is_text_and_none_is_markup(tmp_path):
     drawn = figures(seen(folder))[0]["data"][0]["name"]
     assert "<" not in drawn, "plotly reads names as HTML"
     assert html.unescape(drawn) == HOSTILE
+    for chart in figures(seen(folder))[-2:]:
+        assert "<" not in json.dumps(chart).replace("<br>", ""), "nor in the charts of the simulated clock"
 
 
 def test_several_runs_stand_side_by_side(finished, tmp_path):

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from splitft.tracking.events import Event, StepDone
+from splitft.tracking.events import CutsChanged, Event, StepDone
 
 COLOURS = (
     "#3b82c4", "#e07b39", "#3a9d5d", "#8e6bbf", "#d1495b", "#2a9d9d", "#a1714f", "#d77fb3", "#9a9a33",
@@ -43,14 +43,20 @@ class Chart:
     """Traces, as plotly.js takes them."""
     layout: dict[str, Any] = field(default_factory=dict)
     """Axes, as plotly.js takes them."""
+    notes: tuple[str, ...] = ()
+    """Sentences to list below it."""
+    wide: bool = False
+    """Whether it takes the whole width of the page."""
+    height: int = 320
+    """Of the drawing, in pixels."""
 
 
-def of_one_run(summary: Mapping[str, Any], events: Iterable[Event], blocks: int) -> list[Chart]:
+def of_one_run(summary: Mapping[str, Any], events: Sequence[Event], blocks: int) -> list[Chart]:
     """All charts of one run that have something to show."""
     charts = [
         held_out_loss(summary),
         training_loss(events),
-        cuts_by_round(summary, blocks),
+        cuts_by_round(summary, blocks, events),
         traffic(summary),
         seconds_by_leg({"": summary}),
         aggregation_error({"": summary}),
@@ -69,13 +75,13 @@ def of_several_runs(
             "Held-out loss",
             "Of the global adapters on all clients' held-out text; round 0 is before training.",
             _lines(losses, markers=True),
-            _axes("round", "nats per token", max(len(line[0]) for line in losses.values())),
+            titled_axes("round", "nats per token", max(len(line[0]) for line in losses.values())),
         ),
         Chart(
             "Training loss",
             "Mean over the clients of their batches' loss at each local step.",
             _lines(steps),
-            _axes("step", "nats per token"),
+            titled_axes("step", "nats per token"),
         ),
         _traffic_of_runs(summaries),
         seconds_by_leg(summaries),
@@ -91,7 +97,7 @@ def held_out_loss(summary: Mapping[str, Any]) -> Chart:
         "Held-out loss",
         "Of the global adapters on each client's held-out text; round 0 is before training.",
         _lines(lines, bold=_by_round(summary["eval_loss"], first=0), markers=True),
-        _axes("round", "nats per token", len(summary["eval_loss"])),
+        titled_axes("round", "nats per token", len(summary["eval_loss"])),
     )
 
 
@@ -106,20 +112,22 @@ def training_loss(events: Iterable[Event]) -> Chart:
         "Training loss",
         "Of each client's own batches, by its local step. Batches differ, so single lines are rough.",
         _lines(each, bold=mean_by_step(steps)),
-        _axes("step", "nats per token"),
+        titled_axes("step", "nats per token"),
     )
 
 
-def cuts_by_round(summary: Mapping[str, Any], blocks: int) -> Chart:
-    """How many blocks each client held in each round."""
+def cuts_by_round(summary: Mapping[str, Any], blocks: int, events: Iterable[Event]) -> Chart:
+    """How many blocks each client held in each round, and why its controller chose so."""
+    changes = [event for event in events if isinstance(event, CutsChanged) and event.reason]
     lines = {client["name"]: _by_round(client["cut"], first=1) for client in summary["clients"]}
-    axes = _axes("round", "blocks on the client", max(summary["rounds"], 1))
+    axes = titled_axes("round", "blocks on the client", max(summary["rounds"], 1))
     axes["yaxis"] |= {"range": [0, blocks * 1.03]}
     return Chart(
         "Cuts",
         f"Blocks that each client holds, of the model's {blocks}; the server holds the rest.",
         [trace | {"line": trace["line"] | {"shape": "hv"}} for trace in _lines(lines, markers=True)],
         axes,
+        tuple(f"Round {change.round}: {change.reason}" for change in changes),
     )
 
 
@@ -144,7 +152,7 @@ def traffic(summary: Mapping[str, Any]) -> Chart:
         "Bytes on the wire",
         "All clients together; up is from a client to the server. Evaluation is counted apart from training.",
         data if roles else [],
-        {"barmode": "group", **_axes("", "MB")},
+        {"barmode": "group", **titled_axes("", "MB")},
     )
 
 
@@ -158,7 +166,7 @@ def _traffic_of_runs(summaries: Mapping[str, Mapping[str, Any]]) -> Chart:
         {
             "type": "bar",
             "name": role,
-            "x": [_plain(name) for name in summaries],
+            "x": [plain(name) for name in summaries],
             "y": total,
             "marker": {"color": colour},
         }
@@ -166,7 +174,7 @@ def _traffic_of_runs(summaries: Mapping[str, Mapping[str, Any]]) -> Chart:
         if any(total)
     ]
     caption = "Of training, both directions, all clients together; evaluation is left out."
-    return Chart("Bytes on the wire", caption, data, {"barmode": "stack", **_axes("", "MB")})
+    return Chart("Bytes on the wire", caption, data, {"barmode": "stack", **titled_axes("", "MB")})
 
 
 def seconds_by_leg(summaries: Mapping[str, Mapping[str, Any]]) -> Chart:
@@ -175,7 +183,7 @@ def seconds_by_leg(summaries: Mapping[str, Mapping[str, Any]]) -> Chart:
         {
             "type": "bar",
             "orientation": "h",
-            "name": _plain(name),
+            "name": plain(name),
             "y": [leg.replace("_", " ") for leg in summary["seconds_by_leg"]],
             "x": list(summary["seconds_by_leg"].values()),
             "marker": {"color": COLOURS[index % LEGIBLE]},
@@ -183,7 +191,7 @@ def seconds_by_leg(summaries: Mapping[str, Mapping[str, Any]]) -> Chart:
         for index, (name, summary) in enumerate(summaries.items())
         if summary["seconds_by_leg"]
     ]
-    axes = _axes("seconds", "")
+    axes = titled_axes("seconds", "")
     axes["yaxis"] |= {"autorange": "reversed", "automargin": True, "showgrid": False}
     caption = "Wall time of the training steps, summed over clients and rounds."
     return Chart("Seconds by leg", caption, data, {"barmode": "group", "hovermode": "y", **axes})
@@ -192,7 +200,7 @@ def seconds_by_leg(summaries: Mapping[str, Mapping[str, Any]]) -> Chart:
 def aggregation_error(summaries: Mapping[str, Mapping[str, Any]]) -> Chart:
     """How far the global adapters are from the mean of the clients' updates, by round."""
     lines = {name: _by_round(summary["aggregation_error"], first=1) for name, summary in summaries.items()}
-    axes = _axes("round", "relative error", max(len(line[0]) for line in lines.values()))
+    axes = titled_axes("round", "relative error", max(len(line[0]) for line in lines.values()))
     axes["yaxis"] |= {"rangemode": "tozero"}
     return Chart(
         "Aggregation error",
@@ -246,7 +254,7 @@ def _trace(name: str, line: Line, colour: str, width: float, markers: bool) -> d
     return {
         "type": "scatter",
         "mode": "lines+markers" if markers else "lines",
-        "name": _plain(name),
+        "name": plain(name),
         "x": list(xs),
         "y": [None if y is None or not math.isfinite(y) else round(y, 6) for y in ys],
         "line": {"color": colour, "width": width},
@@ -254,7 +262,7 @@ def _trace(name: str, line: Line, colour: str, width: float, markers: bool) -> d
     }
 
 
-def _axes(x: str, y: str, rounds: int = 0) -> dict[str, Any]:
+def titled_axes(x: str, y: str, rounds: int = 0) -> dict[str, Any]:
     """Titles of both axes; rounds are whole numbers, a dozen ticks at most."""
     whole = {"tickformat": "d", "dtick": math.ceil(rounds / 12)} if rounds else {}
     names = {} if x else {"showgrid": False}  # an axis without a title has names on it
@@ -269,6 +277,6 @@ def _steps(events: Iterable[Event]) -> list[StepDone]:
     return [event for event in events if isinstance(event, StepDone)]
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A name that plotly shows as it is."""
     return html.escape(name, quote=False)

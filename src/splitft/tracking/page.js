@@ -22,7 +22,7 @@ function draw(figure) {
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: theme.quiet },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     hoverlabel: { bgcolor: theme.panel, bordercolor: theme.rule, font: { color: theme.ink } },
-    legend: { orientation: "h", y: -0.2, yanchor: "top", x: 0 },
+    legend: { orientation: "h", y: -0.2, yanchor: "top", x: 0, ...layout.legend },
   }, { responsive: true, displayModeBar: false });
 }
 
