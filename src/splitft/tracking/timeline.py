@@ -6,7 +6,8 @@
     ann     |down|forward| up |wait |==server==|down|head| ...        a row each client and the server,
     server          |  bob  |   ann    |                              a colour each leg
 
-Rounds are recorded bar by bar only when cuts moved; the last of them is drawn, or its beginning.
+The first round is recorded bar by bar, and those in which cuts moved; the last of them is drawn, or its
+beginning.
 """
 
 from __future__ import annotations
