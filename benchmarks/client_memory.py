@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from measuring import Spread, options, quiet, ratio, section, table
+from measuring import Spread, begin, options, ratio, section, table
 from splitft.data.text import BatchStream, Example
 from splitft.model import Model, open_model
 from splitft.protocol import Activations, CutGradient, LastHidden, RoundStart
@@ -72,8 +72,7 @@ def measure(case: str, seed: int) -> dict[str, float]:
     """One case in this process: frozen parameters held, and MiB of peak above what importing takes."""
     import peft  # noqa: F401  # the client's process imports what the other does, so that both begin alike
 
-    quiet()
-    torch.manual_seed(seed)
+    begin(seed, None)
     model = open_model(ModelSpec())
     model.skeleton()  # modelling code is imported
     torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
@@ -107,7 +106,7 @@ def main() -> None:
     if chosen.case:
         print(json.dumps(measure(chosen.case, chosen.seed)))
         return
-    quiet()
+    begin(chosen.seed, chosen.threads)
     model = open_model(ModelSpec())
     found: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
     for _ in range(1 if chosen.quick else chosen.repeats):

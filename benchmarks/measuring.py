@@ -92,7 +92,7 @@ def environment() -> dict[str, str]:
     load = os.getloadavg()[0]  # other programs' and our own
     return {
         "machine": f"{os.cpu_count()} cores {platform.machine()}, no GPU ({_cpu()}); "
-        f"load {load:.1f} at the end",
+        f"{torch.get_num_threads()} threads, load {load:.1f} at the end",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, peft {peft.__version__}",
         "commit": _commit(),
@@ -105,11 +105,17 @@ def options(question: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=question)
     parser.add_argument("--quick", action="store_true", help="a few rounds, to see that it runs")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="of torch; 1 where other programs use the cores too")
     return parser
 
 
-def quiet() -> None:
-    """Keep progress bars and advice of the libraries out of the output, and the hub out of the run."""
+def begin(seed: int, threads: int | None) -> None:
+    """Seed and threads of torch; no progress bars and advice in the output, and no hub in the run."""
+    import torch
+
+    torch.manual_seed(seed)
+    if threads:
+        torch.set_num_threads(threads)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore", FutureWarning)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from measuring import Spread, interleaved, options, quiet, ratio, section, table
+from measuring import Spread, begin, interleaved, options, ratio, section, table
 from splitft.geometry import Span
 from splitft.model import Model, open_model
 from splitft.protocol import Activations, HeadGradient
@@ -87,10 +87,9 @@ def variants(model: Model, count: int, size: tuple[int, int], seed: int) -> dict
 
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=4096, help="padded tokens to measure in each cell")
+    parser.add_argument("--tokens", type=int, default=3072, help="padded tokens to measure in each cell")
     chosen = parser.parse_args()
-    quiet()
-    torch.manual_seed(chosen.seed)
+    begin(chosen.seed, chosen.threads)
     model = open_model(ModelSpec())
     rows, gains = [], dict[int, list[float]]()
     for name, size in BATCHES.items():
@@ -100,7 +99,7 @@ def main() -> None:
             if chosen.quick and tokens > 512:
                 continue
             rounds = 2 if chosen.quick else min(10, max(3, chosen.tokens // tokens))
-            seconds = interleaved(variants(model, count, size, chosen.seed), rounds)
+            seconds = interleaved(variants(model, count, size, chosen.seed), rounds, int(tokens < 4096))
             gain = ratio(seconds["after another"], seconds["at once"])
             cells.append(f"{gain.median:.2f} ({gain.low:.2f} to {gain.high:.2f})")
             speeds.append(f"{tokens / Spread.of(seconds['at once']).median:.0f}")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from measuring import REPOSITORY, Spread, interleaved, options, quiet, ratio, section, table
+from measuring import REPOSITORY, Spread, begin, interleaved, options, ratio, section, table
 from splitft.data.corpora import read_records
 from splitft.data.text import Batch, BatchStream
 from splitft.data.tokens import tokenise
@@ -173,8 +173,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each variant")
     chosen = parser.parse_args()
     steps = 3 if chosen.quick else chosen.steps
-    quiet()
-    torch.manual_seed(chosen.seed)
+    begin(chosen.seed, chosen.threads)
     model = open_model(ModelSpec())
     stream, what = read_text(model, chosen.data, chosen.seed)
     trains = {name: plain_step(model, stream, loss_of) for name, loss_of in PLAIN.items()}

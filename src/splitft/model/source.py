@@ -114,14 +114,19 @@ def _configuration(path: str) -> Any:
 def _on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
 
+    from splitft.model.attention import train_in_float32
+
     family = getattr(config, "model_type", "?")
     own = copy.deepcopy(config)  # each skeleton changes its configuration to the blocks it has mounted
     for attempt in dict.fromkeys((attention, "eager")):  # some families, such as gemma2, have eager only
         try:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation=attempt)
+                skeleton = AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation=attempt)
         except ValueError as error:
             refused = error
+            continue
+        train_in_float32(skeleton)
+        return skeleton
     raise ModelError(
         f"family {family!r} cannot be built as a causal language model: looked for its class in "
         f"transformers' AutoModelForCausalLM ({_first_line(refused)})"
