@@ -73,7 +73,7 @@ def test_what_is_not_a_whole_checkpoint_is_ignored(tmp_path):
     _assert_same(load_snapshot(tmp_path, 2), _snapshot(2))
 
 
-@pytest.mark.parametrize("step", ["save_file", "_flush", "os.replace"])
+@pytest.mark.parametrize("step", ["_save", "_flush", "os.replace"])
 def test_a_disk_that_fills_up_at_any_step_leaves_the_checkpoint_before(tmp_path, monkeypatch, step):
     save_snapshot(tmp_path, _snapshot(1))
 
@@ -167,14 +167,14 @@ def config(tiny_llama, tmp_path):
 
 def test_a_run_on_a_disk_that_fills_up_keeps_its_rounds_and_resumes(tmp_path, config, monkeypatch):
     whole = splitft.train(config, tmp_path / "whole")
-    written = checkpoint.save_file
+    written = checkpoint._save
 
     def full_in_round_2(tensors, path):
         if "round-0002" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         written(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full_in_round_2)
+    monkeypatch.setattr(checkpoint, "_save", full_in_round_2)
     with pytest.raises(RunError, match=r"No space left on device.*round 1 is safe.*continue with --resume"):
         splitft.train(config, tmp_path / "run")
     monkeypatch.undo()
@@ -195,3 +195,11 @@ def test_a_damaged_last_checkpoint_can_be_removed_to_go_on_from_the_one_before(t
     (last / "state.json").unlink()
     last.rmdir()
     assert adapter_bytes(splitft.train(config, whole.folder, resume=True).folder) == before
+
+
+def test_others_may_read_what_a_run_writes(tmp_path, config):
+    """A fault once seen: files that only their owner could read."""
+    run = splitft.train(config, tmp_path / "run")
+    files = [*run.adapter_dir.iterdir(), *(tmp_path / "run/checkpoints").glob("*/*")]
+    assert len(files) > 4
+    assert [file for file in files if not file.stat().st_mode & 0o040] == []

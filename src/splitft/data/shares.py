@@ -45,7 +45,8 @@ def divide(
     if clients * minimum > len(examples):
         raise DataError(
             f"{clients} clients need at least {minimum} examples each, {clients * minimum} in all, but "
-            f"there are {len(examples)}; give more text, or at most {len(examples) // minimum} client(s)"
+            f"there are {len(examples)}; give more text"
+            + (f", or at most {most} client(s)" if (most := len(examples) // minimum) else "")
         )
     generator = np.random.default_rng([SHARE_DRAWS, seed])
     parts = PARTITIONS[spec.by](examples, clients, spec, generator)

@@ -98,15 +98,20 @@ def _configuration(path: str) -> Any:
         raise ModelError(f"{path} is not a model folder: it has no config.json; it holds {held}")
     if folder.is_file():
         raise ModelError(f"{path} is a file; give the folder that holds config.json and the weights")
+    near = difflib.get_close_matches(path, EMBEDDED, n=1)
+    if near and not folder.is_dir():  # before the hub is asked, which takes long where there is no network
+        raise ModelError(f"there is no model {path!r}; did you mean {near[0]!r}?")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, json.JSONDecodeError) as error:
+        if folder.is_dir():
+            raise ModelError(
+                f"{path}: transformers cannot use its config.json: {_first_line(error)}"
+            ) from error
         known = ", ".join(EMBEDDED)
-        near = difflib.get_close_matches(path, EMBEDDED, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ModelError(
             f"no model {path!r}: it is not an embedded model ({known}), not a folder here, and the hub "
-            f"did not give it ({_first_line(error)}){hint}"
+            f"did not give it ({_first_line(error)})"
         ) from error
     return getattr(config, "text_config", None) or config
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from splitft.adapters import AdapterState, Moments
 from splitft.errors import AdapterError, RunError
@@ -58,7 +58,7 @@ def save_snapshot(run: Path, snapshot: Snapshot) -> Path:
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        save_file(_tensors(snapshot), draft / "state.safetensors")
+        _save(_tensors(snapshot), draft / "state.safetensors")
         facts = {
             "format": FORMAT,
             "round": number,
@@ -144,6 +144,11 @@ def _numbers(run: Path) -> list[int]:
     folders = [folder for folder in (run / "checkpoints").glob("round-*") if folder.is_dir()]
     numbers = [folder.name.removeprefix("round-") for folder in folders]
     return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write them for all to read; safetensors' own `save_file` lets only the owner."""
+    path.write_bytes(save(tensors))
 
 
 def _flush(path: Path) -> None:
