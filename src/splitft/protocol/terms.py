@@ -1,24 +1,6 @@
-"""The conversation between a client and the server, as data.
+"""What both sides agreed on, and so how a message becomes a frame, and a frame a checked message.
 
-    server                                   client
-      RoundStart      cut, what is new  ---->
-                                        <----  RoundReady      moments of blocks given up
-   each step:
-                                        <----  Activations     hidden at the cut (N, D)
-      LastHidden      (M, D)            ---->                  head and loss on the client
-                                        <----  HeadGradient    (M, D)
-      CutGradient     (N, D)            ---->
-   then:
-                                        <----  AdapterUpload   factors of blocks [0, k)
-      GlobalAdapters  after aggregation ---->
-   evaluation:  Activations -> LastHidden for each held-out batch, then Evaluation
-
-With `labels: server`, Activations carry the labels; CutGradient (training) or HeldOutLoss (evaluation)
-answers at once. Only real tokens travel, never padding: N is the sum of the lengths; M counts positions
-that carry a label. Of a sequence the server learns its length and where its labels stand.
-
-Messages are pydantic models, so that what comes from the other side is checked field by field; `Terms`
-knows what both sides agreed on, and turns messages into frames and back.
+Message --pack--> Frame --bytes--> Frame --unpack--> Message        every tensor by its role's codec
 """
 
 from __future__ import annotations
@@ -26,176 +8,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from splitft.adapters import AdapterState
 from splitft.adapters.optimizer import Moments
-from splitft.errors import AdapterError, ProtocolError, WireError
+from splitft.errors import AdapterError, ProtocolError
+from splitft.protocol.messages import MESSAGES, Message
 from splitft.specs import WireSpec
 from splitft.tracking.events import Role
 from splitft.wire import CODECS, MAX_FRAME_BYTES, Cast, Frame
 
 _MOMENT = re.compile(r"(0|[1-9]\d{0,5})\.[\w.]+\.[AB]\.\w+", re.ASCII)
 """`7.self_attn.q_proj.A.exp_avg`"""
-
-Count = Annotated[int, Field(ge=0)]
-Length = Annotated[int, Field(ge=1)]
-Loss = Annotated[float, Field(allow_inf_nan=False)]
-Name = Annotated[str, Field(min_length=1, max_length=200)]
-
-
-class Message(BaseModel):
-    """One message; its tensor fields are listed by role."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-    ROLES: ClassVar[Mapping[str, Role]] = {}
-    """Role of each field that holds tensors; the first is also charged with the frame's overhead."""
-
-    @property
-    def main_role(self) -> Role:
-        """What the message is mainly about."""
-        return next(iter(self.ROLES.values()), "adapter")
-
-
-class RoundStart(Message):
-    """Server: train a round at this cut, beginning with the adapters that you hold and these."""
-
-    round: Length
-    cut: Length
-    adapters: AdapterState = AdapterState()
-    """Global factors of blocks that the client gains with this cut."""
-    moments: dict[str, torch.Tensor] = {}
-    """Optimizer moments of those blocks, when kept."""
-    ROLES = {"adapters": "adapter", "moments": "adapter"}
-
-
-class RoundReady(Message):
-    """Client: the cut is in place."""
-
-    client: Name
-    round: Length
-    moments: dict[str, torch.Tensor] = {}
-    """Optimizer moments of blocks given up, when kept."""
-    ROLES = {"moments": "adapter"}
-
-
-class Activations(Message):
-    """Client: hidden states at the cut, of training or of evaluation."""
-
-    client: Name
-    round: Count
-    step: Count
-    training: bool
-    lengths: tuple[Length, ...] = Field(min_length=1)
-    """Real tokens of each sequence."""
-    labelled: tuple[tuple[Count, Count], ...]
-    """Positions [start, stop) of each sequence that carry a label."""
-    hidden: torch.Tensor
-    """(N, D)."""
-    labels: torch.Tensor | None = None
-    """(M,) token ids; only with `labels: server`."""
-    ROLES = {"hidden": "hidden", "labels": "label"}
-
-    @property
-    def labelled_tokens(self) -> int:
-        """M."""
-        return sum(stop - start for start, stop in self.labelled)
-
-    @model_validator(mode="after")
-    def _sizes_agree(self) -> Activations:
-        if len(self.labelled) != len(self.lengths):
-            raise ValueError(f"{len(self.lengths)} lengths, but {len(self.labelled)} labelled ranges")
-        for length, (start, stop) in zip(self.lengths, self.labelled, strict=True):
-            if not start < stop <= length:
-                raise ValueError(f"labelled positions [{start}, {stop}) of a sequence of {length}")
-        if self.hidden.dim() != 2 or len(self.hidden) != sum(self.lengths):
-            raise ValueError(f"hidden {tuple(self.hidden.shape)} for {sum(self.lengths)} tokens")
-        if self.labels is not None and self.labels.shape != (self.labelled_tokens,):
-            raise ValueError(f"labels {tuple(self.labels.shape)} for {self.labelled_tokens} positions")
-        return self
-
-
-class LastHidden(Message):
-    """Server: hidden states after the last block at the labelled positions."""
-
-    step: Count
-    hidden: torch.Tensor
-    """(M, D)."""
-    ROLES = {"hidden": "hidden"}
-
-
-class HeadGradient(Message):
-    """Client: gradient of its mean loss at LastHidden."""
-
-    client: Name
-    round: Count
-    step: Count
-    loss: Loss
-    """Mean loss of the batch in nats, for the record."""
-    gradient: torch.Tensor
-    """(M, D)."""
-    ROLES = {"gradient": "gradient"}
-
-
-class CutGradient(Message):
-    """Server: gradient of the client's mean loss at the cut."""
-
-    step: Count
-    gradient: torch.Tensor
-    """(N, D)."""
-    loss: Loss | None = None
-    """Mean loss in nats, with `labels: server`."""
-    ROLES = {"gradient": "gradient"}
-
-
-class AdapterUpload(Message):
-    """Client: its blocks' factors after the round."""
-
-    client: Name
-    round: Length
-    adapters: AdapterState
-    ROLES = {"adapters": "adapter"}
-
-
-class GlobalAdapters(Message):
-    """Server: the aggregated factors of the client's blocks."""
-
-    round: Count
-    adapters: AdapterState
-    ROLES = {"adapters": "adapter"}
-
-
-class HeldOutLoss(Message):
-    """Server, with `labels: server`: summed loss of one held-out batch."""
-
-    step: Count
-    loss: Loss
-    tokens: Length
-
-
-class Evaluation(Message):
-    """Client: loss of the global adapters on its held-out text."""
-
-    client: Name
-    round: Count
-    loss: Loss
-    """Sum over labelled tokens, in nats."""
-    tokens: Count
-    """Labelled tokens."""
-
-
-MESSAGES: dict[str, type[Message]] = {
-    kind.__name__: kind
-    for kind in (
-        RoundStart, RoundReady, Activations, LastHidden, HeadGradient, CutGradient, AdapterUpload,
-        GlobalAdapters, HeldOutLoss, Evaluation,
-    )
-}  # fmt: skip
-"""Every message that may travel, by name."""
 
 
 @dataclass(frozen=True)
@@ -322,20 +149,3 @@ class Terms:
             if tensor.dtype not in due:
                 raise ProtocolError(f"{kind}: {name} comes as {tensor.dtype}; agreed was {due[0]}")
         return dict(members)
-
-
-def expect(message: Message, *kinds: type[Message], **fields: object) -> None:
-    """Raise ProtocolError unless the message is of one of these kinds and has these values.
-
-    `expect(message, HeadGradient, client="a", round=2, step=7)` is how each side says what may follow.
-    """
-    if not isinstance(message, kinds):
-        awaited = " or ".join(kind.__name__ for kind in kinds)
-        raise ProtocolError(f"{type(message).__name__} came where {awaited} was due")
-    for name, wanted in fields.items():
-        found = getattr(message, name)
-        if found != wanted:
-            raise ProtocolError(f"{type(message).__name__} of {name} {found!r} came, {wanted!r} was due")
-
-
-__all__ = [*MESSAGES, "MESSAGES", "Message", "Terms", "WireError", "expect"]
