@@ -28,6 +28,8 @@ BATCHES = {"small": (1, 32), "medium": (2, 64), "large": (4, 128)}
 """(sequences, tokens of each) of one client."""
 PAYS = 1.05
 """Throughput ratio from which grouping counts as a gain."""
+NEARLY = 0.98
+"""Share of the highest throughput with which a group is large enough."""
 
 
 def server_for(model: Model, clients: Sequence[str], seed: int) -> Server:
@@ -91,7 +93,7 @@ def main() -> None:
     chosen = parser.parse_args()
     begin(chosen.seed, chosen.threads)
     model = open_model(ModelSpec())
-    rows, gains = [], dict[int, list[float]]()
+    rows, gains = [], dict[int, list[tuple[float, float]]]()
     for name, size in BATCHES.items():
         cells, speeds = [], []
         for count in CLIENTS:
@@ -102,17 +104,21 @@ def main() -> None:
             seconds = interleaved(variants(model, count, size, chosen.seed), rounds, int(tokens < 4096))
             gain = ratio(seconds["after another"], seconds["at once"])
             cells.append(f"{gain.median:.2f} ({gain.low:.2f} to {gain.high:.2f})")
-            speeds.append(f"{tokens / Spread.of(seconds['at once']).median:.0f}")
+            speed = tokens / Spread.of(seconds["at once"]).median
+            speeds.append(f"{speed:.0f}")
             if count > 1:
-                gains.setdefault(tokens, []).append(gain.median)
+                gains.setdefault(tokens, []).append((gain.median, speed))
         missing = ["-"] * (len(CLIENTS) - len(cells))
         rows.append([f"{name}, {size[0]} x {size[1]}", "ratio", *cells, *missing])
         rows.append(["", "tokens/s", *speeds, *missing])
-    totals = [
-        (tokens, ", ".join(f"{one:.2f}" for one in found), "yes" if min(found) >= PAYS else "no")
-        for tokens, found in sorted(gains.items())
-    ]
-    paying = [tokens for tokens, _, pays in totals if pays == "yes"]
+    fastest = max(speed for found in gains.values() for _, speed in found)
+    totals, enough = [], []
+    for tokens, found in sorted(gains.items()):
+        ratios, speeds = ([f"{one[i]:.{2 - 2 * i}f}" for one in found] for i in (0, 1))
+        pays = min(gain for gain, _ in found) >= PAYS
+        totals.append((tokens, ", ".join(ratios), ", ".join(speeds), "yes" if pays else "no"))
+        if pays and max(speed for _, speed in found) >= NEARLY * fastest:
+            enough.append(tokens)
     print(
         section(
             "Server batching",
@@ -123,12 +129,13 @@ def main() -> None:
                 "seed": chosen.seed,
                 "spread": f"median of ratios of neighbouring steps (middle half), 3 to 10 of each; {PAYS} "
                 "and more counts as a gain",
-                "largest group that gains": f"{max(paying, default=0)} padded tokens",
+                f"smallest gaining group within {1 - NEARLY:.0%} of the highest throughput": f"{min(enough, default=0)} "
+                "padded tokens (larger ones cost memory, padding and waiting)",
             },
             "Throughput of one step for N clients at once over N steps one after the other:",
             table(["batch of a client", "", *(f"N = {count}" for count in CLIENTS)], rows),
             "The same by size of the group:",
-            table(["padded tokens together", "ratios", "gain"], totals),
+            table(["padded tokens together", "ratios", "tokens/s", "gain"], totals),
         )
     )
 

@@ -123,7 +123,7 @@ class SplitSpec(Spec):
     """`client`: the head and the loss are on the client, the server sees no text. `server`: it does."""
     server_adapters: Literal["per-client", "shared"] = "per-client"
     """One copy of the server's adapters a client (SplitFed v1), or one trained by all (SplitLoRA)."""
-    group_tokens: int = Field(256, ge=1)
+    group_tokens: int = Field(1024, ge=1)
     """The server works on several clients' batches at once while they are at most this many padded tokens
     together; on a CPU larger groups are no faster (`benchmarks/server_batching.py`)."""
 
