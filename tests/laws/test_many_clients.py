@@ -7,6 +7,7 @@ import torch
 
 from laws.federations import federation, largest_relative_difference, play, write_text
 from splitft.errors import ProtocolError
+from splitft.protocol import Activations
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +129,24 @@ def test_shared_server_factors_take_one_step_on_the_loss_of_all_clients(tiny_lla
             wanted = parameter.detach() - 0.1 * parameter.grad / total
             found = getattr(state.adapters[block, target], factor)
             torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_clients_of_like_length_are_grouped_up_to_the_limit_and_unlike_ones_apart(tiny_llama, text):
+    server = federation(tiny_llama, text, [1, 1], split={"group_tokens": 40}).server
+
+    def batch(client, length):
+        hidden = torch.zeros(length, 32)
+        return Activations(
+            client=client,
+            round=1,
+            step=0,
+            training=True,
+            lengths=(length,),
+            labelled=((0, 1),),
+            hidden=hidden,
+        )
+
+    sent = [batch("a", 10), batch("b", 11), batch("c", 12), batch("d", 13), batch("e", 36)]
+    grouped = [[message.client for message in group] for group in server.groups(sent)]
+    assert grouped == [["a", "b", "c"], ["d"], ["e"]]  # four of 13 are over 40; 13 and 36 are unlike
+    assert [len(group) for group in server.groups([batch("a", 4), batch("b", 12)])] == [1, 1]

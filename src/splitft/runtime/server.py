@@ -34,6 +34,8 @@ from splitft.protocol import Activations, CutGradient, HeadGradient, HeldOutLoss
 from splitft.runtime.ranks import Ranks
 from splitft.specs import SplitSpec, TrainingSpec
 
+MOST_PADDING = 1.25
+"""Padded tokens of a group over those of its clients' own batches, at most."""
 GLOBAL, SHARED = "=global", "=shared"
 """Slots of the aggregated factors and of those that all clients train; no client's name begins with `=`."""
 
@@ -144,12 +146,16 @@ class Server:
     # --- steps ------------------------------------------------------------------------------------
 
     def groups(self, messages: Sequence[Activations]) -> list[list[Activations]]:
-        """Who is worked on together: neighbours in length, up to `group_tokens` padded tokens."""
+        """Who is worked on together: neighbours in length, up to `group_tokens` padded tokens.
+
+        Padding all to the longest costs work that grouping must first win back, so it may add a quarter.
+        """
         groups: list[list[Activations]] = []
         for message in sorted(messages, key=lambda one: (max(one.lengths), one.client)):
             candidate = [*(groups[-1] if groups else []), message]
-            sequences = sum(len(one.lengths) for one in candidate)
-            if groups and sequences * max(message.lengths) <= self._split.group_tokens:
+            apart = sum(len(one.lengths) * max(one.lengths) for one in candidate)
+            together = sum(len(one.lengths) for one in candidate) * max(message.lengths)
+            if groups and together <= min(self._split.group_tokens, MOST_PADDING * apart):
                 groups[-1].append(message)
             else:
                 groups.append([message])
