@@ -128,7 +128,6 @@ def main() -> None:
     print(
         section(
             "Client memory",
-            "python benchmarks/client_memory.py" + (" --quick" if chosen.quick else ""),
             {
                 "config": f"{model.spec.name}, {model.spec.dtype}, {model.shape.blocks} blocks, LoRA rank "
                 f"{LORA.rank} on attention, one step on {SEQUENCES} x {TOKENS} random tokens, AdamW",

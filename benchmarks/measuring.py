@@ -14,6 +14,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -71,8 +72,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def section(title: str, command: str, facts: Mapping[str, object], *parts: str) -> str:
+def section(title: str, facts: Mapping[str, object], *parts: str) -> str:
     """A markdown section: what was asked, how to ask it again, where, and the answers."""
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     lines = [
         f"## {title}",
         "",

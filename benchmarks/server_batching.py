@@ -122,15 +122,15 @@ def main() -> None:
     print(
         section(
             "Server batching",
-            "python benchmarks/server_batching.py" + (" --quick" if chosen.quick else ""),
             {
                 "config": f"{model.spec.name}, {model.spec.dtype}, blocks {CUT} to {model.shape.blocks - 1}, "
                 "LoRA of the defaults on attention, AdamW; forward, backward and optimizer",
                 "seed": chosen.seed,
                 "spread": f"median of ratios of neighbouring steps (middle half), 3 to 10 of each; {PAYS} "
                 "and more counts as a gain",
-                f"smallest gaining group within {1 - NEARLY:.0%} of the highest throughput": f"{min(enough, default=0)} "
-                "padded tokens (larger ones cost memory, padding and waiting)",
+                f"smallest gaining group within {1 - NEARLY:.0%} of the highest throughput": (
+                    f"{min(enough, default=0)} padded tokens (larger ones cost memory, padding and waiting)"
+                ),
             },
             "Throughput of one step for N clients at once over N steps one after the other:",
             table(["batch of a client", "", *(f"N = {count}" for count in CLIENTS)], rows),

@@ -207,7 +207,6 @@ def main() -> None:
     print(
         section(
             "Step overhead",
-            "python benchmarks/step_overhead.py" + (" --quick" if chosen.quick else ""),
             {
                 "config": f"{model.spec.name}, {model.spec.dtype}, LoRA rank {LORA.rank} on attention, batch "
                 f"{TRAINING.batch_size}, fused AdamW in all; {steps} interleaved steps each, 2 to warm up",
