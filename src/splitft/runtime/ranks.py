@@ -7,7 +7,7 @@ Both sides compute this from the same specification, so ranks never travel.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from splitft.adapters import AdapterState, Fresh, fit_all
@@ -54,6 +54,5 @@ class Ranks:
         return fit_all(state, ranks, self.rule, Fresh(self.seed, salt=round))
 
 
-def _combined(choose: object, patterns: list[dict[int, int]]) -> dict[int, int]:
-    assert callable(choose)
+def _combined(choose: Callable[[Iterable[int]], int], patterns: list[dict[int, int]]) -> dict[int, int]:
     return {block: choose(pattern[block] for pattern in patterns) for block in patterns[0]}
