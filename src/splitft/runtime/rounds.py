@@ -102,8 +102,8 @@ def train_rounds(
         if number == 1 or cuts != state.cuts:
             listener(CutsChanged(round=number, cuts=cuts, reason=decision.reason))
         old_cuts, state = state.cuts, replace(state, cuts=cuts)
-        state = _round(number, state, old_cuts, server, federation, ranks, training, listener)
         participants = participants_of(number, list(cuts), training.participation, ranks.seed)
+        state = _round(number, state, old_cuts, participants, server, federation, ranks, training, listener)
         listener(schedule.charge(number, participants, old_cuts, cuts))
         evaluated = _evaluated(number, federation)
         listener(evaluated)
@@ -123,6 +123,7 @@ def _round(
     number: int,
     state: RunState,
     old_cuts: Mapping[str, int],
+    participants: Sequence[str],
     server: Server,
     federation: Federation,
     ranks: Ranks,
@@ -131,7 +132,6 @@ def _round(
 ) -> RunState:
     """One round of training and aggregation, from the global factors to the next ones."""
     clients, cuts = list(state.cuts), state.cuts
-    participants = participants_of(number, clients, training.participation, ranks.seed)
     server.place(cuts)
     starts = {}
     for name in clients if cuts != old_cuts else participants:
