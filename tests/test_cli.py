@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import splitft
 from runs import COMMAND, adapter_bytes, invoke, settings_file, started
 from splitft.cli import app
-from splitft.tracking.events import StepDone, read_events
+from splitft.tracking.events import StepDone
+from splitft.tracking.log import read_events
 
 VERBS = sorted(command.callback.__name__ for command in app.registered_commands)
 SHORT = {"training": {"rounds": 1, "steps": 2}}

@@ -14,7 +14,8 @@ from runs import StoppedError, adapter_bytes, settings, settings_file, started, 
 from splitft.assemble import training as assembled
 from splitft.config import from_mapping
 from splitft.errors import RunError
-from splitft.tracking.events import Evaluated, RoundDone, RunResumed, StepDone, read_events
+from splitft.tracking.events import Evaluated, RoundDone, RunResumed, StepDone
+from splitft.tracking.log import read_events
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from splitft.config import from_mapping
 from splitft.protocol import Activations, Evaluation, LastHidden, Terms
 from splitft.runtime.line import Line
 from splitft.specs import WireSpec
-from splitft.tracking.events import Evaluated, RoundDone, StepDone, read_events
+from splitft.tracking.events import Evaluated, RoundDone, StepDone
+from splitft.tracking.log import read_events
 from splitft.wire import Frame
 
 HIDDEN = torch.ones(5, 4)

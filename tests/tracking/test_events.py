@@ -13,15 +13,13 @@ from splitft.tracking.events import (
     CheckpointSaved,
     CutsChanged,
     Evaluated,
-    EventLog,
     RunDone,
     RunResumed,
     StepDone,
     Traffic,
     Warned,
-    read_events,
-    settled,
 )
+from splitft.tracking.log import EventLog, read_events, settled
 from tracking.story import ANN, BOB, started, step, story
 
 

@@ -18,11 +18,11 @@ from splitft.tracking.events import (
     CutsChanged,
     Evaluated,
     Event,
-    EventLog,
     RoundTimed,
     RunResumed,
     Warned,
 )
+from splitft.tracking.log import EventLog
 from splitft.tracking.report import page, read_run, write_report
 from splitft.tracking.summary import client_rows, summarise, verdict
 from tracking.story import started, step, story

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from splitft.tracking.events import Evaluated, EventLog, RoundDone, RunResumed, Traffic
+from splitft.tracking.events import Evaluated, RoundDone, RunResumed, Traffic
+from splitft.tracking.log import EventLog
 from splitft.tracking.summary import (
     CLIENT_HEADINGS,
     change_text,

@@ -15,7 +15,8 @@ from typing import Any
 from splitft.config import RunConfig, dump, load
 from splitft.errors import RunError
 from splitft.runtime.checkpoint import Snapshot, latest, load_snapshot
-from splitft.tracking.events import EventLog, RunDone, read_events, settled
+from splitft.tracking.events import RunDone
+from splitft.tracking.log import EventLog, read_events, settled
 
 
 @dataclass(frozen=True)

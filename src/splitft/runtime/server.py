@@ -15,7 +15,7 @@ of a step, and the one optimizer steps when all have been heard.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -31,11 +31,10 @@ from splitft.errors import ProtocolError
 from splitft.geometry import Plan, Span
 from splitft.model import Model, Segment, loss_and_gradient, pack, pad, pick, summed_loss
 from splitft.protocol import Activations, CutGradient, HeadGradient, HeldOutLoss, LastHidden, expect
+from splitft.runtime.grouping import Group, like_lengths, merged
 from splitft.runtime.ranks import Ranks
 from splitft.specs import SplitSpec, TrainingSpec
 
-MOST_PADDING = 1.25
-"""Padded tokens of a group over those of its clients' own batches, at most."""
 GLOBAL, SHARED = "=global", "=shared"
 """Slots of the aggregated factors and of those that all clients train; no client's name begins with `=`."""
 
@@ -49,17 +48,6 @@ class _Seat:
     """Steps this client has finished in the round."""
     tokens: int = 0
     """Labelled tokens it has trained on in the round."""
-
-
-@dataclass
-class _Group:
-    """A batch of several clients between forward and backward."""
-
-    leaves: dict[str, torch.Tensor] = field(default_factory=dict)
-    """(B, T, D) by client, as it came in."""
-    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    """(M, D) by client, with the graph."""
-    messages: dict[str, Activations] = field(default_factory=dict)
 
 
 class Server:
@@ -76,7 +64,7 @@ class Server:
         self._round = 0
         self._seats: dict[str, _Seat] = {}
         self._cuts: dict[str, int] = {}
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[str, Group] = {}
         self._optimizers: dict[str, LocalOptimizer] = {}
         self._heard: dict[str, int] = {}  # shared factors: labelled tokens of who was heard this step
         self.moments: dict[str, Moments] = {}
@@ -146,20 +134,8 @@ class Server:
     # --- steps ------------------------------------------------------------------------------------
 
     def groups(self, messages: Sequence[Activations]) -> list[list[Activations]]:
-        """Who is worked on together: neighbours in length, up to `group_tokens` padded tokens.
-
-        Padding all to the longest costs work that grouping must first win back, so it may add a quarter.
-        """
-        groups: list[list[Activations]] = []
-        for message in sorted(messages, key=lambda one: (max(one.lengths), one.client)):
-            candidate = [*(groups[-1] if groups else []), message]
-            apart = sum(len(one.lengths) * max(one.lengths) for one in candidate)
-            together = sum(len(one.lengths) for one in candidate) * max(message.lengths)
-            if groups and together <= min(self._split.group_tokens, MOST_PADDING * apart):
-                groups[-1].append(message)
-            else:
-                groups.append([message])
-        return groups
+        """Who is worked on together (`grouping.like_lengths`)."""
+        return like_lengths(messages, self._split.group_tokens)
 
     def forward(self, messages: Sequence[Activations]) -> dict[str, LastHidden | CutGradient | HeldOutLoss]:
         """One batch of one or several clients through the server's blocks; a reply for each.
@@ -168,7 +144,7 @@ class Server:
         """
         training = messages[0].training
         self._check_turn(messages, training)
-        group = _Group(messages={message.client: message for message in messages})
+        group = Group(messages={message.client: message for message in messages})
         with torch.set_grad_enabled(training):
             self._through_blocks(messages, group, training)
         if training:
@@ -227,7 +203,7 @@ class Server:
         if int(message.labels.min()) < 0 or int(message.labels.max()) >= vocab:
             raise ProtocolError(f"{message.client} sends labels that are not token ids below {vocab}")
 
-    def _through_blocks(self, messages: Sequence[Activations], group: _Group, training: bool) -> None:
+    def _through_blocks(self, messages: Sequence[Activations], group: Group, training: bool) -> None:
         """Run the on-ramp: each client's rows join the batch where its cut is."""
         order = sorted(messages, key=lambda one: (self._cuts[one.client], one.client))
         width = max(max(message.lengths) for message in order)
@@ -241,14 +217,14 @@ class Server:
             rows.append((self._slot(message.client) if training else GLOBAL, len(message.lengths)))
             span = Span(self._cuts[message.client], stop)
             if len(span):
-                with self._bank.routed(_merged(rows)):
+                with self._bank.routed(merged(rows)):
                     hidden = self.segment.run(hidden, span)
         assert hidden is not None
         parts = torch.split(hidden, [len(message.lengths) for message in order])
         for message, part in zip(order, parts, strict=True):
             group.outputs[message.client] = pick(part, message.labelled)
 
-    def _graded(self, group: _Group, training: bool) -> Mapping[str, LastHidden | CutGradient | HeldOutLoss]:
+    def _graded(self, group: Group, training: bool) -> Mapping[str, LastHidden | CutGradient | HeldOutLoss]:
         """Loss here, since the labels are: the reply is the gradient at the cut, or the held-out loss."""
         losses, gradients = {}, {}
         for client, message in group.messages.items():
@@ -269,7 +245,7 @@ class Server:
             for client, message in group.messages.items()
         }
 
-    def _back(self, group: _Group, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _back(self, group: Group, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Backward through one group; returns gradients (N, D) at the cuts."""
         shared = self._split.server_adapters == "shared"
         weights = {c: group.messages[c].labelled_tokens if shared else 1 for c in gradients}
@@ -290,7 +266,7 @@ class Server:
         self._step(group, weights)
         return at_cuts
 
-    def _step(self, group: _Group, weights: Mapping[str, int]) -> None:
+    def _step(self, group: Group, weights: Mapping[str, int]) -> None:
         """Optimizer steps: each client's own, or the shared one when all have been heard."""
         if self._split.server_adapters == "per-client":
             for client in group.messages:
@@ -311,14 +287,3 @@ class Server:
         if client not in self._seats:
             raise ProtocolError(f"{client} does not take part in this round")
         return self._seats[client]
-
-
-def _merged(rows: Sequence[tuple[str | None, int]]) -> list[tuple[str | None, int]]:
-    """Neighbours with the same factors as one."""
-    merged: list[tuple[str | None, int]] = []
-    for slot, count in rows:
-        if merged and merged[-1][0] == slot:
-            merged[-1] = (slot, merged[-1][1] + count)
-        else:
-            merged.append((slot, count))
-    return merged

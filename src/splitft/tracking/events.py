@@ -5,23 +5,17 @@
     events.jsonl --read_events--> [Event] --summarise--> summary.json, report.html
 
 Rounds of training are numbered from 1; round 0 is the state before training, so that
-`Evaluated(round=0)` is the loss before and `Evaluated(round=r)` the loss after round r. A run that is
-resumed appends to the same file: `RunResumed(round=r)` says that rounds r and later begin again, and
-`settled` leaves out what was superseded. A line torn by a crash is dropped when the file is read, and
-cut off before the file is appended to.
+`Evaluated(round=0)` is the loss before and `Evaluated(round=r)` the loss after round r. `log.py` keeps
+events in a file.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-
-from splitft.errors import RunError
+from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["hidden", "gradient", "adapter", "label"]
 """What a tensor on the wire is: hidden states, their gradients, LoRA factors, or token ids."""
@@ -248,66 +242,3 @@ PRIVACY = {
     "hidden states of a shallow cut can still be inverted in part.",
     "server": "Labels are on the server: it receives the token ids, so it can read the clients' text.",
 }
-
-_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
-
-
-class EventLog:
-    """A listener that appends each event to a file as one line of JSON, flushed at once."""
-
-    def __init__(self, path: Path) -> None:
-        _cut_off_torn_line(path)
-        self._file = path.open("a", encoding="utf-8")
-
-    def __call__(self, event: Event) -> None:
-        """Write one event."""
-        self._file.write(event.model_dump_json() + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file; safe to call twice."""
-        self._file.close()
-
-
-def read_events(path: Path) -> list[Event]:
-    """All events of a file; a last line torn by a crash is left out, any other bad line is a RunError."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        raise RunError(f"{path}: cannot read events ({error.strerror}); is this a run folder?") from error
-    lines.pop()  # after the last newline: empty, or torn
-    events: list[Event] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            events.append(_EVENT.validate_json(line))
-        except ValidationError as error:
-            raise RunError(f"{path}:{number}: not an event of this version: {line[:80]!r}") from error
-    return events
-
-
-def settled(events: Iterable[Event]) -> list[Event]:
-    """The events that count: what a resumed run did over again is left out."""
-    kept: list[Event] = []
-    for event in events:
-        if isinstance(event, RunResumed):
-            kept = [old for old in kept if not _superseded(old, event.round)]
-        kept.append(event)
-    return kept
-
-
-def _superseded(event: Event, restart: int) -> bool:
-    """Whether an event tells of a round from `restart` on, which begins again."""
-    if isinstance(event, RunDone):
-        return True
-    numbered = CutsChanged | StepDone | RoundDone | RoundTimed | Evaluated | CheckpointSaved
-    return isinstance(event, numbered) and event.round >= restart
-
-
-def _cut_off_torn_line(path: Path) -> None:
-    """Shorten a file to its last complete line, if there is one."""
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)

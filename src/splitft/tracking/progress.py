@@ -29,8 +29,8 @@ from splitft.tracking.events import (
     RunStarted,
     StepDone,
     Warned,
-    settled,
 )
+from splitft.tracking.log import settled
 from splitft.tracking.summary import CLIENT_HEADINGS, client_rows, clock, verdict
 
 __all__ = ["Progress", "client_table", "verdict"]

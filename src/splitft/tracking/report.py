@@ -16,7 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from splitft.errors import RunError
-from splitft.tracking.events import RunStarted, read_events, settled
+from splitft.tracking.events import RunStarted
+from splitft.tracking.log import read_events, settled
 from splitft.tracking.markup import text
 from splitft.tracking.sections import Told, one_run
 from splitft.tracking.side_by_side import several_runs

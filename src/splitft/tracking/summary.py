@@ -32,9 +32,8 @@ from splitft.tracking.events import (
     StepDone,
     Traffic,
     Warned,
-    read_events,
-    settled,
 )
+from splitft.tracking.log import read_events, settled
 
 
 def summarise(events: Iterable[Event]) -> dict[str, Any]:

@@ -1,0 +1,17 @@
+"""The command line: every verb of splitft, one module a group of verbs.
+
+    splitft demo | init | train        training.py
+            plan | report | generate | export   looking.py
+
+Heavy imports are inside the verbs, so that `--help` is instant.
+"""
+
+from splitft.cli import looking, training
+from splitft.cli.ending import app
+
+__all__ = ["app", "looking", "main", "training"]
+
+
+def main() -> None:
+    """Entry point of the command `splitft`."""
+    app()

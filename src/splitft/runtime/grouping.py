@@ -1,0 +1,56 @@
+"""Which clients' batches the server works on together, and what it keeps of them until their gradients come.
+
+    batches in order of length  ->  groups of like lengths, each up to `group_tokens` padded tokens
+
+Larger products use a processor better, but all rows of a group are padded to its longest sequence: that is
+work which grouping must first win back (`benchmarks/server_batching.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from splitft.protocol import Activations
+
+MOST_PADDING = 1.25
+"""Padded tokens of a group over those of its clients' own batches, at most."""
+
+
+@dataclass
+class Group:
+    """A batch of several clients between forward and backward."""
+
+    leaves: dict[str, torch.Tensor] = field(default_factory=dict)
+    """(B, T, D) by client, as it came in."""
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    """(M, D) by client, with the graph."""
+    messages: dict[str, Activations] = field(default_factory=dict)
+    """What each client sent."""
+
+
+def like_lengths(messages: Sequence[Activations], group_tokens: int) -> list[list[Activations]]:
+    """Neighbours in length together, up to `group_tokens` padded tokens and `MOST_PADDING`."""
+    groups: list[list[Activations]] = []
+    for message in sorted(messages, key=lambda one: (max(one.lengths), one.client)):
+        candidate = [*(groups[-1] if groups else []), message]
+        apart = sum(len(one.lengths) * max(one.lengths) for one in candidate)
+        together = sum(len(one.lengths) for one in candidate) * max(message.lengths)
+        if groups and together <= min(group_tokens, MOST_PADDING * apart):
+            groups[-1].append(message)
+        else:
+            groups.append([message])
+    return groups
+
+
+def merged(rows: Sequence[tuple[str | None, int]]) -> list[tuple[str | None, int]]:
+    """(slot, sequences) of a batch's rows, neighbours with the same slot as one."""
+    runs: list[tuple[str | None, int]] = []
+    for slot, count in rows:
+        if runs and runs[-1][0] == slot:
+            runs[-1] = (slot, runs[-1][1] + count)
+        else:
+            runs.append((slot, count))
+    return runs

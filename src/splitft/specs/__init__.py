@@ -1,0 +1,31 @@
+"""One frozen specification per room: what a user may ask of it, with units, bounds and defaults.
+
+A room takes its own spec and nothing else; `config` puts them together into the file a user writes.
+Unknown keys are refused, so that a typo is never silently ignored. No torch here.
+"""
+
+from splitft.specs.base import Spec, field_docs
+from splitft.specs.data import ClientsSpec, DataSpec, ModelSpec, SharesSpec
+from splitft.specs.schedule import ChangeSpec, DeviceName, DeviceSpec, LinkName, LinkSpec, ScheduleSpec
+from splitft.specs.training import AggregateSpec, LoraSpec, SplitSpec, TrainingSpec
+from splitft.specs.wire import WireSpec
+
+__all__ = [
+    "AggregateSpec",
+    "ChangeSpec",
+    "ClientsSpec",
+    "DataSpec",
+    "DeviceName",
+    "DeviceSpec",
+    "LinkName",
+    "LinkSpec",
+    "LoraSpec",
+    "ModelSpec",
+    "ScheduleSpec",
+    "SharesSpec",
+    "Spec",
+    "SplitSpec",
+    "TrainingSpec",
+    "WireSpec",
+    "field_docs",
+]

@@ -1,0 +1,74 @@
+"""Machines, connections, and who chooses the cuts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from splitft.specs.base import Spec
+
+
+class DeviceSpec(Spec):
+    """A machine by its numbers, where no preset fits."""
+
+    block_forward_ms_per_token: float = Field(gt=0)
+    """Milliseconds of one block's forward pass per token."""
+    block_backward_ms_per_token: float = Field(gt=0)
+    """Milliseconds of one block's backward pass per token."""
+    head_ms_per_token: float = Field(gt=0)
+    """Milliseconds of head and loss, forward and backward, per labelled token."""
+    memory_gb: float = Field(gt=0)
+    """Memory that training may use, in GB (10^9 bytes)."""
+
+
+class LinkSpec(Spec):
+    """A connection to the server by its numbers."""
+
+    up_mbit_per_s: float = Field(gt=0)
+    """Upload rate, in Mbit/s."""
+    down_mbit_per_s: float = Field(gt=0)
+    """Download rate, in Mbit/s."""
+    latency_ms: float = Field(0.0, ge=0)
+    """One-way delay, in milliseconds."""
+
+
+DeviceName = Literal["phone", "laptop", "workstation", "edge-gpu", "server-gpu", "measured"]
+LinkName = Literal["lte", "dsl", "fibre", "lan"]
+
+
+class ChangeSpec(Spec):
+    """A change of conditions, for scripted scenarios: from this round on, one client is faster or slower."""
+
+    round: int = Field(ge=1)
+    """First round it is in force."""
+    client: int = Field(ge=1)
+    """Which client, from 1."""
+    link: float = Field(1.0, gt=0)
+    """Its link's rates, as a multiple of what is given: 0.1 for a tenth."""
+    compute: float = Field(1.0, gt=0)
+    """Its machine's speed, likewise."""
+
+
+class ScheduleSpec(Spec):
+    """Who chooses the cuts, and the machines and links of the simulated clock."""
+
+    controller: Literal["fixed", "resources", "paper", "makespan"] = "fixed"
+    """`fixed`: as given in clients.cuts; `resources`: what fits memory and equalises compute time; `paper`:
+    SplitFT's rule, by resources and held-out loss; `makespan`: the least predicted round time."""
+    devices: DeviceName | DeviceSpec | tuple[DeviceName | DeviceSpec, ...] = "laptop"
+    """Machines, one for all clients or one a client: a preset, `measured` (this machine), or numbers."""
+    links: LinkName | LinkSpec | tuple[LinkName | LinkSpec, ...] = "fibre"
+    """Connections likewise: a preset, or numbers."""
+    server: DeviceName | DeviceSpec = "server-gpu"
+    """The server's machine."""
+    min_cut: int = Field(1, ge=1)
+    """Shallowest cut that a controller may choose, for privacy."""
+    max_cut: int | None = Field(None, ge=1)
+    """Deepest cut that a controller may choose; null for all but the last block."""
+    gamma: int = Field(1, ge=1)
+    """Step size of the controller `paper`, in blocks."""
+    misfit: Literal["stop", "leave-out"] = "stop"
+    """What to do with a client that cannot hold even the shallowest cut."""
+    changes: tuple[ChangeSpec, ...] = ()
+    """Scripted changes of conditions while training."""

@@ -1,0 +1,74 @@
+"""Adapters, where things live, local training, and aggregation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from splitft.specs.base import Spec
+
+
+class LoraSpec(Spec):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = Field(16, ge=1)
+    """R, the rank of an adapter away from the cut."""
+    rank_at_cut: int | None = Field(8, ge=1)
+    """Rank of the blocks next to the cut; null for no difference."""
+    cut_span: int = Field(1, ge=0)
+    """How many blocks on each side count as next to the cut."""
+    cut_sides: tuple[Literal["client", "server"], ...] = ("client", "server")
+    """On which sides of the boundary the rank is lowered."""
+    alpha: float = Field(32.0, gt=0)
+    """The update of a layer is (alpha / rank) B A, whatever rank the layer itself carries."""
+    targets: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
+    """Adapted linear layers: attention projections, all linear layers, or module names."""
+
+    @model_validator(mode="after")
+    def _the_rank_at_the_cut_is_not_higher(self) -> LoraSpec:
+        if self.rank_at_cut is not None and self.rank_at_cut > self.rank:
+            raise ValueError(f"rank_at_cut {self.rank_at_cut} is above rank {self.rank}")
+        return self
+
+
+class SplitSpec(Spec):
+    """What lives where, beside the blocks."""
+
+    labels: Literal["client", "server"] = "client"
+    """`client`: the head and the loss are on the client, the server sees no text. `server`: it does."""
+    server_adapters: Literal["per-client", "shared"] = "per-client"
+    """One copy of the server's adapters a client (SplitFed v1), or one trained by all (SplitLoRA)."""
+    group_tokens: int = Field(1024, ge=1)
+    """The server works on several clients' batches at once while they are at most this many padded tokens
+    together; on a CPU larger groups are no faster (`benchmarks/server_batching.py`)."""
+
+
+class TrainingSpec(Spec):
+    """Local training and the number of rounds."""
+
+    rounds: int = Field(3, ge=1)
+    """Federated rounds."""
+    steps: int = Field(10, ge=1)
+    """Local optimizer steps a client takes in a round."""
+    batch_size: int = Field(4, ge=1)
+    """Sequences in a batch."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """If given, a batch is filled with sequences up to this many padded tokens instead."""
+    lr: float = Field(5.0e-4, gt=0)
+    """Learning rate."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Local optimizer, the same on both sides of the cut."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay on the adapters."""
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """Whether a client's moments start afresh each round or live on (and move when its cut moves)."""
+    participation: float = Field(1.0, gt=0, le=1)
+    """Share of the clients drawn for each round; at least one."""
+
+
+class AggregateSpec(Spec):
+    """How adapters of unequal cuts and ranks become one."""
+
+    rule: Literal["factors", "zero-pad", "svd"] = "svd"
+    """`factors` averages A and B; `zero-pad` does so after padding (HetLoRA); `svd` averages products."""
