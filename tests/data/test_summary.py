@@ -78,3 +78,30 @@ def test_the_distance_orders_the_partitions():
     ]
     assert distances == sorted(distances)
     assert distances[0] < 0.1 < 0.5 < distances[-1]
+
+
+def test_quartiles_are_lengths_that_examples_have():
+    examples = _examples([2, 3, 5, 8, 13, 40])
+    summary = summarise_shares(examples, ((0, 1, 2, 3, 4), (5,)))
+    assert summary.quartiles == ((2, 3, 5, 8, 13), (40, 40, 40, 40, 40))
+
+
+def test_labels_are_counted_and_their_distance_is_that_of_the_counts():
+    labels = ["a", "b", "a", "c", "c", "c"]
+    examples = [Example((1, 2, 3), label=label) for label in labels]
+    summary = summarise_shares(examples, ((0, 1, 2), (3, 4, 5)))
+    assert summary.labels == ("a", "b", "c")
+    assert summary.label_counts == ((2, 1, 0), (0, 0, 3))
+    assert summary.label_distance == pytest.approx(1)
+    unlabelled = summarise_shares(_examples([2, 3, 4, 5]), ((0, 1), (2, 3)))
+    assert (unlabelled.labels, unlabelled.label_distance) == ((), None)
+
+
+def test_shares_drawn_at_random_are_as_far_apart_as_chance_has_it():
+    examples = _examples(np.random.default_rng(1).integers(2, 300, 400).tolist())
+    drawn = [
+        summarise_shares(examples, divide(examples, 20, SharesSpec(by="iid"), seed)) for seed in range(5)
+    ]
+    mean = sum(one.length_distance for one in drawn) / len(drawn)
+    assert drawn[0].chance_distance == pytest.approx(mean, abs=0.02)
+    assert mean == pytest.approx(0.35, abs=0.05), "twenty examples a client, as the module's text says"

@@ -7,6 +7,7 @@ from splitft.assemble.folder import Run
 from splitft.assemble.parties import Prepared, prepare
 from splitft.assemble.plan import plan
 from splitft.assemble.results import export, generate
+from splitft.assemble.sharing import shares
 from splitft.assemble.training import train
 
-__all__ = ["Prepared", "Run", "export", "generate", "plan", "prepare", "train"]
+__all__ = ["Prepared", "Run", "export", "generate", "plan", "prepare", "shares", "train"]

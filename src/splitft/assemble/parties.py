@@ -13,11 +13,10 @@ import torch
 
 from splitft.assemble.fleet import Fleet, fleet_of
 from splitft.assemble.pace import Pace
+from splitft.assemble.sharing import divide_text
 from splitft.config import RunConfig
-from splitft.data.corpora import read_records
-from splitft.data.shares import divide, values_of
 from splitft.data.text import Batch, BatchStream, eval_batches, held_out
-from splitft.data.tokens import Tokenised, tokenise
+from splitft.data.tokens import Tokenised
 from splitft.errors import ConfigError, GeometryError
 from splitft.geometry import Span, check_cut
 from splitft.model import Model, open_model
@@ -91,16 +90,12 @@ def gather(config: RunConfig) -> Gathered:
     """
     model = open_model(config.model)
     _check_cuts(config, model.shape.blocks)
-    shares = config.clients.shares
-    column = shares.column if shares.by in ("label", "natural") else None
-    records = read_records(config.data, column, config.seed)
-    text = tokenise(records, model.tokenizer(), config.data.max_tokens, config.data.separator)
+    divided = divide_text(config, model)
+    text = divided.text
     _check_length(text, model)
-    parts = divide(text.examples, config.clients.count, shares, config.seed)
-    names = values_of(text.examples) if shares.by == "natural" else None
     clients = tuple(
-        _client_text(config, text, part, index, names[index] if names else f"client-{index + 1}")
-        for index, part in enumerate(parts)
+        _client_text(config, text, part, index, name)
+        for index, (name, part) in enumerate(zip(divided.names, divided.parts, strict=True))
     )
     ranks = Ranks(config.lora, model.shape.blocks, config.aggregate.rule, config.seed)
     return Gathered(config, model, ranks, text, clients)

@@ -1,10 +1,11 @@
-"""Say how unequal the shares are: examples, tokens and lengths of each client, and one number for all.
+"""Say how unequal the shares are: examples, tokens, lengths and labels by client, and one number for all.
 
 The histogram's bins are quantiles of all lengths, so that every bar of an IID share is about equally high
 and a client that has only long text is seen at once. The one number is the mean, over pairs of clients,
 of the Jensen-Shannon distance of their histograms (base 2: 0 for equal shapes, 1 for disjoint ones;
 Endres and Schindelin 2003, https://doi.org/10.1109/TIT.2003.813506). Small shares are never quite alike:
-twenty examples a client give about 0.35 even when drawn at random, so compare with `iid` at the same sizes.
+twenty examples a client give about 0.35 even when drawn at random, so `chance_distance` is beside it: the
+same number for shares of the same sizes whose examples are drawn at random.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from splitft.data.shares import Shares, length_classes
-from splitft.data.text import Example
+from splitft.data.shares import Shares, label_classes, length_classes, values_of
+from splitft.data.text import Example, Indices
+
+CHANCE = 8
+"""Random divisions that `chance_distance` is the mean of."""
+CHANCE_DRAWS = 6
+"""First word of the seed, so that no two purposes share random numbers."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,16 @@ class ShareSummary:
     """For each client, its examples in each bin."""
     length_distance: float
     """Mean pairwise Jensen-Shannon distance of the histograms, 0 to 1; 0 for one client."""
+    chance_distance: float
+    """The same, on average, for shares of these sizes drawn at random."""
+    quartiles: tuple[tuple[int, int, int, int, int], ...]
+    """For each client its shortest example, the three quartiles and the longest, in tokens."""
+    labels: tuple[str, ...] = ()
+    """The labels of the examples, if they carry any."""
+    label_counts: tuple[tuple[int, ...], ...] = ()
+    """For each client, its examples of each label."""
+    label_distance: float | None = None
+    """Mean pairwise Jensen-Shannon distance of the label counts; None without labels."""
 
 
 def summarise_shares(examples: Sequence[Example], shares: Shares, bins: int = 8) -> ShareSummary:
@@ -41,7 +57,9 @@ def summarise_shares(examples: Sequence[Example], shares: Shares, bins: int = 8)
     _, classes = np.unique(length_classes(examples, bins), return_inverse=True)  # without empty bins
     count = int(classes.max()) + 1
     parts = [np.array(share, dtype=np.int64) for share in shares]
-    histograms = np.array([np.bincount(classes[part], minlength=count) for part in parts])
+    histograms = _counts(classes, parts, count)
+    labels = values_of(examples) if all(example.label is not None for example in examples) else ()
+    label_counts = _counts(label_classes(examples), parts, len(labels)) if labels else None
     return ShareSummary(
         examples=tuple(len(part) for part in parts),
         tokens=tuple(int(lengths[part].sum()) for part in parts),
@@ -50,7 +68,31 @@ def summarise_shares(examples: Sequence[Example], shares: Shares, bins: int = 8)
         ),
         histograms=tuple(tuple(row) for row in histograms.tolist()),
         length_distance=mean_distance(histograms),
+        chance_distance=_chance_distance(classes, [len(part) for part in parts], count),
+        quartiles=tuple(_quartiles(lengths[part]) for part in parts),
+        labels=labels,
+        label_counts=() if label_counts is None else tuple(tuple(row) for row in label_counts.tolist()),
+        label_distance=None if label_counts is None else mean_distance(label_counts),
     )
+
+
+def _counts(classes: Indices, parts: Sequence[Indices], count: int) -> Indices:
+    """(N, K): examples of each class with each client."""
+    return np.array([np.bincount(classes[part], minlength=count) for part in parts])
+
+
+def _chance_distance(classes: Indices, sizes: Sequence[int], count: int) -> float:
+    """Mean distance of shares of these sizes drawn at random; the draws are fixed."""
+    ends = np.cumsum(sizes)[:-1]
+    draws = (np.random.default_rng([CHANCE_DRAWS, draw]) for draw in range(CHANCE))
+    parts = [np.split(one.permutation(len(classes))[: sum(sizes)], ends) for one in draws]
+    return sum(mean_distance(_counts(classes, part, count)) for part in parts) / CHANCE
+
+
+def _quartiles(lengths: Indices) -> tuple[int, int, int, int, int]:
+    """Lengths that examples really have: the nearest to each quartile."""
+    low, first, middle, third, high = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1], method="nearest").tolist()
+    return low, first, middle, third, high
 
 
 def mean_distance(histograms: NDArray[np.int64]) -> float:

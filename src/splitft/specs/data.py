@@ -61,7 +61,8 @@ class SharesSpec(Spec):
     same within each value of `column`; `quantity`: Dir(alpha) over sizes alone; `natural`: one client a
     value of `column`; `iid`: equal parts at random."""
     column: str | None = None
-    """Column that `by: label` and `by: natural` divide by, such as `site`; `python-docs` has `topic`."""
+    """Column that `by: label` and `by: natural` divide by, such as `site`; `python-docs` has `topic`.
+    With other divisions it is only counted, by `splitft shares`."""
     alpha: float = Field(0.5, gt=0, le=1e6)
     """Dirichlet concentration: 0.1 is extreme, large is close to IID."""
     classes: int = Field(8, ge=1)

@@ -34,8 +34,17 @@ def write_report(folders: Sequence[Path], to: Path) -> Path:
     told = [read_run(folder) for folder in folders]
     if len({one.name for one in told}) < len(told):
         told = [read_run(folder, str(folder)) for folder in folders]
+    return _write(page(told), to)
+
+
+def write_page(to: Path, title: str, body: str) -> Path:
+    """Write a page around a body to a file, and return its path."""
+    return _write(document(title, body), to)
+
+
+def _write(whole: str, to: Path) -> Path:
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(page(told), encoding="utf-8")
+    to.write_text(whole, encoding="utf-8")
     return to
 
 
@@ -64,6 +73,11 @@ def page(told: Sequence[Told]) -> str:
         title, body = f"{told[0].name} · {told[0].started.model}", one_run(told[0])
     else:
         title, body = f"{len(told)} runs side by side", several_runs(told)
+    return document(title, body)
+
+
+def document(title: str, body: str) -> str:
+    """A page that stands alone, around a body with charts in it."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
