@@ -12,15 +12,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from splitft.assemble import Run, export, generate, train
+    from splitft.assemble import Run, evaluate, export, generate, train
     from splitft.config import RunConfig, load
 
 __version__ = "0.1.0"
-__all__ = ["Run", "RunConfig", "__version__", "export", "generate", "load", "train"]
+__all__ = ["Run", "RunConfig", "__version__", "evaluate", "export", "generate", "load", "train"]
 
 _HOMES = {
     "Run": "splitft.assemble",
     "RunConfig": "splitft.config",
+    "evaluate": "splitft.assemble",
     "export": "splitft.assemble",
     "generate": "splitft.assemble",
     "load": "splitft.config",

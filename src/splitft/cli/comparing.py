@@ -1,4 +1,4 @@
-"""Verbs that look at text and methods: shares."""
+"""Verbs that measure text, runs and methods: shares, eval."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from splitft.cli.ending import AsJson, ConfigFile, console, verb
+from splitft.cli.ending import AsJson, ConfigFile, RunFolder, console, verb
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as clients.shares.alpha=0.1")
@@ -46,3 +46,45 @@ def shares(
         screen.print(sentence, highlight=False, markup=False, soft_wrap=True)
     if html is not None:
         screen.print(f"Plots    {html}", highlight=False, markup=False, soft_wrap=True)
+
+
+@verb
+def eval(
+    folder: RunFolder,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[data.KEY=VALUE]...", help="Such as data.max_examples=200")
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="perplexity, windows, e2e or gsm8k, or several with commas [default: what suits]"),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="File or hub data set [default: the text that the run held out]")
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="Without the adapter, for comparison.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts continued at once.")] = 16,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest continuation, in tokens [default: the task's]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a run's model can do: perplexity, BLEU, ROUGE-L and chrF, or exact match."""
+    from splitft.assemble import Trial, evaluate
+    from splitft.assemble.evaluating import source_is_trained_on
+    from splitft.tracking.counting import Counting
+    from splitft.tracking.evaluations import evaluation_table, sample_lines
+
+    tasks = tuple(name.strip() for name in task.split(",")) if task is not None else ()
+    trial = Trial(tasks, data, tuple(overrides or ()), not base, batch_size, max_new_tokens)
+    if source_is_trained_on(folder, trial):
+        typer.echo(f"splitft: note: the run trained on text of {data}; leave --data out to be fair", err=True)
+    with Counting(console(stderr=True)) as counting:
+        entries = evaluate(folder, trial, counting)
+    if as_json:
+        typer.echo(json.dumps(entries, indent=2))
+        return
+    screen = console()
+    screen.print(evaluation_table(entries))
+    for line in sample_lines(entries):
+        screen.print(line, highlight=False, markup=False)
+    screen.print(f"Kept in  {folder / 'eval.json'}", highlight=False, markup=False, soft_wrap=True)

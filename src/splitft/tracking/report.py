@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from splitft.errors import RunError
+from splitft.tracking.evaluations import read_evaluations
 from splitft.tracking.events import RunStarted
 from splitft.tracking.log import read_events, settled
 from splitft.tracking.markup import text
@@ -64,7 +65,8 @@ def read_run(folder: Path, name: str | None = None) -> Told:
         raise RunError(f"{folder}: the run stopped before its training began, so there is nothing to report")
     config = folder / "config.yaml"
     written = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
-    return Told(name or folder.resolve().name, started, events, summarise(events), written)
+    found = read_evaluations(folder)
+    return Told(name or folder.resolve().name, started, events, summarise(events), written, found)
 
 
 def page(told: Sequence[Told]) -> str:

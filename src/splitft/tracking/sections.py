@@ -7,12 +7,13 @@ A section is a function of what a run folder tells; one that has nothing to say 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from splitft.tracking.charts import of_one_run
+from splitft.tracking.evaluations import EVALUATION_HEADINGS, EVALUATION_NOTE, evaluation_rows
 from splitft.tracking.events import Event, RoundTimed, RunStarted
 from splitft.tracking.markup import charts, count, table, text
 from splitft.tracking.summary import (
@@ -40,6 +41,8 @@ class Told:
     """The fold over them."""
     config: str
     """Its `config.yaml`, or nothing."""
+    evaluations: Sequence[Mapping[str, Any]] = ()
+    """What `splitft eval` found out about it."""
 
 
 def one_run(told: Told) -> str:
@@ -52,7 +55,7 @@ def one_run(told: Told) -> str:
         f"<p class=facts>{text(facts)}</p>\n</header>\n"
         f"<p class=verdict>{text(verdict(summary))}</p>\n"
         f"{_figures(told)}{privacy(summary)}{warnings(summary)}"
-        f"<h2>Clients</h2>\n{clients(summary)}"
+        f"<h2>Clients</h2>\n{clients(summary)}{tasks(told)}"
         f"<h2>How it went</h2>\n{charts(of_one_run(summary, told.events, started.blocks))}"
         f"{_simulated_clock(told)}{config(told)}"
     )
@@ -118,6 +121,14 @@ def clients(summary: Mapping[str, Any]) -> str:
         "its held-out examples; truncated are those longer than <code>data.max_tokens</code>."
     )
     return table((*CLIENT_HEADINGS, "held out", "truncated"), rows) + f"<p class=caption>{note}</p>\n"
+
+
+def tasks(told: Told) -> str:
+    """What the run's model can do, as `splitft eval` measured it; nothing where it did not."""
+    if not told.evaluations:
+        return ""
+    rows = evaluation_rows(told.evaluations, told.summary["rounds"])
+    return f"<h2>Tasks</h2>\n{table(EVALUATION_HEADINGS, rows)}<p class=caption>{EVALUATION_NOTE}</p>\n"
 
 
 def _simulated_clock(told: Told) -> str:

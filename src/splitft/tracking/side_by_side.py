@@ -15,7 +15,7 @@ import yaml
 
 from splitft.tracking.charts import of_several_runs
 from splitft.tracking.markup import charts, table, text
-from splitft.tracking.sections import Told, clients, config, privacy, state, warnings
+from splitft.tracking.sections import Told, clients, config, privacy, state, tasks, warnings
 from splitft.tracking.summary import change_text, clock, loss_text, verdict
 
 
@@ -28,7 +28,7 @@ def several_runs(told: Sequence[Told]) -> str:
     differences = f"<h2>What differs</h2>\n{differences}" if differing else ""
     runs = "".join(
         f"<h2>{text(one.name)}{state(one)}</h2>\n<p class=facts>{text(verdict(one.summary))}</p>\n"
-        f"{privacy(one.summary)}{warnings(one.summary)}{clients(one.summary)}{config(one)}"
+        f"{privacy(one.summary)}{warnings(one.summary)}{clients(one.summary)}{tasks(one)}{config(one)}"
         for one in told
     )
     return (

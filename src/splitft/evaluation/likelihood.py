@@ -1,0 +1,47 @@
+"""Loss and perplexity of a whole model on text.
+
+    batches --mean_loss--> nats per labelled token, labelled tokens
+
+Shapes: B sequences, T tokens, V vocabulary, N labelled positions. Perplexity is e to the loss. Those of
+different tokenizers do not compare, nor those of different cuttings of one text (examples, windows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from splitft.data.text import Batch, Example
+
+CHUNK = 256
+"""Positions whose float32 logits exist at one time."""
+
+
+@torch.inference_mode()
+def mean_loss(model: Any, batches: Sequence[Batch], advance: Callable[[int], None]) -> tuple[float, int]:
+    """Mean loss over all labelled tokens of all batches, and their number."""
+    total, count = 0.0, 0
+    for batch in batches:
+        mask = torch.arange(batch.tokens.shape[1]) < torch.tensor(batch.lengths)[:, None]  # (B, T)
+        logits = model(
+            input_ids=batch.tokens, attention_mask=mask.long(), use_cache=False
+        ).logits  # (B, T, V)
+        labelled, targets = logits[batch.positions()], batch.targets()  # (N, V), (N,)
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            total += float(functional.cross_entropy(labelled[part].float(), targets[part], reduction="sum"))
+        count += len(targets)
+        advance(len(batch.lengths))
+    return total / count, count
+
+
+def windows(tokens: Sequence[int], size: int) -> list[Example]:
+    """A long text in windows of `size` tokens without overlap; a last one of a single token is left out.
+
+    Every token but the first of each window is predicted, so a longer window gives a lower loss.
+    """
+    parts = [tuple(tokens[start : start + size]) for start in range(0, len(tokens), size)]
+    return [Example(part) for part in parts if len(part) > 1]
