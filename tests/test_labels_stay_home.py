@@ -154,7 +154,7 @@ def test_what_travels_is_rows_of_model_width_factors_and_moments_in_floating_poi
     codecs = {"bf16": torch.bfloat16, "fp32": torch.float32}
     wire = run.config.wire
     for direction, frame in run.parsed:
-        for name, tensor in frame.tensors.items():
+        for name, tensor in frame.stored.items():
             field = name.partition("/")[0]
             role = MESSAGES[frame.kind].ROLES[field]
             assert role in ("hidden", "gradient", "adapter"), (direction, frame.kind, name)
@@ -175,7 +175,7 @@ def test_every_message_goes_its_way_with_its_fields_and_nothing_else(recorded, m
         assert frame.fields.keys() <= FIELDS[frame.kind]
         if frame.kind == "Activations":
             lengths, labelled = frame.fields["lengths"], frame.fields["labelled"]
-            assert len(frame.tensors["hidden"]) == sum(lengths)  # real tokens, no padding
+            assert len(frame.stored["hidden"]) == sum(lengths)  # real tokens, no padding
             assert all(stop == length - 1 for (_, stop), length in zip(labelled, lengths, strict=True))
     assert {frame.kind for _, frame in run.parsed} == UP | DOWN
 
@@ -185,7 +185,7 @@ def test_no_integers_go_up_unless_labels_are_on_the_server(recorded):
         integers = [
             name
             for direction, frame in recorded(mode).parsed
-            for name, tensor in frame.tensors.items()
+            for name, tensor in frame.stored.items()
             if not tensor.is_floating_point()
         ]
         assert set(integers) == ({"labels"} if mode == "server" else set())

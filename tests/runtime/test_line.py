@@ -68,7 +68,7 @@ def test_a_run_reports_every_byte_that_crossed_a_line_once(tmp_path, tiny_llama,
     crossed, labelled = Counter(), Counter()
     for client, direction, data in frames:
         crossed[client, direction] += len(data)
-        if (ids := Frame.from_bytes(data).tensors.get("labels")) is not None:
+        if (ids := Frame.from_bytes(data).stored.get("labels")) is not None:
             labelled[direction] += 8 * len(ids)
     counted, by_role = Counter(), Counter()
     for event in read_events(run.folder / "events.jsonl"):

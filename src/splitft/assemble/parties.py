@@ -124,8 +124,15 @@ def prepare(config: RunConfig) -> Prepared:
         adapter_dtype=torch.promote_types(model.dtype, torch.float32),
         wire=config.wire,
         labels_travel=config.split.labels == "server",
+        most_rows=_most_rows(config),
     )
     return Prepared(config, model, ranks, server, clients, facts, gathered.text, terms, pace)
+
+
+def _most_rows(config: RunConfig) -> int:
+    """Tokens of the largest batch: one sequence may be longer than what a batch is filled to."""
+    longest, training = config.data.max_tokens, config.training
+    return max(longest, training.batch_tokens or training.batch_size * longest)
 
 
 def _check_cuts(config: RunConfig, blocks: int) -> None:

@@ -1,12 +1,19 @@
 """What both sides agreed on, and so how a message becomes a frame, and a frame a checked message.
 
-Message --pack--> Frame --bytes--> Frame --unpack--> Message        every tensor by its role's codec
+    Message --pack--> Frame --bytes--> Announced --------> Frame --unpack--> Message
+                                       |                                     every tensor by its role's codec
+                                       + a message of shapes alone: what the payload may be is settled here
+
+A message from the other side is checked twice by the same rules: first with tensors that have a type and a
+shape but no memory (torch's device `meta`), so that what does not fit is refused before anything is
+allocated for it, then with its numbers, which must be finite.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +26,19 @@ from splitft.errors import AdapterError, ProtocolError
 from splitft.protocol.messages import MESSAGES, Message
 from splitft.specs import WireSpec
 from splitft.tracking.events import Role
-from splitft.wire import CODECS, MAX_FRAME_BYTES, Cast, Frame
+from splitft.wire import CODECS, MAX_FRAME_BYTES, Announced, Encoded, Entry, Frame, Part, open_frame
+from splitft.wire.frame import SENDER, VERSION
 
+RAW = "raw"
+"""In place of a codec's name: bit by bit, for token ids and for moments, whose rounding would change the
+training."""
+MEMBERED = frozenset({"adapters", "moments"})
+"""Fields that hold several tensors, each by a name of its own."""
 _MOMENT = re.compile(r"(0|[1-9]\d{0,5})\.[\w.]+\.[AB]\.\w+", re.ASCII)
 """`7.self_attn.q_proj.A.exp_avg`"""
+
+Check = Callable[[Message], None]
+"""Raises ProtocolError unless the message may come now; its tensors have shapes, but no numbers yet."""
 
 
 @dataclass(frozen=True)
@@ -39,113 +55,168 @@ class Terms:
     """Codecs by role."""
     labels_travel: bool = False
     """Whether token ids may travel at all (`labels: server`)."""
+    most_rows: int = 2**20
+    """Real tokens of one batch, at most."""
 
     def rounded(self, message: Message) -> Message:
         """The message as the other side will see it, without passing through bytes."""
-        return self._unpack(self._pack(message))
+        return self.unpack(self.pack(message))
 
     def to_bytes(self, message: Message) -> bytes:
         """The message as it travels. Raises ProtocolError if it may not."""
-        return self._pack(message).to_bytes()
+        return self.pack(message).to_bytes()
 
-    def from_bytes(self, data: bytes, limit: int = MAX_FRAME_BYTES) -> Message:
-        """A message from the other side, checked. Raises WireError or ProtocolError saying what is wrong."""
-        return self._unpack(Frame.from_bytes(data, limit))
+    def from_bytes(self, data: bytes, limit: int = MAX_FRAME_BYTES, check: Check | None = None) -> Message:
+        """A message from the other side, checked. Raises WireError or ProtocolError saying what is wrong.
 
-    def payload_bytes(self, message: Message) -> dict[Role, int]:
-        """Bytes of the message's tensors on the wire, by role."""
-        sizes: dict[Role, int] = {}
-        for name, tensor in self._pack(message).tensors.items():
-            role = message.ROLES[name.partition("/")[0]]
-            sizes[role] = sizes.get(role, 0) + tensor.numel() * tensor.dtype.itemsize
-        return sizes
+        Before any payload is read, `check` is asked with the message of shapes.
+        """
+        announced = open_frame(data, limit)
+        outline = self._outline(announced)
+        if check is not None:
+            check(outline)
+        return self.unpack(announced.read())
 
-    def _codec(self, role: Role) -> Cast | None:
-        """None for token ids, which are not numbers to round."""
-        names = {"hidden": self.wire.hidden, "gradient": self.wire.gradient, "adapter": self.wire.adapter}
-        return CODECS[names[role]] if role in names else None
-
-    def _pack(self, message: Message) -> Frame:
-        kind = type(message).__name__
+    def pack(self, message: Message) -> Frame:
+        """The message with its tensors as the codecs write them. Raises ProtocolError if it may not."""
         fields: dict[str, Any] = {}
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Encoded] = {}
         for name in type(message).model_fields:
             value = getattr(message, name)
             if name not in message.ROLES:
                 fields[name] = value
                 continue
             role = message.ROLES[name]
-            codec = self._codec(role)
             if isinstance(value, torch.Tensor):
                 if role == "label" and not self.labels_travel:
                     raise ProtocolError("labels were about to leave the client, whose labels stay at home")
-                tensors[name] = value if codec is None else codec.encode(value)
-            elif isinstance(value, AdapterState):
-                for key, tensor in value.tensors().items():
-                    tensors[f"{name}/{key}"] = tensor if codec is None else codec.encode(tensor)
-            elif value is not None:  # moments travel as they are: rounding them would change the training
-                tensors.update((f"{name}/{key}", tensor) for key, tensor in value.items())
-        return Frame(kind, fields, tensors)
-
-    def _unpack(self, frame: Frame) -> Message:
-        kind = MESSAGES.get(frame.kind)
-        if kind is None:
-            raise ProtocolError(f"no message is called {frame.kind!r}; known: {', '.join(MESSAGES)}")
-        values: dict[str, Any] = dict(frame.fields)
-        parts: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in frame.tensors.items():
-            field, _, key = name.partition("/")
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ProtocolError(f"{frame.kind}: tensor {name!r} has numbers that are not finite")
-            if field not in kind.ROLES or field in values or (not key and field in parts):
-                raise ProtocolError(f"{frame.kind} has no tensor {name!r}")
-            if key:
-                parts.setdefault(field, {})[key] = tensor
+                tensors[name] = self._encoded(role, name, value)
             else:
-                values[field] = self._tensor(frame.kind, name, tensor, kind.ROLES[field])
-        try:
-            for field, members in parts.items():
-                values[field] = self._members(frame.kind, field, members)
-            if "adapters" in kind.model_fields:
-                values.setdefault("adapters", AdapterState())
-            return kind.model_validate(values)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"])) or "the whole"
-            raise ProtocolError(f"{frame.kind}: {place}: {first['msg']}") from error
-        except AdapterError as error:
-            raise ProtocolError(f"{frame.kind}: {error}") from error
+                members = value.tensors() if isinstance(value, AdapterState) else value or {}
+                for key, tensor in members.items():
+                    tensors[f"{name}/{key}"] = self._encoded(role, name, tensor)
+        return Frame(type(message).__name__, fields, tensors)
 
-    def _tensor(self, kind: str, name: str, tensor: torch.Tensor, role: Role) -> torch.Tensor:
-        codec = self._codec(role)
-        if codec is None:
-            if not self.labels_travel:
-                raise ProtocolError(f"{kind} carries token ids, but labels stay on the clients in this run")
-            if tensor.dtype != torch.int64:
-                raise ProtocolError(f"{kind}: {name} are {tensor.dtype}, token ids are int64")
-            return tensor
-        if tensor.dtype != codec.dtype:
-            raise ProtocolError(f"{kind}: {name} comes as {tensor.dtype}; agreed was {codec.dtype}")
-        if tensor.dim() != 2 or tensor.shape[1] != self.width:
-            raise ProtocolError(f"{kind}: {name} is {tuple(tensor.shape)}, not rows of width {self.width}")
-        return codec.decode(tensor, self.dtype)
+    def unpack(self, frame: Frame) -> Message:
+        """The message of a frame whose tensors are there. Raises ProtocolError saying what is wrong."""
+        entries = {name: encoded.entry for name, encoded in frame.tensors.items()}
+        kind = self._admit(frame.kind, frame.fields, entries, frame.sender)
+        decoded = {name: self._decoded(frame.kind, name, one) for name, one in frame.tensors.items()}
+        return _message(kind, frame.fields, decoded)
 
-    def _members(self, kind: str, field: str, members: Mapping[str, torch.Tensor]) -> AdapterState | Moments:
+    # ----------------------------------------------------------------------------------------------
+
+    def _codec(self, role: Role, field: str) -> str:
+        """Name of the codec that a tensor of this field travels in."""
+        names = {"hidden": self.wire.hidden, "gradient": self.wire.gradient, "adapter": self.wire.adapter}
+        return RAW if field == "moments" or role not in names else names[role]
+
+    def _type(self, role: Role) -> torch.dtype:
+        """Type that both sides compute in."""
+        return {"label": torch.int64, "adapter": self.adapter_dtype}.get(role, self.dtype)
+
+    def _encoded(self, role: Role, field: str, tensor: torch.Tensor) -> Encoded:
+        codec, shape = self._codec(role, field), tuple(tensor.shape)
+        if codec == RAW:
+            return Encoded(role, RAW, tensor.dtype, shape, {"": tensor.detach()})
+        return Encoded(role, codec, self._type(role), shape, {"": CODECS[codec].encode(tensor)})
+
+    def _outline(self, announced: Announced) -> Message:
+        """The message with shapes alone, checked against what was agreed."""
+        entries = announced.entries
+        kind = self._admit(announced.kind, announced.fields, entries, announced.sender)
+        shapes = {
+            name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+            for name, entry in entries.items()
+        }
+        return _message(kind, announced.fields, shapes)
+
+    def _admit(
+        self, name: str, fields: Mapping[str, Any], entries: Mapping[str, Entry], sender: str
+    ) -> type[Message]:
+        """The kind of message, if all its tensors are announced as agreed."""
+        kind = MESSAGES.get(name)
+        if kind is None:
+            raise ProtocolError(
+                f"no message is called {name!r}; known: {', '.join(MESSAGES)} "
+                f"(it came from {sender}; this side is {_here()})"
+            )
+        for tensor, entry in entries.items():
+            field, _, key = tensor.partition("/")
+            if field not in kind.ROLES or field in fields or bool(key) != (field in MEMBERED):
+                raise ProtocolError(f"{name} has no tensor {tensor!r}")
+            self._admit_entry(name, kind.ROLES[field], tensor, entry, sender)
+        return kind
+
+    def _admit_entry(self, kind: str, role: Role, name: str, entry: Entry, sender: str) -> None:
+        """Raise ProtocolError unless the tensor is announced as agreed."""
+        field, _, key = name.partition("/")
+        if role == "label" and not self.labels_travel:
+            raise ProtocolError(f"{kind} carries token ids, but labels stay on the clients in this run")
+        if entry.role != role:
+            raise ProtocolError(f"{kind}: {name} comes as {entry.role}; it is {role}")
+        codec = self._codec(role, field)
+        if entry.codec != codec:
+            known = "" if entry.codec in (*CODECS, RAW) else ", which this side does not know"
+            raise ProtocolError(
+                f"{kind}: {name} comes in codec {entry.codec!r}{known}; agreed was {codec!r} "
+                f"(it came from {sender}; this side is {_here()})"
+            )
+        due = {self._type(role)}
         if field == "moments":
-            return self._moments(kind, members)
-        codec = CODECS[self.wire.adapter]
-        for name, tensor in members.items():
-            if tensor.dtype != codec.dtype:
-                raise ProtocolError(f"{kind}: {name} comes as {tensor.dtype}; agreed was {codec.dtype}")
-        decoded = {name: codec.decode(tensor, self.adapter_dtype) for name, tensor in members.items()}
-        return AdapterState.from_tensors(decoded)
+            if not _MOMENT.fullmatch(key):
+                raise ProtocolError(f"{kind}: {key!r} is not the name of an optimizer's moment")
+            due |= set() if entry.shape else {torch.float32}  # the count of steps
+        if entry.dtype not in due:
+            raise ProtocolError(f"{kind}: {name} comes as {entry.dtype}; agreed was {self._type(role)}")
+        if role in ("hidden", "gradient") and (len(entry.shape) != 2 or entry.shape[1] != self.width):
+            raise ProtocolError(f"{kind}: {name} is {entry.shape}, not rows of width {self.width}")
+        if role != "adapter" and entry.shape and entry.shape[0] > self.most_rows:
+            raise ProtocolError(
+                f"{kind}: {name} has {entry.shape[0]} rows; a batch has at most {self.most_rows}"
+            )
+        if math.prod(entry.shape) > MAX_FRAME_BYTES:
+            raise ProtocolError(f"{kind}: {name} is {entry.shape}, larger than any frame")
+        layout = {"": Part(entry.dtype, entry.shape)}
+        entry.check(name, layout if codec == RAW else CODECS[codec].layout(entry.shape, entry.parameters))
 
-    def _moments(self, kind: str, members: Mapping[str, torch.Tensor]) -> Moments:
-        """Moments by the names that `LocalOptimizer` gives them, in the type of the factors."""
-        for name, tensor in members.items():
-            if not _MOMENT.fullmatch(name):
-                raise ProtocolError(f"{kind}: {name!r} is not the name of an optimizer's moment")
-            due = (self.adapter_dtype,) if tensor.dim() else (torch.float32, self.adapter_dtype)
-            if tensor.dtype not in due:
-                raise ProtocolError(f"{kind}: {name} comes as {tensor.dtype}; agreed was {due[0]}")
-        return dict(members)
+    def _decoded(self, kind: str, name: str, encoded: Encoded) -> torch.Tensor:
+        """The tensor's numbers, all of them finite."""
+        if encoded.codec == RAW:
+            tensor = encoded.parts[""]
+        else:
+            tensor = CODECS[encoded.codec].decode(encoded.parts[""], encoded.dtype)
+        scales = [part for part in encoded.parts.values() if part is not tensor and part.is_floating_point()]
+        for one in (tensor, *scales):
+            if one.is_floating_point() and not bool(torch.isfinite(one).all()):
+                raise ProtocolError(f"{kind}: tensor {name!r} has numbers that are not finite")
+        return tensor
+
+
+def _message(kind: type[Message], fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Message:
+    """A message of a frame's plain fields and tensors, checked by its own rules."""
+    values: dict[str, Any] = dict(fields)
+    parts: dict[str, Moments] = {}
+    for name, tensor in tensors.items():
+        field, _, key = name.partition("/")
+        if key:
+            parts.setdefault(field, {})[key] = tensor
+        else:
+            values[field] = tensor
+    try:
+        for field, members in parts.items():
+            values[field] = AdapterState.from_tensors(members) if field == "adapters" else members
+        if "adapters" in kind.model_fields:
+            values.setdefault("adapters", AdapterState())
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise ProtocolError(f"{kind.__name__}: {place}: {first['msg']}") from error
+    except AdapterError as error:
+        raise ProtocolError(f"{kind.__name__}: {error}") from error
+
+
+def _here() -> str:
+    """This side's versions."""
+    return f"{SENDER}, frames of version {VERSION}"

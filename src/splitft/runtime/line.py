@@ -42,11 +42,14 @@ class Line:
         return counted
 
     def _pass(self, message: Message, direction: Direction) -> Message:
-        sizes: Counter[Role] = Counter(self._terms.payload_bytes(message))
+        frame = self._terms.pack(message)
+        sizes: Counter[Role] = Counter()
+        for name, encoded in frame.tensors.items():
+            sizes[message.ROLES[name.partition("/")[0]]] += encoded.nbytes
         if self._terms.wire.in_process == "direct":
             self._counts[direction].update(sizes)
-            return self._terms.rounded(message)
-        data = self._terms.to_bytes(message)
+            return self._terms.unpack(frame)
+        data = frame.to_bytes()
         if self._tap is not None:
             self._tap(self._client, direction, data)
         sizes[message.main_role] += len(data) - sizes.total()  # prefix, headers and plain fields

@@ -8,9 +8,13 @@ by at most 2^-(p+1) of the number, as long as it is in the type's normal range.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from splitft.errors import WireError
+from splitft.wire.parts import Parameter, Part
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,12 @@ class Cast:
     def encode(self, tensor: torch.Tensor) -> torch.Tensor:
         """Any shape, as it will travel."""
         return tensor.detach().to(self.dtype)
+
+    def layout(self, shape: Sequence[int], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+        """Parts that a tensor of this shape has on the wire. Raises WireError for parameters it has not."""
+        if parameters:
+            raise WireError(f"a cast to {self.dtype} has no parameter {next(iter(parameters))!r}")
+        return {"": Part(self.dtype, tuple(shape))}
 
     def decode(self, encoded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Back to the type that the receiver computes in."""
