@@ -11,11 +11,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from splitft.version import __version__
+
 if TYPE_CHECKING:
     from splitft.assemble import Run, evaluate, export, generate, train
     from splitft.config import RunConfig, load
 
-__version__ = "0.1.0"
 __all__ = ["Run", "RunConfig", "__version__", "evaluate", "export", "generate", "load", "train"]
 
 _HOMES = {

@@ -28,8 +28,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
-from splitft import __version__
 from splitft.errors import WireError
+from splitft.version import __version__
 from splitft.wire.header import announced, entries_of, placed, strict_json
 from splitft.wire.parts import Encoded, Entry
 
