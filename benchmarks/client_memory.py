@@ -77,15 +77,15 @@ def measure(case: str, seed: int) -> dict[str, float]:
     model.skeleton()  # modelling code is imported
     torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the kernel forgets the peak so far
-    before = _status("VmRSS")
+    before = status("VmRSS")
     where = CASES[case]
     step: Callable[[], int]
     step = (lambda: whole_step(model, seed)) if where is None else (lambda: client_step(model, *where, seed))
     parameters = step()
-    return {"parameters": parameters, "before": before, "peak": _status("VmHWM") - before}
+    return {"parameters": parameters, "before": before, "peak": status("VmHWM") - before}
 
 
-def _status(field: str) -> float:
+def status(field: str) -> float:
     """MiB, from the kernel's account of this process."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024

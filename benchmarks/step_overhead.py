@@ -158,14 +158,16 @@ def _mask(batch: Batch) -> torch.Tensor:
     return (torch.arange(batch.tokens.shape[1]) < torch.tensor(batch.lengths)[:, None]).long()
 
 
-def read_text(model: Model, path: Path, seed: int) -> tuple[BatchStream, str]:
+def read_text(
+    model: Model, path: Path, seed: int, batch: int = TRAINING.batch_size
+) -> tuple[BatchStream, str]:
     """Batches of the E2E challenge's texts, or of the embedded text where they are not at hand."""
     if path.is_file():
         spec, what = DataSpec(source=str(path), prompt="mr", completion="ref"), f"E2E ({path.name})"
     else:
         spec, what = DataSpec(max_tokens=96), "python-docs (embedded)"
     text = tokenise(read_records(spec, None, seed), model.tokenizer(), spec.max_tokens, spec.separator)
-    return BatchStream(text.examples, TRAINING.batch_size, None, seed, 0), what
+    return BatchStream(text.examples, batch, None, seed, 0), what
 
 
 def main() -> None:

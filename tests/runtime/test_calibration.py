@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from splitft.adapters import attach, initial_state
 from splitft.assemble.fleet import exact_sizes
+from splitft.geometry import Span
 from splitft.model import open_model
 from splitft.runtime import calibration
 from splitft.runtime.ranks import Ranks
@@ -34,3 +37,36 @@ def test_a_damaged_cache_is_measured_again(measure, tmp_path):
     (file,) = tmp_path.glob("calibrations/*.json")
     file.write_text("{", encoding="utf-8")
     assert measure().device.block_forward_s_per_token > 0
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float32", 0.1)])
+def test_the_activations_that_a_block_keeps_are_those_that_the_cost_model_counts(
+    tiny_llama, dtype, tolerance
+):
+    model = open_model(ModelSpec(name=str(tiny_llama), dtype=dtype))
+    ranks = Ranks(LoraSpec(rank=2, rank_at_cut=None), model.shape.blocks, "svd", 0)
+    sizes = exact_sizes(model, ranks)
+    few, many = (_saved_bytes(model, ranks, tokens) for tokens in (64, 128))
+    counted = sizes.kept_elements_per_token * model.dtype.itemsize + sizes.kept_wide_elements_per_token * 4
+    assert (many - few) / 64 == pytest.approx(counted, rel=tolerance)
+
+
+def _saved_bytes(model, ranks, tokens):
+    """Bytes of all storages that autograd keeps in the second block."""
+    span = Span(0, 2)
+    segment = model.segment(span, embedding=True)
+    bank = attach(segment.blocks, ranks.lora.targets, ranks.scale, model.dtype)
+    layers = {key: size for key, size in bank.sizes.items() if key[0] in span}
+    bank.put("s", initial_state(layers, ranks.initial(), 0, torch.float32))
+    held = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = (tensor, storage.nbytes())
+        return tensor
+
+    with torch.enable_grad(), bank.routed([("s", 1)]):
+        hidden = segment.run(torch.zeros(1, tokens, dtype=torch.long), Span(0, 1)).detach().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            segment.run(hidden, Span(1, 2))
+    return sum(nbytes for _, nbytes in held.values())

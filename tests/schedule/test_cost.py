@@ -21,7 +21,14 @@ from splitft.schedule.cost import (
     round_seconds,
     step_legs,
 )
-from splitft.schedule.memory import client_memory, server_memory, server_peak_bytes, server_weights_bytes
+from splitft.schedule.memory import (
+    ALLOCATOR_SLACK,
+    RUNTIME_BYTES,
+    client_memory,
+    server_memory,
+    server_peak_bytes,
+    server_weights_bytes,
+)
 from splitft.schedule.situation import options
 from splitft.specs import LoraSpec
 
@@ -124,25 +131,27 @@ def test_the_memory_of_a_client_part_by_part():
     adapters = (4 + 4 + 2) * 20 * 4
     assert (memory.weights, memory.adapters) == ((1000 + 3 * 1000 + 10) * 2, adapters)
     assert (memory.gradients, memory.moments) == (adapters, 2 * adapters)
-    assert memory.activations == 3 * 16 * 70 * 2
-    assert memory.logits == 2 * 8 * 100 * 4  # 8 labelled positions are less than a chunk
-    assert memory.total == 8020 + 4 * adapters + 6720 + 6400
+    assert memory.activations == ALLOCATOR_SLACK * 3 * 16 * 70 * 2
+    assert memory.logits == 3 * 8 * 100 * 4  # 8 labelled positions are less than a chunk
+    assert memory.total == 8020 + 4 * adapters + ALLOCATOR_SLACK * 6720 + 9600 + RUNTIME_BYTES
 
 
 def test_logits_exist_for_one_chunk_of_256_positions_at_most():
     one = client(workload=Workload(1000, 1000, 10, 100, 1))
-    assert client_memory(job(), one, 1).logits == 2 * 256 * 100 * 4
+    assert client_memory(job(), one, 1).logits == 3 * 256 * 100 * 4
 
 
 def test_the_memory_of_the_server_holds_the_weights_once():
     both = [client("a"), client("b")]
-    assert server_weights_bytes(job(), 2) == 4 * 1000 * 2
+    assert server_weights_bytes(job(), 2) == 4 * 1000 * 2 + RUNTIME_BYTES
     assert server_peak_bytes(job(), both, [2, 4]) == (
-        8000 + server_memory(job(), both[0], 2).total + server_memory(job(), both[1], 4).total
+        8000 + RUNTIME_BYTES + server_memory(job(), both[0], 2).total + server_memory(job(), both[1], 4).total
     )
     with_head = job(labels="server")
-    assert server_weights_bytes(with_head, 2) == (4 * 1000 + 10 + 1000) * 2  # tied: its own copy
-    assert server_memory(with_head, both[0], 2).logits == 6400
+    assert (
+        server_weights_bytes(with_head, 2) == (4 * 1000 + 10 + 1000) * 2 + RUNTIME_BYTES
+    )  # tied: its own copy
+    assert server_memory(with_head, both[0], 2).logits == 9600
     assert client_memory(with_head, both[0], 2).logits == 0
 
 

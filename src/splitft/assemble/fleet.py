@@ -74,6 +74,7 @@ class _Machines:
                 block_backward_s_per_token=given.block_backward_ms_per_token / 1e3,
                 head_s_per_token=given.head_ms_per_token / 1e3,
                 memory_bytes=given.memory_gb * GB,
+                block_overhead_s=given.block_overhead_ms / 1e3,
             )
         if given == "measured":
             return replace(self._calibration.device, name=name)
@@ -149,6 +150,7 @@ def _workload(config: RunConfig, stream: BatchStream) -> Workload:
         padded_length=sum(one.sequences * one.longest for one in batches)
         / sum(one.sequences for one in batches),
         steps=config.training.steps,
+        largest_tokens=max(one.sequences * one.longest for one in batches),
     )
 
 

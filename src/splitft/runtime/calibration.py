@@ -1,9 +1,10 @@
 """Measure this machine: seconds per token of a real block of the chosen model, forward and backward.
 
-    blocks [0, 4) with LoRA, a few (B, T) batches --timed--> Calibration --cached per model and machine-->
+    blocks [0, 4) with LoRA, (B, T) batches of two sizes --timed--> Calibration --cached per model and machine
 
-A few seconds once; the result lies in the user's cache folder, so that planning is quick and simulated
-times are the same from run to run. Medians are kept, since other programs slow single batches down.
+The small batch tells what a block takes however few the tokens, the large one what each token adds. A few
+seconds once; the result lies in the user's cache folder, so that planning is quick and simulated times are
+the same from run to run. Medians are kept, since other programs slow single batches down.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -30,7 +31,9 @@ from splitft.specs import TrainingSpec
 BLOCKS = 4
 """Blocks timed together, or all of a smaller model."""
 SEQUENCES, LENGTH = 4, 128
-"""Shape of the batch timed."""
+"""Shape of the larger batch timed."""
+FEW = 32
+"""Tokens of the smaller one, a single sequence."""
 SECONDS = 4.0
 """Time spent on blocks; the head gets half of it."""
 SLOT = "calibration"
@@ -62,35 +65,46 @@ def calibrate(model: Model, sizes: ModelSizes, ranks: Ranks, training: TrainingS
     bank.put(SLOT, initial_state(layers, ranks.initial(), ranks.seed, dtype))
     optimizer = LocalOptimizer(bank.parameters(SLOT), training)
     generator = torch.Generator().manual_seed(ranks.seed)
-    shape = (SEQUENCES, length)
-    tokens = torch.randint(model.shape.vocab, shape, generator=generator)
-    forward_s: list[float] = []
-    backward_s: list[float] = []
+    shapes = ((1, min(FEW, length)), (SEQUENCES, length))
+    batches = [torch.randint(model.shape.vocab, shape, generator=generator) for shape in shapes]
+    forward_s: list[list[float]] = [[], []]
+    backward_s: list[list[float]] = [[], []]
 
     def step() -> None:
-        began = time.perf_counter()
-        with torch.enable_grad(), bank.routed([(SLOT, SEQUENCES)]):
-            hidden = segment.run(tokens, span)
-        between = time.perf_counter()
-        torch.autograd.backward([hidden], [torch.ones_like(hidden) * 1e-3])
-        optimizer.step()
-        forward_s.append(between - began)
-        backward_s.append(time.perf_counter() - between)
+        for which, tokens in enumerate(batches):
+            began = time.perf_counter()
+            with torch.enable_grad(), bank.routed([(SLOT, len(tokens))]):
+                hidden = segment.run(tokens, span)
+            between = time.perf_counter()
+            torch.autograd.backward([hidden], [torch.ones_like(hidden) * 1e-3])
+            optimizer.step()
+            forward_s[which].append(between - began)
+            backward_s[which].append(time.perf_counter() - between)
 
     _repeat(step, SECONDS)
+    sizes_timed = [tokens.numel() for tokens in batches]
+    forward, backward = (_line(sizes_timed, times, len(span)) for times in (forward_s, backward_s))
     rows = torch.randn(SEQUENCES * length, model.shape.width, generator=generator).to(model.dtype)
     targets = torch.randint(model.shape.vocab, (len(rows),), generator=generator)
     head_s = _repeat(lambda: loss_and_gradient(segment, rows, targets), SECONDS / 2)
-    work = len(span) * SEQUENCES * length
     device = Device(
         name="measured",
-        block_forward_s_per_token=statistics.median(forward_s[1:]) / work,
-        block_backward_s_per_token=statistics.median(backward_s[1:]) / work,
+        block_forward_s_per_token=forward[1],
+        block_backward_s_per_token=backward[1],
+        block_overhead_s=(forward[0] + backward[0]) / 2,
         head_s_per_token=statistics.median(head_s[1:]) / len(rows),
         memory_bytes=_free_memory(),
         source=f"measured on this machine ({_machine()})",
     )
     return calibrated(device, sizes, model.spec.name, model.spec.dtype, length)
+
+
+def _line(tokens: Sequence[int], seconds: Sequence[Sequence[float]], blocks: int) -> tuple[float, float]:
+    """(seconds of a block, seconds a token) of the line through two sizes; no less than nothing at size 0."""
+    few, many = (statistics.median(times[1:]) / blocks for times in seconds)  # the first one warms up
+    each = (many - few) / max(1, tokens[1] - tokens[0])
+    overhead = few - each * tokens[0]
+    return (overhead, each) if 0 <= overhead <= few else (0.0, many / tokens[1])
 
 
 def _repeat(work: Callable[[], object], seconds: float) -> list[float]:
@@ -119,6 +133,7 @@ def _machine() -> str:
 def _key(model: Model, ranks: Ranks) -> str:
     """Whatever the seconds depend on, as a file name."""
     facts = (
+        FEW, SEQUENCES, LENGTH,
         model.path, model.spec.dtype, model.spec.attention, ranks.lora.targets, ranks.lora.rank,
         platform.node(), _machine(), torch.__version__,
     )  # fmt: skip

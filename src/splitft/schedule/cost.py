@@ -66,10 +66,12 @@ class Workload:
     """T, tokens of a sequence after padding."""
     steps: int
     """Local steps of a round."""
+    largest_tokens: float = 0.0
+    """Padded tokens of the largest batch, which memory must hold; 0: all are alike."""
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            if not getattr(self, entry.name) > 0:
+            if entry.name != "largest_tokens" and not getattr(self, entry.name) > 0:
                 raise ScheduleError(
                     f"workload: {entry.name} is {getattr(self, entry.name)}; it must be above 0"
                 )
@@ -84,6 +86,11 @@ class Workload:
         """B x T, what machines compute."""
         return self.sequences * self.padded_length
 
+    @property
+    def peak_tokens(self) -> float:
+        """Padded tokens of the largest batch."""
+        return max(self.largest_tokens, self.padded_tokens)
+
     def divided(self, parts: int) -> Workload:
         """The workload of one of `parts` equal micro-batches of every step."""
         return replace(
@@ -91,6 +98,7 @@ class Workload:
             tokens=self.tokens / parts,
             labelled_tokens=self.labelled_tokens / parts,
             sequences=self.sequences / parts,
+            largest_tokens=self.largest_tokens / parts,
         )
 
 
@@ -178,16 +186,16 @@ def step_legs(job: Job, client: Client, cut: int) -> tuple[Leg, ...]:
     L, D = job.sizes.blocks, job.sizes.width
     check_cut(cut, L)
     work, device, server, wire = client.workload, client.device, job.server.device, job.wire
-    padded, deeper = work.padded_tokens, (L - cut) * work.padded_tokens
-    forward = Leg("client_forward", cut * padded * device.block_forward_s_per_token)
-    backward = Leg("client_backward", cut * padded * device.block_backward_s_per_token)
+    padded = work.padded_tokens
+    forward = Leg("client_forward", cut * device.block_forward_s(padded))
+    backward = Leg("client_backward", cut * device.block_backward_s(padded))
     head = Leg("head", work.labelled_tokens * device.head_s_per_token)
     if cut == L:
         return forward, head, backward
     hidden = work.tokens * D * wire.hidden
     down_gradient = _down(client, "down_gradient", work.tokens * D * wire.gradient)
-    forward_s = deeper * server.block_forward_s_per_token
-    backward_s = deeper * server.block_backward_s_per_token
+    forward_s = (L - cut) * server.block_forward_s(padded)
+    backward_s = (L - cut) * server.block_backward_s(padded)
     if job.labels == "server":
         head_s = work.labelled_tokens * server.head_s_per_token
         up = _up(client, "up_hidden", hidden + work.labelled_tokens * LABEL_BYTES)

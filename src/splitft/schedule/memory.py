@@ -7,17 +7,19 @@
       gradients   the same again                              the same again
       moments     `job.moments` times the same                the same
       activations what its blocks keep for the backward pass  the same; every client may be waiting at once
-      logits      one chunk of 256 positions, fp32, and its   if labels are there
-                  gradient
+      logits      one chunk of 256 positions in fp32, three   if labels are there
+                  times: their logarithms and two gradients
+      runtime     threads and kernels' work space             the same, once
 
-The peak is their sum: the head runs while the activations of the blocks are kept. What the allocator, the
-runtime and the text take is not in it; `Device.memory_bytes` is what remains for training.
+The peak is their sum: the head runs while the activations of the blocks are kept. Activations take more than
+their bytes, since an allocator leaves holes between batches of unequal lengths. What libraries and text take
+is not in it; `Device.memory_bytes` is what remains for training. Checked in `benchmarks/cost_model.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from splitft.errors import ScheduleError
 from splitft.geometry import check_cut
@@ -25,6 +27,18 @@ from splitft.schedule.cost import Client, Job
 
 HEAD_CHUNK = 256
 """Positions whose logits exist at one time."""
+
+LOGITS_COPIES = 3
+"""Arrays of a chunk's logits that exist at one time, in the backward pass of the cross-entropy."""
+
+ALLOCATOR_SLACK = 1.3
+"""Memory of activations over their bytes, as found with glibc's allocator on a CPU."""
+
+RUNTIME_BYTES = 64 * 2**20
+"""What a process takes when it begins to compute, as found with torch on a CPU."""
+
+WIDE_BYTES = 4
+"""Norms and attention keep float32 at least."""
 
 ADAPTER_BYTES = 4
 """Adapters, their gradients and moments are fp32, whatever the frozen weights are."""
@@ -45,12 +59,14 @@ class Memory:
     activations: float = 0.0
     """What is kept between forward and backward pass."""
     logits: float = 0.0
-    """Logits of a chunk of positions, and their gradient."""
+    """Logits of a chunk of positions, and what their backward pass makes of them."""
+    runtime: float = 0.0
+    """Threads and kernels' work space; the server's is with its weights."""
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.weights + self.adapters + self.gradients + self.moments + self.activations + self.logits
+        return sum(float(getattr(self, part.name)) for part in fields(self))
 
 
 def client_memory(job: Job, client: Client, cut: int) -> Memory:
@@ -60,7 +76,8 @@ def client_memory(job: Job, client: Client, cut: int) -> Memory:
     parameters = job.sizes.embedding_parameters + cut * job.sizes.block_parameters
     if head:  # with tied embeddings the output matrix is there already
         parameters += job.sizes.head_parameters
-    return _trained(job, client, range(cut), cut, parameters * job.weight_bytes, head)
+    trained = _trained(job, client, range(cut), cut, parameters * job.weight_bytes, head)
+    return replace(trained, runtime=RUNTIME_BYTES)
 
 
 def server_memory(job: Job, client: Client, cut: int) -> Memory:
@@ -72,14 +89,14 @@ def server_memory(job: Job, client: Client, cut: int) -> Memory:
 
 
 def server_weights_bytes(job: Job, shallowest: int) -> float:
-    """Frozen weights on the server, once for all clients, when the least cut among them is `shallowest`."""
+    """Frozen weights and runtime on the server, once for all clients with cuts from `shallowest` on."""
     check_cut(shallowest, job.sizes.blocks)
     if shallowest == job.sizes.blocks:
         return 0.0
     parameters = (job.sizes.blocks - shallowest) * job.sizes.block_parameters
     if job.labels == "server":  # the embedding is not here, so a tied output matrix counts
         parameters += job.sizes.output_parameters
-    return parameters * job.weight_bytes
+    return parameters * job.weight_bytes + RUNTIME_BYTES
 
 
 def server_peak_bytes(job: Job, clients: Sequence[Client], cuts: Sequence[int]) -> float:
@@ -97,13 +114,14 @@ def _trained(job: Job, client: Client, blocks: range, cut: int, weights: float, 
     work, sizes = client.workload, job.sizes
     ranks = job.ranks(cut)
     adapters = float(sizes.adapter_parameters([ranks[block] for block in blocks]) * ADAPTER_BYTES)
-    kept = len(blocks) * work.padded_tokens * sizes.kept_elements_per_token
+    wide = sizes.kept_wide_elements_per_token * max(WIDE_BYTES, job.weight_bytes)
+    kept_bytes = sizes.kept_elements_per_token * job.weight_bytes + wide
     chunk = min(float(HEAD_CHUNK), work.labelled_tokens)
     return Memory(
         weights=float(weights),
         adapters=adapters,
         gradients=adapters,
         moments=job.moments * adapters,
-        activations=kept * job.weight_bytes,
-        logits=2 * chunk * sizes.vocab * 4 if head else 0.0,
+        activations=ALLOCATOR_SLACK * len(blocks) * work.peak_tokens * kept_bytes,
+        logits=LOGITS_COPIES * chunk * sizes.vocab * 4 if head else 0.0,
     )

@@ -63,10 +63,21 @@ class Device:
     """Memory that training may use; infinite if nobody said."""
     source: str = "given"
     """Where the numbers come from, in words."""
+    block_overhead_s: float = 0.0
+    """Seconds that a block's forward pass takes however few the tokens, and its backward pass again."""
+
+    def block_forward_s(self, padded_tokens: float) -> float:
+        """Seconds of one block's forward pass over a batch."""
+        return self.block_overhead_s + padded_tokens * self.block_forward_s_per_token
+
+    def block_backward_s(self, padded_tokens: float) -> float:
+        """Seconds of one block's backward pass over a batch."""
+        return self.block_overhead_s + padded_tokens * self.block_backward_s_per_token
 
     def __post_init__(self) -> None:
         for field in ("block_forward_s_per_token", "block_backward_s_per_token", "head_s_per_token"):
             _check(f"device {self.name!r}: {field}", getattr(self, field), above=0)
+        _check(f"device {self.name!r}: block_overhead_s", self.block_overhead_s, least=0)
         _check(f"device {self.name!r}: memory_bytes", self.memory_bytes, above=0, infinite_fits=True)
 
     def scaled(self, speed: float, name: str | None = None, memory_bytes: float | None = None) -> Device:
@@ -78,6 +89,7 @@ class Device:
             block_forward_s_per_token=self.block_forward_s_per_token / speed,
             block_backward_s_per_token=self.block_backward_s_per_token / speed,
             head_s_per_token=self.head_s_per_token / speed,
+            block_overhead_s=self.block_overhead_s / speed,
             memory_bytes=self.memory_bytes if memory_bytes is None else memory_bytes,
             source=f"{speed:.3g} times as fast as: {self.source}",
         )

@@ -22,6 +22,9 @@ from splitft.geometry import ModelShape
 PLAIN_MLP = frozenset({"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "mpt", "phi"})
 """Families whose feed-forward layer has two matrices; all others have a gate, hence three."""
 
+MAY_BE_ZERO = frozenset({"head_parameters", "adapter_parameters_per_rank", "kept_wide_elements_per_token"})
+"""Sizes that a model may lack."""
+
 Targets = Literal["attention", "all-linear"]
 
 
@@ -46,12 +49,15 @@ class ModelSizes:
     adapter_parameters_per_rank: int
     """Sum over a block's adapted layers of (inputs + outputs): times R it is the block's A and B."""
     kept_elements_per_token: int
-    """Elements of activations that one block keeps for its backward pass, per padded token."""
+    """Elements of activations that one block keeps for its backward pass, per padded token, in the type of
+    the weights."""
+    kept_wide_elements_per_token: int = 0
+    """Those that it keeps in float32, whatever the weights are: inputs of norms, and attention's."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("head_parameters", "adapter_parameters_per_rank") else 1
+            least = 0 if field.name in MAY_BE_ZERO else 1
             if field.name != "tied" and value < least:
                 raise ScheduleError(f"{field.name} is {value}; a model has at least {least}")
 
@@ -85,11 +91,13 @@ def sizes_of(
     head_parameters: int | None = None,
     adapter_parameters_per_rank: int | None = None,
     kept_elements_per_token: int | None = None,
+    kept_wide_elements_per_token: int | None = None,
 ) -> ModelSizes:
     """Sizes of a model, derived from its shape where no exact number is given.
 
-    Kept activations: inputs of two norms and their results, attention's input and output (6 D), queries,
-    keys and values, and what the feed-forward layer keeps (3 I with a gate, 2 I without).
+    Kept activations: results of two norms and attention's output (3 D) and what the feed-forward layer keeps
+    (3 I with a gate, 2 I without); in float32 the inputs of two norms (2 D), and attention's queries, keys,
+    values and result (`model.attention`).
     """
     D, I = shape.width, shape.inner  # noqa: E741
     kv_width = D * shape.kv_heads // shape.heads
@@ -100,7 +108,8 @@ def sizes_of(
     adapted = layers[:attention] if targets == "attention" else layers
     derived_block = sum(inputs * outputs for inputs, outputs in layers)
     derived_head = D if shape.tied else D + D * shape.vocab
-    derived_kept = 6 * D + D + 2 * kv_width + mlp_matrices * I
+    derived_kept = 3 * D + mlp_matrices * I
+    derived_wide = 2 * D + 2 * D + 2 * kv_width
     return ModelSizes(
         blocks=shape.blocks,
         width=D,
@@ -113,6 +122,7 @@ def sizes_of(
             adapter_parameters_per_rank, sum(inputs + outputs for inputs, outputs in adapted)
         ),
         kept_elements_per_token=_known(kept_elements_per_token, derived_kept),
+        kept_wide_elements_per_token=_known(kept_wide_elements_per_token, derived_wide),
     )
 
 

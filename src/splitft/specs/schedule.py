@@ -20,6 +20,8 @@ class DeviceSpec(Spec):
     """Milliseconds of head and loss, forward and backward, per labelled token."""
     memory_gb: float = Field(gt=0)
     """Memory that training may use, in GB (10^9 bytes)."""
+    block_overhead_ms: float = Field(0.0, ge=0)
+    """Milliseconds of a block's forward pass however few the tokens, and of its backward pass again."""
 
 
 class LinkSpec(Spec):
