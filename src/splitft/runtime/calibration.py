@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from splitft.adapters import LocalOptimizer, attach, initial_state
+from splitft.cache import cache_folder
 from splitft.errors import ScheduleError
 from splitft.geometry import Span
 from splitft.model import Model, loss_and_gradient
-from splitft.model.embedded import cache_folder
 from splitft.runtime.ranks import Ranks
 from splitft.schedule.profile import Calibration, Device, calibrated
 from splitft.schedule.sizes import ModelSizes

@@ -1,22 +1,32 @@
 """What a run would cost at every cut, and what each controller would choose; trains nothing.
 
-RunConfig --gather--> text, machines --predict--> every client at every cut + every controller's choice
+    RunConfig --gather--> text, machines --predict--> every client at every cut + every controller's choice
+
+What is counted once, the machines with the sizes of their batches, is kept in the user's cache folder, so
+that asking again takes no model and no text.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import platform
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from splitft.assemble.fleet import Fleet
+from pydantic import TypeAdapter, ValidationError
+
 from splitft.assemble.pace import Pace
-from splitft.assemble.parties import gather
 from splitft.assemble.quiet import quiet
+from splitft.cache import cache_folder
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
 from splitft.schedule.clock import client_round, simulate_round
 from splitft.schedule.cost import LEGS, Client, round_bytes, round_seconds
 from splitft.schedule.cuts import CONTROLLERS
+from splitft.schedule.fleet import Fleet
 from splitft.schedule.memory import client_memory
 from splitft.schedule.situation import feasible
 
@@ -79,10 +89,8 @@ class RunPlan:
 
 def plan(config: RunConfig) -> RunPlan:
     """Predict. Raises what `gather` raises."""
-    with quiet():
-        gathered = gather(config)
-        fleet = gathered.fleet()
-    blocks = gathered.model.shape.blocks
+    fleet = fleet_for(config)
+    blocks = fleet.job.sizes.blocks
     given = config.cuts or (1,) * len(fleet.clients)
     names = tuple(client.name for client in fleet.clients)
     current = dict(zip(names, given, strict=True))
@@ -99,6 +107,37 @@ def plan(config: RunConfig) -> RunPlan:
     )
     choices = tuple(_choice(config, fleet, controller) for controller in CONTROLLERS)
     return RunPlan(config.model.name, blocks, clients, choices)
+
+
+def fleet_for(config: RunConfig) -> Fleet:
+    """The machines of a run: as counted before, if nothing that they depend on has changed."""
+    path = cache_folder() / "fleets" / f"{_key(config)}.json"
+    try:
+        return _FLEET.validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, ValidationError, ScheduleError):
+        pass  # not there, or of another version: count
+    from splitft.assemble.parties import gather
+
+    with quiet():
+        fleet = gather(config).fleet()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}.draft")
+    draft.write_text(json.dumps(_FLEET.dump_python(fleet)), encoding="utf-8")
+    os.replace(draft, path)
+    return fleet
+
+
+_FLEET = TypeAdapter(Fleet)
+
+
+def _key(config: RunConfig) -> str:
+    """Whatever the machines and batches depend on, as a file name."""
+    sources = [Path(config.data.source), Path(config.model.name), Path(config.model.name) / "config.json"]
+    sources += sorted((cache_folder() / "calibrations").glob("*.json"))
+    stamps = [(path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None for path in sources]
+    code = [path.stat().st_mtime_ns for path in sorted(Path(__file__).parent.parent.glob("*/*.py"))]
+    facts = (config.model_dump_json(), stamps, code, platform.node())
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
 
 def _price(fleet: Fleet, client: Client, cut: int, fits: bool) -> CutPrice:

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from laws.federations import write_text
-from splitft.assemble import plan
+from splitft.assemble import parties, plan
 from splitft.cli import app
 from splitft.config import from_mapping
 
@@ -78,3 +78,15 @@ def test_the_command_prints_tables_or_json(as_json, settings, tmp_path):
     else:
         assert "seconds a round" in result.output
         assert "makespan" in result.output
+
+
+def test_asking_again_counts_nothing_anew_until_something_changes(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPLITFT_CACHE", str(tmp_path / "cache"))
+    first = plan(from_mapping(settings))
+    calls = []
+    monkeypatch.setattr(parties, "gather", lambda config: calls.append(config) or pytest.fail("counted anew"))
+    assert plan(from_mapping(settings)) == first
+    changed = {**settings, "seed": 1}
+    with pytest.raises(pytest.fail.Exception):
+        plan(from_mapping(changed))
+    assert len(calls) == 1
