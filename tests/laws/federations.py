@@ -56,18 +56,20 @@ class _Scripted:
 def play(
     prepared: Prepared,
     controller: Callable[[int, Mapping[str, int]], Mapping[str, int]] = lambda number, cuts: cuts,
+    tap: Any = None,
 ) -> tuple[RunState, list[Any]]:
     """All rounds; returns the last state and every event."""
     events: list[Any] = []
     state = train_rounds(
         prepared.initial(),
         prepared.server,
-        prepared.simulation(),
+        prepared.simulation(tap),
         prepared.ranks,
         prepared.config.training,
         _Scripted(prepared.pace, controller),
         events.append,
         lambda state: None,
+        prepared.config.privacy,
     )
     return state, events
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from splitft.assemble.defending import check_accountant, defence_of, public_text
 from splitft.assemble.fleet import fleet_of
 from splitft.assemble.pace import Pace
 from splitft.assemble.sharing import divide_text
@@ -107,13 +108,25 @@ def prepare(config: RunConfig) -> Prepared:
 
     Raises what `gather` raises, and ScheduleError if a client fits at no cut.
     """
+    check_accountant(config)
     gathered = gather(config)
     model, ranks = gathered.model, gathered.ranks
     pace, cuts = Pace.begin(config, gathered.fleet())
     here = [client for client in gathered.clients if client.name in cuts]
     labels, training = config.split.labels, config.training
+    public = public_text(config, model)
     clients = tuple(
-        Client(one.name, model, cuts[one.name], labels, ranks, training, one.stream, one.held_out)
+        Client(
+            one.name,
+            model,
+            cuts[one.name],
+            labels,
+            ranks,
+            training,
+            one.stream,
+            one.held_out,
+            defence_of(config, one.name, public),
+        )
         for one in here
     )
     facts = tuple(one.facts.model_copy(update={"cut": cuts[one.name]}) for one in here)

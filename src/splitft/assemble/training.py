@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from splitft import __version__
+from splitft.adapters import AdapterState
 from splitft.assemble.folder import Run, find_snapshot, is_finished, open_log
 from splitft.assemble.parties import Prepared, prepare
 from splitft.assemble.quiet import quiet
@@ -19,6 +20,7 @@ from splitft.data.tokens import Tokenised
 from splitft.errors import RunError
 from splitft.export import write_peft
 from splitft.geometry import Span
+from splitft.privacy.defence import promises
 from splitft.runtime import RunState, train_rounds
 from splitft.runtime.checkpoint import Snapshot, save_snapshot, what_is_safe
 from splitft.runtime.line import Tap
@@ -63,17 +65,25 @@ def train(
 
         state = _begin(prepared, snapshot, listener)
         if snapshot is not None:  # the run may have stopped between the checkpoint and the adapter
-            _write_adapter(prepared, state, run.adapter_dir)
+            _write_adapters(prepared, state, run)
         simulation = prepared.simulation(tap)
 
         def save(state: RunState) -> None:
             path = save_snapshot(run.folder, _snapshot(prepared, state))
-            _write_adapter(prepared, state, run.adapter_dir)
+            _write_adapters(prepared, state, run)
             listener(CheckpointSaved(round=state.round, path=str(path.relative_to(run.folder))))
             write_summary(run.folder)
 
         train_rounds(
-            state, prepared.server, simulation, prepared.ranks, config.training, prepared.pace, listener, save
+            state,
+            prepared.server,
+            simulation,
+            prepared.ranks,
+            config.training,
+            prepared.pace,
+            listener,
+            save,
+            config.privacy,
         )
         listener(RunDone(rounds=config.training.rounds))
         write_summary(run.folder)
@@ -93,11 +103,28 @@ def _stopping(folder: Path) -> Iterator[None]:
         raise RunError(f"the run stopped writing to {folder} ({reason}); {what_is_safe(folder)}") from error
 
 
-def _write_adapter(prepared: Prepared, state: RunState, folder: Path) -> None:
-    """The global adapter as a PEFT folder, put in place when it is whole."""
+def _write_adapters(prepared: Prepared, state: RunState, run: Run) -> None:
+    """The global adapter, and with private blocks each client's own beside it in `personal/NAME`."""
+    _write_adapter(prepared, state.adapters, run.adapter_dir)
+    for client in prepared.clients:
+        if own := client.private():
+            _write_adapter(prepared, state.adapters.updated(own), run.folder / "personal" / client.name)
+
+
+def _promises(prepared: Prepared) -> list[str]:
+    """What the run's defences promise, for the client whose text passes most often."""
+    config, training = prepared.config, prepared.config.training
+    steps = training.rounds * training.steps
+    passes = max(steps * training.batch_size / facts.train_examples for facts in prepared.facts)
+    longest = max(map(len, prepared.text.examples))
+    return promises(config.privacy, prepared.model.shape.width, longest, max(1.0, passes))
+
+
+def _write_adapter(prepared: Prepared, adapters: AdapterState, folder: Path) -> None:
+    """An adapter as a PEFT folder, put in place when it is whole."""
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    write_peft(state.adapters, prepared.model, prepared.ranks.scale, draft)
+    write_peft(adapters, prepared.model, prepared.ranks.scale, draft)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(draft, folder)
 
@@ -116,6 +143,7 @@ def _begin(prepared: Prepared, snapshot: Snapshot | None, listener: Listener) ->
                 rounds=config.training.rounds,
                 steps=config.training.steps,
                 labels=config.split.labels,
+                defences=tuple(_promises(prepared)),
                 clients=prepared.facts,
                 machines=prepared.pace.machines(),
             )
@@ -128,7 +156,8 @@ def _begin(prepared: Prepared, snapshot: Snapshot | None, listener: Listener) ->
     state = snapshot.state
     for client in prepared.clients:
         cut = state.cuts[client.name]
-        known = state.adapters.within(Span(0, cut))
+        own = snapshot.private.get(client.name, AdapterState())
+        known = state.adapters.within(Span(0, cut)).updated(own)
         client.restore(cut, known, snapshot.steps[client.name], snapshot.client_moments.get(client.name, {}))
     prepared.server.moments.update(snapshot.server_moments)
     prepared.server.place(state.cuts)
@@ -151,4 +180,5 @@ def _snapshot(prepared: Prepared, state: RunState) -> Snapshot:
         {name: steps for name, (steps, _) in kept.items()},
         {name: moments for name, (_, moments) in kept.items() if moments},
         {slot: moments for slot, moments in prepared.server.moments.items() if moments},
+        {client.name: own for client in prepared.clients if (own := client.private())},
     )

@@ -17,6 +17,7 @@ from splitft.specs import (
     DataSpec,
     LoraSpec,
     ModelSpec,
+    PrivacySpec,
     ScheduleSpec,
     Spec,
     SplitSpec,
@@ -49,6 +50,8 @@ class RunConfig(Spec):
     """Who chooses the cuts."""
     wire: WireSpec = WireSpec()
     """How tensors travel."""
+    privacy: PrivacySpec = PrivacySpec()
+    """What clients do to their messages before they leave."""
     method: Literal["splitft"] = "splitft"
     """The method to run."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -104,4 +107,40 @@ def conflicts(config: RunConfig) -> list[Conflict]:
             "moments belong to other factors; give reset, or the rule factors or zero-pad"
         )
         found.append((("training.optimizer_state", "aggregate.rule"), message))
+    return [*found, *_privacy_conflicts(config)]
+
+
+def _privacy_conflicts(config: RunConfig) -> list[Conflict]:
+    """Promises that the rest of the configuration would break."""
+    found: list[Conflict] = []
+    updates, private = config.privacy.updates, config.privacy.private_blocks
+    if updates.clip_norm is not None and config.aggregate.rule == "svd":
+        message = (
+            f"found {updates.clip_norm:g}, but aggregate.rule svd averages products, which clipped factors "
+            "do not bound; give the rule factors (with lora.rank_at_cut: null) or zero-pad"
+        )
+        found.append((("privacy.updates.clip_norm", "aggregate.rule"), message))
+    if updates.clip_norm is not None and config.split.server_adapters == "shared":
+        message = (
+            f"found {updates.clip_norm:g}, but with split.server_adapters shared all clients train one set "
+            "of factors, so no client has an update to bound; give per-client"
+        )
+        found.append((("privacy.updates.clip_norm", "split.server_adapters"), message))
+    for role in ("hidden", "gradient"):
+        if config.split.labels == "server" and getattr(config.privacy, role).defence != "none":
+            message = (
+                "protects nothing with split.labels server, which sends the text itself; give labels client"
+            )
+            found.append(((f"privacy.{role}.defence", "split.labels"), message))
+    cuts = config.cuts or ()
+    if cuts and config.schedule.controller == "fixed" and private > min(cuts):
+        message = f"found {private}, but a client holds {min(cuts)} blocks; give at most that, or deeper cuts"
+        found.append((("privacy.private_blocks", "clients.cuts"), message))
+    if config.schedule.controller != "fixed" and private > config.schedule.min_cut:
+        least = config.schedule.min_cut
+        message = (
+            f"found {private}, but a controller may go down to cut {least}, and private blocks never leave "
+            "their client; raise schedule.min_cut"
+        )
+        found.append((("privacy.private_blocks", "schedule.min_cut"), message))
     return found

@@ -1,7 +1,7 @@
 """What a run needs to continue after any stop, written in one stroke after each round.
 
     checkpoints/round-0002/  state.json           round, cuts, steps of each client
-                             state.safetensors    global/..., client/NAME/..., server/SLOT/...
+                             state.safetensors    global/..., client/NAME/..., server/SLOT/..., private/NAME/
 
 A checkpoint is written beside, flushed to the disk and renamed, so that a folder of that name is always
 whole; the one before is removed only then. A full disk or a kill -9 in the middle loses the draft alone.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,6 +40,8 @@ class Snapshot:
     """Optimizer moments by client, when kept."""
     server_moments: dict[str, Moments]
     """The server's, by slot."""
+    private: dict[str, AdapterState] = field(default_factory=dict)
+    """Factors by client that it never uploads."""
 
 
 def folder_of(run: Path, number: int) -> Path:
@@ -111,9 +113,9 @@ def load_snapshot(run: Path, number: int) -> Snapshot:
             parts.setdefault(owner, {})[rest] = tensor
         adapters = AdapterState.from_tensors(parts["global"])
         state = RunState(facts["round"], facts["cuts"], adapters, facts["losses"])
-        return Snapshot(
-            state, facts["steps"], _by_owner(parts.get("client", {})), _by_owner(parts.get("server", {}))
-        )
+        owned = {side: _by_owner(parts.get(side, {})) for side in ("client", "server", "private")}
+        private = {name: AdapterState.from_tensors(tensors) for name, tensors in owned["private"].items()}
+        return Snapshot(state, facts["steps"], owned["client"], owned["server"], private)
     except (OSError, ValueError, LookupError, TypeError, SafetensorError, AdapterError) as error:
         raise RunError(f"{folder} is damaged and cannot be read ({error}){_instead(run, number)}") from error
 
@@ -126,7 +128,9 @@ def _instead(run: Path, number: int) -> str:
 
 def _tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
     flat = {f"global/{name}": tensor for name, tensor in snapshot.state.adapters.tensors().items()}
-    for side, owners in (("client", snapshot.client_moments), ("server", snapshot.server_moments)):
+    private = {name: state.tensors() for name, state in snapshot.private.items()}
+    kept = {"client": snapshot.client_moments, "server": snapshot.server_moments, "private": private}
+    for side, owners in kept.items():
         for owner, moments in owners.items():
             flat.update((f"{side}/{owner}/{name}", tensor) for name, tensor in moments.items())
     return {name: tensor.contiguous() for name, tensor in flat.items()}

@@ -8,7 +8,8 @@
     install(GlobalAdapters), held_out(i) -> Activations, held_out_head(...), evaluation() -> Evaluation
 
 A client says what it has to say and is told what comes back; who carries the messages is not its concern.
-The order of messages is that of `protocol`, and anything else is refused.
+The order of messages is that of `protocol`, and anything else is refused. What the run and the site do to
+hidden states and gradients before they leave is `privacy.Defence`'s; adapters of `private_blocks` stay here.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import torch
 from splitft.adapters import AdapterState, LocalOptimizer, Moments, attach, initial_state, moments_within
 from splitft.data.text import Batch, BatchStream
 from splitft.errors import ProtocolError, RunError
-from splitft.geometry import Plan, Side
+from splitft.geometry import Plan, Side, Span
 from splitft.model import Model, loss_and_gradient, pack, summed_loss
+from splitft.privacy.defence import Defence
+from splitft.privacy.noise import Noise
 from splitft.protocol import (
     Activations,
     AdapterUpload,
@@ -39,7 +42,7 @@ from splitft.protocol import (
     expect,
 )
 from splitft.runtime.ranks import Ranks
-from splitft.specs import TrainingSpec
+from splitft.specs import PrivacySpec, TrainingSpec
 
 SLOT = "own"
 """The one set of factors that a client has."""
@@ -51,7 +54,7 @@ class _Underway:
 
     batch: Batch
     hidden: torch.Tensor
-    """(N, D) at the cut, with its graph if it is trained on."""
+    """(N, D) at the cut, as it leaves, with its graph if it is trained on."""
 
 
 class Client:
@@ -67,9 +70,11 @@ class Client:
         training: TrainingSpec,
         stream: BatchStream,
         held_out: Sequence[Batch],
+        defence: Defence | None = None,
     ) -> None:
         """Load the blocks [0, cut) of the model. Raises GeometryError or ModelError if that cannot be."""
         self.name = name
+        self._defence = defence or Defence(PrivacySpec(), Noise(ranks.seed, name))
         self.plan = Plan(cut, model.shape.blocks, labels)
         self.steps = 0
         """Optimizer steps taken, over the whole run."""
@@ -95,6 +100,7 @@ class Client:
         """Move to the round's cut and take up the adapters to train from."""
         expect(message, RoundStart)
         assert isinstance(message, RoundStart)
+        self._defence.check_cut(message.cut)
         span = Plan(message.cut, self.plan.blocks, self.plan.labels).client
         given_up = moments_within(self._moments, self.plan.client.minus(span))
         known = self._known.updated(message.adapters)
@@ -115,7 +121,7 @@ class Client:
         self._in_round()
         batch = self._stream.batch(self.steps)
         with torch.enable_grad():
-            hidden = self._run(batch)
+            hidden = self._leaving(batch, "training", self._round, self.steps)
         self._underway = _Underway(batch, hidden)
         return self._activations(self.steps, training=True)
 
@@ -134,6 +140,14 @@ class Client:
                 f"{self.name}: the loss is {loss} at step {self.steps} of round {self._round}; "
                 "lower training.lr, or look at the client's text"
             )
+        gradient = self._defence.gradient(
+            gradient,
+            message.hidden,
+            self.segment.shape.vocab,
+            lambda rows, labels: loss_and_gradient(self.segment, rows, labels)[1],
+            self._round,
+            self.steps,
+        )
         self._graded = True
         return HeadGradient(
             client=self.name, round=self._round, step=self.steps, loss=loss, gradient=gradient
@@ -159,7 +173,10 @@ class Client:
         if self._training.optimizer_state == "keep":
             self._moments = optimizer.moments()
         self._optimizer = None
-        return AdapterUpload(client=self.name, round=self._round, adapters=self._bank.take(SLOT))
+        trained = self._bank.take(SLOT)
+        self._known = self._known.updated(trained.within(self._private))
+        shared = trained.within(self.plan.client.minus(self._private))
+        return AdapterUpload(client=self.name, round=self._round, adapters=shared)
 
     # --- the global adapters ----------------------------------------------------------------------
 
@@ -167,10 +184,11 @@ class Client:
         """Take the aggregated factors of the client's blocks, to evaluate and to start from."""
         expect(message, GlobalAdapters)
         assert isinstance(message, GlobalAdapters)
-        if set(message.adapters.keys()) != {key for key in self._bank.sizes if key[0] in self.plan.client}:
+        shared = self.plan.client.minus(self._private)
+        if set(message.adapters.keys()) != {key for key in self._bank.sizes if key[0] in shared}:
             raise ProtocolError(f"{self.name}: the global adapters are not those of {self.plan.client}")
-        self._known = message.adapters
-        self._bank.put(SLOT, message.adapters)
+        self._known = self.private().union(message.adapters)
+        self._bank.put(SLOT, self._known)
         self._round = message.round
         self._evaluated = (0.0, 0)
 
@@ -183,7 +201,7 @@ class Client:
     def held_out(self, index: int) -> Activations:
         """One held-out batch through the client's blocks, without gradient."""
         batch = self._held_out[index]
-        self._underway = _Underway(batch, self._run(batch))
+        self._underway = _Underway(batch, self._leaving(batch, "evaluation", self._round, index))
         return self._activations(index, training=False)
 
     def held_out_head(self, message: Message) -> None:
@@ -211,8 +229,12 @@ class Client:
         """Steps taken, and the optimizer's moments if they are kept across rounds."""
         return self.steps, self._moments
 
+    def private(self) -> AdapterState:
+        """Factors of the blocks that this client never uploads."""
+        return self._known.within(self._private)
+
     def restore(self, cut: int, known: AdapterState, steps: int, moments: Moments) -> None:
-        """Continue as the client that `kept` this, with these global factors of its blocks."""
+        """Continue as the client that `kept` this, with these factors of its blocks, its private ones too."""
         self.plan = Plan(cut, self.plan.blocks, self.plan.labels)
         self.segment.resize(self.plan.client)
         self._known, self.steps, self._moments = known, steps, moments
@@ -220,9 +242,20 @@ class Client:
 
     # ----------------------------------------------------------------------------------------------
 
-    def _run(self, batch: Batch) -> torch.Tensor:
-        """Tokens through the client's blocks -> (N, D)."""
-        with self._bank.routed([(SLOT, len(batch.lengths))]):
+    @property
+    def _private(self) -> Span:
+        return Span(0, min(self._defence.privacy.private_blocks, self.plan.cut))
+
+    def _leaving(self, batch: Batch, *place: object) -> torch.Tensor:
+        """Tokens through the client's blocks -> (N, D), as it may leave."""
+
+        def base(public: Batch) -> torch.Tensor:
+            return self._run(public, None)
+
+        return self._defence.hidden(self._run(batch, SLOT), self.plan.cut, base, *place)
+
+    def _run(self, batch: Batch, slot: str | None) -> torch.Tensor:
+        with self._bank.routed([(slot, len(batch.lengths))]):
             hidden = self.segment.run(batch.tokens, self.plan.client)
         return pack(hidden, batch.lengths)
 

@@ -21,11 +21,13 @@ import numpy as np
 
 from splitft.adapters import AdapterState, Fresh, aggregate
 from splitft.geometry import Span
+from splitft.privacy.bounds import Bounds
+from splitft.privacy.noise import Noise
 from splitft.protocol import AdapterUpload, Evaluation, GlobalAdapters, RoundReady, RoundStart
 from splitft.runtime.ranks import Ranks
 from splitft.runtime.server import Server
 from splitft.schedule.cuts import Decision
-from splitft.specs import TrainingSpec
+from splitft.specs import PrivacySpec, TrainingSpec
 from splitft.tracking.events import CutsChanged, Evaluated, Listener, RoundDone, RoundTimed, StepDone, Traffic
 
 PARTICIPANT_DRAWS = 5
@@ -88,8 +90,14 @@ def train_rounds(
     schedule: Schedule,
     listener: Listener,
     save: Callable[[RunState], None],
+    privacy: PrivacySpec = PrivacySpec(),  # noqa: B008 frozen
+    secret: bool = False,
 ) -> RunState:
-    """Train from `state` to the last round; `save` is called after each."""
+    """Train from `state` to the last round; `save` is called after each.
+
+    Noise on updates follows from the run's seed, or is fresh if `secret`, as a real deployment needs.
+    """
+    bounds = Bounds(privacy, ranks.rule, Noise(ranks.seed, "=updates", secret))
     if state.round == 0:
         server.place(state.cuts)
         server.install(state.adapters)
@@ -103,7 +111,9 @@ def train_rounds(
             listener(CutsChanged(round=number, cuts=cuts, reason=decision.reason))
         old_cuts, state = state.cuts, replace(state, cuts=cuts)
         participants = participants_of(number, list(cuts), training.participation, ranks.seed)
-        state = _round(number, state, old_cuts, participants, server, federation, ranks, training, listener)
+        state = _round(
+            number, state, old_cuts, participants, server, federation, ranks, training, listener, bounds
+        )
         listener(schedule.charge(number, participants, old_cuts, cuts))
         evaluated = _evaluated(number, federation)
         listener(evaluated)
@@ -129,6 +139,7 @@ def _round(
     ranks: Ranks,
     training: TrainingSpec,
     listener: Listener,
+    bounds: Bounds,
 ) -> RunState:
     """One round of training and aggregation, from the global factors to the next ones."""
     clients, cuts = list(state.cuts), state.cuts
@@ -149,15 +160,21 @@ def _round(
     full_sets = []
     for name, upload in uploads.items():
         others, tokens = server.trained(name)
-        full_sets.append((float(tokens), upload.adapters.union(others)))
+        trained = upload.adapters.union(others)
+        start = ranks.fitted(state.adapters, ranks.of(cuts[name]), number)
+        full_sets.append((bounds.weight(tokens), bounds.clipped(start, trained)))
     server.finish()
     fresh = Fresh(ranks.seed, salt=number)
     result = aggregate(ranks.rule, full_sets, ranks.united(cuts.values()), fresh)
-    server.install(result.state)
+    shared = bounds.noised(result.state, len(full_sets), number)
+    adapters = state.adapters.updated(shared)  # blocks that clients keep private stay as they began
+    server.install(adapters)
     federation.install({
-        name: GlobalAdapters(round=number, adapters=result.state.within(Span(0, cuts[name])))
+        name: GlobalAdapters(round=number, adapters=shared.within(Span(0, cuts[name])))
         for name in clients
     })  # fmt: skip
+    if spent := bounds.spent(number):
+        listener(spent)
     listener(
         RoundDone(
             round=number,
@@ -166,7 +183,7 @@ def _round(
             traffic=federation.traffic(),
         )
     )
-    return RunState(number, cuts, result.state)
+    return RunState(number, cuts, adapters)
 
 
 def _evaluated(number: int, federation: Federation) -> Evaluated:

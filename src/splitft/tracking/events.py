@@ -84,6 +84,8 @@ class RunStarted(Stamped):
     """Where labels, head and loss live."""
     clients: tuple[ClientFacts, ...]
     """Everyone who takes part."""
+    defences: tuple[str, ...] = ()
+    """What is done to messages before they leave, and what that promises, one sentence each."""
     machines: Mapping[str, str] = {}
     """Devices and links of the simulated clock, by client, in words."""
 
@@ -147,6 +149,24 @@ class RoundDone(Stamped):
     """||mean(BA) - BA_global|| / ||mean(BA)|| over all layers; 0 is exact."""
     traffic: Mapping[str, Traffic] = {}
     """Adapters sent in this round, by client."""
+
+
+class PrivacySpent(Stamped):
+    """What the noise on the updates of all rounds so far promises a client that took part in each."""
+
+    event: Literal["PrivacySpent"] = "PrivacySpent"
+    round: int
+    """Round, from 1."""
+    epsilon: float
+    """Of the rounds so far together, at `delta`; infinite without noise."""
+    epsilon_of_round: float
+    """Of this round alone."""
+    delta: float
+    """Probability with which the promise may fail."""
+    clipped: int
+    """Participants of this round whose update was longer than the bound."""
+    deviation: float
+    """Standard deviation of the noise on each factor of the mean."""
 
 
 class Bar(Fact):
@@ -228,6 +248,7 @@ Event = Annotated[
     | CutsChanged
     | StepDone
     | RoundDone
+    | PrivacySpent
     | RoundTimed
     | Evaluated
     | CheckpointSaved

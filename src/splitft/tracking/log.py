@@ -19,6 +19,7 @@ from splitft.tracking.events import (
     CutsChanged,
     Evaluated,
     Event,
+    PrivacySpent,
     RoundDone,
     RoundTimed,
     RunDone,
@@ -76,7 +77,7 @@ def _superseded(event: Event, restart: int) -> bool:
     """Whether an event tells of a round from `restart` on, which begins again."""
     if isinstance(event, RunDone):
         return True
-    numbered = CutsChanged | StepDone | RoundDone | RoundTimed | Evaluated | CheckpointSaved
+    numbered = CutsChanged | StepDone | RoundDone | PrivacySpent | RoundTimed | Evaluated | CheckpointSaved
     return isinstance(event, numbered) and event.round >= restart
 
 

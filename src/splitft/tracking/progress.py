@@ -9,6 +9,7 @@ that evaluation and aggregation do not blur them.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from types import TracebackType
@@ -24,6 +25,7 @@ from splitft.tracking.events import (
     CutsChanged,
     Evaluated,
     Event,
+    PrivacySpent,
     RoundDone,
     RunResumed,
     RunStarted,
@@ -85,7 +87,7 @@ class Progress:
         match event:
             case RunStarted():
                 about = f"{event.model}, {event.blocks} blocks, {len(event.clients)} clients"
-                self._say(f"{about}. {event.privacy}")
+                self._say(" ".join([f"{about}. {event.privacy}", *event.defences]))
             case RunResumed():
                 self._say(f"continuing with round {event.round}")
             case CutsChanged():
@@ -96,6 +98,8 @@ class Progress:
                 self._draw(event)
             case Evaluated():
                 self._say(self._evaluation(event))
+            case PrivacySpent() if math.isfinite(event.epsilon):
+                self._say(f"round {event.round}: spent epsilon {event.epsilon:.3g} at delta {event.delta:g}")
             case Warned():
                 self._say(f"warning: {event.message}")
             case _:

@@ -22,6 +22,7 @@ from splitft.tracking.summary import (
     client_rows,
     clock,
     loss_text,
+    spent_text,
     verdict,
 )
 from splitft.tracking.timeline import MACHINE_HEADINGS, machine_rows, of_the_clock
@@ -98,7 +99,12 @@ def _figures(told: Told) -> str:
 def privacy(summary: Mapping[str, Any]) -> str:
     """What the server can read of the clients' text."""
     kind = "note" if summary["labels"] == "client" else "note warn"
-    return f"<p class='{kind}'><b>What the server can read.</b> {text(summary['privacy'])}</p>\n"
+    notes = f"<p class='{kind}'><b>What the server can read.</b> {text(summary['privacy'])}</p>\n"
+    for promise in summary.get("defences") or ():
+        notes += f"<p class=note><b>Defence.</b> {text(promise)}</p>\n"
+    for spent in (summary.get("privacy_spent") or ())[-1:]:
+        notes += f"<p class=note><b>Spent on updates.</b> {text(spent_text(spent))}</p>\n"
+    return notes
 
 
 def warnings(summary: Mapping[str, Any]) -> str:

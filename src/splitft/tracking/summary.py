@@ -23,6 +23,7 @@ from splitft.tracking.events import (
     CutsChanged,
     Evaluated,
     Event,
+    PrivacySpent,
     Role,
     RoundDone,
     RoundTimed,
@@ -61,6 +62,8 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
         "model": started.model,
         "labels": started.labels,
         "privacy": started.privacy,
+        "defences": list(started.defences),
+        "privacy_spent": _privacy_spent(events),
         "finished": any(isinstance(event, RunDone) for event in events),
         "rounds": len(rounds),
         "eval_loss": [_finite(event.loss) for event in evaluations],
@@ -77,6 +80,32 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
         "simulated": _simulated(timed, started.machines) if timed else None,
         "warnings": [event.message for event in events if isinstance(event, Warned)],
     }
+
+
+def _privacy_spent(events: Iterable[Event]) -> list[dict[str, Any]] | None:
+    """Epsilon after each round, and what the bound did in it; None if updates were not bounded."""
+    spent = [event for event in events if isinstance(event, PrivacySpent)]
+    return [
+        {
+            "round": event.round,
+            "epsilon": _finite(event.epsilon),
+            "epsilon_of_round": _finite(event.epsilon_of_round),
+            "delta": event.delta,
+            "clipped": event.clipped,
+            "deviation": event.deviation,
+        }
+        for event in spent
+    ] or None
+
+
+def spent_text(spent: Mapping[str, Any]) -> str:
+    """Epsilon after a round, in one sentence."""
+    if spent["epsilon"] is None:
+        return f"Updates were bounded without noise ({spent['clipped']} of round {spent['round']} clipped)."
+    return (
+        f"After round {spent['round']}, epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g} for a "
+        f"client that took part in every round ({spent['epsilon_of_round']:.3g} for one round)."
+    )
 
 
 def write_summary(out: Path) -> dict[str, Any]:

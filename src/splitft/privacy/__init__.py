@@ -1,0 +1,1 @@
+"""What leaves a client, what can be read from it, and what is done about that."""

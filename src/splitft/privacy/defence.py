@@ -1,0 +1,150 @@
+"""What one client does to its messages before they leave, as its run and its site have it.
+
+    hidden (N, D) at the cut --------- DEFENCES[privacy.hidden.defence] ---> Activations
+    gradient (M, D) of last hidden --- DEFENCES[privacy.gradient.defence] -> HeadGradient
+
+Clipping norms that are `public` come from what the server knows anyway, so that they reveal nothing:
+
+    hidden     the median norm of the base model's hidden states at this cut over public text
+    gradient   the median norm of the gradients that random labels would give at the last hidden states that
+               the server itself has sent. Given those, the gradient depends on the labels alone (d loss / d h
+               is a function of h, public weights and the label), so its noise is local DP of each label
+
+`noise` says what the noise promises. The gradient of clipping is exact; noise is a constant to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from splitft.data.text import Batch
+from splitft.errors import ProtocolError
+from splitft.privacy.accounting import row_epsilon
+from splitft.privacy.noise import DEFENCES, Noise, typical_norm
+from splitft.specs import PrivacySpec, RowDefenceSpec, SiteBoundsSpec
+
+SAMPLED_ROWS = 64
+"""Rows of random labels whose gradients set a public clipping norm; the head is dear."""
+
+
+class Defence:
+    """One client's defences over a whole run."""
+
+    def __init__(
+        self,
+        privacy: PrivacySpec,
+        noise: Noise,
+        public: Batch | None = None,
+        site: SiteBoundsSpec | None = None,
+    ) -> None:
+        """`public` is public text; needed if hidden states are clipped to a public norm."""
+        self.site = site or SiteBoundsSpec()
+        self.privacy = with_site(privacy, self.site)
+        self._noise, self._public = noise, public
+        self._norms: dict[int, float] = {}
+
+    def check_cut(self, cut: int) -> None:
+        """Raise ProtocolError for a cut shallower than the site allows."""
+        if cut < self.site.min_cut:
+            raise ProtocolError(
+                f"cut {cut} was asked for, but this site takes part from cut {self.site.min_cut} on (min_cut)"
+            )
+
+    def hidden(
+        self, rows: torch.Tensor, cut: int, base: Callable[[Batch], torch.Tensor], *place: object
+    ) -> torch.Tensor:
+        """Hidden states (N, D) as they may leave; `base` runs public text through the base model's blocks."""
+        spec = self.privacy.hidden
+        if spec.defence == "none":
+            return rows
+        if isinstance(spec.clip_norm, float):
+            norm = spec.clip_norm
+        else:
+            if cut not in self._norms:
+                assert self._public is not None, "public text is needed for a public norm"
+                with torch.no_grad():
+                    self._norms[cut] = typical_norm(base(self._public))
+            norm = self._norms[cut]
+        return self._treated(spec, rows, norm, "hidden", *place)
+
+    def gradient(
+        self,
+        rows: torch.Tensor,
+        last: torch.Tensor,
+        vocab: int,
+        head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        *place: object,
+    ) -> torch.Tensor:
+        """Gradients (M, D) of last hidden states as they may leave; `head` gives those of other labels."""
+        spec = self.privacy.gradient
+        if spec.defence == "none":
+            return rows
+        if isinstance(spec.clip_norm, float):
+            norm = spec.clip_norm / len(rows)  # given for the loss of one token; the batch's is a mean
+        else:
+            sample = last[:SAMPLED_ROWS]
+            labels = torch.randint(vocab, (len(sample),), generator=torch.Generator().manual_seed(0))
+            scale = len(sample) / len(rows)
+            norm = typical_norm(head(sample, labels.to(sample.device))) * scale
+        return self._treated(spec, rows, norm, "gradient", *place)
+
+    def _treated(self, spec: RowDefenceSpec, rows: torch.Tensor, norm: float, *place: object) -> torch.Tensor:
+        return DEFENCES[spec.defence](rows, norm, spec.noise, self._noise.generator(*place))
+
+
+def with_site(privacy: PrivacySpec, site: SiteBoundsSpec) -> PrivacySpec:
+    """The run's defences, with at least the noise that the site insists on."""
+    hidden = privacy.hidden
+    if hidden.noise >= site.min_noise:
+        return privacy
+    kind = hidden.defence if hidden.defence in ("gaussian", "laplace") else site.defence
+    raised = hidden.model_copy(update={"defence": kind, "noise": site.min_noise})
+    return privacy.model_copy(update={"hidden": raised})
+
+
+def promises(privacy: PrivacySpec, width: int, tokens: int, passes: float) -> list[str]:
+    """What a run's defences promise, one sentence each, with epsilon for a row and for a whole text.
+
+    `tokens` is the longest text, `passes` how often a text leaves its client.
+    """
+    said = []
+    for what, spec in (("hidden states", privacy.hidden), ("returning gradients", privacy.gradient)):
+        if spec.defence == "none":
+            continue
+        norm = "the public median norm" if isinstance(spec.clip_norm, str) else f"norm {spec.clip_norm:g}"
+        if spec.defence == "clip":
+            said.append(f"Rows of {what} are clipped to {norm}: this alone promises nothing.")
+            continue
+        rows = max(1, round(tokens * passes))
+        one, whole = (
+            row_epsilon(spec.defence, spec.noise, width, privacy.delta, count) for count in (1, rows)
+        )
+        at = f" at delta {privacy.delta:g}" if spec.defence == "gaussian" else ""
+        said.append(
+            f"Rows of {what} are clipped to {norm} and carry {spec.defence} noise {spec.noise:g}: local "
+            f"differential privacy with epsilon {one:,.3g} for one row{at}, {whole:,.3g} for a text "
+            f"of {tokens} tokens over the whole run"
+            + (f"{meaning(one)}." if what == "hidden states" else f", of its labels alone{meaning(one)}.")
+        )
+    updates = privacy.updates
+    if updates.clip_norm is not None and not updates.noise_multiplier:
+        said.append(f"Updates of adapters are clipped to norm {updates.clip_norm:g}, without noise.")
+    if updates.noise_multiplier:
+        said.append(
+            f"Updates of adapters are clipped to norm {updates.clip_norm:g} and averaged with noise "
+            f"{updates.noise_multiplier:g}: client-level differential privacy against who gets the adapter, "
+            "not against the server."
+        )
+    if privacy.private_blocks:
+        said.append(
+            f"Adapters of the first {privacy.private_blocks} blocks never leave their client; the global "
+            "adapter does not have them, and each client is evaluated with its own."
+        )
+    return said
+
+
+def meaning(epsilon: float) -> str:
+    """How to read an epsilon that is too large to mean anything."""
+    return " (no meaningful promise: attacks are what to judge it by)" if epsilon > 10 else ""
