@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
 from splitft.schedule.clock import SERVER, client_round, simulate_round
-from splitft.schedule.cost import Client, move_seconds
+from splitft.schedule.cost import Client, Job, move_seconds
 from splitft.schedule.cuts import Decision, choose
 from splitft.schedule.fleet import Fleet
+from splitft.schedule.memory import client_memory, server_peak_bytes
 from splitft.schedule.situation import Situation, feasible, situation_of
 from splitft.tracking.events import Bar, RoundTimed
 
@@ -141,6 +142,7 @@ class Pace:
             weight_bytes=loaded,
             legs={name: timeline.seconds_by_leg(name) for name in participants},
             idle={name: timeline.idle_s(name) for name in (*participants, SERVER)},
+            memory_bytes=_memory(job, [now[name] for name in participants], cuts),
             bars=tuple(
                 Bar(who=one.who, leg=one.leg, start=one.start_s, end=one.end_s) for one in timeline.intervals
             )
@@ -167,3 +169,9 @@ class Pace:
                     f"{one.memory_bytes / 1e9:.1f} GB (schedule.devices)"
                 )
         return found
+
+
+def _memory(job: Job, clients: Sequence[Client], cuts: Mapping[str, int]) -> dict[str, float]:
+    """Foretold peak memory of each of these clients, and of the server with all of them."""
+    needed = {one.name: client_memory(job, one, cuts[one.name]).total for one in clients}
+    return {**needed, SERVER: server_peak_bytes(job, clients, [cuts[one.name] for one in clients])}

@@ -16,6 +16,7 @@ from splitft.assemble.fleet import fleet_of
 from splitft.assemble.pace import Pace
 from splitft.assemble.sharing import divide_text
 from splitft.config import RunConfig
+from splitft.data.fingerprint import fingerprint, fingerprint_of_batches
 from splitft.data.text import Batch, BatchStream, eval_batches, held_out
 from splitft.data.tokens import Tokenised
 from splitft.errors import ConfigError, GeometryError
@@ -189,5 +190,7 @@ def _client_text(
         train_tokens=sum(map(len, to_train)),
         eval_examples=sum(len(batch.lengths) for batch in batches),
         truncated=sum(example.truncated for example in own),
+        trained_on=fingerprint(to_train),
+        held_out=fingerprint_of_batches(batches),
     )
     return ClientText(name, stream, tuple(batches), facts)

@@ -2,7 +2,7 @@
 
     splitft demo | init | train        training.py
             plan | report | generate | export   looking.py
-            shares | eval              comparing.py
+            shares | eval | compare    comparing.py
 
 Heavy imports are inside the verbs, so that `--help` is instant.
 """

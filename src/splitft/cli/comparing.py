@@ -1,14 +1,23 @@
-"""Verbs that measure text, runs and methods: shares, eval."""
+"""Verbs that measure text, runs and methods: shares, eval, compare."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitft.cli.ending import AsJson, ConfigFile, RunFolder, console, verb
+from splitft.cli.ending import INTERRUPTED, AsJson, ConfigFile, RunFolder, console, end, verb
+from splitft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from splitft.assemble.comparing import Entry
+    from splitft.tracking.counting import Counting
+    from splitft.tracking.events import Event
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as clients.shares.alpha=0.1")
@@ -88,3 +97,103 @@ def eval(
     for line in sample_lines(entries):
         screen.print(line, highlight=False, markup=False)
     screen.print(f"Kept in  {folder / 'eval.json'}", highlight=False, markup=False, soft_wrap=True)
+
+
+@verb
+def compare(
+    file: ConfigFile,
+    overrides: Overrides = None,
+    methods: Annotated[str, typer.Option(help="Names with commas between, or all.")] = "splitft,fedlora",
+    seeds: Annotated[str, typer.Option(help="How many (3), or which (0,1,2).")] = "1",
+    out: Annotated[Path | None, typer.Option(help="Folder of all runs [default: runs/compare-NAME]")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Held-out loss to reach [default: the lowest that all reach]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train the field's methods on the same text and seeds, and set them side by side.
+
+    Runs that are finished in --out already are not trained again; after Ctrl-C, the same command goes on.
+    """
+    from splitft.assemble import comparing
+    from splitft.tracking.comparison import NOTE, comparison_table, target_sentence
+    from splitft.tracking.counting import Counting
+
+    out = out or Path("runs") / f"compare-{file.stem}"
+    names = comparing.method_names() if methods.strip() == "all" else _listed(methods)
+    entries = comparing.laid_out(file, names, _seeds(seeds), out, overrides or [])
+    screen = console(stderr=as_json)
+    try:
+        with Counting(screen) as counting:
+            told = comparing.compare(entries, out, target=target, watch=_Watching(entries, counting))
+    except KeyboardInterrupt:
+        done = sum(entry.finished for entry in entries)
+        command = (
+            shlex.join(["splitft", *sys.argv[1:]]) if sys.argv[1:2] == ["compare"] else "the same command"
+        )
+        end(
+            f"stopped; {done} of {len(entries)} runs are done and safe in {out}. Go on with: {command}",
+            INTERRUPTED,
+        )
+    if as_json:
+        typer.echo(json.dumps(told, indent=2))
+        return
+    screen.print()
+    screen.print(comparison_table(told))
+    screen.print(f"\n{target_sentence(told)} {NOTE}", highlight=False, markup=False)
+    screen.print(f"Report   {out / 'compare.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+class _Watching:
+    """Shows each run as a bar of its steps, and how many runs are left."""
+
+    def __init__(self, entries: Sequence[Entry], counting: Counting) -> None:
+        self._entries, self._counting = list(entries), counting
+        self._steps = 0
+        cached = sum(entry.finished for entry in entries)
+        if cached:
+            counting.say(f"{cached} of {len(entries)} runs are there already")
+
+    def __call__(self, entry: Entry, event: Event) -> None:
+        from splitft.tracking.events import Evaluated, RunDone, RunResumed, RunStarted, StepDone, Warned
+
+        training = entry.config.training
+        name = f"{self._entries.index(entry) + 1}/{len(self._entries)} {entry.name}"
+        clients = max(1, round(training.participation * entry.config.clients.count))
+        total = training.rounds * training.steps * clients
+        match event:
+            case RunStarted():
+                self._steps = 0
+                self._counting(name, 0, total)
+            case RunResumed():
+                self._steps = (event.round - 1) * training.steps * clients
+                self._counting(name, self._steps, total)
+            case StepDone():
+                self._steps += 1
+                self._counting(name, min(self._steps, total), total)
+            case Evaluated() if event.round == training.rounds:
+                left = sum(not other.finished for other in self._entries) - 1
+                self._counting.say(
+                    f"{name}: held-out loss {event.loss:.3f} after round {event.round}; "
+                    f"{left} run{'' if left == 1 else 's'} left"
+                )
+            case Warned():
+                self._counting.say(f"{name}: warning: {event.message}")
+            case RunDone():
+                self._counting.drop(name)
+            case _:
+                pass
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _seeds(text: str) -> list[int]:
+    """The seeds of `3` (0, 1, 2) or of `0,7` (these); a trailing comma makes a list of one."""
+    parts = _listed(text)
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--seeds {text!r}: give how many, such as 3, or which, such as 0,1,2")
+    if "," not in text:
+        return list(range(int(parts[0]))) if parts else []
+    return list(dict.fromkeys(int(part) for part in parts))

@@ -42,9 +42,15 @@ def report(
     to: Annotated[Path | None, typer.Option(help="HTML file [default: report.html in the first DIR]")] = None,
 ) -> None:
     """Write one self-contained HTML page about a run, or about several side by side."""
-    from splitft.tracking.report import write_report
+    from splitft.tracking import same_data
+    from splitft.tracking.report import read_run, write_report
 
-    typer.echo(write_report(folders, to or folders[0] / "report.html"))
+    page = write_report(folders, to or folders[0] / "report.html")
+    if len(folders) > 1:
+        runs = [(str(folder), read_run(folder).summary) for folder in folders]
+        for said in same_data.differences(runs):
+            typer.echo(f"splitft: warning: these runs do not compare: {said}", err=True)
+    typer.echo(page)
 
 
 @verb

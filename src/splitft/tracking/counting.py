@@ -33,7 +33,7 @@ class Counting:
             transient=True,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._began: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}
         self._last_line = float("-inf")
 
     def __enter__(self) -> Counting:
@@ -50,8 +50,10 @@ class Counting:
     def __call__(self, name: str, done: int, total: int) -> None:
         """Show that `done` of `total` are done."""
         now = time.monotonic()
-        began = self._began.setdefault(name, now)
-        left = f"{clock((now - began) / done * (total - done))} left" if done and now > began else ""
+        began, before = self._began.setdefault(name, (now, done))  # what was done before took no time here
+        left = ""
+        if done > before and now > began:
+            left = f"{clock((now - began) / (done - before) * (total - done))} left"
         if self._console.is_terminal:
             if name not in self._tasks:
                 self._tasks[name] = self._bars.add_task(name, total=total, left="")
@@ -59,4 +61,13 @@ class Counting:
         elif now - self._last_line >= _PLAIN_EVERY_S or done == total:
             self._last_line = now
             line = f"{name}: {done}/{total}{f' · {left}' if left and done < total else ''}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the bars."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
+
+    def drop(self, name: str) -> None:
+        """Take a bar away."""
+        if name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(name))

@@ -53,6 +53,10 @@ class ClientFacts(Fact):
     """Held-out examples."""
     truncated: int = 0
     """Examples cut off at `data.max_tokens`."""
+    trained_on: str = ""
+    """Fingerprint of the training examples, to tell whether two runs had the same; nothing if not known."""
+    held_out: str = ""
+    """Fingerprint of the held-out examples, likewise."""
 
 
 class Stamped(Fact):
@@ -198,6 +202,8 @@ class RoundTimed(Stamped):
     """Seconds by client and leg, waiting for the server among them."""
     idle: Mapping[str, float]
     """Seconds in which a client's processor, or the server, did not compute."""
+    memory_bytes: Mapping[str, float] = {}
+    """Foretold peak memory of each client at its cut, and of the server."""
     bars: tuple[Bar, ...] = ()
     """The round in full; given for the first round, and for those in which a cut moved."""
 

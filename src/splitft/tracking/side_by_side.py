@@ -2,7 +2,8 @@
 
     [Told, Told, ...] --several_runs--> HTML
 
-One row a run, the configuration keys on which they differ, charts that share their axes, then each in short.
+One row a run, the configuration keys on which they differ, charts that share their axes (the simulated clock
+among them), then each in short. Runs on different text or models are shown all the same, with a warning.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import Any
 
 import yaml
 
+from splitft.tracking import same_data
 from splitft.tracking.charts import of_several_runs
+from splitft.tracking.cost_charts import against_costs, simulated_by_round
+from splitft.tracking.course import course
 from splitft.tracking.markup import charts, table, text
 from splitft.tracking.sections import Told, clients, config, privacy, state, tasks, warnings
 from splitft.tracking.summary import change_text, clock, loss_text, verdict
@@ -22,7 +26,15 @@ from splitft.tracking.summary import change_text, clock, loss_text, verdict
 def several_runs(told: Sequence[Told]) -> str:
     """The page about several runs."""
     summaries = {one.name: one.summary for one in told}
-    drawn = of_several_runs(summaries, {one.name: one.events for one in told})
+    drawn = [
+        *of_several_runs(summaries, {one.name: one.events for one in told}),
+        *against_costs({one.name: course(one.events) for one in told}),
+        *simulated_by_round(summaries),
+    ]
+    warned = "".join(
+        f"<p class='note warn'><b>These runs do not compare.</b> {text(said)}.</p>\n"
+        for said in same_data.differences(list(summaries.items()))
+    )
     differing = _differences(told)
     differences = table(("key", *(one.name for one in told)), differing)
     differences = f"<h2>What differs</h2>\n{differences}" if differing else ""
@@ -33,7 +45,7 @@ def several_runs(told: Sequence[Told]) -> str:
     )
     return (
         f"<header>\n<p class=eyebrow>splitft</p>\n<h1>{len(told)} runs side by side</h1>\n</header>\n"
-        f"{_runs(told)}{differences}"
+        f"{warned}{_runs(told)}{differences}"
         f"<h2>How they went</h2>\n{charts(drawn)}{runs}"
     )
 
@@ -42,11 +54,12 @@ def _runs(told: Sequence[Told]) -> str:
     """One row a run."""
     headings = (
         "run", "method", "model", "seed", "rounds", "loss before", "loss after", "change",
-        "tokens", "MB", "time",
+        "tokens", "MB", "time", "simulated",
     )  # fmt: skip
     rows = []
     for one in told:
         summary, losses = one.summary, one.summary["eval_loss"]
+        simulated = summary["simulated_seconds"]
         sent = sum(sum(counts.values()) for counts in summary["bytes"].values()) / 1e6
         of = "" if summary["finished"] else f" of {one.started.rounds}"
         rows.append(
@@ -62,6 +75,7 @@ def _runs(told: Sequence[Told]) -> str:
                 f"{summary['tokens']:,}",
                 f"{sent:,.1f}",
                 clock(summary["wall_seconds"]),
+                "–" if simulated is None else clock(simulated),
             )
         )
     return table(headings, rows)

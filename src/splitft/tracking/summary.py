@@ -197,6 +197,8 @@ def _client(
         "train_tokens": facts.train_tokens,
         "eval_examples": facts.eval_examples,
         "truncated": facts.truncated,
+        "trained_on": facts.trained_on,
+        "held_out": facts.held_out,
         "loss": [_finite(event.by_client.get(facts.name, math.nan)) for event in evaluations],
         "train_loss": [_mean_loss(own, done.round) for done in rounds],
         "bytes_up": sum(sum(one.up.values()) for one in traffic),
@@ -242,21 +244,25 @@ def _seconds_by_leg(steps: Iterable[StepDone]) -> dict[str, float]:
 
 
 def _simulated(timed: Iterable[RoundTimed], machines: Mapping[str, str]) -> dict[str, Any]:
-    """The simulated clock: seconds by round, by client and leg, and idle by client and server."""
+    """The simulated clock: seconds by round, by client and leg, idle and peak memory by client and server."""
     legs: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     idle: defaultdict[str, float] = defaultdict(float)
+    memory: defaultdict[str, float] = defaultdict(float)
     for event in timed:
         for client, seconds in event.legs.items():
             for leg, spent in seconds.items():
                 legs[client][leg] += spent
         for who, spent in event.idle.items():
             idle[who] += spent
+        for who, needed in event.memory_bytes.items():
+            memory[who] = max(memory[who], needed)
     return {
         "seconds": [event.seconds for event in timed],
         "move_seconds": [event.move_seconds for event in timed],
         "weight_bytes": sum(event.weight_bytes for event in timed),
         "legs": {client: dict(seconds) for client, seconds in legs.items()},
         "idle": dict(idle),
+        "memory_bytes": dict(memory),
         "machines": dict(machines),
     }
 

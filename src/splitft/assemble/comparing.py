@@ -1,0 +1,151 @@
+"""Methods side by side: the same configuration under each method and seed, each run in its own folder.
+
+    FILE, methods, seeds --laid_out--> [Entry, ...] --compare--> trained runs --> compare.json, compare.html
+
+    OUT/  compare.html  compare.json  runs/  splitft-seed0-1f0c9a27/  fedlora-seed0-8b63d5e1/  ...
+
+A run's folder is named after its resolved configuration and our version, so a run that is finished is not
+trained again, one that stopped goes on from its last round, and another configuration gets another folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from splitft import __version__
+from splitft.assemble.folder import Run, is_finished
+from splitft.assemble.training import train
+from splitft.config import RunConfig, dump, json_schema, load
+from splitft.errors import ConfigError, MethodError, RunError, SplitftError
+from splitft.tracking.comparison import (
+    Trained,
+    compared,
+    comparison_body,
+    refuse_different_data,
+    server_reads,
+)
+from splitft.tracking.course import course
+from splitft.tracking.events import Event, settled
+from splitft.tracking.log import read_events
+from splitft.tracking.report import write_page
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of a comparison."""
+
+    method: str
+    seed: int
+    config: RunConfig
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """How progress and messages call it."""
+        return f"{self.method}, seed {self.seed}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is trained already."""
+        return (self.folder / "events.jsonl").is_file() and is_finished(self.folder)
+
+
+Watch = Callable[[Entry, Event], None]
+"""Told what happens in a run."""
+
+
+def laid_out(
+    file: Path, methods: Sequence[str], seeds: Sequence[int], out: Path, overrides: Sequence[str] = ()
+) -> list[Entry]:
+    """Every run of the comparison, seed by seed, each configuration checked; nothing is trained or written.
+
+    Raises MethodError for a method that does not exist or cannot run as configured, and ConfigError.
+    """
+    known = method_names()
+    if not methods:
+        raise MethodError(f"no methods to compare; give some of {', '.join(known)}")
+    for name in methods:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; give some of {', '.join(known)}"
+            raise MethodError(f"there is no method {name!r}{hint}")
+    if len(set(methods)) < len(methods):
+        raise MethodError(f"a method is named twice in {', '.join(methods)}; name each once")
+    if not seeds:
+        raise ConfigError(
+            "the list of seeds is empty; give their number (--seeds 3), or a list (--seeds 0,7)"
+        )
+    load(file, overrides)  # faults of the file itself are said once, not once a method
+    entries, faults = [], []
+    for seed in seeds:
+        for name in methods:
+            try:
+                config = load(file, [*overrides, f"method={name}", f"seed={seed}"])
+            except ConfigError as error:
+                faults += [f"{name}: {line}" for line in str(error).splitlines()]
+                continue
+            folder = out / "runs" / f"{name}-seed{seed}-{_digest(config)}"
+            entries.append(Entry(name, seed, config, folder))
+    if faults:
+        raise MethodError("\n".join(dict.fromkeys(faults)))
+    return entries
+
+
+def method_names() -> list[str]:
+    """Every method that a configuration may name."""
+    field = json_schema()["properties"]["method"]
+    return list(field.get("enum", [field.get("const")]))
+
+
+def compare(
+    entries: Sequence[Entry],
+    out: Path,
+    *,
+    target: float | None = None,
+    watch: Watch = lambda entry, event: None,
+) -> dict[str, Any]:
+    """Train what is not trained yet, write `compare.json` and `compare.html`, and return the comparison.
+
+    Raises RunError if the runs had different text, and what `train` raises, with the run's name.
+    """
+    runs = []
+    for entry in entries:
+        runs.append(_trained(entry, watch))
+        refuse_different_data(runs)
+    told = compared(runs, target)
+    out.mkdir(parents=True, exist_ok=True)
+    draft = out / "compare.json.draft"
+    draft.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(draft, out / "compare.json")
+    write_page(out / "compare.html", "Methods side by side", comparison_body(told, dump(entries[0].config)))
+    return told
+
+
+def _trained(entry: Entry, watch: Watch) -> Trained:
+    """A finished run, trained now if it has to be."""
+    folder = entry.folder
+    if not entry.finished:
+        for draft in folder.glob("*.draft"):  # of a process that was killed before the run began
+            if not (folder / "config.yaml").exists():
+                draft.unlink()
+        resume = (folder / "config.yaml").is_file()
+        try:
+            train(entry.config, folder, resume=resume, listeners=[lambda event: watch(entry, event)])
+        except SplitftError as error:
+            raise type(error)(f"{entry.name}: {error}") from error
+    events = settled(read_events(folder / "events.jsonl"))
+    summary = Run(folder).summary
+    if not summary.get("finished"):
+        raise RunError(f"{folder} did not finish; run the same command again to go on")
+    return Trained(entry.method, entry.seed, str(folder), summary, course(events), server_reads(summary))
+
+
+def _digest(config: RunConfig) -> str:
+    return hashlib.sha256(f"{__version__}\n{dump(config)}".encode()).hexdigest()[:8]

@@ -1,0 +1,56 @@
+"""Whether runs that are compared had the same model and the same text, and if not, what differs.
+
+    [(name, summary), ...] --differences--> sentences, one a pair of runs that does not compare
+
+Text is compared by the fingerprints of what was trained on and what was held out; how it was divided among
+the clients may differ. Each seed draws its own held-out text, so runs are compared within a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_MODULUS = 1 << 128
+
+
+def united(prints: Iterable[str]) -> str | None:
+    """The fingerprint of the texts of several clients together; None if one is not known."""
+    known = list(prints)
+    if not known or not all(known):
+        return None
+    return f"{sum(int(one, 16) for one in known) % _MODULUS:032x}"
+
+
+def differences(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """One sentence for each run that does not compare with the first run of its seed."""
+    first: dict[int, tuple[str, Mapping[str, Any]]] = {}
+    found = []
+    for name, summary in runs:
+        if summary["seed"] not in first:
+            first[summary["seed"]] = (name, summary)
+            continue
+        other, known = first[summary["seed"]]
+        if said := _difference(known, summary):
+            found.append(f"{other} and {name} {said}")
+    models = {summary["model"]: name for name, summary in runs}
+    if len(models) > 1:
+        listed = ", ".join(f"{model} ({name})" for model, name in models.items())
+        found.insert(0, f"the runs trained different models: {listed}")
+    return found
+
+
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What differs between two runs of one seed, in words; nothing if they compare or are too old to tell."""
+    if one["model"] != other["model"]:
+        return ""  # said once for all
+    said = []
+    for key, what, counted in (
+        ("held_out", "were evaluated on different text", "eval_examples"),
+        ("trained_on", "trained on different text", "train_examples"),
+    ):
+        prints = [united(client.get(key, "") for client in run["clients"]) for run in (one, other)]
+        if None not in prints and prints[0] != prints[1]:
+            counts = [sum(client[counted] for client in run["clients"]) for run in (one, other)]
+            said.append(f"{what} ({counts[0]:,} and {counts[1]:,} examples)")
+    return " and ".join(said)
