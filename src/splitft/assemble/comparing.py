@@ -32,8 +32,8 @@ from splitft.tracking.comparison import (
     server_reads,
 )
 from splitft.tracking.course import course
-from splitft.tracking.events import Event, settled
-from splitft.tracking.log import read_events
+from splitft.tracking.events import Event
+from splitft.tracking.log import read_events, settled
 from splitft.tracking.report import write_page
 
 

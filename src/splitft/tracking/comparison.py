@@ -30,14 +30,20 @@ HEADINGS = (
     "the server reads",
 )  # fmt: skip
 """Columns of `comparison_rows`."""
+NARROW = (
+    "method", "loss", "perplexity", "s to\ntarget", "MB to\ntarget", "client\nGB", "client\ns", "server\ns",
+    "server\nreads",
+)  # fmt: skip
+"""The same for a terminal."""
 CLIENT_LEGS = ("client_forward", "head", "client_backward")
 """Legs in which a client computes."""
 SERVER = "server"
 NOTE = (
     "Loss and perplexity are of the held-out text after the last round, means over seeds; ± is the standard "
-    "deviation. s and MB to target: simulated seconds, and traffic of training, until the first evaluation at "
-    "or below the target. Client GB: foretold peak memory of the client that needs most. Client s and server s: "
-    "seconds of computing a round on the simulated clock, of the client that computes most and of the server."
+    "deviation. s and MB to target: simulated seconds, and traffic of training, until the first evaluation "
+    "at or below the target. Client GB: foretold peak memory of the client that needs most. Client s and "
+    "server s: seconds of computing a round on the simulated clock, of the client that computes most and of "
+    "the server."
 )
 
 
@@ -64,7 +70,7 @@ def server_reads(summary: Mapping[str, Any]) -> str:
     if "label" in sent:
         return "the text"
     if "hidden" in sent:
-        return "hidden states, gradients"
+        return "hidden states"
     return "adapters" if sent else "nothing"
 
 
@@ -153,8 +159,10 @@ def _client_seconds(summary: Mapping[str, Any]) -> float | None:
     simulated = summary["simulated"]
     if not simulated or not summary["rounds"]:
         return None
-    busy = [sum(legs.get(leg, 0.0) for leg in CLIENT_LEGS) for legs in simulated["legs"].values()]
-    return max(busy, default=0.0) / summary["rounds"]
+    busy: list[float] = [
+        sum(legs.get(leg, 0.0) for leg in CLIENT_LEGS) for legs in simulated["legs"].values()
+    ]
+    return max(busy, default=0.0) / float(summary["rounds"])
 
 
 def _server_seconds(summary: Mapping[str, Any]) -> float | None:
@@ -162,25 +170,26 @@ def _server_seconds(summary: Mapping[str, Any]) -> float | None:
     simulated = summary["simulated"]
     if not simulated or not summary["rounds"]:
         return None
-    whole = sum(simulated["seconds"]) - sum(simulated["move_seconds"])
-    return max(0.0, whole - simulated["idle"].get(SERVER, whole)) / summary["rounds"]
+    whole: float = sum(simulated["seconds"]) - sum(simulated["move_seconds"])
+    idle: float = simulated["idle"].get(SERVER, whole)
+    return max(0.0, whole - idle) / float(summary["rounds"])
 
 
 def comparison_rows(told: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """One row of text a method, in the order in which they were asked for."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for one in told["methods"]:
         short = "" if one["reached"] == len(one["seeds"]) else f" ({one['reached']} of {len(one['seeds'])})"
         rows.append(
             (
                 one["method"],
                 _spread(one["loss"]),
-                _mean(one["perplexity"], "{:.2f}"),
+                _mean(one["perplexity"], "{:.4g}"),
                 _mean(one["simulated_s_to_target"], "{:,.1f}") + short,
                 _mean(one["mb_to_target"], "{:,.1f}") + short,
                 _mean(one["client_memory_gb"], "{:.2f}"),
-                _mean(one["client_s_a_round"], "{:.3g}"),
-                _mean(one["server_s_a_round"], "{:.3g}"),
+                _mean(one["client_s_a_round"], "{:.2f}"),
+                _mean(one["server_s_a_round"], "{:.2f}"),
                 one["server_reads"],
             )
         )
@@ -189,9 +198,10 @@ def comparison_rows(told: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def comparison_table(told: Mapping[str, Any]) -> Table:
     """The rows for the terminal."""
-    shown = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for place, heading in enumerate(HEADINGS):
-        shown.add_column(heading, justify="left" if place in (0, len(HEADINGS) - 1) else "right")
+    shown = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for place, heading in enumerate(NARROW):
+        last = place == len(NARROW) - 1
+        shown.add_column(heading, justify="left" if last or not place else "right", no_wrap=not last)
     for row in comparison_rows(told):
         shown.add_row(*map(escape, row))
     return shown
@@ -236,4 +246,4 @@ def _mean(values: Sequence[float | None], form: str) -> str:
 
 def _spread(values: Sequence[float]) -> str:
     mean = f"{statistics.fmean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+    return f"{mean}±{statistics.stdev(values):.3f}" if len(values) > 1 else mean

@@ -18,6 +18,7 @@ from splitft.tracking.course import Point
 
 DASHES = ("solid", "dash", "dot")
 """Lines beyond the number of colours differ in their dashes."""
+TARGET_LINE = {"color": "faint", "width": 1, "dash": "dot"}
 NATS = "nats per token"
 
 
@@ -58,12 +59,9 @@ def simulated_by_round(summaries: Mapping[str, Mapping[str, Any]]) -> list[Chart
     """Simulated seconds of each round, a line each run; nothing without a simulated clock."""
     timed = {name: one["simulated"]["seconds"] for name, one in summaries.items() if one["simulated"]}
     data = [
-        {
-            "type": "scatter", "mode": "lines+markers", "name": plain(name), "y": list(seconds),
-            "x": list(range(1, len(seconds) + 1)), "line": _line(place), "marker": {"color": _colour(place)},
-        }
+        _trace(name, range(1, len(seconds) + 1), seconds, _line(place))
         for place, (name, seconds) in enumerate(timed.items())
-    ]  # fmt: skip
+    ]
     axes = titled_axes("round", "seconds", max((len(one) for one in timed.values()), default=0))
     axes["yaxis"] |= {"rangemode": "tozero"}
     caption = "Length of each round on the simulated clock, moving of blocks included."
@@ -77,42 +75,58 @@ def _traces(
     target: float | None,
 ) -> list[dict[str, Any]]:
     """A line a name, with its band beneath if there are several seeds, and the target across."""
-    bands, lines = [], []
+    bands, lines, reach = [], [], []
     for place, (name, seeds) in enumerate(courses.items()):
-        rows = [
-            (sum(xs) / len(xs), [point.loss for point in points])
-            for points in _rounds_of_all(seeds)
-            if None not in (xs := [cost(point) for point in points])
-        ]
-        if not rows:
+        xs, losses = _means(seeds, cost)
+        if not xs:
             continue
-        xs = [round(x, 6) for x, _ in rows]
-        colour, group = _colour(place), plain(name)
         if len(seeds) > 1:
-            lows, highs = [min(losses) for _, losses in rows], [max(losses) for _, losses in rows]
-            bands.append(
-                {
-                    "type": "scatter", "mode": "lines", "x": [*xs, *reversed(xs)], "y": [*lows, *reversed(highs)],
-                    "fill": "toself", "fillcolor": _pale(colour), "line": {"width": 0, "color": colour},
-                    "hoverinfo": "skip", "showlegend": False, "legendgroup": group, "name": group,
-                }
-            )  # fmt: skip
-        lines.append(
-            {
-                "type": "scatter", "mode": "lines+markers", "name": group, "legendgroup": group, "x": xs,
-                "y": [round(sum(losses) / len(losses), 6) for _, losses in rows],
-                "line": _line(place), "marker": {"color": colour, "size": 6},
-            }
-        )  # fmt: skip
-    if target is not None and lines:
-        ends = [min(min(line["x"]) for line in lines), max(max(line["x"]) for line in lines)]
-        lines.append(
-            {
-                "type": "scatter", "mode": "lines", "name": "target", "x": ends, "y": [target, target],
-                "line": {"color": "faint", "width": 1, "dash": "dot"}, "hoverinfo": "skip",
-            }
-        )  # fmt: skip
+            bands.append(_band(name, place, xs, losses))
+        means = [sum(each) / len(each) for each in losses]
+        lines.append(_trace(name, xs, means, _line(place)) | {"marker": {"color": _colour(place), "size": 6}})
+        reach += xs
+    if target is not None and reach:
+        across = _trace("target", [min(reach), max(reach)], [target] * 2, TARGET_LINE)
+        lines.append(across | {"mode": "lines", "hoverinfo": "skip"})
     return [*bands, *lines]
+
+
+def _means(
+    seeds: Sequence[Sequence[Point]], cost: Callable[[Point], float | None]
+) -> tuple[list[float], list[list[float]]]:
+    """For each round that all seeds have: the mean cost until then, and every seed's loss."""
+    xs, losses = [], []
+    for points in _rounds_of_all(seeds):
+        known = [spent for spent in map(cost, points) if spent is not None]
+        if len(known) == len(points):
+            xs.append(round(sum(known) / len(known), 6))
+            losses.append([point.loss for point in points])
+    return xs, losses
+
+
+def _trace(name: str, xs: Sequence[float], ys: Sequence[float], line: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": plain(name),
+        "legendgroup": plain(name),
+        "x": list(xs),
+        "y": [round(y, 6) for y in ys],
+        "line": line,
+    }
+
+
+def _band(name: str, place: int, xs: Sequence[float], losses: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The area between the lowest and the highest seed: along the lows and back along the highs."""
+    around = [*map(min, losses), *reversed(list(map(max, losses)))]
+    outline = {"width": 0, "color": _colour(place)}
+    return _trace(name, [*xs, *reversed(xs)], around, outline) | {
+        "mode": "lines",
+        "fill": "toself",
+        "fillcolor": _pale(_colour(place)),
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
 
 
 def _rounds_of_all(seeds: Sequence[Sequence[Point]]) -> list[list[Point]]:
