@@ -45,7 +45,7 @@ def strict_json(text: bytes, what: str) -> dict[str, Any]:
     """A JSON object without doubtful parts. Raises WireError that says what is wrong with it."""
     try:
         decoded = text.decode("utf-8")
-        if _depth(decoded) > MAX_DEPTH:
+        if _too_deep(decoded):
             raise ValueError(f"nested more than {MAX_DEPTH} deep")
         value = json.loads(
             decoded,
@@ -118,14 +118,15 @@ def announced(entries: Mapping[str, Entry]) -> dict[str, Any]:
     return table
 
 
-def _depth(text: str) -> int:
-    """Deepest nesting of a JSON text, brackets inside of strings left out; in linear time, no recursion."""
+def _too_deep(text: str) -> bool:
+    """Whether a JSON text nests deeper than it may, strings left out; in linear time, no recursion."""
     outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
-    deepest = depth = 0
-    for bracket in _BRACKET.findall(outside):
-        depth += 1 if bracket in "[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
+    depth = 0
+    for bracket in _BRACKET.finditer(outside):
+        depth += 1 if bracket.group() in "[{" else -1
+        if depth > MAX_DEPTH:
+            return True
+    return False
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
