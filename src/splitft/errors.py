@@ -6,11 +6,15 @@
     ├── ModelError         a model that cannot be found, read or split
     ├── DataError          text that cannot be read, or not enough of it
     ├── WireError          bytes that are not the message that was expected
-    │   └── ProtocolError  a well-formed message that may not follow the one before
+    │   ├── ProtocolError  a well-formed message that may not follow the one before
+    │   └── RepeatError    a message under a number that was used, or is not due yet
     ├── AdapterError       adapter states that do not fit together
     ├── ScheduleError      profiles, costs or cuts that are impossible
     ├── RunError           a run folder that cannot be used, resumed or written
-    └── MethodError        a method that cannot run as configured
+    ├── MethodError        a method that cannot run as configured
+    └── DeployError        a federation that cannot be set up, reached or kept running
+        ├── CarrierError   a message could not be carried: the other side is away, or the time is up
+        └── PausedError    too few sites are there to go on with the round
 
 Each message says what was found, what would fit, and what to do next. The command line turns any of
 them into one line on stderr and exit status 2.
@@ -47,6 +51,10 @@ class ProtocolError(WireError):
     """A well-formed message that may not follow the one before."""
 
 
+class RepeatError(WireError):
+    """A message comes under a number that was used for another, or is not due yet."""
+
+
 class AdapterError(SplitftError):
     """Adapter states do not fit together."""
 
@@ -61,3 +69,15 @@ class RunError(SplitftError):
 
 class MethodError(SplitftError):
     """A method cannot run as configured."""
+
+
+class DeployError(SplitftError):
+    """A federation cannot be set up, reached or kept running."""
+
+
+class CarrierError(DeployError):
+    """A message could not be carried to the other side and back."""
+
+
+class PausedError(DeployError):
+    """Too few sites are there to go on with the round."""

@@ -15,6 +15,7 @@ from splitft.specs import (
     AggregateSpec,
     ClientsSpec,
     DataSpec,
+    DeploySpec,
     LoraSpec,
     ModelSpec,
     PrivacySpec,
@@ -52,6 +53,8 @@ class RunConfig(Spec):
     """How tensors travel."""
     privacy: PrivacySpec = PrivacySpec()
     """What clients do to their messages before they leave."""
+    deploy: DeploySpec = DeploySpec()
+    """Sites and waiting times, when the run is on real machines."""
     method: Literal["splitft"] = "splitft"
     """The method to run."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -88,6 +91,13 @@ def conflicts(config: RunConfig) -> list[Conflict]:
     if config.clients.cuts == "auto" and config.schedule.controller == "fixed":
         message = "found auto, but the fixed controller does not choose cuts; give numbers"
         found.append((("clients.cuts", "schedule.controller"), message))
+    sites = config.deploy.sites
+    if sites is not None and len(sites) != count:
+        message = f"found {len(sites)} names for {count} clients; give one a client"
+        found.append((("deploy.sites", "clients.count"), message))
+    if config.deploy.min_clients > count:
+        message = f"found {config.deploy.min_clients}, but there are {count} clients"
+        found.append((("deploy.min_clients", "clients.count"), message))
     schedule = config.schedule
     for key, value in (("devices", schedule.devices), ("links", schedule.links)):
         if isinstance(value, tuple) and len(value) != count:

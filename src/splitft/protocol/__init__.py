@@ -15,21 +15,43 @@ from splitft.protocol.messages import (
     RoundStart,
     expect,
 )
+from splitft.protocol.orders import (
+    Alive,
+    Evaluate,
+    Hello,
+    Join,
+    Leave,
+    Next,
+    Refused,
+    Stop,
+    Train,
+    Wait,
+)
 from splitft.protocol.terms import Terms
 
 __all__ = [
     "MESSAGES",
     "Activations",
     "AdapterUpload",
+    "Alive",
     "CutGradient",
+    "Evaluate",
     "Evaluation",
     "GlobalAdapters",
     "HeadGradient",
     "HeldOutLoss",
+    "Hello",
+    "Join",
     "LastHidden",
+    "Leave",
     "Message",
+    "Next",
+    "Refused",
     "RoundReady",
     "RoundStart",
+    "Stop",
     "Terms",
+    "Train",
+    "Wait",
     "expect",
 ]

@@ -187,7 +187,7 @@ MESSAGES: dict[str, type[Message]] = {
         GlobalAdapters, HeldOutLoss, Evaluation,
     )
 }  # fmt: skip
-"""Every message that may travel, by name."""
+"""Every message of the conversation itself, by name."""
 
 
 def expect(message: Message, *kinds: type[Message], **fields: object) -> None:

@@ -24,6 +24,7 @@ from splitft.adapters import AdapterState
 from splitft.adapters.optimizer import Moments
 from splitft.errors import AdapterError, ProtocolError
 from splitft.protocol.messages import MESSAGES, Message
+from splitft.protocol.orders import ORDERS
 from splitft.specs import WireSpec
 from splitft.tracking.events import Role
 from splitft.wire import CODECS, MAX_FRAME_BYTES, Announced, Encoded, Entry, Frame, Part, open_frame
@@ -34,6 +35,8 @@ RAW = "raw"
 training."""
 MEMBERED = frozenset({"adapters", "moments"})
 """Fields that hold several tensors, each by a name of its own."""
+KINDS: dict[str, type[Message]] = {**MESSAGES, **{kind.__name__: kind for kind in ORDERS}}
+"""Every message that may travel, by name."""
 _MOMENT = re.compile(r"(0|[1-9]\d{0,5})\.[\w.]+\.[AB]\.\w+", re.ASCII)
 """`7.self_attn.q_proj.A.exp_avg`"""
 
@@ -135,10 +138,10 @@ class Terms:
         self, name: str, fields: Mapping[str, Any], entries: Mapping[str, Entry], sender: str
     ) -> type[Message]:
         """The kind of message, if all its tensors are announced as agreed."""
-        kind = MESSAGES.get(name)
+        kind = KINDS.get(name)
         if kind is None:
             raise ProtocolError(
-                f"no message is called {name!r}; known: {', '.join(MESSAGES)} "
+                f"no message is called {name!r}; known: {', '.join(KINDS)} "
                 f"(it came from {sender}; this side is {_here()})"
             )
         for tensor, entry in entries.items():

@@ -50,12 +50,12 @@ class Federation(Protocol):
     """Carries a round to the clients and brings back what they answer."""
 
     def start(self, messages: Mapping[str, RoundStart]) -> dict[str, RoundReady]:
-        """Begin a round with these clients."""
+        """Begin a round with these clients; who is away does not answer."""
 
     def train(
         self, number: int, participants: Sequence[str], steps: int, listener: Callable[[StepDone], None]
     ) -> dict[str, AdapterUpload]:
-        """Let them train; returns their blocks' factors."""
+        """Let them train; returns the blocks' factors of those whose training counts."""
 
     def install(self, messages: Mapping[str, GlobalAdapters]) -> None:
         """Hand out the aggregated factors."""
@@ -111,7 +111,7 @@ def train_rounds(
             listener(CutsChanged(round=number, cuts=cuts, reason=decision.reason))
         old_cuts, state = state.cuts, replace(state, cuts=cuts)
         participants = participants_of(number, list(cuts), training.participation, ranks.seed)
-        state = _round(
+        state, participants = _round(
             number, state, old_cuts, participants, server, federation, ranks, training, listener, bounds
         )
         listener(schedule.charge(number, participants, old_cuts, cuts))
@@ -140,8 +140,8 @@ def _round(
     training: TrainingSpec,
     listener: Listener,
     bounds: Bounds,
-) -> RunState:
-    """One round of training and aggregation, from the global factors to the next ones."""
+) -> tuple[RunState, list[str]]:
+    """One round of training and aggregation: the next global factors, and whose training is in them."""
     clients, cuts = list(state.cuts), state.cuts
     server.place(cuts)
     starts = {}
@@ -151,8 +151,10 @@ def _round(
         starts[name] = RoundStart(
             round=number, cut=cuts[name], adapters=state.adapters.within(gained), moments=moments
         )
-    for name, ready in federation.start(starts).items():
+    there = federation.start(starts)
+    for name, ready in there.items():
         server.moments_from_client(name, ready.moments)
+    participants = [name for name in participants if name in there]
     server.start(number, participants, state.adapters)
 
     uploads = federation.train(number, participants, training.steps, listener)
@@ -178,12 +180,12 @@ def _round(
     listener(
         RoundDone(
             round=number,
-            participants=tuple(participants),
+            participants=tuple(uploads),
             aggregation_error=result.error,
             traffic=federation.traffic(),
         )
     )
-    return RunState(number, cuts, adapters)
+    return RunState(number, cuts, adapters), list(uploads)
 
 
 def _evaluated(number: int, federation: Federation) -> Evaluated:

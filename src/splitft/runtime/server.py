@@ -143,7 +143,11 @@ class Server:
         LastHidden (M, D) with labels on the clients; with labels here, the gradient or the loss at once.
         """
         training = messages[0].training
-        self._check_turn(messages, training)
+        for message in messages:
+            expect(message, Activations, training=training)
+            self.check(message)
+        if len({message.client for message in messages}) < len(messages):
+            raise ProtocolError("a client sends two batches at once")
         group = Group(messages={message.client: message for message in messages})
         with torch.set_grad_enabled(training):
             self._through_blocks(messages, group, training)
@@ -156,14 +160,11 @@ class Server:
             for client, output in group.outputs.items()
         }
 
-    def backward(self, messages: Sequence[HeadGradient]) -> dict[str, CutGradient]:
-        """Gradients at the last hidden states, back to the cuts; the optimizers of these clients step.
-
-        The messages answer one `forward`; who is missing from them is left out of the step.
-        """
-        group = self._groups.get(messages[0].client)
-        for message in messages:
-            if group is None or self._groups.get(message.client) is not group:
+    def check(self, message: Activations | HeadGradient) -> None:
+        """Raise ProtocolError for what may not come now. Changes nothing."""
+        if isinstance(message, HeadGradient):
+            group = self._groups.get(message.client)
+            if group is None:
                 raise ProtocolError(f"{message.client} sends a gradient, but no batch of it is underway here")
             awaited = group.messages[message.client]
             expect(message, HeadGradient, round=awaited.round, step=awaited.step)
@@ -171,6 +172,35 @@ class Server:
                 raise ProtocolError(
                     f"{message.client}: gradient {tuple(message.gradient.shape)} does not fit"
                 )
+            return
+        if message.client not in self._cuts:
+            raise ProtocolError(f"{message.client} is no client of this run")
+        if message.training:
+            self._seat(message.client)
+            expect(message, Activations, round=self._round)
+            if message.client in self._groups:
+                raise ProtocolError(f"{message.client} sends a batch, but its gradient was due")
+        if self._split.labels == "server":
+            self._check_labels(message)
+
+    def together(self, messages: Sequence[HeadGradient]) -> list[list[HeadGradient]]:
+        """Those that answer one `forward` together, as `backward` takes them."""
+        by_group: dict[int, list[HeadGradient]] = {}
+        for message in messages:
+            by_group.setdefault(id(self._groups.get(message.client)), []).append(message)
+        return list(by_group.values())
+
+    def backward(self, messages: Sequence[HeadGradient]) -> dict[str, CutGradient]:
+        """Gradients at the last hidden states, back to the cuts; the optimizers of these clients step.
+
+        The messages answer one `forward`; who is missing from them may follow with a `backward` of its own,
+        which costs another pass through the group, or `leave`.
+        """
+        group = self._groups.get(messages[0].client)
+        for message in messages:
+            self.check(message)
+            if self._groups.get(message.client) is not group:
+                raise ProtocolError(f"{message.client} sends a gradient for another group")
         assert group is not None
         at_cuts = self._back(group, {message.client: message.gradient for message in messages})
         return {
@@ -178,23 +208,18 @@ class Server:
             for message in messages
         }
 
-    # ----------------------------------------------------------------------------------------------
+    def forget(self, client: str) -> None:
+        """Give up the step that is underway for a client."""
+        self._groups.pop(client, None)
 
-    def _check_turn(self, messages: Sequence[Activations], training: bool) -> None:
-        """Raise ProtocolError for batches that may not come now, or not together."""
-        for message in messages:
-            if message.client not in self._cuts:
-                raise ProtocolError(f"{message.client} is no client of this run")
-            expect(message, Activations, training=training)
-            if training:
-                self._seat(message.client)
-                expect(message, Activations, round=self._round)
-                if message.client in self._groups:
-                    raise ProtocolError(f"{message.client} sends a batch, but its gradient was due")
-            if self._split.labels == "server":
-                self._check_labels(message)
-        if len({message.client for message in messages}) < len(messages):
-            raise ProtocolError("a client sends two batches at once")
+    def leave(self, client: str) -> None:
+        """Give up what the round has for a client that takes no further part in it."""
+        self.forget(client)
+        self._seats.pop(client, None)
+        if self._optimizers.pop(client, None) is not None:  # its own, with per-client adapters
+            self._bank.drop(client)
+
+    # ----------------------------------------------------------------------------------------------
 
     def _check_labels(self, message: Activations) -> None:
         if message.labels is None:
@@ -252,28 +277,28 @@ class Server:
         outputs = [group.outputs[client] for client in gradients]
         wanted = [gradient.to(output.dtype) * weights[client]
                   for (client, gradient), output in zip(gradients.items(), outputs, strict=True)]  # fmt: skip
-        torch.autograd.backward(outputs, wanted)
+        awaited = [c for c in group.messages if c not in gradients and self._groups.get(c) is group]
+        torch.autograd.backward(outputs, wanted, retain_graph=bool(awaited))
         at_cuts = {}
         for client in gradients:
             gradient = group.leaves[client].grad
             assert gradient is not None
             at_cuts[client] = pack(gradient, group.messages[client].lengths) / weights[client]
-        for client, message in group.messages.items():
+        for client in gradients:
             self._groups.pop(client, None)
-            if client in gradients:
-                self._seats[client].tokens += message.labelled_tokens
-                self._seats[client].step += 1
-        self._step(group, weights)
+            self._seats[client].tokens += group.messages[client].labelled_tokens
+            self._seats[client].step += 1
+        self._step(weights)
         return at_cuts
 
-    def _step(self, group: Group, weights: Mapping[str, int]) -> None:
-        """Optimizer steps: each client's own, or the shared one when all have been heard."""
+    def _step(self, weights: Mapping[str, int]) -> None:
+        """Optimizer steps: each client's own, or the shared one when all have been heard.
+
+        Clients of the group that are still awaited got gradients of zero, to which theirs will be added.
+        """
         if self._split.server_adapters == "per-client":
-            for client in group.messages:
-                if client in weights:
-                    self._optimizers[client].step()
-                else:
-                    self._optimizers[client].forget()  # its rows were in the product, with gradient zero
+            for client in weights:
+                self._optimizers[client].step()
             return
         self._heard.update(weights)
         if self._heard.keys() >= self._seats.keys():

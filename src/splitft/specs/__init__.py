@@ -6,6 +6,7 @@ Unknown keys are refused, so that a typo is never silently ignored. No torch her
 
 from splitft.specs.base import Spec, field_docs
 from splitft.specs.data import ClientsSpec, DataSpec, ModelSpec, SharesSpec
+from splitft.specs.deploy import DeploySpec
 from splitft.specs.privacy import PrivacySpec, RowDefenceSpec, SiteBoundsSpec, UpdatesSpec
 from splitft.specs.schedule import ChangeSpec, DeviceName, DeviceSpec, LinkName, LinkSpec, ScheduleSpec
 from splitft.specs.training import AggregateSpec, LoraSpec, SplitSpec, TrainingSpec
@@ -16,6 +17,7 @@ __all__ = [
     "ChangeSpec",
     "ClientsSpec",
     "DataSpec",
+    "DeploySpec",
     "DeviceName",
     "DeviceSpec",
     "LinkName",

@@ -240,6 +240,49 @@ class Warned(Stamped):
     """One sentence."""
 
 
+class LinkStarted(Stamped):
+    """A deployed run goes on with the sites that are there: one link of its chain of jobs."""
+
+    event: Literal["LinkStarted"] = "LinkStarted"
+    round: int
+    """First round that it trains."""
+    sites: tuple[str, ...]
+    """Who is there."""
+    absent: tuple[str, ...] = ()
+    """Who is awaited."""
+
+
+class SiteChanged(Stamped):
+    """A site of a deployed run was lost, refused, stopped for being slow, or is back."""
+
+    event: Literal["SiteChanged"] = "SiteChanged"
+    round: int
+    """Round in which it happened; 0 before the first."""
+    site: str
+    """Who."""
+    state: Literal["lost", "refused", "late", "back"]
+    """`lost`: nothing heard; `refused`: what it sent cannot be; `late`: its finished steps count, no more."""
+    reason: str
+    """What was found."""
+
+    @property
+    def message(self) -> str:
+        """One sentence."""
+        return f"round {self.round}: {self.site} is {self.state}: {self.reason}"
+
+
+class LinkEnded(Stamped):
+    """The sites that are there do not fit any more; a supervisor starts the next link."""
+
+    event: Literal["LinkEnded"] = "LinkEnded"
+    round: int
+    """Rounds finished."""
+    reason: Literal["finished", "back", "paused"]
+    """All rounds are trained; a site that was away can join; too few sites are left."""
+    detail: str = ""
+    """In words."""
+
+
 class RunDone(Stamped):
     """All rounds are trained and the adapter is written."""
 
@@ -259,6 +302,9 @@ Event = Annotated[
     | Evaluated
     | CheckpointSaved
     | Warned
+    | LinkStarted
+    | SiteChanged
+    | LinkEnded
     | RunDone,
     Field(discriminator="event"),
 ]

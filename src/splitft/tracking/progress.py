@@ -25,10 +25,12 @@ from splitft.tracking.events import (
     CutsChanged,
     Evaluated,
     Event,
+    LinkStarted,
     PrivacySpent,
     RoundDone,
     RunResumed,
     RunStarted,
+    SiteChanged,
     StepDone,
     Warned,
 )
@@ -100,8 +102,10 @@ class Progress:
                 self._say(self._evaluation(event))
             case PrivacySpent() if math.isfinite(event.epsilon):
                 self._say(f"round {event.round}: spent epsilon {event.epsilon:.3g} at delta {event.delta:g}")
-            case Warned():
+            case Warned() | SiteChanged():
                 self._say(f"warning: {event.message}")
+            case LinkStarted():
+                self._say(f"from round {event.round} on with {', '.join(event.sites)}")
             case _:
                 pass
 

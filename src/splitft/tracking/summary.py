@@ -30,6 +30,7 @@ from splitft.tracking.events import (
     RunDone,
     RunResumed,
     RunStarted,
+    SiteChanged,
     StepDone,
     Traffic,
     Warned,
@@ -78,7 +79,7 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
         "wall_seconds": _wall_seconds(events),
         "simulated_seconds": sum(event.seconds for event in timed) if timed else None,
         "simulated": _simulated(timed, started.machines) if timed else None,
-        "warnings": [event.message for event in events if isinstance(event, Warned)],
+        "warnings": [event.message for event in events if isinstance(event, Warned | SiteChanged)],
     }
 
 

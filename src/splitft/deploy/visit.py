@@ -1,0 +1,187 @@
+"""A site's side of a deployed run: asks what is to do, does it with its `Client`, and asks again.
+
+    Hello -> Join -> [ RoundStart -> Train: steps -> AdapterUpload -> GlobalAdapters -> Evaluate ] ... -> Leave
+
+The client is the same object as in simulation. What it needs beyond one link of the job chain, the moments of
+its optimizer, it keeps on its own disk. A refusal or a fault of its own in a round costs it that round: it
+goes on asking, and is told where the run is when the next one begins.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from splitft.deploy.carrier import Carrier
+from splitft.deploy.envelope import LANES, Lane
+from splitft.deploy.keeping import Keeping
+from splitft.errors import CarrierError, ProtocolError, SplitftError
+from splitft.protocol import (
+    Alive,
+    Evaluate,
+    GlobalAdapters,
+    Hello,
+    Join,
+    Leave,
+    Message,
+    Next,
+    Refused,
+    RoundStart,
+    Stop,
+    Terms,
+    Train,
+    Wait,
+)
+from splitft.runtime.client import Client
+
+ALIVE_LANE = LANES - 1
+logger = logging.getLogger(__name__)
+
+
+class RefusedError(ProtocolError):
+    """The server refused what this site sent."""
+
+
+class _StoppedError(Exception):
+    """The round's time is up."""
+
+
+class _LeftError(Exception):
+    """The link has ended; says why."""
+
+
+class Visit:
+    """One site in one link of the chain."""
+
+    def __init__(
+        self,
+        hello: Hello,
+        carrier: Carrier,
+        link: bytes,
+        terms: Terms,
+        frame_limit: int,
+        open_client: Callable[[int], Client],
+        keeping: Keeping,
+        patience_s: float,
+        alive_every_s: float | None = None,
+    ) -> None:
+        """`open_client` makes the client at a cut; after `patience_s` without answer the server is gone."""
+        self._hello, self._terms, self._open = hello, terms, open_client
+        self._name, self._keeping, self._patience_s = hello.client, keeping, patience_s
+        self._alive_every_s = alive_every_s
+        self._lane = Lane(carrier, link, 0, frame_limit)
+        self._alive = Lane(carrier, link, ALIVE_LANE, frame_limit)
+        self._client: Client | None = None
+
+    def run(self) -> str:
+        """Take part until the link ends; returns why it did. Raises CarrierError if the server is gone."""
+        with self._signs_of_life():
+            try:
+                self._take_part()
+            except _LeftError as left:
+                return str(left)
+
+    def _take_part(self) -> NoReturn:
+        order = self._ask(self._hello)
+        while True:
+            try:
+                order = self._ask(self._do(order))
+            except _StoppedError:
+                order = self._ask(self._known().upload())
+            except CarrierError:
+                raise
+            except SplitftError as error:
+                logger.warning("%s is out of this round: %s", self._name, error)
+                if not isinstance(error, RefusedError):
+                    time.sleep(1.0)
+                order = self._ask(Next(client=self._name))
+
+    # ----------------------------------------------------------------------------------------------
+
+    def _do(self, order: Message) -> Message:
+        """Do what the server asks; returns what to tell it."""
+        asks = Next(client=self._name)
+        if isinstance(order, Wait | Stop):
+            return asks
+        if isinstance(order, Refused):
+            raise RefusedError(f"{order.error}: {order.reason}")
+        if isinstance(order, Join):
+            self._join(order)
+            return asks
+        client = self._known()
+        if isinstance(order, RoundStart):
+            return client.start(order)
+        if isinstance(order, Train):
+            for _ in range(order.steps):
+                self._step(client)
+            return client.upload()
+        if isinstance(order, GlobalAdapters):
+            client.install(order)
+            self._keeping.keep(order.round, *client.kept())
+            return asks
+        if isinstance(order, Evaluate):
+            for index in range(client.held_out_batches):
+                client.held_out_head(self._reply(client.held_out(index)))
+            return client.evaluation()
+        raise ProtocolError(f"{type(order).__name__} is no order")
+
+    def _join(self, order: Join) -> None:
+        """Take up the run where it is."""
+        if self._client is None:
+            self._client = self._open(order.cut)
+        moments = self._keeping.moments_of(order.round, order.steps)
+        self._client.restore(order.cut, order.adapters, order.steps, moments)
+        logger.info("%s joins after round %d with cut %d", self._name, order.round, order.cut)
+
+    def _step(self, client: Client) -> None:
+        reply = self._reply(client.forward())
+        if client.plan.labels == "client":
+            reply = self._reply(client.head(reply))
+        client.backward(reply)
+
+    def _reply(self, message: Message) -> Message:
+        """The answer to a step; raises if there is none."""
+        reply = self._ask(message)
+        if isinstance(reply, Stop):
+            raise _StoppedError
+        if isinstance(reply, Refused):
+            raise RefusedError(f"{reply.error}: {reply.reason}")
+        return reply
+
+    def _ask(self, message: Message) -> Message:
+        """The answer to a message. Raises _LeftError if it is that the link has ended."""
+        answer = self._terms.from_bytes(self._lane.ask(self._terms.to_bytes(message), self._patience_s))
+        if isinstance(answer, Leave):
+            raise _LeftError(answer.reason)
+        return answer
+
+    def _known(self) -> Client:
+        if self._client is None:
+            raise ProtocolError(f"{self._name}: an order came before Join")
+        return self._client
+
+    @contextmanager
+    def _signs_of_life(self) -> Iterator[None]:
+        """Say `Alive` now and then, so that a slow site is not taken for a lost one."""
+        done = threading.Event()
+
+        def speak(every_s: float) -> None:
+            alive = self._terms.to_bytes(Alive(client=self._name))
+            while not done.wait(every_s):
+                try:
+                    self._alive.ask(alive, self._patience_s)
+                except SplitftError as error:
+                    logger.info("%s: no sign of life got through: %s", self._name, error)
+
+        thread = None
+        if self._alive_every_s is not None:
+            thread = threading.Thread(target=speak, args=(self._alive_every_s,), daemon=True)
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()

@@ -1,0 +1,107 @@
+"""How a client that comes and goes is told what to do: the frame around the conversation of `messages`.
+
+    client                                    server
+      Hello        its work in numbers  ---->
+                                        <----  Join            cut, step, global factors: where the run is
+      Next         what is to do?       ---->
+                                        <----  Wait, RoundStart, Train, GlobalAdapters, Evaluate, Leave
+      Activations, HeadGradient         ---->
+                                        <----  LastHidden, CutGradient, HeldOutLoss, or Stop, or Refused
+      RoundReady, AdapterUpload, Evaluation, Alive: each is answered by what is to do next
+
+In simulation the client's methods are called in the right order; over a network the client asks and the
+server answers, so that a client needs outbound connections only, and may fall silent at any time.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from splitft.adapters import AdapterState
+from splitft.protocol.messages import Count, Length, Message, Name
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Hello(Message):
+    """Client: I have my text and my tokenizer. Numbers only, nothing of the text."""
+
+    client: Name
+    train_examples: Count
+    train_tokens: Count
+    eval_examples: Count
+    truncated: Count
+    tokens_per_batch: Positive
+    labelled_per_batch: Positive
+    sequences_per_batch: Positive
+    padded_length: Positive
+    """Mean over its sequences of the longest in their batch."""
+
+
+class Join(Message):
+    """Server: take up the run where it is."""
+
+    round: Count
+    """Rounds finished."""
+    cut: Length
+    steps: Count
+    """Optimizer steps of yours that count."""
+    adapters: AdapterState = AdapterState()
+    """Global factors of blocks [0, cut); none before the first round, when both sides make them alike."""
+    ROLES = {"adapters": "adapter"}
+
+
+class Next(Message):
+    """Client: what is to do?"""
+
+    client: Name
+
+
+class Alive(Message):
+    """Client: I am at work."""
+
+    client: Name
+
+
+class Wait(Message):
+    """Server: nothing at the moment; ask again."""
+
+
+class Train(Message):
+    """Server: take so many local steps, then upload."""
+
+    round: Length
+    steps: Count
+
+
+class Evaluate(Message):
+    """Server: run your held-out batches with the global adapters, then report."""
+
+    round: Count
+
+
+class Stop(Message):
+    """Server: the round's time is up; forget the step underway and upload what you have."""
+
+    round: Length
+
+
+class Refused(Message):
+    """Server: this message cannot be; you are out of this round."""
+
+    error: Name
+    """Name of the error."""
+    reason: Annotated[str, Field(max_length=2000)]
+
+
+class Leave(Message):
+    """Server: this link of the run ends."""
+
+    reason: Annotated[str, Field(max_length=2000)]
+
+
+ORDERS: tuple[type[Message], ...] = (
+    Hello, Join, Next, Alive, Wait, Train, Evaluate, Stop, Refused, Leave,
+)  # fmt: skip
