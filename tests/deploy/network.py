@@ -55,7 +55,7 @@ def deployed(
 ) -> Outcome:
     """All rounds over a network of threads; `carriers` wrap a site's own, `impostors` play a site by hand."""
     names = [client.name for client in prepared.clients]
-    desk = Desk(names, LINK, prepared.terms, LIMIT)
+    desk = Desk(names, LINK, prepared.terms, LIMIT, BATCH_TOKENS)
     outcome, threads = Outcome(), []
     for client in prepared.clients:
         if client.name in (impostors or {}):
@@ -79,7 +79,6 @@ def deployed(
         prepared.server,
         prepared.ranks,
         spec,
-        BATCH_TOKENS,
         prepared.initial(),
         {},
         outcome.events.append,

@@ -20,5 +20,5 @@ def test_a_federation_on_threads_equals_its_simulation(tiny_llama, text):
     outcome = deployed(federation(tiny_llama, text, [1, 2, 3], training=TRAINING))
     assert outcome.error is None
     assert not outcome.of("SiteChanged")
-    assert largest_relative_difference(outcome.state.adapters.tensors(), state.adapters.tensors()) < 1e-9
-    assert outcome.state.losses == pytest.approx(state.losses, rel=1e-9)
+    assert largest_relative_difference(outcome.state.adapters.tensors(), state.adapters.tensors()) < 1e-6
+    assert outcome.state.losses == pytest.approx(state.losses, rel=1e-6)

@@ -80,7 +80,9 @@ class _Site:
 class Desk:
     """The server's counter for the sites of one link."""
 
-    def __init__(self, sites: Iterable[str], link: bytes, terms: Terms, frame_limit: int, batch_tokens: int) -> None:
+    def __init__(
+        self, sites: Iterable[str], link: bytes, terms: Terms, frame_limit: int, batch_tokens: int
+    ) -> None:
         self._sites = {name: _Site() for name in sites}
         self._link, self._terms, self._limit, self._batch_tokens = link, terms, frame_limit, batch_tokens
         self._inbox: deque[Arrival | Fault] = deque()

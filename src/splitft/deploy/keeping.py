@@ -48,6 +48,7 @@ class Keeping:
             with safe_open(self._folder / f"kept-{round:04d}.safetensors", framework="pt") as file:
                 if (file.metadata() or {}).get("steps") != str(steps):
                     return {}
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
+                names = list(file.keys())
+                return {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError):
             return {}

@@ -1,6 +1,6 @@
 """A site's side of a deployed run: asks what is to do, does it with its `Client`, and asks again.
 
-    Hello -> Join -> [ RoundStart -> Train: steps -> AdapterUpload -> GlobalAdapters -> Evaluate ] ... -> Leave
+    Hello -> Join -> [ RoundStart -> Train: steps -> AdapterUpload -> GlobalAdapters -> Evaluate ] -> Leave
 
 The client is the same object as in simulation. What it needs beyond one link of the job chain, the moments of
 its optimizer, it keeps on its own disk. A refusal or a fault of its own in a round costs it that round: it
