@@ -38,8 +38,6 @@ class DeploySpec(Spec):
     """Least time that a round waits for slow sites."""
     round_s: float | None = Field(None, gt=0)
     """If given, most seconds that the local steps of a round may take, whoever is slow."""
-    clip_norm: float | None = Field(None, gt=0)
-    """If given, the update of one site is scaled down to this Frobenius norm over all its factors."""
 
     @model_validator(mode="after")
     def _sites_have_names_of_their_own(self) -> DeploySpec:
