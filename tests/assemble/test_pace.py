@@ -6,6 +6,7 @@ import pytest
 
 from laws.federations import federation, largest_relative_difference, write_text
 from splitft.adapters import AdapterState
+from splitft.assemble.pace import Pace
 from splitft.errors import ModelError, ScheduleError
 from splitft.protocol import RoundStart
 from splitft.runtime import train_rounds
@@ -139,3 +140,34 @@ def test_a_client_that_cannot_load_its_new_blocks_keeps_its_old_cut(tiny_llama, 
     assert client.forward().hidden.shape[1] == prepared.model.shape.width
     other.start(RoundStart(round=2, cut=3, adapters=adapters.within([1, 2])))
     assert other.segment.span.stop == 3
+
+
+AUDIT = {1: 0.99, 2: 0.6, 3: 0.2}
+
+
+@pytest.mark.parametrize("controller", ["resources", "paper", "makespan"])
+def test_cuts_that_choose_themselves_keep_the_privacy_bound_in_every_round(run, controller):
+    _, _, events = run(controller=controller, devices=SLOW, max_recovery=0.7, recovery=AUDIT)
+    assert all(cut >= 2 for change in of(events, CutsChanged) for cut in change.cuts.values())
+
+
+def test_a_privacy_bound_that_cannot_be_kept_is_refused_before_training(run):
+    with pytest.raises(ScheduleError, match=r"cut 3 gives 0\.20"):
+        run(controller="makespan", devices=QUICK, max_recovery=0.1, recovery=AUDIT)
+    with pytest.raises(ScheduleError, match=r"client-1 cut 1 \(0\.99 by the audit\)"):
+        run(cuts=[1, 3, 3], max_recovery=0.3, recovery=AUDIT)
+    with pytest.raises(ScheduleError, match="was not audited"):
+        run(cuts=3, max_recovery=0.3)
+
+
+def test_a_site_that_allows_no_shallow_cut_is_asked_for_none(run):
+    prepared, _, _ = run(controller="makespan", devices=SLOW)
+    floors = {"client-2": 3}
+    _, cuts = Pace.begin(prepared.config, prepared.pace.fleet, floors)
+    assert cuts["client-2"] == 3
+    fixed = prepared.config.model_copy(
+        update={"schedule": prepared.config.schedule.model_copy(update={"controller": "fixed"}),
+                "clients": prepared.config.clients.model_copy(update={"cuts": 2})}
+    )  # fmt: skip
+    with pytest.raises(ScheduleError, match="client-2 has cut 2, but its site takes part from cut 3"):
+        Pace.begin(fixed, prepared.pace.fleet, floors)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+from splitft.assemble.audited import recovery_of
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
 from splitft.schedule.clock import SERVER, client_round, simulate_round
@@ -18,6 +20,7 @@ from splitft.schedule.cost import Client, Job, move_seconds
 from splitft.schedule.cuts import Decision, choose
 from splitft.schedule.fleet import Fleet
 from splitft.schedule.memory import client_memory, server_peak_bytes
+from splitft.schedule.recovery import check_kept, shallowest_cut
 from splitft.schedule.situation import Situation, feasible, situation_of
 from splitft.tracking.events import Bar, RoundTimed
 
@@ -43,19 +46,25 @@ class Pace:
     """The cuts of round 1, chosen before anyone holds a block."""
     drawn: bool = False
     """Whether a timeline has been recorded; later ones are when cuts move."""
+    site_cuts: Mapping[str, int] = field(default_factory=dict)
+    """Shallowest cuts that clients' own sites allow, where they say so."""
 
     @classmethod
-    def begin(cls, config: RunConfig, fleet: Fleet) -> tuple[Pace, dict[str, int]]:
+    def begin(
+        cls, config: RunConfig, fleet: Fleet, site_cuts: Mapping[str, int] | None = None
+    ) -> tuple[Pace, dict[str, int]]:
         """The pace and the cuts of round 1.
 
-        Raises ScheduleError, naming what a client lacks, if it fits at no cut and `schedule.misfit` is stop.
+        Raises ScheduleError, naming what a client lacks, if it fits at no cut and `schedule.misfit` is stop,
+        or if cuts reveal more than `schedule.max_recovery`.
         """
         everyone = tuple(client.name for client in fleet.clients)
         blocks = fleet.job.sizes.blocks
         start = config.cuts or (max(1, blocks // AUTO_SHARE),) * len(everyone)
-        pace = cls(config, fleet, everyone)
+        pace = cls(config, fleet, everyone, site_cuts=site_cuts or {})
         given = dict(zip(everyone, start, strict=True))
         if config.schedule.controller == "fixed":
+            pace._check_fixed(given)
             pace.misfits = tuple(pace._misfits(given))
             pace.first = Decision(given, "")
             return pace, given
@@ -96,7 +105,7 @@ class Pace:
             clients=tuple(
                 replace(
                     one,
-                    min_cut=schedule.min_cut,
+                    min_cut=max(schedule.min_cut, self.floor, self.site_cuts.get(one.name, 1)),
                     max_cut=deepest,
                     loss=(losses or {}).get(one.name),
                     # nothing has been loaded yet before the first round, so nothing has to move
@@ -107,6 +116,28 @@ class Pace:
                 for one in plain.clients
             ),
         )
+
+    @cached_property
+    def floor(self) -> int:
+        """The shallowest cut that `schedule.max_recovery` allows."""
+        bound = self.config.schedule.max_recovery
+        if bound is None:
+            return 1
+        deepest = self.fleet.job.sizes.blocks - 1
+        if self.config.schedule.max_cut is not None:
+            deepest = self.config.schedule.max_cut
+        return shallowest_cut(recovery_of(self.config), bound, deepest)
+
+    def _check_fixed(self, given: Mapping[str, int]) -> None:
+        """Raise ScheduleError if a cut that the user fixed is shallower than it may be."""
+        bound = self.config.schedule.max_recovery
+        if bound is not None:
+            check_kept(given, self.floor, recovery_of(self.config), bound)
+        for name, least in self.site_cuts.items():
+            if given.get(name, least) < least:
+                raise ScheduleError(
+                    f"clients.cuts: {name} has cut {given[name]}, but its site takes part from cut {least} on"
+                )
 
     def choose(self, number: int, cuts: Mapping[str, int], losses: Mapping[str, float]) -> Decision:
         """The cuts of a round, as the controller has them. Raises ScheduleError if they are impossible."""

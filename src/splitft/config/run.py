@@ -103,6 +103,9 @@ def conflicts(config: RunConfig) -> list[Conflict]:
         if isinstance(value, tuple) and len(value) != count:
             message = f"found {len(value)} for {count} clients; give one for all, or one a client"
             found.append(((f"schedule.{key}", "clients.count"), message))
+    if schedule.recovery and schedule.max_recovery is None:
+        message = "gives figures that nothing asks for; give schedule.max_recovery too"
+        found.append((("schedule.recovery", "schedule.max_recovery"), message))
     if schedule.max_cut is not None and schedule.max_cut < schedule.min_cut:
         least = schedule.min_cut
         message = f"found {schedule.max_cut}, below min_cut {least}; give at least {least}"

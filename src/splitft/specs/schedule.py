@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -66,6 +66,12 @@ class ScheduleSpec(Spec):
     """The server's machine."""
     min_cut: int = Field(1, ge=1)
     """Shallowest cut that a controller may choose, for privacy."""
+    max_recovery: float | None = Field(None, ge=0, le=1)
+    """Share of tokens that the strongest known attack may recover at a client's cut, by the audit; null for
+    no bound. It becomes a shallowest cut."""
+    recovery: dict[int, Annotated[float, Field(ge=0, le=1)]] | None = None
+    """The audit's figures for this run, share of tokens by cut (`{2: 0.95, 8: 0.4}`); null for the
+    stored table of a known model."""
     max_cut: int | None = Field(None, ge=1)
     """Deepest cut that a controller may choose; null for all but the last block."""
     gamma: int = Field(1, ge=1)
