@@ -79,6 +79,9 @@ VARIANTS = {
     "shared": {"split": {"server_adapters": "shared"}},
     "shared, moments kept": {**KEPT, "split": {"server_adapters": "shared"}},
     "direct": {"wire": {"in_process": "direct"}},
+    "codecs that owe": {"wire": {"hidden": "int2", "gradient": "topk"}},
+    "codecs that compare epochs": {"wire": {"hidden": "temporal", "gradient": "int4"}},
+    "codecs that learn axes": {"wire": {"hidden": "principal", "gradient": "int8"}},
     "bfloat16, sgd": {"model": {"dtype": "bfloat16"}, "training": {"optimizer": "sgd", "lr": 0.1}},
 }
 

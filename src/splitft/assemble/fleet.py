@@ -8,6 +8,7 @@ that the user gives; or `measured`, this machine's own calibration.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,7 +35,8 @@ from splitft.schedule.profile import (
 )
 from splitft.schedule.sizes import ModelSizes, sizes_of
 from splitft.specs import DeviceSpec, LinkSpec
-from splitft.wire import CODECS
+from splitft.specs.wire import AUTO
+from splitft.wire import codec_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def fleet_of(
         server=Server(machines.device("server", schedule.server), group_tokens=config.split.group_tokens),
         lora=config.lora,
         wire=WireBytes(**{
-            role: CODECS[getattr(config.wire, role)].bytes_per_element
+            role: _bytes_an_element(getattr(config.wire, role), sizes.width)
             for role in ("hidden", "gradient", "adapter")
         }),
         labels=config.split.labels,
@@ -99,6 +101,12 @@ def fleet_of(
         moments=2 if config.training.optimizer == "adamw" else 0,
     )  # fmt: skip
     return Fleet(job, clients, schedule.changes)
+
+
+def _bytes_an_element(codec: str, width: int) -> float:
+    """Of a tensor of many rows; `auto` is taken for bf16 until it is chosen."""
+    shape = (1024, width)
+    return codec_of("bf16" if codec == AUTO else codec).bytes_for(shape) / math.prod(shape)
 
 
 def exact_sizes(model: Model, ranks: Ranks) -> ModelSizes:

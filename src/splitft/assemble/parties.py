@@ -78,7 +78,7 @@ class Prepared:
 
     def simulation(self, tap: Tap | None = None) -> Simulation:
         """The parties on lines in this process."""
-        return Simulation(self.server, self.clients, self.terms, tap)
+        return Simulation(self.server, self.clients, self.terms, tap, self.config.seed)
 
     def initial(self) -> RunState:
         """Before round 1."""
@@ -115,6 +115,7 @@ def prepare(config: RunConfig) -> Prepared:
     pace, cuts = Pace.begin(config, gathered.fleet())
     here = [client for client in gathered.clients if client.name in cuts]
     labels, training = config.split.labels, config.training
+    numbered = config.wire.hidden.startswith("temporal")
     public = public_text(config, model)
     clients = tuple(
         Client(
@@ -127,6 +128,7 @@ def prepare(config: RunConfig) -> Prepared:
             one.stream,
             one.held_out,
             defence_of(config, one.name, public),
+            numbered,
         )
         for one in here
     )

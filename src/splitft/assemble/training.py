@@ -21,7 +21,7 @@ from splitft.errors import RunError
 from splitft.export import write_peft
 from splitft.geometry import Span
 from splitft.privacy.defence import promises
-from splitft.runtime import RunState, train_rounds
+from splitft.runtime import RunState, Simulation, train_rounds
 from splitft.runtime.checkpoint import Snapshot, save_snapshot, what_is_safe
 from splitft.runtime.line import Tap
 from splitft.tracking.events import (
@@ -67,9 +67,10 @@ def train(
         if snapshot is not None:  # the run may have stopped between the checkpoint and the adapter
             _write_adapters(prepared, state, run)
         simulation = prepared.simulation(tap)
+        simulation.recall(snapshot.memories if snapshot else {})
 
         def save(state: RunState) -> None:
-            path = save_snapshot(run.folder, _snapshot(prepared, state))
+            path = save_snapshot(run.folder, _snapshot(prepared, state, simulation))
             _write_adapters(prepared, state, run)
             listener(CheckpointSaved(round=state.round, path=str(path.relative_to(run.folder))))
             write_summary(run.folder)
@@ -173,7 +174,7 @@ def _warn_of_losses(text: Tokenised, config: RunConfig, listener: Listener) -> N
         listener(Warned(message=f"{text.dropped} records were left out: nothing in them could be learnt"))
 
 
-def _snapshot(prepared: Prepared, state: RunState) -> Snapshot:
+def _snapshot(prepared: Prepared, state: RunState, simulation: Simulation) -> Snapshot:
     kept = {client.name: client.kept() for client in prepared.clients}
     return Snapshot(
         state,
@@ -181,4 +182,5 @@ def _snapshot(prepared: Prepared, state: RunState) -> Snapshot:
         {name: moments for name, (_, moments) in kept.items() if moments},
         {slot: moments for slot, moments in prepared.server.moments.items() if moments},
         {client.name: own for client in prepared.clients if (own := client.private())},
+        simulation.memories(),
     )

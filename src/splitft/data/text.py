@@ -80,9 +80,11 @@ class Batch:
     """Real tokens of each sequence; the rest of its row is padding."""
     labelled_from: tuple[int, ...]
     """For each sequence, the first token that carries loss."""
+    numbers: tuple[int, ...] = ()
+    """For each sequence, its example's number in the client's share; the same in every epoch."""
 
     @classmethod
-    def of(cls, examples: Sequence[Example]) -> Batch:
+    def of(cls, examples: Sequence[Example], numbers: Sequence[int] = ()) -> Batch:
         """Pad these examples into one batch, in the order given."""
         if not examples:
             raise DataError("a batch needs at least one example")
@@ -90,7 +92,8 @@ class Batch:
         tokens = torch.full((len(examples), max(lengths)), PADDING, dtype=torch.int64)
         for row, example in enumerate(examples):
             tokens[row, : lengths[row]] = torch.tensor(example.tokens, dtype=torch.int64)
-        return cls(tokens, lengths, tuple(example.labelled_from for example in examples))
+        first = tuple(example.labelled_from for example in examples)
+        return cls(tokens, lengths, first, tuple(map(int, numbers)))
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Rows and columns (N,), (N,) of the N positions that carry loss, row by row.
@@ -181,7 +184,8 @@ class BatchStream:
         if step < 0:
             raise DataError(f"step {step}: steps are counted from 0")
         epoch, place = self._locate(step)
-        return Batch.of([self._examples[i] for i in self.epoch(epoch)[place]])
+        numbers = self.epoch(epoch)[place].tolist()
+        return Batch.of([self._examples[i] for i in numbers], numbers)
 
     def sizes(self) -> list[BatchSize]:
         """The sizes of the first epoch's batches, without making them."""
@@ -231,7 +235,7 @@ def eval_batches(
         raise DataError("there are no held-out examples to evaluate on; give more text or fewer clients")
     lengths = np.array([len(example) for example in chosen])
     parts = _cut(np.arange(len(chosen)), lengths, batch_size, batch_tokens)
-    return [Batch.of([chosen[i] for i in part]) for part in parts]
+    return [Batch.of([chosen[i] for i in part], part.tolist()) for part in parts]
 
 
 def _sorted_in_windows(order: Indices, lengths: Indices, window: int) -> Indices:

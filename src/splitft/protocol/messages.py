@@ -86,6 +86,8 @@ class Activations(Message):
     """Real tokens of each sequence."""
     labelled: tuple[tuple[Count, Count], ...]
     """Positions [start, stop) of each sequence that carry a label."""
+    examples: tuple[Count, ...] = ()
+    """The client's number for each sequence, only where a codec compares epochs."""
     hidden: torch.Tensor
     """(N, D)."""
     labels: torch.Tensor | None = None
@@ -101,6 +103,8 @@ class Activations(Message):
     def _sizes_agree(self) -> Activations:
         if len(self.labelled) != len(self.lengths):
             raise ValueError(f"{len(self.lengths)} lengths, but {len(self.labelled)} labelled ranges")
+        if self.examples and len(self.examples) != len(self.lengths):
+            raise ValueError(f"{len(self.lengths)} lengths, but {len(self.examples)} examples")
         for length, (start, stop) in zip(self.lengths, self.labelled, strict=True):
             if not start < stop <= length:
                 raise ValueError(f"labelled positions [{start}, {stop}) of a sequence of {length}")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,20 @@ from splitft.protocol.messages import MESSAGES, Message
 from splitft.protocol.orders import ORDERS
 from splitft.specs import WireSpec
 from splitft.tracking.events import Role
-from splitft.wire import CODECS, MAX_FRAME_BYTES, Announced, Encoded, Entry, Frame, Part, open_frame
+from splitft.wire import (
+    CODECS,
+    MAX_FRAME_BYTES,
+    Announced,
+    Codec,
+    Encoded,
+    Entry,
+    Frame,
+    Part,
+    Passage,
+    Streams,
+    codec_of,
+    open_frame,
+)
 from splitft.wire.frame import SENDER, VERSION
 
 RAW = "raw"
@@ -65,11 +78,20 @@ class Terms:
         """The message as the other side will see it, without passing through bytes."""
         return self.unpack(self.pack(message))
 
-    def to_bytes(self, message: Message) -> bytes:
-        """The message as it travels. Raises ProtocolError if it may not."""
-        return self.pack(message).to_bytes()
+    def to_bytes(self, message: Message, streams: Streams | None = None) -> bytes:
+        """The message as it travels. Raises ProtocolError if it may not.
 
-    def from_bytes(self, data: bytes, limit: int = MAX_FRAME_BYTES, check: Check | None = None) -> Message:
+        `streams` is what this end of the client's line remembers, for codecs that learn.
+        """
+        return self.pack(message, streams).to_bytes()
+
+    def from_bytes(
+        self,
+        data: bytes,
+        limit: int = MAX_FRAME_BYTES,
+        check: Check | None = None,
+        streams: Streams | None = None,
+    ) -> Message:
         """A message from the other side, checked. Raises WireError or ProtocolError saying what is wrong.
 
         Before any payload is read, `check` is asked with the message of shapes.
@@ -78,51 +100,66 @@ class Terms:
         outline = self._outline(announced)
         if check is not None:
             check(outline)
-        return self.unpack(announced.read())
+        return self.unpack(announced.read(), streams)
 
-    def pack(self, message: Message) -> Frame:
+    def pack(self, message: Message, streams: Streams | None = None) -> Frame:
         """The message with its tensors as the codecs write them. Raises ProtocolError if it may not."""
         fields: dict[str, Any] = {}
         tensors: dict[str, Encoded] = {}
+        kind = type(message).__name__
+        streams = Streams() if streams is None else streams
+        _begin(streams, vars(message))
         for name in type(message).model_fields:
             value = getattr(message, name)
             if name not in message.ROLES:
                 fields[name] = value
                 continue
             role = message.ROLES[name]
+            passage = streams.passage(kind, role, _number(vars(message)))
             if isinstance(value, torch.Tensor):
                 if role == "label" and not self.labels_travel:
                     raise ProtocolError("labels were about to leave the client, whose labels stay at home")
-                tensors[name] = self._encoded(role, name, value)
+                tensors[name] = self._encoded(role, name, value, passage)
             else:
                 members = value.tensors() if isinstance(value, AdapterState) else value or {}
                 for key, tensor in members.items():
-                    tensors[f"{name}/{key}"] = self._encoded(role, name, tensor)
-        return Frame(type(message).__name__, fields, tensors)
+                    tensors[f"{name}/{key}"] = self._encoded(role, name, tensor, passage)
+        return Frame(kind, fields, tensors)
 
-    def unpack(self, frame: Frame) -> Message:
+    def unpack(self, frame: Frame, streams: Streams | None = None) -> Message:
         """The message of a frame whose tensors are there. Raises ProtocolError saying what is wrong."""
         entries = {name: encoded.entry for name, encoded in frame.tensors.items()}
         kind = self._admit(frame.kind, frame.fields, entries, frame.sender)
-        decoded = {name: self._decoded(frame.kind, name, one) for name, one in frame.tensors.items()}
+        streams = Streams() if streams is None else streams
+        _begin(streams, frame.fields)
+        number = _number(frame.fields)
+        decoded = {
+            name: self._decoded(kind, name, one, streams.passage(frame.kind, one.role, number))
+            for name, one in frame.tensors.items()
+        }
         return _message(kind, frame.fields, decoded)
 
     # ----------------------------------------------------------------------------------------------
 
     def _codec(self, role: Role, field: str) -> str:
         """Name of the codec that a tensor of this field travels in."""
-        names = {"hidden": self.wire.hidden, "gradient": self.wire.gradient, "adapter": self.wire.adapter}
-        return RAW if field == "moments" or role not in names else names[role]
+        return RAW if field == "moments" or role == "label" else self._codec_of(role).name
+
+    def _codec_of(self, role: Role) -> Codec:
+        given: str = getattr(self.wire, role)
+        return codec_of(given)
 
     def _type(self, role: Role) -> torch.dtype:
         """Type that both sides compute in."""
         return {"label": torch.int64, "adapter": self.adapter_dtype}.get(role, self.dtype)
 
-    def _encoded(self, role: Role, field: str, tensor: torch.Tensor) -> Encoded:
+    def _encoded(self, role: Role, field: str, tensor: torch.Tensor, passage: Passage) -> Encoded:
         codec, shape = self._codec(role, field), tuple(tensor.shape)
         if codec == RAW:
             return Encoded(role, RAW, tensor.dtype, shape, {"": tensor.detach()})
-        return Encoded(role, codec, self._type(role), shape, {"": CODECS[codec].encode(tensor)})
+        if not bool(torch.isfinite(tensor).all()):
+            raise ProtocolError(f"{field} has numbers that are not finite and cannot be sent")
+        return replace(self._codec_of(role).encode(tensor, passage), dtype=self._type(role))
 
     def _outline(self, announced: Announced) -> Message:
         """The message with shapes alone, checked against what was agreed."""
@@ -181,18 +218,23 @@ class Terms:
         if math.prod(entry.shape) > MAX_FRAME_BYTES:
             raise ProtocolError(f"{kind}: {name} is {entry.shape}, larger than any frame")
         layout = {"": Part(entry.dtype, entry.shape)}
-        entry.check(name, layout if codec == RAW else CODECS[codec].layout(entry.shape, entry.parameters))
+        if codec != RAW:
+            layout = self._codec_of(role).layout(entry.shape, entry.parameters)
+        entry.check(name, layout)
 
-    def _decoded(self, kind: str, name: str, encoded: Encoded) -> torch.Tensor:
+    def _decoded(self, kind: type[Message], name: str, encoded: Encoded, passage: Passage) -> torch.Tensor:
         """The tensor's numbers, all of them finite."""
         if encoded.codec == RAW:
             tensor = encoded.parts[""]
         else:
-            tensor = CODECS[encoded.codec].decode(encoded.parts[""], encoded.dtype)
+            tensor = self._codec_of(kind.ROLES[name.partition("/")[0]]).decode(
+                encoded, encoded.dtype, passage
+            )
         scales = [part for part in encoded.parts.values() if part is not tensor and part.is_floating_point()]
         for one in (tensor, *scales):
-            if one.is_floating_point() and not bool(torch.isfinite(one).all()):
-                raise ProtocolError(f"{kind}: tensor {name!r} has numbers that are not finite")
+            wide = one.float() if one.dtype.itemsize == 1 else one  # torch has no isfinite for float8
+            if one.is_floating_point() and not bool(torch.isfinite(wide).all()):
+                raise ProtocolError(f"{kind.__name__}: tensor {name!r} has numbers that are not finite")
         return tensor
 
 
@@ -218,6 +260,21 @@ def _message(kind: type[Message], fields: Mapping[str, Any], tensors: Mapping[st
         raise ProtocolError(f"{kind.__name__}: {place}: {first['msg']}") from error
     except AdapterError as error:
         raise ProtocolError(f"{kind.__name__}: {error}") from error
+
+
+def _begin(streams: Streams, values: Mapping[str, Any]) -> None:
+    """Tell this end of the line of a round that begins, and of the batch that Activations bring."""
+    if "cut" in values:
+        streams.at_cut(values["cut"])
+    if "labelled" in values:
+        names, lengths, labelled = values["examples"], values["lengths"], values["labelled"]
+        counts = [stop - start for start, stop in labelled]
+        streams.begin(values["training"], list(zip(names, lengths, counts, strict=True)) if names else [])
+
+
+def _number(values: Mapping[str, Any]) -> int:
+    """The step of a message that has one."""
+    return int(values.get("step", 0))
 
 
 def _here() -> str:

@@ -1,7 +1,8 @@
 """What a run needs to continue after any stop, written in one stroke after each round.
 
     checkpoints/round-0002/  state.json           round, cuts, steps of each client
-                             state.safetensors    global/..., client/NAME/..., server/SLOT/..., private/NAME/
+                             state.safetensors    global/..., client/NAME/..., server/SLOT/..., private/NAME/,
+                                                  memory/NAME/END/STREAM/... of codecs that learn
 
 A checkpoint is written beside, flushed to the disk and renamed, so that a folder of that name is always
 whole; the one before is removed only then. A full disk or a kill -9 in the middle loses the draft alone.
@@ -42,6 +43,8 @@ class Snapshot:
     """The server's, by slot."""
     private: dict[str, AdapterState] = field(default_factory=dict)
     """Factors by client that it never uploads."""
+    memories: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """What codecs remember, by client and end of its line."""
 
 
 def folder_of(run: Path, number: int) -> Path:
@@ -115,7 +118,8 @@ def load_snapshot(run: Path, number: int) -> Snapshot:
         state = RunState(facts["round"], facts["cuts"], adapters, facts["losses"])
         owned = {side: _by_owner(parts.get(side, {})) for side in ("client", "server", "private")}
         private = {name: AdapterState.from_tensors(tensors) for name, tensors in owned["private"].items()}
-        return Snapshot(state, facts["steps"], owned["client"], owned["server"], private)
+        memories = _by_line(parts.get("memory", {}))
+        return Snapshot(state, facts["steps"], owned["client"], owned["server"], private, memories)
     except (OSError, ValueError, LookupError, TypeError, SafetensorError, AdapterError) as error:
         raise RunError(f"{folder} is damaged and cannot be read ({error}){_instead(run, number)}") from error
 
@@ -133,6 +137,8 @@ def _tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
     for side, owners in kept.items():
         for owner, moments in owners.items():
             flat.update((f"{side}/{owner}/{name}", tensor) for name, tensor in moments.items())
+    for line, tensors in snapshot.memories.items():
+        flat.update((f"memory/{line}/{name}", tensor) for name, tensor in tensors.items())
     return {name: tensor.contiguous() for name, tensor in flat.items()}
 
 
@@ -142,6 +148,15 @@ def _by_owner(tensors: dict[str, torch.Tensor]) -> dict[str, Moments]:
         owner, _, rest = name.rpartition("/")
         owners.setdefault(owner, {})[rest] = tensor
     return owners
+
+
+def _by_line(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """From `client/end/stream/name`; a client's name may have strokes of its own."""
+    lines: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        line, stream, rest = name.rsplit("/", 2)
+        lines.setdefault(line, {})[f"{stream}/{rest}"] = tensor
+    return lines
 
 
 def _numbers(run: Path) -> list[int]:

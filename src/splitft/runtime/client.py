@@ -71,15 +71,19 @@ class Client:
         stream: BatchStream,
         held_out: Sequence[Batch],
         defence: Defence | None = None,
+        numbered: bool = False,
     ) -> None:
-        """Load the blocks [0, cut) of the model. Raises GeometryError or ModelError if that cannot be."""
+        """Load the blocks [0, cut) of the model. Raises GeometryError or ModelError if that cannot be.
+
+        With `numbered`, activations tell which of the client's examples they are of, without its text.
+        """
         self.name = name
         self._defence = defence or Defence(PrivacySpec(), Noise(ranks.seed, name))
         self.plan = Plan(cut, model.shape.blocks, labels)
         self.steps = 0
         """Optimizer steps taken, over the whole run."""
         self._ranks, self._training = ranks, training
-        self._stream, self._held_out = stream, tuple(held_out)
+        self._stream, self._held_out, self._numbered = stream, tuple(held_out), numbered
         self.segment = model.segment(self.plan.client, embedding=True, head=labels == "client")
         self._bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype)
         dtype = torch.promote_types(model.dtype, torch.float32)
@@ -271,6 +275,7 @@ class Client:
             training=training,
             lengths=batch.lengths,
             labelled=tuple(zip(starts, stops, strict=True)),
+            examples=batch.numbers if self._numbered else (),
             hidden=underway.hidden.detach(),
             labels=batch.targets() if self.plan.labels == "server" else None,
         )

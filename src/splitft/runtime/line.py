@@ -14,6 +14,7 @@ from typing import Literal
 
 from splitft.protocol import Message, Terms
 from splitft.tracking.events import Role, Traffic
+from splitft.wire import Streams
 
 Direction = Literal["up", "down"]
 Tap = Callable[[str, Direction, bytes], None]
@@ -47,9 +48,11 @@ class Meter:
 class Line:
     """One client's metered line."""
 
-    def __init__(self, client: str, terms: Terms, tap: Tap | None = None) -> None:
+    def __init__(self, client: str, terms: Terms, tap: Tap | None = None, seed: int = 0) -> None:
         self._client, self._terms, self._tap = client, terms, tap
         self._meter = Meter()
+        self.ends = {"client": Streams(seed, client), "server": Streams(seed, client)}
+        """What each end remembers for codecs that learn."""
 
     def up(self, message: Message) -> Message:
         """From the client to the server, as the server sees it."""
@@ -64,13 +67,14 @@ class Line:
         return self._meter.traffic()
 
     def _pass(self, message: Message, direction: Direction) -> Message:
-        frame = self._terms.pack(message)
+        sender, receiver = ("client", "server") if direction == "up" else ("server", "client")
+        frame = self._terms.pack(message, self.ends[sender])
         payload = {name: encoded.nbytes for name, encoded in frame.tensors.items()}
         if self._terms.wire.in_process == "direct":
             self._meter.count(direction, message, payload)
-            return self._terms.unpack(frame)
+            return self._terms.unpack(frame, self.ends[receiver])
         data = frame.to_bytes()
         if self._tap is not None:
             self._tap(self._client, direction, data)
         self._meter.count(direction, message, payload, len(data))
-        return self._terms.from_bytes(data)
+        return self._terms.from_bytes(data, streams=self.ends[receiver])

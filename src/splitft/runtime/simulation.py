@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
+
 from splitft.protocol import (
     Activations,
     AdapterUpload,
@@ -38,11 +40,20 @@ class Simulation:
     """Carries the messages between one server and its clients. Implements `rounds.Federation`."""
 
     def __init__(
-        self, server: Server, clients: Sequence[Client], terms: Terms, tap: Tap | None = None
+        self,
+        server: Server,
+        clients: Sequence[Client],
+        terms: Terms | Mapping[str, Terms],
+        tap: Tap | None = None,
+        seed: int = 0,
     ) -> None:
+        """`terms` are for all, or one for each client; `seed` is that of rounding at random."""
         self.server = server
         self.clients: Mapping[str, Client] = {client.name: client for client in clients}
-        self._lines = {name: Line(name, terms, tap) for name in self.clients}
+        self._lines = {
+            name: Line(name, terms if isinstance(terms, Terms) else terms[name], tap, seed)
+            for name in self.clients
+        }
         self._aside: dict[str, list[Traffic]] = {name: [] for name in self.clients}
         self._seconds: dict[str, defaultdict[str, float]] = {
             name: defaultdict(float) for name in self.clients
@@ -94,6 +105,21 @@ class Simulation:
         counted = {name: _sum(parts) for name, parts in self._aside.items()}
         self._aside = {name: [] for name in self._lines}
         return counted
+
+    def memories(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What codecs remember, by client and end of its line, for a checkpoint."""
+        kept = {
+            f"{name}/{end}": streams.tensors()
+            for name, line in self._lines.items()
+            for end, streams in line.ends.items()
+        }
+        return {owner: tensors for owner, tensors in kept.items() if tensors}
+
+    def recall(self, memories: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Remember what a checkpoint kept."""
+        for name, line in self._lines.items():
+            for end, streams in line.ends.items():
+                streams.restore(memories.get(f"{name}/{end}", {}))
 
     # ----------------------------------------------------------------------------------------------
 

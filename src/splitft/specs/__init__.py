@@ -10,12 +10,13 @@ from splitft.specs.deploy import DeploySpec
 from splitft.specs.privacy import PrivacySpec, RowDefenceSpec, SiteBoundsSpec, UpdatesSpec
 from splitft.specs.schedule import ChangeSpec, DeviceName, DeviceSpec, LinkName, LinkSpec, ScheduleSpec
 from splitft.specs.training import AggregateSpec, LoraSpec, SplitSpec, TrainingSpec
-from splitft.specs.wire import WireSpec
+from splitft.specs.wire import CodecChoice, WireSpec
 
 __all__ = [
     "AggregateSpec",
     "ChangeSpec",
     "ClientsSpec",
+    "CodecChoice",
     "DataSpec",
     "DeploySpec",
     "DeviceName",

@@ -1,57 +1,80 @@
-"""How the numbers of a tensor are written on the wire.
+"""Every way in which the numbers of a tensor may be written on the wire, by name.
 
-    tensor --encode--> tensor of the wire's type --(frame)--> --decode--> tensor of the model's type
+    tensor --encode--> Encoded (parts, parameters) --(frame)--> --decode--> tensor of the receiver's type
 
-A codec states the largest relative error that a number can suffer: rounding to p bits of mantissa is off
-by at most 2^-(p+1) of the number, as long as it is in the type's normal range.
+A codec is told the tensor's role and what its end of the stream remembers (`Passage`), is deterministic, says
+what it takes (`bytes_for`), what a receiver may hold a sender to (`layout`), and how far off a row may be
+(`error_bound`). What travels is rounded, what is differentiated is not: the receiver's gradient with
+respect to the decoded tensor is taken for the sender's with respect to its own (straight through).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 
-from splitft.errors import WireError
-from splitft.wire.parts import Parameter, Part
+from splitft.specs import CodecChoice
+from splitft.wire.bounded import Bounded
+from splitft.wire.cast import Cast, ScaledCast
+from splitft.wire.feedback import Feedback
+from splitft.wire.parts import Encoded, Parameter, Part
+from splitft.wire.passage import Passage
+from splitft.wire.principal import Principal
+from splitft.wire.quantise import Int8, Packed
+from splitft.wire.sparse import TopK
+from splitft.wire.temporal import Temporal
 
 
-@dataclass(frozen=True)
-class Cast:
-    """Round to a floating-point type."""
-
-    dtype: torch.dtype
-    """Type on the wire."""
+class Codec(Protocol):
+    """Writes tensors and reads them back."""
 
     @property
-    def bytes_per_element(self) -> float:
-        """Payload of one number."""
-        return float(self.dtype.itemsize)
+    def name(self) -> str:
+        """As the header of a frame has it."""
 
-    @property
-    def relative_error(self) -> float:
-        """Bound on |decoded - x| / |x| for x in the normal range of the wire's type."""
-        return torch.finfo(self.dtype).eps / 2
+    def bytes_for(self, shape: tuple[int, ...]) -> float:
+        """Payload of a tensor of this shape: exact, or expected where it follows the data."""
 
-    def encode(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Any shape, as it will travel."""
-        return tensor.detach().to(self.dtype)
+    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+        """The parts of such a tensor. Raises WireError for parameters that are not its own."""
 
-    def layout(self, shape: Sequence[int], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
-        """Parts that a tensor of this shape has on the wire. Raises WireError for parameters it has not."""
-        if parameters:
-            raise WireError(f"a cast to {self.dtype} has no parameter {next(iter(parameters))!r}")
-        return {"": Part(self.dtype, tuple(shape))}
+    def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
+        """As it will travel."""
 
-    def decode(self, encoded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Back to the type that the receiver computes in."""
-        return encoded.to(dtype)
+    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
+        """Back to the type that the receiver computes in. Raises WireError for contents that lie."""
+
+    def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
+        """(N,) Euclidean length that the error of each row may have."""
 
 
-CODECS: dict[str, Cast] = {
-    "bf16": Cast(torch.bfloat16),
-    "fp32": Cast(torch.float32),
-    "fp64": Cast(torch.float64),
+CODECS: dict[str, Codec] = {
+    "fp64": Cast("fp64", torch.float64),
+    "fp32": Cast("fp32", torch.float32),
+    "bf16": Cast("bf16", torch.bfloat16),
+    "fp8": ScaledCast(),
+    "int8": Int8(),
+    "int4": Packed("int4", 4),
+    "int2": Feedback(Packed("int2", 2)),
+    "topk": Feedback(TopK()),
+    "bounded": Bounded(),
+    "temporal": Temporal(),
+    "principal": Principal(),
 }
-"""Every codec, by its name in the section `wire`."""
+"""Every codec, by its name in the section `wire`, from the most bytes to the least for hidden states."""
+
+
+def codec_of(given: str | CodecChoice) -> Codec:
+    """The codec that a user wrote: `int4`, `bounded:rel=1e-2`, or the same as a mapping."""
+    choice = CodecChoice.parse(given) if isinstance(given, str) else given
+    codec: Any = CODECS[choice.codec]
+    options = choice.options
+    if choice.codec == "bounded" and options:
+        (kind, bound), *_ = options.items()
+        return Bounded("abs" if kind == "abs" else "rel", bound)
+    if choice.codec == "topk" and options:
+        return Feedback(TopK(share=int(options["share"])))
+    return dataclasses.replace(codec, **options) if options else codec  # type: ignore[no-any-return]

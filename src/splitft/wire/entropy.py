@@ -1,0 +1,109 @@
+"""Integers of known spread as nearly as few bits as their entropy: many rANS coders side by side.
+
+    codes (S, L): S symbols in each of L lanes, all L symbols of one line of the same spread
+
+A symbol of probability f / 2^15 takes log2(2^15 / f) bits (Duda 2013, asymmetric numeral systems, arXiv
+1311.2540). Each lane keeps its own state in [2^16, 2^32) and gives or takes a word of 16 bits when it would
+leave that range; a line is one step of all lanes at once, and lanes without need of a word wait. Symbols of
+spread s (standard deviation over step) are taken to be half normal, half Laplace: hidden states along their
+principal axes have tails between the two.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitft.errors import WireError
+
+LARGEST = 127
+"""Symbols are whole numbers from minus to plus this."""
+CLASSES = 48
+"""Spreads are rounded to powers of 2^(1/4), from 2^-4 to 2^7.75."""
+_PRECISION = 15
+_LOW = np.uint64(1 << 16)
+_WORD = np.uint64(16)
+_SHIFT = np.uint64(_PRECISION)
+_MASK = np.uint64((1 << _PRECISION) - 1)
+
+Integers = NDArray[np.int64]
+
+
+def class_of(spread: NDArray[np.float64]) -> Integers:
+    """The nearest class of each spread."""
+    nearest = np.rint(np.log2(np.maximum(spread, 1e-9)) * 4) + 16
+    classes: Integers = np.clip(nearest, 0, CLASSES - 1).astype(np.int64)
+    return classes
+
+
+def expected_bits(classes: Integers) -> float:
+    """Mean bits of a symbol, if symbols are as their classes say."""
+    share, _, _ = _tables()
+    chance = share / (1 << _PRECISION)
+    entropy = -(chance * np.log2(chance)).sum(1)
+    return float(entropy[classes].mean())
+
+
+def encode(codes: NDArray[np.int16], classes: Integers) -> bytes:
+    """Codes (S, L) with the class of each line (S,); the states of the lanes stand first."""
+    share, below, _ = _tables()
+    symbols = codes.astype(np.int64) + LARGEST
+    state = np.full(codes.shape[1], _LOW)
+    words: list[NDArray[np.uint16]] = []
+    for line in range(len(codes) - 1, -1, -1):
+        f = share[classes[line]][symbols[line]].astype(np.uint64)
+        full = state >= f << np.uint64(32 - _PRECISION)
+        words.append((state[full] & np.uint64(0xFFFF)).astype("<u2"))
+        state[full] >>= _WORD
+        whole, rest = np.divmod(state, f)
+        state = (whole << _SHIFT) + rest + below[classes[line]][symbols[line]].astype(np.uint64)
+    return state.astype("<u4").tobytes() + b"".join(part.tobytes() for part in reversed(words))
+
+
+def decode(data: bytes, classes: Integers, lanes: int) -> NDArray[np.int16]:
+    """The inverse. Raises WireError if the bytes are not exactly those of such codes."""
+    share, below, lookup = _tables()
+    if len(data) < 4 * lanes or (len(data) - 4 * lanes) % 2:
+        raise WireError(f"{len(data)} bytes are no entropy code of {lanes} lanes")
+    state = np.frombuffer(data, "<u4", lanes).astype(np.uint64)
+    words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint64)
+    codes = np.empty((len(classes), lanes), np.int16)
+    read = 0
+    for line, kind in enumerate(classes):
+        slot = (state & _MASK).astype(np.int64)
+        symbol = lookup[kind][slot]
+        codes[line] = symbol
+        f = share[kind][symbol].astype(np.uint64)
+        state = f * (state >> _SHIFT) + slot.astype(np.uint64) - below[kind][symbol].astype(np.uint64)
+        lacking = np.flatnonzero(state < _LOW)
+        if read + len(lacking) > len(words):
+            raise WireError("an entropy code ends too early")
+        state[lacking] = (state[lacking] << _WORD) | words[read : read + len(lacking)]
+        read += len(lacking)
+    if read != len(words) or bool((state != _LOW).any()):
+        raise WireError("an entropy code is damaged: it does not end where it began")
+    codes -= LARGEST
+    return codes
+
+
+@functools.cache
+def _tables() -> tuple[Integers, Integers, NDArray[np.uint8]]:
+    """By class: share of each symbol in 2^15 (at least 1), the sum of those below it, and the inverse."""
+    total, edges = 1 << _PRECISION, np.arange(-LARGEST, LARGEST + 2) - 0.5
+    share = np.empty((CLASSES, 2 * LARGEST + 1), np.int64)
+    for kind in range(CLASSES):
+        spread = 2.0 ** ((kind - 16) / 4)
+        normal = np.array([0.5 * math.erfc(-edge / spread / math.sqrt(2)) for edge in edges])
+        scale = spread / math.sqrt(2)
+        laplace = np.array(
+            [0.5 * math.exp(e / scale) if e < 0 else 1 - 0.5 * math.exp(-e / scale) for e in edges]
+        )
+        chance = np.diff((normal + laplace) / 2)
+        share[kind] = 1 + np.floor(chance / chance.sum() * (total - len(chance)))
+        share[kind, LARGEST] += total - share[kind].sum()
+    below = np.cumsum(share, 1) - share
+    lookup = np.stack([np.repeat(np.arange(2 * LARGEST + 1), row) for row in share]).astype(np.uint8)
+    return share, below, lookup

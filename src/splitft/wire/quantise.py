@@ -1,0 +1,262 @@
+"""Codecs of small integers: numbers in groups of up to 64 share a scale.
+
+    int8   code = round(x / s), s = max|x| / 127                         1 byte and 4/64 a number
+    int4   rows less their mean, outlier channels apart, rotated;
+           code = round(x / s + 7.5), s = max|x| / 7.5                   half a byte, 1/64, and the channels
+    int2   the same with 4 levels, s = max(max|x| / 2.5, rms)            a quarter of a byte and 1/64
+
+A few channels and a mean row carry most of a hidden state's energy, and so most of the error if all share a
+scale: they travel apart, in bfloat16, and what is left is rotated (`rows`). Gradients are rounded at random,
+up as often as is right on average, by a seeded generator, so that errors cancel over steps; int2 rounds to
+the nearest and relies on feedback instead (`feedback`). Scales of int4 and int2 are powers of 2^(1/8),
+rounded up, in one byte, relative to the largest of the message.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from splitft.errors import WireError
+from splitft.wire.cast import no_parameters
+from splitft.wire.parts import Encoded, Parameter, Part
+from splitft.wire.passage import Passage
+from splitft.wire.rows import as_rows, grouped, groups_of, rotated, rotated_back, sizes, ungrouped
+
+CHUNK = 4096
+"""Groups quantised at a time: their numbers stay in the cache."""
+APART = 4
+"""Outlier channels of a row of 128 numbers or more."""
+ORDINARY = 3.0
+"""Rows longer than this many times the median do not count for the mean."""
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Int8:
+    """One byte a number, one float32 scale a group."""
+
+    name: str = "int8"
+
+    def bytes_for(self, shape: tuple[int, ...]) -> float:
+        """Payload of a tensor of this shape."""
+        rows, width = sizes(shape)
+        return float(rows * (width + 4 * groups_of(width)[0]))
+
+    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+        """Codes (N, D), scales (N G,)."""
+        no_parameters(self.name, parameters)
+        rows, width = sizes(shape)
+        scales = Part(torch.float32, (rows * groups_of(width)[0],))
+        return {"codes": Part(torch.int8, (rows, width)), "scales": scales}
+
+    def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
+        """Round to the nearest, or at random where it must be right on average."""
+        rows = as_rows(tensor)
+        groups = grouped(rows)
+        codes, scales = torch.empty(groups.shape, dtype=torch.int8), torch.empty(len(groups))
+        noise = passage.uniform(groups) if passage.unbiased else None
+        room = torch.empty(min(CHUNK, len(groups)), groups.shape[1])
+        for start in range(0, len(groups), CHUNK):
+            chunk = groups[start : start + CHUNK]
+            work = room[: len(chunk)]
+            torch.abs(chunk, out=work)
+            scale = work.amax(1, keepdim=True).mul_(1 / 127).clamp_min_(_TINY)
+            torch.mul(chunk, 1 / scale, out=work)
+            if noise is None:
+                work.round_()
+            else:
+                work.add_(noise[start : start + CHUNK]).floor_()
+            codes[start : start + CHUNK].copy_(work.clamp_(-127, 127))
+            scales[start : start + CHUNK] = scale[:, 0]
+        parts = {"codes": ungrouped(codes, rows.shape[1]).contiguous(), "scales": scales}
+        return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), parts)
+
+    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
+        """Codes times scales."""
+        codes, scales = encoded.parts["codes"], encoded.parts["scales"]
+        width = codes.shape[1]
+        count, size = groups_of(width)
+        if count * size == width:
+            rows = torch.mul(codes.reshape(-1, size), scales[:, None])
+        else:
+            rows = codes * scales.reshape(-1, count).repeat_interleave(size, 1)[:, :width]
+        return rows.reshape(encoded.shape).to(dtype)
+
+    def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
+        """(N,): half a scale a number, a whole one where rounding was random."""
+        width = sizes(encoded.shape)[1]
+        share = 1.0 if encoded.role == "gradient" else 0.5
+        return _row_bound(encoded.parts["scales"].double() * (share + 1e-3), width)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A few bits a number, after the mean and the outlier channels are taken out and the rest is rotated."""
+
+    name: str
+    bits: int
+    """4 or 2."""
+
+    @property
+    def levels(self) -> int:
+        """Codes there are."""
+        return int(2**self.bits)
+
+    def bytes_for(self, shape: tuple[int, ...]) -> float:
+        """Payload of a tensor of this shape."""
+        return float(sum(part.nbytes for part in self.layout(shape, {"top": 0}).values()))
+
+    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+        """Packed codes, one byte of scale a group, mean (D,), outlier channels and which they are."""
+        top_of(parameters)
+        rows, width = sizes(shape)
+        count, size = groups_of(width)
+        codes = -(-rows * count * size // (8 // self.bits))
+        apart = channels_apart(width)
+        return {
+            "codes": Part(torch.uint8, (codes,)),
+            "scales": Part(torch.uint8, (rows * count,)),
+            "mean": Part(torch.bfloat16, (width,)),
+            "channels": Part(torch.int32, (apart,)),
+            "apart": Part(torch.bfloat16, (rows, apart)),
+        }
+
+    def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
+        """Take out what is large, rotate the rest, round it."""
+        rows = as_rows(tensor)
+        rest, parts = _taken_apart(rows, channels_apart(rows.shape[1]))
+        groups = grouped(rotated(rest))
+        scales, top = scale_bytes(self._steps(groups))
+        steps = steps_of(scales, top)
+        middle = (self.levels - 1) / 2
+        codes = torch.empty(groups.shape, dtype=torch.uint8)
+        noise = passage.uniform(groups) if passage.unbiased and self.bits > 2 else None
+        for start in range(0, len(groups), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            work = groups[chunk] * (1 / steps[chunk, None])
+            work += middle + 0.5 if noise is None else middle + noise[chunk]
+            codes[chunk] = work.clamp_(0, self.levels - 1)  # towards zero, and nothing is below it: floor
+        parts |= {"codes": pack_bits(codes.reshape(-1), self.bits), "scales": scales}
+        return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), parts, {"top": top})
+
+    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
+        """The other way round."""
+        rows, width = sizes(encoded.shape)
+        count, size = groups_of(width)
+        codes = unpack_bits(encoded.parts["codes"], self.bits, rows * count * size).reshape(-1, size)
+        groups = (codes.float() - (self.levels - 1) / 2) * steps_of(
+            encoded.parts["scales"], top_of(encoded.parameters)
+        )[:, None]
+        rest = rotated_back(ungrouped(groups, width))
+        return _put_together(rest, encoded.parts).reshape(encoded.shape).to(dtype)
+
+    def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
+        """(N,): int4 half a step a number, a whole one at random; int2 a step at most."""
+        share = 0.5 if self.bits > 2 and encoded.role != "gradient" else 1.0
+        width = sizes(encoded.shape)[1]
+        rounding = _row_bound(
+            steps_of(encoded.parts["scales"], top_of(encoded.parameters)).double() * share, width
+        )
+        channels = encoded.parts["apart"].double().norm(dim=1) * torch.finfo(torch.bfloat16).eps
+        bound: torch.Tensor = rounding * (1 + 1e-3) + channels + 1e-5 * encoded.parts["mean"].double().norm()
+        return bound
+
+    def _steps(self, groups: torch.Tensor) -> torch.Tensor:
+        """Each group's step, from its largest number (and its rms where levels are few)."""
+        largest = groups.abs().amax(1)
+        if self.bits == 2:
+            return torch.maximum(largest / 2.5, groups.square().mean(1).sqrt_())
+        return largest * (2 / (self.levels - 1))
+
+
+def channels_apart(width: int) -> int:
+    """How many channels travel by themselves."""
+    return min(APART, width // 32)
+
+
+def scale_bytes(steps: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Positive steps as bytes, and the power of two that the largest byte stands for.
+
+    Step = 2^(top + (byte - 255) / 8), rounded up; what is under 2^-31 of the largest is taken for that.
+    """
+    largest = float(steps.max()) if len(steps) else 0.0
+    top = math.ceil(math.log2(largest)) if largest > _TINY else LOWEST_TOP
+    eighths = torch.log2(steps.clamp_min(_TINY)).sub_(top).mul_(8).sub_(1e-3).ceil_()
+    return (eighths + 255).clamp_(0, 255).to(torch.uint8), top
+
+
+def steps_of(scales: torch.Tensor, top: int) -> torch.Tensor:
+    """The steps that bytes stand for."""
+    return (_EIGHTHS * 2.0**top)[scales.long()].float()
+
+
+def top_of(parameters: Mapping[str, Parameter]) -> int:
+    """The parameter `top`. Raises WireError if it is not a power of two that numbers have."""
+    top = parameters.get("top")
+    if not isinstance(top, int) or isinstance(top, bool) or not LOWEST_TOP <= top <= HIGHEST_TOP:
+        raise WireError(f"the scale is 2^{top!r}; it must be a whole power of {LOWEST_TOP} to {HIGHEST_TOP}")
+    return top
+
+
+_EIGHTHS = torch.exp2((torch.arange(256, dtype=torch.float64) - 255) / 8)
+LOWEST_TOP, HIGHEST_TOP = -90, 120
+
+
+def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes (n,) of a few bits -> bytes: the first share of them in the low bits, and so on."""
+    share = 8 // bits
+    length = -(-len(codes) // share)
+    if length * share != len(codes):
+        codes = torch.nn.functional.pad(codes, (0, length * share - len(codes)))
+    packed = codes[:length].clone()
+    for place in range(1, share):
+        packed |= codes[place * length : (place + 1) * length] << (bits * place)
+    return packed
+
+
+def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The inverse of `pack_bits`: the first `count` codes."""
+    share, mask = 8 // bits, 2**bits - 1
+    if count > len(packed) * share:
+        raise WireError(f"{len(packed)} bytes hold {len(packed) * share} codes; {count} were due")
+    return torch.cat([(packed >> (bits * place)) & mask for place in range(share)])[:count]
+
+
+def _taken_apart(rows: torch.Tensor, apart: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Rows without their mean and their largest channels, and both as they travel."""
+    mean = _mean(rows).to(torch.bfloat16)
+    rest = rows - mean.float()
+    energy = torch.linalg.vector_norm(rest, dim=0)
+    channels = torch.topk(energy, apart).indices.sort().values
+    values = rest[:, channels].to(torch.bfloat16)
+    rest[:, channels] = 0
+    return rest, {"mean": mean, "channels": channels.to(torch.int32), "apart": values}
+
+
+def _mean(rows: torch.Tensor) -> torch.Tensor:
+    """(D,): of the rows of ordinary length, for one attention sink is longer than a hundred others."""
+    if not len(rows):
+        return rows.new_zeros(rows.shape[1])
+    length = torch.linalg.vector_norm(rows, dim=1)
+    ordinary = (length <= ORDINARY * length.median()).float()
+    mean: torch.Tensor = ordinary @ rows / ordinary.sum()
+    return mean
+
+
+def _put_together(rest: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The inverse of `_taken_apart`. Raises WireError for channels that are not there."""
+    channels, width = parts["channels"].long(), rest.shape[1]
+    if len(channels) and not 0 <= int(channels.min()) <= int(channels.max()) < width:
+        raise WireError(f"outlier channels {channels.tolist()} of rows of width {width}")
+    rest[:, channels] = parts["apart"].float()
+    return rest + parts["mean"].float()
+
+
+def _row_bound(steps: torch.Tensor, width: int) -> torch.Tensor:
+    """(N,): the length of a row whose every number is off by its group's step."""
+    count, size = groups_of(width)
+    return steps.reshape(-1, count).square().sum(1).mul(size).sqrt() if math.prod(steps.shape) else steps[:0]

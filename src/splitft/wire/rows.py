@@ -1,0 +1,84 @@
+"""A tensor as rows of groups, and the fixed rotation that spreads an outlier over its row.
+
+    any shape (..., D) -> rows (N, D) -> groups (N * G, g),  G = ceil(D / 64), rows padded to G * g with zeros
+
+The rotation is a Kronecker product of a Hadamard matrix of the largest power of two in D (at most 64) with a
+random orthogonal matrix, after random signs; both follow from D alone, so that both sides have the same. It
+keeps lengths, and it leaves no channel larger than the others: QuaRot, arXiv 2404.00456.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+GROUP = 64
+"""Numbers that share a scale, at most."""
+LARGEST_MIX = 128
+"""Widest random orthogonal matrix; of wider rows each slice of a power of two is rotated by itself."""
+_SEED = 20240330
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(..., D) -> (N, D) in float32; a lone number is a row of one."""
+    return tensor.detach().reshape(sizes(tuple(tensor.shape))).to(torch.float32).contiguous()
+
+
+def sizes(shape: tuple[int, ...]) -> tuple[int, int]:
+    """N rows and D columns of a tensor of this shape."""
+    width = shape[-1] if shape else 1
+    return (math.prod(shape[:-1]) if shape else 1), width
+
+
+def groups_of(width: int) -> tuple[int, int]:
+    """G groups a row, and g numbers in each."""
+    count = max(1, -(-width // GROUP))
+    return count, -(-width // count)
+
+
+def grouped(rows: torch.Tensor) -> torch.Tensor:
+    """(N, D) -> (N * G, g)."""
+    count, size = groups_of(rows.shape[1])
+    if count * size != rows.shape[1]:
+        rows = torch.nn.functional.pad(rows, (0, count * size - rows.shape[1]))
+    return rows.reshape(len(rows) * count, size)
+
+
+def ungrouped(groups: torch.Tensor, width: int) -> torch.Tensor:
+    """(N * G, g) -> (N, D)."""
+    count, size = groups_of(width)
+    rows = groups.reshape(len(groups) // count, count * size)
+    return rows if count * size == width else rows[:, :width]
+
+
+def rotated(rows: torch.Tensor) -> torch.Tensor:
+    """Every row of (N, D) turned by the fixed rotation."""
+    signs, hadamard, mix = _rotation(rows.shape[1])
+    parts = (rows * signs).reshape(len(rows), len(signs) // len(hadamard), len(hadamard)) @ hadamard
+    return (parts if mix is None else torch.matmul(mix, parts)).reshape(rows.shape)
+
+
+def rotated_back(rows: torch.Tensor) -> torch.Tensor:
+    """The inverse of `rotated`."""
+    signs, hadamard, mix = _rotation(rows.shape[1])
+    parts = rows.reshape(len(rows), len(signs) // len(hadamard), len(hadamard))
+    parts = parts if mix is None else torch.matmul(mix.T, parts)
+    return (parts @ hadamard.T).reshape(rows.shape) * signs
+
+
+@functools.cache
+def _rotation(width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Signs (D,), Hadamard matrix (2^a, 2^a), orthogonal matrix (m, m), D = m 2^a; None if m is large."""
+    generator = torch.Generator().manual_seed(_SEED + width)
+    power = min(math.gcd(width, GROUP), width)
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < power:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    signs = torch.randint(2, (width,), generator=generator) * 2.0 - 1.0
+    count, mix = width // power, None
+    if 1 < count <= LARGEST_MIX:
+        drawn = torch.randn(count, count, generator=generator, dtype=torch.float64)
+        mix = torch.linalg.qr(drawn).Q.float().contiguous()
+    return signs, hadamard / math.sqrt(power), mix

@@ -1,0 +1,67 @@
+"""What one end of a client's line remembers between messages.
+
+    client end   [Activations|train, HeadGradient|train, ...]  -->  <--  the same at the server's end
+
+A stream is one kind of tensor for one purpose, so that evaluation does not disturb training. Each end keeps a
+`Memory` for each stream, whether it sends or receives; a checkpoint keeps both ends.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from splitft.wire.passage import Memory, Passage
+
+_CUT = "line/cut"
+
+
+class Streams:
+    """One end of one client's line."""
+
+    def __init__(self, seed: int = 0, client: str = "") -> None:
+        self._seed, self._client = seed, client
+        self._memories: dict[str, Memory] = {}
+        self._underway: tuple[tuple[int, int, int], ...] = ()
+        self._training = True
+        self._cut = 0  # 0: no round has begun
+
+    def begin(self, training: bool, examples: Sequence[tuple[int, int, int]]) -> None:
+        """A batch is underway: (example, rows, labelled rows) of each sequence, where that is told."""
+        self._training, self._underway = training, tuple(examples)
+
+    def at_cut(self, cut: int) -> None:
+        """A round begins at this cut: what was learnt of another cut's tensors is forgotten."""
+        if self._cut not in (0, cut):
+            self._memories = {}
+        self._cut = cut
+
+    def passage(self, kind: str, role: str, number: int) -> Passage:
+        """Of the message of this kind, the number-th of its round; `Activations` have all rows."""
+        purpose = "train" if self._training else "evaluate"
+        name = f"{kind}|{purpose}"
+        whole = kind in ("Activations", "CutGradient")
+        examples = tuple((one, rows if whole else labelled) for one, rows, labelled in self._underway)
+        seed = zlib.crc32(f"{self._seed}/{self._client}/{name}/{number}".encode())
+        return Passage(role, seed, self._memories.setdefault(name, {}), examples)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything remembered, by stream and name, to be kept."""
+        remembered = {
+            f"{stream}/{name}": tensor
+            for stream, memory in self._memories.items()
+            for name, tensor in memory.items()
+        }
+        return remembered | {_CUT: torch.tensor(self._cut)} if remembered else {}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Remember what was kept, and nothing else."""
+        self._memories = {}
+        self._cut = int(tensors.get(_CUT, torch.tensor(0)))
+        for key, tensor in tensors.items():
+            if key == _CUT:
+                continue
+            stream, _, name = key.rpartition("/")
+            self._memories.setdefault(stream, {})[name] = tensor
