@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from splitft.adapters import AGGREGATORS, AdapterState, Factors, Fresh, aggregate, fit, fit_all
-from splitft.adapters.aggregate import A_ROW_NORM
+from splitft.adapters.factoring import A_ROW_NORM
 from splitft.errors import AdapterError
 from splitft.specs import AggregateSpec
 
@@ -74,7 +74,7 @@ def test_one_client_alone_keeps_its_products(rule, ranks, weight):
     state = _state(ranks, 3)
     done = aggregate(rule, [(weight, state)], ranks, FRESH)
     for key in KEYS:
-        _close(done.state[key].product(), state[key].product())
+        _close(done.product(key), state[key].product())
     assert done.state.ranks() == ranks
     assert done.error < 1e-5
 
@@ -85,7 +85,7 @@ def test_the_order_of_the_clients_does_not_matter(rule, found, random):
     ranks = _top_ranks(found)
     one, other = (aggregate(rule, listed, ranks, FRESH) for listed in (found, shuffled))
     for key in KEYS:
-        _close(one.state[key].product(), other.state[key].product(), 1e-4)
+        _close(one.product(key), other.product(key), 1e-4)
     assert one.error == pytest.approx(other.error, abs=1e-5)
 
 
@@ -95,7 +95,7 @@ def test_only_the_proportions_of_the_weights_matter(rule, found, scale):
     one = aggregate(rule, found, ranks, FRESH)
     other = aggregate(rule, [(weight * scale, state) for weight, state in found], ranks, FRESH)
     for key in KEYS:
-        _close(one.state[key].product(), other.state[key].product(), 1e-4)
+        _close(one.product(key), other.product(key), 1e-4)
 
 
 @given(members(equal_ranks=True))
@@ -145,11 +145,14 @@ def test_svd_gives_rows_of_a_the_norm_that_they_start_with(found):
         _close(norms, torch.full_like(norms, A_ROW_NORM))
 
 
-@given(st.sampled_from(["zero-pad", "svd"]), members(), RANKS)
+UNEQUAL = sorted(set(AGGREGATORS) - {"factors"})
+
+
+@given(st.sampled_from(UNEQUAL), members(), RANKS)
 def test_the_reported_error_is_that_of_the_dense_products(rule, found, ranks):
     done = aggregate(rule, found, ranks, FRESH)
     dense = torch.cat([_mean_product(found, key).flatten() for key in KEYS])
-    made = torch.cat([done.state[key].product().double().flatten() for key in KEYS])
+    made = torch.cat([done.product(key).double().flatten() for key in KEYS])
     assert done.error == pytest.approx(float((dense - made).norm() / dense.norm()), abs=1e-5)
 
 
@@ -165,7 +168,7 @@ def test_averaging_factors_apart_is_wrong_where_svd_is_exact():
     assert aggregate("factors", found, {0: 1}, FRESH).error == pytest.approx(2**-0.5)
 
 
-@pytest.mark.parametrize("rule", sorted(AGGREGATORS))
+@pytest.mark.parametrize("rule", sorted(set(AGGREGATORS) - {"stack"}))  # which begins anew each round
 def test_before_anything_is_learnt_the_directions_stay_and_the_error_is_zero(rule):
     ranks = {0: 3, 1: 2}
     state = _state(ranks, 0, zero=True)
@@ -188,7 +191,7 @@ class _LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("rule", ["zero-pad", "svd"])
+@pytest.mark.parametrize("rule", sorted(set(AGGREGATORS) - {"factors"}))
 def test_no_rule_makes_a_matrix_of_the_width_squared(rule):
     wide, ranks = 4096, (2, 4, 3)
     found = []
@@ -198,7 +201,8 @@ def test_no_rule_makes_a_matrix_of_the_width_squared(rule):
         found.append((1.0, AdapterState({(0, "q"): Factors(A, B)})))
     with _LargestTensor() as largest:
         aggregate(rule, found, {0: 4}, FRESH)
-    assert largest.numel <= wide * (sum(ranks) + max(ranks))
+    # the factors of the mean and of what a rule made of it, stacked
+    assert largest.numel <= wide * (2 * sum(ranks) + max(ranks))
 
 
 FITS = given(st.sampled_from(sorted(AGGREGATORS)), st.integers(1, 5), st.integers(1, 5))
@@ -283,4 +287,4 @@ def test_a_client_of_weight_zero_counts_for_nothing(rule):
     state, other = _state(ranks, 0), _state(ranks, 1)
     done = aggregate(rule, [(3.0, state), (0.0, other)], ranks, FRESH)
     for key in KEYS:
-        _close(done.state[key].product(), state[key].product())
+        _close(done.product(key), state[key].product())

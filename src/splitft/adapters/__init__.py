@@ -1,8 +1,10 @@
 """LoRA adapters of many clients on one frozen model, and their aggregation."""
 
-from splitft.adapters.aggregate import AGGREGATORS, Aggregated, Fresh, aggregate, fit, fit_all
+from splitft.adapters.aggregate import Aggregated, aggregate, fit, fit_all
+from splitft.adapters.folding import merged, with_folded
 from splitft.adapters.lora import AdapterBank, attach
 from splitft.adapters.optimizer import LocalOptimizer, Moments, moments_within
+from splitft.adapters.rules import AGGREGATORS, Fresh, Rule
 from splitft.adapters.state import AdapterState, Factors, initial_state
 
 __all__ = [
@@ -14,10 +16,13 @@ __all__ = [
     "Fresh",
     "LocalOptimizer",
     "Moments",
+    "Rule",
     "aggregate",
     "attach",
     "fit",
     "fit_all",
     "initial_state",
+    "merged",
     "moments_within",
+    "with_folded",
 ]

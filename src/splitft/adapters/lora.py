@@ -5,7 +5,9 @@
        rows of client b --- A_b, B_b --- scale --- + ---^
 
 The base product is one for all rows; each client's rows then meet its own small product, so a client gets the
-result it would get alone. A `slot` is one named set of factors: a client's, or one shared by all.
+result it would get alone. A `slot` is one named set of factors: a client's, or one shared by all. Beside what
+it trains, a slot may carry frozen rows (the *rest* of factors of a higher rank than its own) and what
+aggregation has *folded* into the base.
 
 The factors are kept in float32 (float64 over a float64 base) and the small products are computed in the
 type of the base, as in mixed precision training. Layers are nn.Linear or GPT-2's Conv1D, whose
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,9 +31,6 @@ from splitft.errors import AdapterError
 Rows = Sequence[tuple[str | None, int]]
 """Who owns the rows of a batch, in order: (slot, sequences); slot None runs the base model."""
 
-Pair = tuple[nn.Parameter, nn.Parameter]
-"""A (R, in) and B (out, R) of one slot on one layer."""
-
 ATTENTION_NAMES = ("attn", "attention", "self_attn", "self_attention")
 
 
@@ -41,6 +41,26 @@ class _Routing:
         self.rows: Rows = ()
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What one slot has on one layer."""
+
+    A: nn.Parameter
+    """(R, in)."""
+    B: nn.Parameter
+    """(out, R)."""
+    rest: Factors | None = None
+    """Further rows of A and columns of B that this slot carries and does not train."""
+    folded: Factors | None = None
+    """Beside the base, at its own rank."""
+
+    def all_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B with the rows that are carried along."""
+        if self.rest is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.rest.A]), torch.cat([self.B, self.rest.B], 1)
+
+
 class LoraLayer(nn.Module):
     """A frozen linear layer with factors by slot."""
 
@@ -48,7 +68,7 @@ class LoraLayer(nn.Module):
         super().__init__()
         self.base = base
         self.scale = scale
-        self.slots: dict[str, Pair] = {}
+        self.slots: dict[str, _Held] = {}
         self._routing = routing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -58,19 +78,31 @@ class LoraLayer(nn.Module):
         counts = self._counts(x)
         if len(rows) == 1:
             slot = rows[0][0]
-            return y if slot is None else self._adapted(x, y, slot)
-        factors = [self.slots[slot] for slot, _ in rows if slot is not None]
-        if len(factors) == len(rows) and len(set(counts)) == 1 and len({A.shape for A, _ in factors}) == 1:
-            return y + self._together(x, factors).view_as(y)
+            return y if slot is None else self._adapted(x, y, self.slots[slot])
+        held = [self.slots[slot] for slot, _ in rows if slot is not None]
+        if len(held) == len(rows) and len(set(counts)) == 1 and _alike(held):
+            y = y + self._together(x, held).view_as(y)
+            return y if held[0].folded is None else y + self._product(x, held[0].folded.A, held[0].folded.B)
         parts = zip(rows, torch.split(x, counts), torch.split(y, counts), strict=True)
-        return torch.cat([y_ if slot is None else self._adapted(x_, y_, slot) for (slot, _), x_, y_ in parts])
+        return torch.cat(
+            [y_ if slot is None else self._adapted(x_, y_, self.slots[slot]) for (slot, _), x_, y_ in parts]
+        )
 
-    def _together(self, x: torch.Tensor, factors: Sequence[Pair]) -> torch.Tensor:
+    def _together(self, x: torch.Tensor, held: Sequence[_Held]) -> torch.Tensor:
         """The small products of clients with equally many rows and equal ranks, in one batched product."""
+        factors = [one.all_rows() for one in held]
         A = torch.stack([A for A, _ in factors]).to(x.dtype)  # (clients, R, in)
         B = (torch.stack([B for _, B in factors]) * self.scale).to(x.dtype)  # (clients, out, R)
         small = torch.bmm(x.reshape(len(factors), -1, x.shape[-1]), A.mT)
         return torch.bmm(small, B.mT)
+
+    def _adapted(self, x: torch.Tensor, y: torch.Tensor, held: _Held) -> torch.Tensor:
+        y = y + self._product(x, *held.all_rows())
+        return y if held.folded is None else y + self._product(x, held.folded.A, held.folded.B)
+
+    def _product(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        small = functional.linear(x, A.to(x.dtype))
+        return functional.linear(small, (B * self.scale).to(x.dtype))
 
     def _counts(self, x: torch.Tensor) -> list[int]:
         """Rows of x by client: its sequences, or its tokens in families that flatten (B, T)."""
@@ -82,10 +114,11 @@ class LoraLayer(nn.Module):
             raise AdapterError(f"a batch of {x.shape[0]} sequences whose rows are said to be {sequences}")
         return counts
 
-    def _adapted(self, x: torch.Tensor, y: torch.Tensor, slot: str) -> torch.Tensor:
-        A, B = self.slots[slot]
-        small = functional.linear(x, A.to(x.dtype))
-        return y + functional.linear(small, (B * self.scale).to(x.dtype))
+
+def _alike(held: Sequence[_Held]) -> bool:
+    """Whether their products can be batched: equal ranks, and the same part beside the base."""
+    ranks = {one.A.shape[0] + (one.rest.rank if one.rest else 0) for one in held}
+    return len(ranks) == 1 and all(one.folded is held[0].folded for one in held)
 
 
 class AdapterBank:
@@ -99,27 +132,42 @@ class AdapterBank:
         """(in, out) of every adapted layer of every block, held or not."""
         return {key: _sizes(layer.base) for key, layer in self._layers.items()}
 
-    def put(self, slot: str, state: AdapterState) -> None:
-        """Set a slot's factors, replacing what it had. Raises AdapterError for layers that do not fit."""
+    def put(
+        self,
+        slot: str,
+        state: AdapterState,
+        rest: AdapterState | None = None,
+        folded: AdapterState | None = None,
+        trains: str = "AB",
+    ) -> None:
+        """Set a slot's factors, replacing what it had. Raises AdapterError for layers that do not fit.
+
+        `rest` and `folded` take part in the forward pass and are not trained; `trains` names the factors of
+        `state` that are.
+        """
         self.drop(slot)
         for key, factors in state.items():
             layer = self._layers.get(key)
             if layer is None:
                 raise AdapterError(f"block {key[0]} has no adapted layer {key[1]!r}")
-            width_in, width_out = _sizes(layer.base)
-            if factors.A.shape[1] != width_in or factors.B.shape[0] != width_out:
-                raise AdapterError(
-                    f"block {key[0]} {key[1]}: factors {tuple(factors.B.shape)} x {tuple(factors.A.shape)} "
-                    f"on a layer of {width_in} inputs and {width_out} outputs"
-                )
+            frozen = [parts.get(key) if parts is not None else None for parts in (rest, folded)]
+            for one in (factors, *frozen):
+                if one is not None:
+                    _check_fit(key, layer.base, one)
             A, B = (f.detach().to(self._dtype, copy=True) for f in (factors.A, factors.B))
-            layer.slots[slot] = (nn.Parameter(A), nn.Parameter(B))
+            layer.slots[slot] = _Held(
+                nn.Parameter(A, requires_grad="A" in trains),
+                nn.Parameter(B, requires_grad="B" in trains),
+                *frozen,
+            )
 
-    def take(self, slot: str) -> AdapterState:
-        """A copy of a slot's factors."""
+    def take(self, slot: str, whole: bool = False) -> AdapterState:
+        """A copy of a slot's factors; `whole` with the rows that it carries and does not train."""
         held = {key: layer.slots[slot] for key, layer in self._layers.items() if slot in layer.slots}
-        copies = {key: Factors(A.detach().clone(), B.detach().clone()) for key, (A, B) in held.items()}
-        return AdapterState(copies)
+        pairs = {key: one.all_rows() if whole else (one.A, one.B) for key, one in held.items()}
+        return AdapterState({
+            key: Factors(A.detach().clone(), B.detach().clone()) for key, (A, B) in pairs.items()
+        })  # fmt: skip
 
     def drop(self, slot: str) -> None:
         """Forget a slot."""
@@ -131,7 +179,9 @@ class AdapterBank:
         held: dict[tuple[int, str, str], nn.Parameter] = {}
         for (block, target), layer in self._layers.items():
             if slot in layer.slots:
-                held[block, target, "A"], held[block, target, "B"] = layer.slots[slot]
+                one = layer.slots[slot]
+                pair = {"A": one.A, "B": one.B}
+                held.update({(block, target, half): p for half, p in pair.items() if p.requires_grad})
         return held
 
     @contextmanager
@@ -185,6 +235,15 @@ def chosen_layers(block: nn.Module, targets: str | Sequence[str]) -> list[str]:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer that can be adapted: nn.Linear or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _check_fit(key: Key, layer: nn.Module, factors: Factors) -> None:
+    width_in, width_out = _sizes(layer)
+    if factors.A.shape[1] != width_in or factors.B.shape[0] != width_out:
+        raise AdapterError(
+            f"block {key[0]} {key[1]}: factors {tuple(factors.B.shape)} x {tuple(factors.A.shape)} "
+            f"on a layer of {width_in} inputs and {width_out} outputs"
+        )
 
 
 def _sizes(layer: Any) -> tuple[int, int]:

@@ -47,6 +47,33 @@ class Factors:
         """B A (out, in), for tests and merged exports; aggregation never forms it."""
         return self.B @ self.A
 
+    @property
+    def halves(self) -> str:
+        """Which factors are here: "AB", or one of them where the other stays with somebody else."""
+        return ("A" if self.A.shape[1] else "") + ("B" if self.B.shape[0] else "")
+
+    def only(self, halves: str) -> Factors:
+        """One factor without the other, which keeps its rank and no numbers."""
+        A = self.A if "A" in halves else self.A.new_empty(self.rank, 0)
+        return Factors(A, self.B if "B" in halves else self.B.new_empty(0, self.rank))
+
+    def completed(self, other: Factors) -> Factors:
+        """With the first rows of A or columns of B of `other` where this has none."""
+        A = self.A if self.A.shape[1] else other.A[: self.rank]
+        return Factors(A, self.B if self.B.shape[0] else other.B[:, : self.rank])
+
+    def first(self, rank: int) -> Factors:
+        """The first rows of A and columns of B."""
+        return Factors(self.A[:rank], self.B[:, :rank])
+
+    def beyond(self, rank: int) -> Factors:
+        """The others: B A is the sum of both."""
+        return Factors(self.A[rank:], self.B[:, rank:])
+
+    def followed_by(self, other: Factors) -> Factors:
+        """Stacked: the product is the sum of both products."""
+        return Factors(torch.cat([self.A, other.A]), torch.cat([self.B, other.B], 1))
+
 
 class AdapterState(Mapping[Key, Factors]):
     """An immutable set of factors over some blocks, in order of block and target."""
@@ -78,6 +105,23 @@ class AdapterState(Mapping[Key, Factors]):
     def updated(self, other: AdapterState) -> AdapterState:
         """This set, with the factors of `other` in place of its own where both have them."""
         return AdapterState({**self, **other})
+
+    def only(self, halves: str) -> AdapterState:
+        """Every layer's factor "A", or "B", or both."""
+        return AdapterState({key: factors.only(halves) for key, factors in self.items()})
+
+    def completed(self, other: AdapterState) -> AdapterState:
+        """With the factors of `other` where a layer of this has only one."""
+        return AdapterState({
+            key: factors if factors.halves == "AB" else factors.completed(other[key])
+            for key, factors in self.items()
+        })  # fmt: skip
+
+    def with_b_of(self, own: AdapterState) -> AdapterState:
+        """With the factors B of `own` in place of its own where both have the layer."""
+        return AdapterState({
+            key: Factors(factors.A, own[key].B) if key in own else factors for key, factors in self.items()
+        })  # fmt: skip
 
     def ranks(self) -> dict[int, int]:
         """Rank of each block (the largest of its targets)."""
@@ -133,15 +177,20 @@ def fresh_rows(
 
 
 def initial_state(
-    sizes: Mapping[Key, tuple[int, int]], ranks: Mapping[int, int], seed: int, dtype: torch.dtype
+    sizes: Mapping[Key, tuple[int, int]],
+    ranks: Mapping[int, int],
+    seed: int,
+    dtype: torch.dtype,
+    salt: int = 0,
 ) -> AdapterState:
     """Adapters before training: A random, B zero, so that the model starts as the base model.
 
-    `sizes` gives (in, out) of each adapted layer, `ranks` the rank of each block.
+    `sizes` gives (in, out) of each adapted layer, `ranks` the rank of each block; another `salt` (the round)
+    gives other rows.
     """
     factors: dict[Key, Factors] = {}
     for key, (width_in, width_out) in sizes.items():
         rank = ranks[key[0]]
-        A = fresh_rows(key, rank, width_in, seed, dtype=dtype)
+        A = fresh_rows(key, rank, width_in, seed, salt=salt, dtype=dtype)
         factors[key] = Factors(A, torch.zeros(width_out, rank, dtype=dtype))
     return AdapterState(factors)

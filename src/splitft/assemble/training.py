@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from splitft import __version__
-from splitft.adapters import AdapterState
+from splitft.adapters import AdapterState, Factors, with_folded
 from splitft.assemble.folder import Run, find_snapshot, is_finished, open_log
 from splitft.assemble.parties import Prepared, prepare
 from splitft.assemble.quiet import quiet
@@ -21,6 +22,7 @@ from splitft.errors import RunError
 from splitft.export import write_peft
 from splitft.geometry import Span
 from splitft.privacy.defence import promises
+from splitft.protocol import GlobalAdapters
 from splitft.runtime import RunState, Simulation, train_rounds
 from splitft.runtime.checkpoint import Snapshot, save_snapshot, what_is_safe
 from splitft.runtime.line import Tap
@@ -105,11 +107,13 @@ def _stopping(folder: Path) -> Iterator[None]:
 
 
 def _write_adapters(prepared: Prepared, state: RunState, run: Run) -> None:
-    """The global adapter, and with private blocks each client's own beside it in `personal/NAME`."""
-    _write_adapter(prepared, state.adapters, run.adapter_dir)
+    """The global adapter, and where a client has factors of its own, its adapter in `personal/NAME`."""
+    _write_adapter(prepared, _learnt(prepared, state), run.adapter_dir)
+    own = _own(prepared, state)
     for client in prepared.clients:
-        if own := client.private():
-            _write_adapter(prepared, state.adapters.updated(own), run.folder / "personal" / client.name)
+        if client.name in own or client.private():
+            mine = state.adapters.with_b_of(own.get(client.name, AdapterState())).updated(client.private())
+            _write_adapter(prepared, with_folded(mine, state.folded), run.folder / "personal" / client.name)
 
 
 def _promises(prepared: Prepared) -> list[str]:
@@ -128,6 +132,21 @@ def _write_adapter(prepared: Prepared, adapters: AdapterState, folder: Path) -> 
     write_peft(adapters, prepared.model, prepared.ranks.scale, draft)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(draft, folder)
+
+
+def _learnt(prepared: Prepared, state: RunState) -> AdapterState:
+    """All that the run has learnt as one adapter: with what is folded, and with the mean of own factors.
+
+    The mean of the clients' own B is for whoever has none: it is no client's model.
+    """
+    own = list(_own(prepared, state).values())
+    if not own:
+        return with_folded(state.adapters, state.folded)
+    mean = {
+        key: Factors(factors.A, torch.stack([one[key].B for one in own]).mean(0))
+        for key, factors in state.adapters.items()
+    }
+    return AdapterState(mean)
 
 
 def _begin(prepared: Prepared, snapshot: Snapshot | None, listener: Listener) -> RunState:
@@ -157,12 +176,30 @@ def _begin(prepared: Prepared, snapshot: Snapshot | None, listener: Listener) ->
     state = snapshot.state
     for client in prepared.clients:
         cut = state.cuts[client.name]
-        own = snapshot.private.get(client.name, AdapterState())
-        known = state.adapters.within(Span(0, cut)).updated(own)
-        client.restore(cut, known, snapshot.steps[client.name], snapshot.client_moments.get(client.name, {}))
+        span = Span(0, cut)
+        own = snapshot.own.get(client.name, AdapterState())
+        known = _held(prepared, state.adapters.within(span), state.round).with_b_of(own)
+        client.restore(
+            cut,
+            known.updated(snapshot.private.get(client.name, AdapterState())),
+            snapshot.steps[client.name],
+            snapshot.client_moments.get(client.name, {}),
+            state.folded.within(span),
+        )
+        prepared.server.own_from_client(client.name, own.within(Span(cut, prepared.model.shape.blocks)))
     prepared.server.moments.update(snapshot.server_moments)
     prepared.server.place(state.cuts)
     return state
+
+
+def _held(prepared: Prepared, known: AdapterState, round: int) -> AdapterState:
+    """Global factors as a client has them: what came over the wire is rounded by its codec."""
+    travels = prepared.ranks.sharing.down
+    if not travels:
+        return known
+    came = prepared.terms.rounded(GlobalAdapters(round=round, adapters=known.only(travels)))
+    assert isinstance(came, GlobalAdapters)
+    return came.adapters.completed(known)
 
 
 def _warn_of_losses(text: Tokenised, config: RunConfig, listener: Listener) -> None:
@@ -183,4 +220,17 @@ def _snapshot(prepared: Prepared, state: RunState, simulation: Simulation) -> Sn
         {slot: moments for slot, moments in prepared.server.moments.items() if moments},
         {client.name: own for client in prepared.clients if (own := client.private())},
         simulation.memories(),
+        _own(prepared, state),
     )
+
+
+def _own(prepared: Prepared, state: RunState) -> dict[str, AdapterState]:
+    """The factors that are each client's own, over all blocks; none by rules that share everything."""
+    server = prepared.server
+    if not prepared.ranks.keeps_own:
+        return {}
+    start = state.adapters.only("B")
+    return {
+        client.name: start.updated(client.own()).updated(server.own.get(client.name, AdapterState()))
+        for client in prepared.clients
+    }

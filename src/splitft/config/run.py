@@ -114,12 +114,19 @@ def conflicts(config: RunConfig) -> list[Conflict]:
         if change.client > count:
             message = f"found client {change.client}, but there are {count} clients"
             found.append(((f"schedule.changes[{index}].client", "clients.count"), message))
-    if config.training.optimizer_state == "keep" and config.aggregate.rule == "svd":
+    rule = config.aggregate.rule
+    if config.training.optimizer_state == "keep" and rule in ("svd", "stack"):
         message = (
-            "found keep, which does not fit aggregate.rule svd: it factors the mean update anew, so old "
-            "moments belong to other factors; give reset, or the rule factors or zero-pad"
+            f"found keep, which does not fit aggregate.rule {rule}: it makes new factors each round, so old "
+            "moments belong to other factors; give reset, or the rule factors, zero-pad, exact, ffa or fedsa"
         )
         found.append((("training.optimizer_state", "aggregate.rule"), message))
+    if rule == "fedsa" and config.split.server_adapters == "shared":
+        message = (
+            "found fedsa, which leaves each client its own B, but split.server_adapters is shared: all train "
+            "one on the server; give server_adapters: per-client, or another rule"
+        )
+        found.append((("aggregate.rule", "split.server_adapters"), message))
     return [*found, *_privacy_conflicts(config)]
 
 
@@ -131,6 +138,12 @@ def _privacy_conflicts(config: RunConfig) -> list[Conflict]:
         message = (
             f"found {updates.clip_norm:g}, but aggregate.rule svd averages products, which clipped factors "
             "do not bound; give the rule factors (with lora.rank_at_cut: null) or zero-pad"
+        )
+        found.append((("privacy.updates.clip_norm", "aggregate.rule"), message))
+    if updates.clip_norm is not None and config.aggregate.rule in ("stack", "exact", "fedsa"):
+        message = (
+            f"found {updates.clip_norm:g}, but aggregate.rule {config.aggregate.rule} hands out other than "
+            "the mean of clipped factors; give factors (with lora.rank_at_cut: null), zero-pad or ffa"
         )
         found.append((("privacy.updates.clip_norm", "aggregate.rule"), message))
     if updates.clip_norm is not None and config.split.server_adapters == "shared":

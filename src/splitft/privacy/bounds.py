@@ -25,6 +25,11 @@ class Bounds:
         self._noise = noise
         self._clipped, self._deviation = 0, 0.0
 
+    @property
+    def bounding(self) -> bool:
+        """Whether it changes anything."""
+        return self._updates.clip_norm is not None
+
     def weight(self, tokens: int) -> float:
         """How much a participant counts: all alike under noise, else by the tokens it has trained on."""
         return 1.0 if self._updates.noise_multiplier else float(tokens)

@@ -62,7 +62,9 @@ class RoundStart(Message):
     """Global factors of blocks that the client gains with this cut."""
     moments: dict[str, torch.Tensor] = {}
     """Optimizer moments of those blocks, when kept."""
-    ROLES = {"adapters": "adapter", "moments": "adapter"}
+    folded: AdapterState = AdapterState()
+    """What aggregation has folded into the base of those blocks."""
+    ROLES = {"adapters": "adapter", "moments": "adapter", "folded": "adapter"}
 
 
 class RoundReady(Message):
@@ -72,7 +74,9 @@ class RoundReady(Message):
     round: Length
     moments: dict[str, torch.Tensor] = {}
     """Optimizer moments of blocks given up, when kept."""
-    ROLES = {"moments": "adapter"}
+    own: AdapterState = AdapterState()
+    """Factors of blocks given up that are the client's own, by rules that leave some with it."""
+    ROLES = {"moments": "adapter", "own": "adapter"}
 
 
 class Activations(Message):
@@ -149,7 +153,7 @@ class CutGradient(Message):
 
 
 class AdapterUpload(Message):
-    """Client: its blocks' factors after the round."""
+    """Client: its blocks' factors after the round, those that the aggregation rule lets travel."""
 
     client: Name
     round: Length
@@ -158,11 +162,13 @@ class AdapterUpload(Message):
 
 
 class GlobalAdapters(Message):
-    """Server: the aggregated factors of the client's blocks."""
+    """Server: what aggregation made of the client's blocks, as far as the client lacks it."""
 
     round: Count
     adapters: AdapterState
-    ROLES = {"adapters": "adapter"}
+    folded: AdapterState = AdapterState()
+    """What joins the frozen base."""
+    ROLES = {"adapters": "adapter", "folded": "adapter"}
 
 
 class HeldOutLoss(Message):

@@ -46,10 +46,12 @@ from splitft.wire.frame import SENDER, VERSION
 RAW = "raw"
 """In place of a codec's name: bit by bit, for token ids and for moments, whose rounding would change the
 training."""
-MEMBERED = frozenset({"adapters", "moments"})
+MEMBERED = frozenset({"adapters", "moments", "folded", "own"})
 """Fields that hold several tensors, each by a name of its own."""
 KINDS: dict[str, type[Message]] = {**MESSAGES, **{kind.__name__: kind for kind in ORDERS}}
 """Every message that may travel, by name."""
+EXACT = frozenset({"moments", "folded", "own"})
+"""Those that travel as they are: rounding them would change the training, or undo what corrects a mean."""
 _MOMENT = re.compile(r"(0|[1-9]\d{0,5})\.[\w.]+\.[AB]\.\w+", re.ASCII)
 """`7.self_attn.q_proj.A.exp_avg`"""
 
@@ -143,7 +145,7 @@ class Terms:
 
     def _codec(self, role: Role, field: str) -> str:
         """Name of the codec that a tensor of this field travels in."""
-        return RAW if field == "moments" or role == "label" else self._codec_of(role).name
+        return RAW if field in EXACT or role == "label" else self._codec_of(role).name
 
     def _codec_of(self, role: Role) -> Codec:
         given: str = getattr(self.wire, role)
@@ -250,7 +252,7 @@ def _message(kind: type[Message], fields: Mapping[str, Any], tensors: Mapping[st
             values[field] = tensor
     try:
         for field, members in parts.items():
-            values[field] = AdapterState.from_tensors(members) if field == "adapters" else members
+            values[field] = members if field == "moments" else AdapterState.from_tensors(members)
         if "adapters" in kind.model_fields:
             values.setdefault("adapters", AdapterState())
         return kind.model_validate(values)

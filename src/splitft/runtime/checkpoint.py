@@ -1,7 +1,8 @@
 """What a run needs to continue after any stop, written in one stroke after each round.
 
     checkpoints/round-0002/  state.json           round, cuts, steps of each client
-                             state.safetensors    global/..., client/NAME/..., server/SLOT/..., private/NAME/,
+                             state.safetensors    global/..., folded/..., client/NAME/..., server/SLOT/...,
+                                                  private/NAME/..., own/NAME/...,
                                                   memory/NAME/END/STREAM/... of codecs that learn
 
 A checkpoint is written beside, flushed to the disk and renamed, so that a folder of that name is always
@@ -45,6 +46,8 @@ class Snapshot:
     """Factors by client that it never uploads."""
     memories: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """What codecs remember, by client and end of its line."""
+    own: dict[str, AdapterState] = field(default_factory=dict)
+    """Factors that are a client's own, by client and over all L blocks, by rules that leave some with it."""
 
 
 def folder_of(run: Path, number: int) -> Path:
@@ -115,11 +118,15 @@ def load_snapshot(run: Path, number: int) -> Snapshot:
             owner, _, rest = name.partition("/")
             parts.setdefault(owner, {})[rest] = tensor
         adapters = AdapterState.from_tensors(parts["global"])
-        state = RunState(facts["round"], facts["cuts"], adapters, facts["losses"])
-        owned = {side: _by_owner(parts.get(side, {})) for side in ("client", "server", "private")}
-        private = {name: AdapterState.from_tensors(tensors) for name, tensors in owned["private"].items()}
+        folded = AdapterState.from_tensors(parts.get("folded", {}))
+        state = RunState(facts["round"], facts["cuts"], adapters, facts["losses"], folded)
+        owned = {side: _by_owner(parts.get(side, {})) for side in ("client", "server", "private", "own")}
+        private, own = (
+            {name: AdapterState.from_tensors(tensors) for name, tensors in owned[side].items()}
+            for side in ("private", "own")
+        )
         memories = _by_line(parts.get("memory", {}))
-        return Snapshot(state, facts["steps"], owned["client"], owned["server"], private, memories)
+        return Snapshot(state, facts["steps"], owned["client"], owned["server"], private, memories, own)
     except (OSError, ValueError, LookupError, TypeError, SafetensorError, AdapterError) as error:
         raise RunError(f"{folder} is damaged and cannot be read ({error}){_instead(run, number)}") from error
 
@@ -132,8 +139,15 @@ def _instead(run: Path, number: int) -> str:
 
 def _tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
     flat = {f"global/{name}": tensor for name, tensor in snapshot.state.adapters.tensors().items()}
+    flat |= {f"folded/{name}": tensor for name, tensor in snapshot.state.folded.tensors().items()}
     private = {name: state.tensors() for name, state in snapshot.private.items()}
-    kept = {"client": snapshot.client_moments, "server": snapshot.server_moments, "private": private}
+    own = {  # copies: what a client has not trained yet is the global tensor itself
+        name: {key: tensor.clone() for key, tensor in state.tensors().items()}
+        for name, state in snapshot.own.items()
+    }
+    kept = {
+        "client": snapshot.client_moments, "server": snapshot.server_moments, "private": private, "own": own,
+    }  # fmt: skip
     for side, owners in kept.items():
         for owner, moments in owners.items():
             flat.update((f"{side}/{owner}/{name}", tensor) for name, tensor in moments.items())

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from splitft.adapters import AdapterState, LocalOptimizer, Moments, attach, initial_state, moments_within
+from splitft.adapters import AdapterState, LocalOptimizer, Moments, attach, merged, moments_within
 from splitft.data.text import Batch, BatchStream
 from splitft.errors import ProtocolError, RunError
 from splitft.geometry import Plan, Side, Span
@@ -88,8 +88,9 @@ class Client:
         self._bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype)
         dtype = torch.promote_types(model.dtype, torch.float32)
         sizes = {key: size for key, size in self._bank.sizes.items() if key[0] in self.plan.client}
-        # the global factors of the blocks held here
-        self._known = initial_state(sizes, ranks.initial(), ranks.seed, dtype)
+        # the factors of the blocks held here, at the global ranks, and what is folded into their base
+        self._known, self._folded = ranks.start(sizes, dtype), AdapterState()
+        self._dtype = dtype
         self._bank.put(SLOT, self._known)
         self._moments: Moments = {}
         self._optimizer: LocalOptimizer | None = None
@@ -106,7 +107,9 @@ class Client:
         assert isinstance(message, RoundStart)
         self._defence.check_cut(message.cut)
         span = Plan(message.cut, self.plan.blocks, self.plan.labels).client
-        given_up = moments_within(self._moments, self.plan.client.minus(span))
+        left = self.plan.client.minus(span)
+        given_up = moments_within(self._moments, left)
+        own = self.own().within(left)
         known = self._known.updated(message.adapters)
         lacking = {block for block, _ in self._bank.sizes if block in span} - set(known.ranks())
         if lacking:
@@ -114,11 +117,13 @@ class Client:
         self.segment.resize(span)
         self.plan = Plan(message.cut, self.plan.blocks, self.plan.labels)
         self._known = known.within(span)
+        self._folded = self._folded.updated(message.folded).within(span)
         self._moments = moments_within({**self._moments, **message.moments}, span)
         self._round, self._underway, self._graded = message.round, None, False
-        self._bank.put(SLOT, self._ranks.fitted(self._known, self._ranks.of(message.cut), message.round))
+        trained, rest = self._ranks.parted(self._known, self._ranks.of(message.cut), message.round)
+        self._bank.put(SLOT, trained, rest, self._folded, self._ranks.sharing.trains)
         self._optimizer = LocalOptimizer(self._bank.parameters(SLOT), self._training, self._moments)
-        return RoundReady(client=self.name, round=message.round, moments=given_up)
+        return RoundReady(client=self.name, round=message.round, moments=given_up, own=own)
 
     def forward(self) -> Activations:
         """The next batch through the client's blocks."""
@@ -172,14 +177,16 @@ class Client:
         self.steps += 1
 
     def upload(self) -> AdapterUpload:
-        """The client's factors after the round."""
+        """The client's factors after the round, as far as they leave it."""
         optimizer = self._in_round()
         if self._training.optimizer_state == "keep":
             self._moments = optimizer.moments()
         self._optimizer = None
-        trained = self._bank.take(SLOT)
-        self._known = self._known.updated(trained.within(self._private))
-        shared = trained.within(self.plan.client.minus(self._private))
+        trained, whole = self._bank.take(SLOT), self._bank.take(SLOT, whole=True)
+        self._known = self._known.updated(whole.within(self._private))
+        if self._ranks.keeps_own:
+            self._known = whole.only("B").completed(self._known)
+        shared = trained.within(self.plan.client.minus(self._private)).only(self._ranks.sharing.up)
         return AdapterUpload(client=self.name, round=self._round, adapters=shared)
 
     # --- the global adapters ----------------------------------------------------------------------
@@ -189,10 +196,15 @@ class Client:
         expect(message, GlobalAdapters)
         assert isinstance(message, GlobalAdapters)
         shared = self.plan.client.minus(self._private)
-        if set(message.adapters.keys()) != {key for key in self._bank.sizes if key[0] in shared}:
+        sizes = {key: size for key, size in self._bank.sizes.items() if key[0] in shared}
+        down = self._ranks.sharing.down
+        if set(message.adapters.keys()) != (set(sizes) if down else set()):
             raise ProtocolError(f"{self.name}: the global adapters are not those of {self.plan.client}")
-        self._known = self.private().union(message.adapters)
-        self._bank.put(SLOT, self._known)
+        news = message.adapters.completed(self._known)
+        news = news if down else self._ranks.start(sizes, self._dtype, message.round)
+        self._known = self.private().union(news)
+        self._folded = merged(self._folded, message.folded)
+        self._bank.put(SLOT, self._known, folded=self._folded)
         self._round = message.round
         self._evaluated = (0.0, 0)
 
@@ -237,12 +249,24 @@ class Client:
         """Factors of the blocks that this client never uploads."""
         return self._known.within(self._private)
 
-    def restore(self, cut: int, known: AdapterState, steps: int, moments: Moments) -> None:
+    def own(self) -> AdapterState:
+        """The factors B that never leave, by rules that have such."""
+        return self._known.only("B") if self._ranks.keeps_own else AdapterState()
+
+    def restore(
+        self,
+        cut: int,
+        known: AdapterState,
+        steps: int,
+        moments: Moments,
+        folded: AdapterState | None = None,
+    ) -> None:
         """Continue as the client that `kept` this, with these factors of its blocks, its private ones too."""
         self.plan = Plan(cut, self.plan.blocks, self.plan.labels)
         self.segment.resize(self.plan.client)
         self._known, self.steps, self._moments = known, steps, moments
-        self._bank.put(SLOT, known)
+        self._folded = folded or AdapterState()
+        self._bank.put(SLOT, known, folded=self._folded)
 
     # ----------------------------------------------------------------------------------------------
 

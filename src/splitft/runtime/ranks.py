@@ -1,6 +1,7 @@
 """Which rank a block's adapter has, and for whom; and where global factors become a party's own.
 
-    global factors --fitted--> a client's own at its ranks (lower next to its cut) --trained--> aggregated
+    global factors --parted--> what a client trains at its ranks (lower next to its cut), and what it carries
+                                 --trained--> --whole--> aggregated
 
 Both sides compute this from the same specification, so ranks never travel.
 """
@@ -10,7 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from splitft.adapters import AdapterState, Fresh, fit_all
+import torch
+
+from splitft.adapters import AGGREGATORS, AdapterState, Factors, Fresh, Rule, fit_all, initial_state
+from splitft.adapters.state import Key
+from splitft.errors import ProtocolError
 from splitft.geometry import ranks_by_block
 from splitft.specs import LoraSpec
 
@@ -31,9 +36,23 @@ class Ranks:
         """alpha / rank, the same for every layer whatever its own rank."""
         return self.lora.alpha / self.lora.rank
 
+    @property
+    def sharing(self) -> Rule:
+        """What the rule trains, sends and folds."""
+        return AGGREGATORS[self.rule]
+
+    @property
+    def keeps_own(self) -> bool:
+        """Whether a trained factor stays with its client (FedSA-LoRA's B)."""
+        return "B" in self.sharing.trains and "B" not in self.sharing.up
+
     def initial(self) -> dict[int, int]:
         """Rank by block before the first round."""
         return dict.fromkeys(range(self.blocks), self.lora.rank)
+
+    def start(self, sizes: Mapping[Key, tuple[int, int]], dtype: torch.dtype, round: int = 0) -> AdapterState:
+        """Factors that nobody has trained, as everybody can make them: A from seed and round, B zero."""
+        return initial_state(sizes, self.initial(), self.seed, dtype, salt=round)
 
     def of(self, cut: int) -> dict[int, int]:
         """Rank by block of a client with this cut."""
@@ -46,12 +65,56 @@ class Ranks:
         return _combined(min, [self.of(cut) for cut in cuts])
 
     def united(self, cuts: Iterable[int]) -> dict[int, int]:
-        """Rank by block of the global factors: the highest that any client brings."""
+        """Rank by block of the global factors: the highest that any client brings, or R by some rules."""
+        if self.sharing.full_rank:
+            return self.initial()
         return _combined(max, [self.of(cut) for cut in cuts])
 
-    def fitted(self, state: AdapterState, ranks: Mapping[int, int], round: int) -> AdapterState:
-        """Global factors at these ranks, for this round; equal for whoever computes it."""
-        return fit_all(state, ranks, self.rule, Fresh(self.seed, salt=round))
+    def parted(
+        self, state: AdapterState, ranks: Mapping[int, int], round: int
+    ) -> tuple[AdapterState, AdapterState]:
+        """Global factors as trained at these ranks in this round, and the rows that are only carried along.
+
+        Equal for whoever computes it.
+        """
+        if not self.sharing.full_rank:
+            return fit_all(state, ranks, self.rule, Fresh(self.seed, salt=round)), AdapterState()
+        trained = {key: factors.first(ranks[key[0]]) for key, factors in state.items()}
+        rest = {key: factors.beyond(ranks[key[0]]) for key, factors in state.items()}
+        return AdapterState(trained), AdapterState({key: one for key, one in rest.items() if one.rank})
+
+    def brought(self, client: str, sent: AdapterState, before: AdapterState, cut: int) -> AdapterState:
+        """What a client sent, checked, and completed with what it carried along from `before`.
+
+        `before` are the global factors. Raises ProtocolError if something does not fit.
+        """
+        strange = {key for key in sent if key not in before or key[0] >= cut}
+        if strange:
+            block, target = min(strange)
+            raise ProtocolError(f"{client} of cut {cut} sends factors of block {block} {target}")
+        ranks = self.of(cut)
+        return AdapterState({
+            key: self._brought(client, key, sent[key], before[key], ranks[key[0]]) for key in sent
+        })  # fmt: skip
+
+    def begun(self, state: AdapterState, cut: int, round: int) -> AdapterState:
+        """What `brought` and the server's factors of a client together were before the round."""
+        return state if self.sharing.full_rank else self.parted(state, self.of(cut), round)[0]
+
+    def _brought(self, client: str, key: Key, sent: Factors, before: Factors, rank: int) -> Factors:
+        due = before.first(min(rank, before.rank)).only(self.sharing.up)
+        widths = (due.A.shape[1], due.B.shape[0])
+        if sent.rank != rank or (sent.A.shape[1], sent.B.shape[0]) != widths:
+            raise ProtocolError(
+                f"{client} sends factors {tuple(sent.B.shape)} x {tuple(sent.A.shape)} for block {key[0]} "
+                f"{key[1]}; due was rank {rank} over {widths[1]} and {widths[0]}"
+            )
+        if not self.sharing.full_rank:
+            return sent
+        rest = before.beyond(rank)
+        A = torch.cat([sent.A, rest.A]) if sent.A.shape[1] else before.A
+        B = torch.cat([sent.B, rest.B], 1) if sent.B.shape[0] else before.B.new_empty(0, before.rank)
+        return Factors(A, B)
 
 
 def _combined(choose: Callable[[Iterable[int]], int], patterns: list[dict[int, int]]) -> dict[int, int]:

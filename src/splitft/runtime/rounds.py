@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from splitft.adapters import AdapterState, Fresh, aggregate
+from splitft.adapters import AdapterState, Fresh, aggregate, merged
 from splitft.geometry import Span
 from splitft.privacy.bounds import Bounds
 from splitft.privacy.noise import Noise
@@ -79,6 +79,8 @@ class RunState:
     """The global factors, over all L blocks."""
     losses: Mapping[str, float] = field(default_factory=dict)
     """Held-out loss of each client with them."""
+    folded: AdapterState = field(default_factory=AdapterState)
+    """What aggregation has folded into the frozen base so far, over all L blocks."""
 
 
 def train_rounds(
@@ -100,7 +102,7 @@ def train_rounds(
     bounds = Bounds(privacy, ranks.rule, Noise(ranks.seed, "=updates", secret))
     if state.round == 0:
         server.place(state.cuts)
-        server.install(state.adapters)
+        server.install(state.adapters, state.folded)
         before = _evaluated(0, federation)
         listener(before)
         state = replace(state, losses=before.by_client)
@@ -149,31 +151,36 @@ def _round(
         gained = Span(0, cuts[name]).minus(Span(0, old_cuts[name]))
         moments = server.moments_to_client(name, gained)
         starts[name] = RoundStart(
-            round=number, cut=cuts[name], adapters=state.adapters.within(gained), moments=moments
+            round=number,
+            cut=cuts[name],
+            adapters=server.own_to_client(name, state.adapters.within(gained)),
+            moments=moments,
+            folded=state.folded.within(gained),
         )
     there = federation.start(starts)
     for name, ready in there.items():
         server.moments_from_client(name, ready.moments)
+        server.own_from_client(name, ready.own)
     participants = [name for name in participants if name in there]
-    server.start(number, participants, state.adapters)
+    server.start(number, participants, state.adapters, state.folded)
 
     uploads = federation.train(number, participants, training.steps, listener)
 
     full_sets = []
     for name, upload in uploads.items():
         others, tokens = server.trained(name)
-        trained = upload.adapters.union(others)
-        start = ranks.fitted(state.adapters, ranks.of(cuts[name]), number)
+        trained = ranks.brought(name, upload.adapters, state.adapters, cuts[name]).union(others)
+        start = ranks.begun(state.adapters, cuts[name], number) if bounds.bounding else trained
         full_sets.append((bounds.weight(tokens), bounds.clipped(start, trained)))
     server.finish()
     fresh = Fresh(ranks.seed, salt=number)
     result = aggregate(ranks.rule, full_sets, ranks.united(cuts.values()), fresh)
-    shared = bounds.noised(result.state, len(full_sets), number)
+    shared = bounds.noised(result.state.completed(state.adapters), len(full_sets), number)
     adapters = state.adapters.updated(shared)  # blocks that clients keep private stay as they began
-    server.install(adapters)
+    folded = merged(state.folded, result.folded)
+    server.install(adapters, folded)
     federation.install({
-        name: GlobalAdapters(round=number, adapters=shared.within(Span(0, cuts[name])))
-        for name in clients
+        name: _for_client(number, Span(0, cuts[name]), ranks, shared, result.folded) for name in clients
     })  # fmt: skip
     if spent := bounds.spent(number):
         listener(spent)
@@ -185,7 +192,16 @@ def _round(
             traffic=federation.traffic(),
         )
     )
-    return RunState(number, cuts, adapters), list(uploads)
+    return RunState(number, cuts, adapters, folded=folded), list(uploads)
+
+
+def _for_client(
+    number: int, span: Span, ranks: Ranks, adapters: AdapterState, folded: AdapterState
+) -> GlobalAdapters:
+    """What a client of these blocks lacks of the round's result."""
+    travels = ranks.sharing.down
+    sent = adapters.within(span).only(travels) if travels else AdapterState()
+    return GlobalAdapters(round=number, adapters=sent, folded=folded.within(span))
 
 
 def _evaluated(number: int, federation: Federation) -> Evaluated:

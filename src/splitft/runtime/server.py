@@ -24,7 +24,6 @@ from splitft.adapters import (
     LocalOptimizer,
     Moments,
     attach,
-    initial_state,
     moments_within,
 )
 from splitft.errors import ProtocolError
@@ -69,10 +68,12 @@ class Server:
         self._heard: dict[str, int] = {}  # shared factors: labelled tokens of who was heard this step
         self.moments: dict[str, Moments] = {}
         """Optimizer moments by slot, when kept across rounds."""
+        self.own: dict[str, AdapterState] = {}
+        """Factors B of the server's blocks by client, by rules that leave each client its own."""
 
     def initial(self) -> AdapterState:
         """The global factors before training, over all L blocks."""
-        return initial_state(self._bank.sizes, self._ranks.initial(), self._ranks.seed, self._dtype)
+        return self._ranks.start(self._bank.sizes, self._dtype)
 
     # --- rounds -----------------------------------------------------------------------------------
 
@@ -84,7 +85,13 @@ class Server:
         self._cuts = dict(cuts)
         return self.segment.resize(Span(min(cuts.values()), blocks))
 
-    def start(self, number: int, participants: Sequence[str], state: AdapterState) -> None:
+    def start(
+        self,
+        number: int,
+        participants: Sequence[str],
+        state: AdapterState,
+        folded: AdapterState | None = None,
+    ) -> None:
         """Give every participant (or all together) the round's factors and a fresh optimizer."""
         blocks = self.segment.shape.blocks
         self._seats = {name: _Seat(self._cuts[name]) for name in participants}
@@ -97,7 +104,8 @@ class Server:
                 name: (Span(seat.cut, blocks), self._ranks.of(seat.cut)) for name, seat in self._seats.items()
             }
         for slot, (span, ranks) in slots.items():
-            self._bank.put(slot, self._ranks.fitted(state.within(span), ranks, number))
+            trained, rest = self._ranks.parted(self.personal(slot, state.within(span)), ranks, number)
+            self._bank.put(slot, trained, rest, folded, self._ranks.sharing.trains)
             moments = moments_within(self.moments.get(slot, {}), span)
             self._optimizers[slot] = LocalOptimizer(self._bank.parameters(slot), self._training, moments)
 
@@ -105,19 +113,42 @@ class Server:
         """Factors of blocks [k, L) trained for one client, and the labelled tokens it has seen."""
         seat = self._seat(client)
         span = Span(seat.cut, self.segment.shape.blocks)
-        return self._bank.take(self._slot(client)).within(span), seat.tokens
+        return self._bank.take(self._slot(client), whole=True).within(span), seat.tokens
 
     def finish(self) -> None:
         """End the round: keep moments if they are kept, and forget everything else of it."""
         if self._training.optimizer_state == "keep":
             self.moments.update({slot: one.moments() for slot, one in self._optimizers.items()})
         for slot in self._optimizers:
+            if self._ranks.keeps_own:
+                self.own[slot] = self._bank.take(slot, whole=True).only("B")
             self._bank.drop(slot)
         self._optimizers, self._groups, self._seats = {}, {}, {}
 
-    def install(self, state: AdapterState) -> None:
-        """Take the aggregated factors, to evaluate with."""
-        self._bank.put(GLOBAL, state.within(self.segment.span))
+    def install(self, state: AdapterState, folded: AdapterState | None = None) -> None:
+        """Take the aggregated factors, to evaluate with; those of each client where it has its own."""
+        if not self._ranks.keeps_own:
+            self._bank.put(GLOBAL, state.within(self.segment.span), folded=folded)
+            return
+        for client, cut in self._cuts.items():
+            held = state.within(Span(cut, self.segment.shape.blocks))
+            self._bank.put(f"{GLOBAL}/{client}", self.personal(client, held))
+
+    def personal(self, client: str, state: AdapterState) -> AdapterState:
+        """Global factors with those that are the client's own in their place."""
+        return state.with_b_of(self.own.get(client, AdapterState()))
+
+    def own_to_client(self, client: str, state: AdapterState) -> AdapterState:
+        """Global factors of blocks that move to the client, with its own in their place."""
+        leaving, own = self.personal(client, state), self.own.get(client, AdapterState())
+        if own:
+            self.own[client] = own.within(set(own.ranks()) - set(state.ranks()))
+        return leaving
+
+    def own_from_client(self, client: str, own: AdapterState) -> None:
+        """Factors of its own of blocks that the client gave up."""
+        if own:
+            self.own[client] = self.own.get(client, AdapterState()).updated(own)
 
     def moments_to_client(self, client: str, blocks: Sequence[int]) -> Moments:
         """Moments of blocks that move to the client; shared moments stay with the others who share."""
@@ -239,7 +270,8 @@ class Server:
             leaf = pad(message.hidden, message.lengths, width).requires_grad_(training)
             group.leaves[message.client] = leaf
             hidden = leaf if hidden is None else torch.cat([hidden, leaf])
-            rows.append((self._slot(message.client) if training else GLOBAL, len(message.lengths)))
+            slot = self._slot(message.client) if training else self._evaluated(message.client)
+            rows.append((slot, len(message.lengths)))
             span = Span(self._cuts[message.client], stop)
             if len(span):
                 with self._bank.routed(merged(rows)):
@@ -307,6 +339,9 @@ class Server:
 
     def _slot(self, client: str) -> str:
         return SHARED if self._split.server_adapters == "shared" else client
+
+    def _evaluated(self, client: str) -> str:
+        return f"{GLOBAL}/{client}" if self._ranks.keeps_own else GLOBAL
 
     def _seat(self, client: str) -> _Seat:
         if client not in self._seats:

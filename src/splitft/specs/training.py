@@ -70,5 +70,8 @@ class TrainingSpec(Spec):
 class AggregateSpec(Spec):
     """How adapters of unequal cuts and ranks become one."""
 
-    rule: Literal["factors", "zero-pad", "svd"] = "svd"
-    """`factors` averages A and B; `zero-pad` does so after padding (HetLoRA); `svd` averages products."""
+    rule: Literal["factors", "zero-pad", "svd", "stack", "exact", "ffa", "fedsa"] = "svd"
+    """`factors` averages A and B; `zero-pad` does so after padding (HetLoRA); `svd` averages products
+    (FlexLoRA); `stack` folds the mean product into the base and starts anew (FLoRA); `exact` averages A and B
+    and folds what they miss (FedEx-LoRA); `ffa` trains B alone (FFA-LoRA); `fedsa` averages A and leaves
+    each client its own B (FedSA-LoRA)."""

@@ -1,0 +1,204 @@
+"""The aggregation rules by name: what each makes of one layer's factors, and what travels for it.
+
+    mean(BA) = sum_i w_i B_i A_i        weights w_i sum to 1, client i of rank r_i
+
+    rule       A and B of the next round               folded into the base   trained   up   down
+    factors    sum w_i A_i, sum w_i B_i                -                      A B       A B  A B
+    zero-pad   the same, padded to the largest rank    -                      A B       A B  A B
+    svd        best rank-R factors of mean(BA)         -                      A B       A B  A B
+    stack      A fresh, B = 0                          mean(BA)               A B       A B  folded
+    exact      as zero-pad                             mean(BA) - B A         A B       A B  A B, folded
+    ffa        A as it started, sum w_i B_i            -                      B         B    B
+    fedsa      sum w_i A_i; B_i stays with its client  -                      A B       A    A
+
+What is *folded* is an update that nobody trains any more. The papers add it to the frozen base weights. Here
+every party holds it beside the base, for its own blocks, as one more pair of factors (`adapters.folding`): in
+a bfloat16 base most of a small update would be lost to rounding, and a server that works for many clients
+shares its base with them.
+
+`stack`, `exact`, `ffa` and `fedsa` keep the global factors at the full rank R. A client of lower rank trains
+their first rows and carries the others frozen, so that no lowered rank drops what others have learnt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from splitft.adapters.factoring import product_norm, refactored, stacked
+from splitft.adapters.state import Factors, Key, fresh_rows
+from splitft.errors import AdapterError
+
+Weighted = Sequence[tuple[float, Factors]]
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Where new directions come from when a rank grows: rows as LoRA initialises them, B zero."""
+
+    seed: int
+    salt: int
+    """The round, so that regrown directions differ from dropped ones."""
+
+    def grown(self, key: Key, factors: Factors, rank: int) -> Factors:
+        """`factors` at a higher rank, with the same product."""
+        extra = rank - factors.rank
+        if extra <= 0:
+            return factors
+        A, B = factors.A, factors.B
+        rows = fresh_rows(key, extra, A.shape[1], self.seed, salt=self.salt, dtype=A.dtype).to(A.device)
+        return Factors(torch.cat([A, rows]), torch.cat([B, B.new_zeros(B.shape[0], extra)], 1))
+
+
+@dataclass(frozen=True)
+class United:
+    """What a rule makes of one layer."""
+
+    factors: Factors
+    """To train from in the next round."""
+    folded: Factors | None = None
+    """What joins the frozen base; its product is added to that of `factors`."""
+
+
+def average_factors(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
+    """FedAvg of A and of B apart: A = sum w_i A_i, B = sum w_i B_i (McMahan et al. 2017, 1602.05629).
+
+    The baseline; needs equal ranks.
+    """
+    ranks = sorted({factors.rank for _, factors in members})
+    if len(ranks) > 1:
+        raise AdapterError(
+            f"block {key[0]} comes with ranks {', '.join(map(str, ranks))}; rule 'factors' needs equal "
+            "ranks: choose zero-pad or svd, or lora.rank_at_cut: null"
+        )
+    return United(_mean(members))
+
+
+def zero_pad(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
+    """HetLoRA (Cho et al. 2024, 2401.06432): pad with zeros to the largest rank, then average factors."""
+    return United(_padded_mean(members))
+
+
+def best_products(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
+    """FlexLoRA (2402.11505), HLoRA (2503.00813): the best rank-R approximation of sum w_i B_i A_i."""
+    if not any(torch.count_nonzero(factors.B) for weight, factors in members if weight):
+        # nothing learnt yet: keep the directions that A starts with
+        return United(_mean([(weight, padded(factors, rank)) for weight, factors in members]))
+    B = torch.cat([math.sqrt(weight) * factors.B for weight, factors in members], 1)
+    A = torch.cat([math.sqrt(weight) * factors.A for weight, factors in members])
+    return United(refactored(Factors(A, B), rank))
+
+
+def stack_factors(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
+    """FLoRA (Wang et al. 2024, 2409.05976): [w_1 B_1 ... w_n B_n] [A_1; ...; A_n] = mean(BA), exactly.
+
+    The stack, of rank sum r_i at most, is folded into the base, and the next round begins with fresh A and
+    B = 0, from exactly mean(BA).
+    """
+    first = members[0][1]
+    start = Factors(first.A[:0], first.B[:, :0])
+    return United(fresh.grown(key, start, rank), _folded(stacked(members), members))
+
+
+def average_with_residual(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
+    """FedEx-LoRA (Singhal et al. 2024, 2410.09432): A and B averaged, what they miss goes into the base.
+
+    The residual sum w_i B_i A_i - B A lies in the span of the members' own factors, so its rank is at most
+    sum r_i, and it travels as factors of that rank. Unequal ranks are padded with zeros first.
+    """
+    mean = _padded_mean(members)
+    return United(mean, _folded(stacked([*members, (-1.0, mean)]), members))
+
+
+def average_b(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
+    """FFA-LoRA (Sun et al. 2024, 2403.12313): A is frozen at its shared start, so sum w_i B_i is exact.
+
+    sum w_i (B_i A) = (sum w_i B_i) A; with unequal ranks B_i is padded with zeros, as A has its first rows.
+    """
+    _, widest = max(members, key=lambda member: member[1].rank)
+    return United(Factors(widest.A, _padded_mean(members).B))
+
+
+def average_a(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
+    """FedSA-LoRA (Guo et al. 2024, 2410.01463): A is averaged, each client goes on with its own B_i.
+
+    A row of A is averaged over the members that have it. B is given as sum w_i B_i where all are known: what
+    the clients' own updates B_i A are on average, and so what the reported error compares with mean(BA).
+    """
+    _, widest = max(members, key=lambda member: member[1].rank)
+    weights = widest.A.new_zeros(widest.rank)
+    total = torch.zeros_like(widest.A)
+    for weight, factors in members:
+        weights[: factors.rank] += weight
+        total[: factors.rank] += weight * factors.A
+    heard = (weights > 0)[:, None]
+    A = torch.where(heard, total / torch.where(heard, weights[:, None], 1.0), widest.A)
+    complete = all(factors.halves == "AB" for _, factors in members)
+    return United(Factors(A, _padded_mean(members).B if complete else widest.B.new_empty(0, widest.rank)))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule, and what it means for training and traffic."""
+
+    unite: Callable[[Key, Weighted, int, Fresh], United]
+    """(layer, weighted factors, rank, fresh directions) -> what it makes of them."""
+    trains: str = "AB"
+    """Factors that are trained."""
+    up: str = "AB"
+    """Factors that a client sends after a round."""
+    down: str = "AB"
+    """Factors that it gets; what it does not get, it has or can make."""
+    folds: bool = False
+    """Whether a part of the mean joins the frozen base, which travels down too."""
+    full_rank: bool = False
+    """Whether the global factors keep the full rank R whatever the cuts, lower ranks training a part."""
+    refactors: bool = False
+    """Whether the next factors are others than the last ones, so that moments of these mean nothing."""
+
+
+AGGREGATORS: dict[str, Rule] = {
+    "factors": Rule(average_factors),
+    "zero-pad": Rule(zero_pad),
+    "svd": Rule(best_products, refactors=True),
+    "stack": Rule(stack_factors, down="", folds=True, full_rank=True, refactors=True),
+    "exact": Rule(average_with_residual, folds=True, full_rank=True),
+    "ffa": Rule(average_b, trains="B", up="B", down="B", full_rank=True),
+    "fedsa": Rule(average_a, up="A", down="A", full_rank=True),
+}
+
+
+def padded(factors: Factors, rank: int) -> Factors:
+    """At this rank, with zeros behind or cut down to the first rows."""
+    short = rank - factors.rank
+    if short <= 0:
+        return factors.first(rank)
+    pad = torch.nn.functional.pad
+    return Factors(pad(factors.A, (0, 0, 0, short)), pad(factors.B, (0, short)))
+
+
+def _padded_mean(members: Weighted) -> Factors:
+    largest = max(factors.rank for _, factors in members)
+    return _mean([(weight, padded(factors, largest)) for weight, factors in members])
+
+
+def _mean(members: Weighted) -> Factors:
+    first_weight, first = members[0]
+    A, B = first_weight * first.A, first_weight * first.B
+    for weight, factors in members[1:]:
+        A, B = A + weight * factors.A, B + weight * factors.B
+    return Factors(A, B)
+
+
+def _folded(whole: Factors, members: Weighted) -> Factors | None:
+    """The product at its own rank; None if it is no more than rounding of the members' mean.
+
+    Its rank is at most that of the members together; what the type's rounding adds beyond is left out.
+    """
+    dtype, most = members[0][1].A.dtype, sum(factors.rank for _, factors in members)
+    rounding = max(0.01 * torch.finfo(dtype).eps, 32 * torch.finfo(torch.float64).eps)
+    small = refactored(whole, most, dtype, floor=rounding * product_norm(stacked(members)))
+    return small if small.rank else None

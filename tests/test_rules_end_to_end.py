@@ -1,0 +1,145 @@
+"""Whole runs under every rule: resumed bit for bit while cuts move, exported as what was evaluated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import splitft
+from laws.federations import write_text
+from runs import StoppedError, settings, stop_at
+from splitft.adapters import AGGREGATORS
+from splitft.assemble import prepare
+from splitft.config import from_mapping
+from splitft.errors import ConfigError
+from splitft.tracking.events import StepDone
+
+RULES = sorted(set(AGGREGATORS) - {"factors"})  # which wants equal ranks
+MOVING = {
+    "controller": "makespan",
+    "changes": [
+        {"round": 2, "client": 1, "compute": 0.1, "link": 0.05},
+        {"round": 2, "client": 2, "compute": 20},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "notes.jsonl")
+
+
+@pytest.fixture(scope="module")
+def config(tiny_llama, text):
+    def make(rule, **sections):
+        return from_mapping(settings(tiny_llama, text, aggregate={"rule": rule}, **sections))
+
+    return make
+
+
+def _files(run) -> dict[str, bytes]:
+    """What the run learnt: the global adapter, and each client's own where there is one."""
+    return {
+        str(path.relative_to(run)): path.read_bytes() for path in run.glob("*/**/adapter_model.safetensors")
+    }
+
+
+def _told(run) -> dict:
+    timed = ("wall_seconds", "seconds_by_leg")
+    return {key: value for key, value in run.summary.items() if key not in timed}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_run_whose_cuts_move_resumes_bit_for_bit(tmp_path, config, rule):
+    kept = "reset" if AGGREGATORS[rule].refactors else "keep"
+    once = config(
+        rule,
+        schedule=MOVING,
+        training={"rounds": 4, "steps": 2, "optimizer_state": kept, "participation": 0.7},
+    )
+    whole = splitft.train(once, tmp_path / "whole")
+    assert any(len(set(client["cut"])) > 1 for client in whole.summary["clients"])
+    with pytest.raises(StoppedError):
+        splitft.train(once, tmp_path / "stopped", listeners=[stop_at(StepDone, round=3)])
+    again = splitft.train(once, tmp_path / "stopped", resume=True)
+    assert _files(again.folder) == _files(whole.folder)
+    assert _told(again) == _told(whole)
+
+
+@pytest.mark.parametrize("rule", ["zero-pad", "exact", "stack", "ffa", "fedsa"])
+def test_adapters_that_were_rounded_on_the_wire_resume_bit_for_bit(tmp_path, config, rule):
+    once = config(rule, wire={"adapter": "bf16"}, training={"steps": 2}, lora={"rank_at_cut": None})
+    whole = splitft.train(once, tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        splitft.train(once, tmp_path / "stopped", listeners=[stop_at(StepDone, round=3)])
+    assert _files(splitft.train(once, tmp_path / "stopped", resume=True).folder) == _files(whole.folder)
+
+
+@pytest.mark.parametrize("rule", ["stack", "exact", "ffa", "fedsa"])
+def test_blocks_that_a_client_keeps_to_itself_go_with_every_rule(tmp_path, config, rule):
+    once = config(rule, privacy={"private_blocks": 1}, training={"steps": 2})
+    whole = splitft.train(once, tmp_path / "whole")
+    assert len(_files(whole.folder)) == 4  # the global one and three personal ones
+    with pytest.raises(StoppedError):
+        splitft.train(once, tmp_path / "stopped", listeners=[stop_at(StepDone, round=3)])
+    assert _files(splitft.train(once, tmp_path / "stopped", resume=True).folder) == _files(whole.folder)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_peft_loads_what_was_evaluated(tmp_path, config, rule):
+    once = config(rule, lora={"targets": "all-linear"}, training={"rounds": 2}, wire={"hidden": "fp32"})
+    run = splitft.train(once, tmp_path / "run")
+    losses = {client["name"]: client["loss"][-1] for client in run.summary["clients"]}
+    for client in prepare(once).clients:
+        folder = run.folder / "personal" / client.name if rule == "fedsa" else run.adapter_dir
+        base = AutoModelForCausalLM.from_pretrained(once.model.name, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, str(folder)).eval()
+        assert _loss(model, client._held_out) == pytest.approx(losses[client.name], rel=1e-4)
+        with model.disable_adapter():
+            assert _loss(model, client._held_out) != pytest.approx(losses[client.name], rel=1e-3)
+
+
+@torch.no_grad()
+def _loss(model, batches) -> float:
+    """Mean loss over labelled tokens, sequence by sequence."""
+    total = tokens = 0.0
+    for batch in batches:
+        for ids, length, first in zip(batch.tokens, batch.lengths, batch.labelled_from, strict=True):
+            labels = ids[:length].clone()
+            labels[:first] = -100
+            count = length - first
+            total += float(model(input_ids=ids[None, :length], labels=labels[None]).loss) * count
+            tokens += count
+    return total / tokens
+
+
+def test_with_own_factors_the_global_adapter_is_the_mean_of_the_clients(tmp_path, config):
+    from safetensors.torch import load_file
+
+    run = splitft.train(config("fedsa"), tmp_path / "run")
+    mean = load_file(run.adapter_dir / "adapter_model.safetensors")
+    own = [load_file(path) for path in sorted(run.folder.glob("personal/*/adapter_model.safetensors"))]
+    assert len(own) == 3
+    for name, tensor in mean.items():
+        torch.testing.assert_close(tensor, sum(one[name] for one in own) / 3)
+        if "lora_A" in name:
+            assert all(torch.equal(one[name], tensor) for one in own)
+
+
+@pytest.mark.parametrize("rule", ["stack", "exact", "ffa"])
+def test_one_set_of_server_adapters_for_all_goes_with_them(tmp_path, config, rule):
+    run = splitft.train(config(rule, split={"server_adapters": "shared"}), tmp_path / "run")
+    assert run.summary["eval_loss"][-1] < run.summary["eval_loss"][0]
+    assert max(run.summary["aggregation_error"]) < 1e-6
+
+
+def test_own_factors_and_shared_ones_are_refused_together(config):
+    with pytest.raises(ConfigError, match=r"aggregate.rule: found fedsa.*per-client, or another rule"):
+        config("fedsa", split={"server_adapters": "shared"})
+
+
+def test_moments_of_factors_that_are_made_anew_are_refused(config):
+    with pytest.raises(ConfigError, match=r"does not fit aggregate.rule stack"):
+        config("stack", training={"optimizer_state": "keep"})
