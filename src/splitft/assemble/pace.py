@@ -21,6 +21,7 @@ from splitft.schedule.cuts import Decision, choose
 from splitft.schedule.fleet import Fleet
 from splitft.schedule.memory import client_memory, server_peak_bytes
 from splitft.schedule.recovery import check_kept, shallowest_cut
+from splitft.schedule.rehearsal import rehearsal
 from splitft.schedule.situation import Situation, feasible, situation_of
 from splitft.tracking.events import Bar, RoundTimed
 
@@ -102,6 +103,7 @@ class Pace:
             plain,
             gamma=float(schedule.gamma),
             client_blocks=self.client_blocks or None,
+            rehearse=rehearsal(self.fleet.job, clients),
             clients=tuple(
                 replace(
                     one,

@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from splitft.errors import ScheduleError
 from splitft.schedule.makespan import best_cuts, predicted_round_s
 from splitft.schedule.profile import chosen
+from splitft.schedule.rehearsal import quickest
 from splitft.schedule.situation import Feasible, Situation, corrected, feasible
 
 
@@ -108,17 +110,23 @@ def paper(situation: Situation) -> Decision:
 def makespan(situation: Situation) -> Decision:
     """Least predicted round time, if the gain over the rounds left pays for the move.
 
+    By the model of `makespan`, exactly; or by the clock, among the candidates of `rehearsal`.
+
     All clients move at once, so a move takes as long as its longest part. A current cut that is no longer
     possible (less memory, a new bound) moves whatever it costs.
     """
     current, allowed = _current(situation), feasible(situation)
-    best = best_cuts(situation, allowed)
-    best_s = predicted_round_s(situation, best)
+    if situation.rehearse is None:
+        best = best_cuts(situation, allowed)
+    else:
+        best = quickest(situation, allowed, situation.rehearse)
+    predict = situation.rehearse or partial(predicted_round_s, situation)
+    best_s = predict(best)
     if any(cut not in allowed[name].cuts for name, cut in current.items()):
         return Decision(best, f"a current cut is not possible any more; predicted round {best_s:.4g} s")
     if situation.server_bytes(current) > situation.server_memory_bytes:
         return Decision(best, f"the server lacks memory as it is; predicted round {best_s:.4g} s")
-    current_s = predicted_round_s(situation, current)
+    current_s = predict(current)
     gain_s = (current_s - best_s) * situation.rounds_left
     move_s = max(client.option(best[client.name]).move_s for client in situation.clients)
     against = f"{gain_s:.4g} s over {situation.rounds_left} rounds against {move_s:.4g} s of moving"

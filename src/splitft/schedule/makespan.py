@@ -5,7 +5,7 @@
 own_i is client i's round from its first leg to its last when it never waits for others; server_i the server's
 work for it. No round can be shorter than either, when groups save nothing. What the model leaves out: the
 time a client waits for the server although the server is not full, which makes a round longer, and groups
-sharing their overhead, which makes it shorter. `clock` has both.
+sharing their overhead, which makes it shorter. `clock` has both, and `rehearsal` asks it.
 
 Why a search over one number suffices. Say the round may take T. Client i may then have the cuts with
 own_i <= T; the deepest of them leaves the server the least work and the least memory, whatever the others
@@ -49,27 +49,27 @@ def best_cuts(situation: Situation, allowed: Mapping[str, Feasible]) -> dict[str
 
     Raises ScheduleError if the server's memory does not suffice even with every client at its deepest cut.
     """
-    prices = _prices(situation, allowed)
+    prices = prices_of(situation, allowed)
     own_s = sorted({option.own_s for options in prices.values() for option in options})
     start_s = max(min(option.own_s for option in options) for options in prices.values())
     times = own_s[own_s.index(start_s) :]  # below, some client has no cut at all
-    if not _fits_memory(situation, _deepest(prices, times[-1])):
-        _raise_lack(situation, _deepest(prices, times[-1]))
+    if not fits_memory(situation, _cuts(deepest(prices, times[-1]))):
+        _raise_lack(situation, deepest(prices, times[-1]))
 
     def met(time_s: float) -> bool:
-        taken = _deepest(prices, time_s)
-        return _round_s(taken.values()) <= time_s and _fits_memory(situation, taken)
+        taken = deepest(prices, time_s)
+        return _round_s(taken.values()) <= time_s and fits_memory(situation, _cuts(taken))
 
     first = bisect_left(times, True, key=met)
     best_s = times[first] if first < len(times) else float("inf")
     if first > 0:  # between two values the server's work alone sets the time
-        before = _deepest(prices, times[first - 1])
-        if _fits_memory(situation, before):
+        before = deepest(prices, times[first - 1])
+        if fits_memory(situation, _cuts(before)):
             best_s = min(best_s, _round_s(before.values()))
-    return {name: option.cut for name, option in _deepest(prices, best_s).items()}
+    return _cuts(deepest(prices, best_s))
 
 
-def _prices(situation: Situation, allowed: Mapping[str, Feasible]) -> Prices:
+def prices_of(situation: Situation, allowed: Mapping[str, Feasible]) -> Prices:
     """The allowed options of each client; raises ScheduleError unless a deeper cut spares the server."""
     prices: Prices = {}
     for client in situation.clients:
@@ -87,7 +87,7 @@ def _prices(situation: Situation, allowed: Mapping[str, Feasible]) -> Prices:
     return prices
 
 
-def _deepest(prices: Prices, time_s: float) -> dict[str, CutOption]:
+def deepest(prices: Prices, time_s: float) -> dict[str, CutOption]:
     """Each client's deepest option of at most this time."""
     return {
         name: next(option for option in reversed(options) if option.own_s <= time_s)
@@ -100,16 +100,20 @@ def _round_s(taken: Iterable[CutOption]) -> float:
     return max(max(option.own_s for option in options), sum(option.server_s for option in options))
 
 
-def _fits_memory(situation: Situation, taken: Mapping[str, CutOption]) -> bool:
-    cuts = {name: option.cut for name, option in taken.items()}
+def fits_memory(situation: Situation, cuts: Mapping[str, int]) -> bool:
+    """Whether the server's memory suffices for these cuts."""
     return situation.server_bytes(cuts) <= situation.server_memory_bytes
 
 
 def _raise_lack(situation: Situation, taken: Mapping[str, CutOption]) -> None:
-    cuts = {name: option.cut for name, option in taken.items()}
+    cuts = _cuts(taken)
     raise ScheduleError(
         f"the server lacks memory: with every client at its deepest possible cut "
         f"({', '.join(f'{name} {cut}' for name, cut in cuts.items())}) it needs "
         f"{situation.server_bytes(cuts) / 1e9:.3g} GB and has {situation.server_memory_bytes / 1e9:.3g} GB; "
         "let fewer clients take part, or give it more"
     )
+
+
+def _cuts(taken: Mapping[str, CutOption]) -> dict[str, int]:
+    return {name: option.cut for name, option in taken.items()}

@@ -12,7 +12,7 @@ have at all is one question, asked in one place: `feasible`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from splitft.errors import ScheduleError
@@ -117,6 +117,8 @@ class Situation:
     """Blocks that `paper` moves the client farthest from the mean."""
     client_blocks: int | None = None
     """Blocks on all clients together that `resources` distributes; None for the sum of the current cuts."""
+    rehearse: Callable[[Mapping[str, int]], float] | None = field(default=None, compare=False, repr=False)
+    """Seconds of a round with given cuts on a clock, where one is at hand (`rehearsal`)."""
 
     def __post_init__(self) -> None:
         names = [client.name for client in self.clients]

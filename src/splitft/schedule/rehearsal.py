@@ -1,0 +1,66 @@
+"""Try cut vectors on the simulated clock before choosing one.
+
+    makespan's model: a round takes the longest client's own time, or all of the server's work
+    the clock:        and clients wait for one another at the server, which can add a third
+
+Where a clock is at hand, the candidates are few and each is rehearsed: for a ladder of times every client's
+deepest cut within that time (the model's own answer is one rung), and every common cut. So the choice is
+never slower on the clock than the best common cut. The ladder keeps the model's order, on each rung a slower
+client has no deeper cut; but which rung is quickest is the clock's word, not monotone in a client's speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from splitft.schedule.clock import client_round, simulate_round
+from splitft.schedule.cost import Client, Job
+from splitft.schedule.makespan import best_cuts, deepest, fits_memory, prices_of
+from splitft.schedule.situation import Feasible, Situation
+
+RUNGS = 40
+"""Times on the ladder, evenly among the clients' own times."""
+FEW_STEPS = 4
+"""A round of more than twice as many steps is rehearsed with these, and with twice these, and prolonged."""
+
+
+def rehearsal(job: Job, clients: Sequence[Client]) -> Callable[[Mapping[str, int]], float]:
+    """Seconds of a round with given cuts, on the clock."""
+
+    def seconds(cuts: Mapping[str, int], steps: int) -> float:
+        shortened = [replace(one, workload=replace(one.workload, steps=steps)) for one in clients]
+        rounds = [client_round(job, one, cuts[one.name]) for one in shortened if one.name in cuts]
+        return simulate_round(rounds, job.server).round_s
+
+    steps = max(one.workload.steps for one in clients)
+
+    def rehearse(cuts: Mapping[str, int]) -> float:
+        if steps <= 2 * FEW_STEPS:
+            return seconds(cuts, steps)
+        few, more = seconds(cuts, FEW_STEPS), seconds(cuts, 2 * FEW_STEPS)
+        return more + (more - few) / FEW_STEPS * (steps - 2 * FEW_STEPS)
+
+    return rehearse
+
+
+def quickest(
+    situation: Situation,
+    allowed: Mapping[str, Feasible],
+    rehearse: Callable[[Mapping[str, int]], float],
+) -> dict[str, int]:
+    """The candidate that is quickest on the clock; ties go to the deeper one.
+
+    Raises ScheduleError if the server's memory does not suffice even with every client at its deepest cut.
+    """
+    model = best_cuts(situation, allowed)
+    prices = prices_of(situation, allowed)
+    least_s = max(min(option.own_s for option in options) for options in prices.values())
+    times = sorted({o.own_s for options in prices.values() for o in options if o.own_s >= least_s})
+    ladder = [deepest(prices, times[i * (len(times) - 1) // RUNGS]) for i in range(RUNGS + 1)]
+    candidates = [model]
+    candidates += [{name: option.cut for name, option in rung.items()} for rung in ladder]
+    common = set.intersection(*(set(found.cuts) for found in allowed.values()))
+    candidates += [dict.fromkeys(model, cut) for cut in sorted(common)]
+    fitting = {tuple(cuts.values()): cuts for cuts in candidates if fits_memory(situation, cuts)}
+    return min(fitting.values(), key=lambda cuts: (rehearse(cuts), -sum(cuts.values())))
