@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_a_comparison_is_its_runs_and_is_not_trained_twice(tmp_path, file):
 
 
 def test_after_ctrl_c_the_same_command_goes_on(tmp_path, tiny_llama):
-    file = settings_file(tmp_path, tiny_llama, training={"rounds": 2, "steps": 10})
+    file = settings_file(tmp_path, tiny_llama, training={"rounds": 2, "steps": 6})
     out = tmp_path / "out"
     command = ("compare", file, "--methods", "splitft", "--seeds", 2, "--out", out)
     process = started(*command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -109,6 +110,26 @@ def test_what_cannot_be_compared_is_said_before_anything_is_trained(tmp_path, fi
     assert "give how many, such as 3" in refused(file, "--methods", "splitft", "--seeds", "a,b")
     assert "did you mean rounds?" in refused(file, "training.rouns=1", "--methods", "splitft")
     assert "gone.yaml" in refused(tmp_path / "gone.yaml", "--methods", "splitft")
+
+
+def test_the_models_can_be_tried_on_a_task_too(tmp_path, tiny_llama):
+    rows = [{"mr": f"n{n}", "ref": f"the ward {n}"} for n in range(12)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"source": str(pairs), "prompt": "mr", "completion": "ref"}
+    file = settings_file(tmp_path, tiny_llama, data=data, training={"rounds": 1, "steps": 1})
+    arguments = ("compare", file, "--methods", "splitft", "--tasks", "e2e", "--out", tmp_path / "out")
+    told = json.loads(invoke(*arguments, "--json").stdout)
+    (run,) = told["runs"]
+    (kept,) = json.loads((Path(run["folder"]) / "eval.json").read_text())["evaluations"]
+    assert told["methods"][0]["metrics"] == {
+        key: [kept["metrics"][key]] for key in ("bleu", "chrf", "rouge_l")
+    }
+    again = invoke(*arguments)
+    assert "ROUGE-L" in again.stdout
+    assert "e2e:" not in again.stdout, "it is not measured twice"
+    done = invoke("compare", file, "--methods", "splitft", "--tasks", "magic", "--out", tmp_path / "out")
+    assert (done.exit_code, "there is no task 'magic'" in done.stderr) == (2, True)
 
 
 def test_the_names_are_those_a_configuration_may_have():

@@ -124,7 +124,8 @@ def test_what_cannot_be_measured_is_said(run, tmp_path):
         assert "Traceback" not in done.stderr
         return done.stderr
 
-    assert "no task 'blue'; give one of perplexity, windows" in refused(run.folder, "--task", "blue")
+    assert "no task 'magic'; give one of perplexity, windows" in refused(run.folder, "--task", "magic")
+    assert "did you mean gsm8k?" in refused(run.folder, "--task", "gsm8")
     assert "give data.prompt and data.completion" in refused(run.folder, "--task", "e2e")
     assert "give it with --data" in refused(run.folder, "--task", "windows")
     assert "only keys of the section data" in refused(run.folder, "lora.rank=2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from splitft.tracking.comparison import (
     compared,
     comparison_body,
     comparison_rows,
+    metric_columns,
     server_reads,
     target_sentence,
 )
@@ -126,3 +128,17 @@ def test_runs_on_different_text_are_refused_with_what_differs():
 def test_a_run_without_a_finite_loss_is_named():
     with pytest.raises(RunError, match="runs/a-0: no finite held-out loss after training"):
         compared([trained("a", 0, [4])])
+
+
+def test_what_the_models_can_do_has_a_table_of_its_own():
+    runs = [
+        replace(trained("a", 0, [4, 3]), metrics={"bleu": 10.0, "rouge_l": 0.5}),
+        replace(trained("a", 1, [4, 3]), metrics={"bleu": 12.0, "rouge_l": 0.5}),
+        trained("b", 0, [4, 3]),
+    ]
+    headings, rows = metric_columns(compared(runs))
+    assert headings == ("method", "BLEU", "ROUGE-L")
+    assert rows == [("a", f"11.00±{math.sqrt(2):.2f}", "0.5000±0.0000"), ("b", "–", "–")]
+    assert "<h2>Tasks</h2>" in comparison_body(compared(runs), "")
+    assert metric_columns(compared(runs[2:]))[1] == []
+    assert "<h2>Tasks</h2>" not in comparison_body(compared(runs[2:]), "")

@@ -14,12 +14,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from splitft import __version__
+from splitft.assemble.evaluating import HELD_OUT, Trial, check_tasks, evaluate
 from splitft.assemble.folder import Run, is_finished
 from splitft.assemble.training import train
 from splitft.config import RunConfig, dump, json_schema, load
@@ -32,6 +33,7 @@ from splitft.tracking.comparison import (
     server_reads,
 )
 from splitft.tracking.course import course
+from splitft.tracking.evaluations import METRICS, read_evaluations
 from splitft.tracking.events import Event
 from splitft.tracking.log import read_events, settled
 from splitft.tracking.report import write_page
@@ -109,23 +111,51 @@ def compare(
     out: Path,
     *,
     target: float | None = None,
+    tasks: Sequence[str] = (),
     watch: Watch = lambda entry, event: None,
+    told: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Train what is not trained yet, write `compare.json` and `compare.html`, and return the comparison.
 
-    Raises RunError if the runs had different text, and what `train` raises, with the run's name.
+    With `tasks`, each run's model is tried on them too, on its held-out text, unless `eval.json` has it.
+    Raises RunError if the runs had different text, and what `train` and `evaluate` raise, with the run's
+    name.
     """
+    check_tasks(tasks)
     runs = []
     for entry in entries:
         runs.append(_trained(entry, watch))
         refuse_different_data(runs)
-    told = compared(runs, target)
+    if tasks:
+        metrics = [_tried(entry, tasks, told) for entry in entries]
+        runs = [replace(run, metrics=one) for run, one in zip(runs, metrics, strict=True)]
+    found = compared(runs, target)
     out.mkdir(parents=True, exist_ok=True)
     draft = out / "compare.json.draft"
-    draft.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(draft, out / "compare.json")
-    write_page(out / "compare.html", "Methods side by side", comparison_body(told, dump(entries[0].config)))
-    return told
+    write_page(out / "compare.html", "Methods side by side", comparison_body(found, dump(entries[0].config)))
+    return found
+
+
+def _tried(entry: Entry, tasks: Sequence[str], told: Callable[[str, int, int], None]) -> dict[str, float]:
+    """What the run's model can do, measured now where `eval.json` does not have it; loss is there anyway."""
+    kept = [one for one in read_evaluations(entry.folder) if one["adapter"] and one["data"] == HELD_OUT]
+    missing = tuple(task for task in tasks if task not in {one["task"] for one in kept})
+    if missing:
+        try:
+            kept += evaluate(
+                entry.folder, Trial(missing), lambda task, *count: told(f"{entry.name}, {task}", *count)
+            )
+        except SplitftError as error:
+            raise type(error)(f"{entry.name}: {error}") from error
+    return {
+        key: value
+        for one in kept
+        if one["task"] in tasks
+        for key, value in one["metrics"].items()
+        if key in METRICS and key not in ("loss", "perplexity")
+    }
 
 
 def _trained(entry: Entry, watch: Watch) -> Trained:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,7 @@ def evaluate(
     Raises RunError if there is no adapter or a task does not suit, and what reading the text raises.
     """
     run, trial = Run(Path(folder)), trial or Trial()
-    unknown = [task for task in trial.tasks if task not in TASKS]
-    if unknown:
-        raise RunError(f"there is no task {unknown[0]!r}; give one of {', '.join(TASKS)}")
+    check_tasks(trial.tasks)
     config = _configured(run.config, trial)
     rounds = run.summary["rounds"]
     with quiet():
@@ -109,6 +108,15 @@ def evaluate(
             )
     _keep(run.folder, entries)
     return entries
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise RunError, with the nearest name, for a task that does not exist."""
+    for task in tasks:
+        if task not in TASKS:
+            near = get_close_matches(task, TASKS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; give one of {', '.join(TASKS)}"
+            raise RunError(f"there is no task {task!r}{hint}")
 
 
 class _Texts:

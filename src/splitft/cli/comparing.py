@@ -109,6 +109,7 @@ def compare(
     target: Annotated[
         float | None, typer.Option(help="Held-out loss to reach [default: the lowest that all reach]")
     ] = None,
+    tasks: Annotated[str, typer.Option(help="Also try every model: e2e or gsm8k, with commas between.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Train the field's methods on the same text and seeds, and set them side by side.
@@ -116,7 +117,7 @@ def compare(
     Runs that are finished in --out already are not trained again; after Ctrl-C, the same command goes on.
     """
     from splitft.assemble import comparing
-    from splitft.tracking.comparison import NOTE, comparison_table, target_sentence
+    from splitft.tracking.comparison import NOTE, comparison_table, metric_table, target_sentence
     from splitft.tracking.counting import Counting
 
     out = out or Path("runs") / f"compare-{file.stem}"
@@ -125,7 +126,10 @@ def compare(
     screen = console(stderr=as_json)
     try:
         with Counting(screen) as counting:
-            told = comparing.compare(entries, out, target=target, watch=_Watching(entries, counting))
+            watch = _Watching(entries, counting)
+            told = comparing.compare(
+                entries, out, target=target, tasks=_listed(tasks), watch=watch, told=counting
+            )
     except KeyboardInterrupt:
         done = sum(entry.finished for entry in entries)
         command = (
@@ -140,6 +144,9 @@ def compare(
         return
     screen.print()
     screen.print(comparison_table(told))
+    if (metrics := metric_table(told)) is not None:
+        screen.print()
+        screen.print(metrics)
     screen.print(f"\n{target_sentence(told)} {NOTE}", highlight=False, markup=False)
     screen.print(f"Report   {out / 'compare.html'}", highlight=False, markup=False, soft_wrap=True)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.markup import escape
@@ -23,6 +23,7 @@ from splitft.errors import RunError
 from splitft.tracking import same_data
 from splitft.tracking.cost_charts import with_bands
 from splitft.tracking.course import Point, first_below
+from splitft.tracking.evaluations import EVALUATION_NOTE, METRICS, shown
 from splitft.tracking.markup import charts, count, table, text
 
 HEADINGS = (
@@ -62,6 +63,8 @@ class Trained:
     """What its server can read, in a few words."""
     about: str = ""
     """What makes the method different, in a line."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What its model can do, of `splitft eval`: BLEU and others by key."""
 
 
 def server_reads(summary: Mapping[str, Any]) -> str:
@@ -145,6 +148,11 @@ def _method(runs: Sequence[Trained], target: float) -> dict[str, Any]:
         "client_s_a_round": [_client_seconds(run.summary) for run in runs],
         "server_s_a_round": [_server_seconds(run.summary) for run in runs],
         "server_reads": runs[0].server_reads,
+        "metrics": {
+            key: [run.metrics[key] for run in runs if key in run.metrics]
+            for key in METRICS
+            if any(key in run.metrics for run in runs)
+        },
     }
 
 
@@ -196,15 +204,38 @@ def comparison_rows(told: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def metric_columns(told: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and rows of what the methods' models can do; no rows where it was not measured."""
+    keys = [key for key in METRICS if any(key in one["metrics"] for one in told["methods"])]
+    rows: list[tuple[str, ...]] = [
+        (one["method"], *(_metric(key, one["metrics"].get(key, [])) for key in keys))
+        for one in told["methods"]
+    ]
+    return ("method", *(METRICS[key] for key in keys)), rows if keys else []
+
+
+def metric_table(told: Mapping[str, Any]) -> Table | None:
+    """The same for the terminal; None where it was not measured."""
+    headings, rows = metric_columns(told)
+    if not rows:
+        return None
+    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for place, heading in enumerate(headings):
+        made.add_column(heading, justify="right" if place else "left")
+    for row in rows:
+        made.add_row(*map(escape, row))
+    return made
+
+
 def comparison_table(told: Mapping[str, Any]) -> Table:
     """The rows for the terminal."""
-    shown = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for place, heading in enumerate(NARROW):
         last = place == len(NARROW) - 1
-        shown.add_column(heading, justify="left" if last or not place else "right", no_wrap=not last)
+        made.add_column(heading, justify="left" if last or not place else "right", no_wrap=not last)
     for row in comparison_rows(told):
-        shown.add_row(*map(escape, row))
-    return shown
+        made.add_row(*map(escape, row))
+    return made
 
 
 def target_sentence(told: Mapping[str, Any]) -> str:
@@ -227,16 +258,31 @@ def comparison_body(told: Mapping[str, Any], config: str) -> str:
         (run["method"], str(run["seed"]), f"{run['course'][-1]['loss']:.4f}", run["folder"])
         for run in told["runs"]
     ]
+    drawn = [chart for chart in with_bands(courses, told["target"]) if chart.data]
     return (
         "<header>\n<p class=eyebrow>splitft compare</p>\n"
         f"<h1>{count(len(told['methods']), 'method')} side by side</h1>\n"
         f"<p class=facts>Same text, same start; seeds {text(seeds)}.</p>\n</header>\n"
         f"{table(HEADINGS, comparison_rows(told), 'machines')}"
         f"<p class=caption>{text(target_sentence(told))} {text(NOTE)}</p>\n{about}"
-        f"<h2>How they went</h2>\n{charts(c for c in with_bands(courses, told['target']) if c.data)}"
+        f"{_tasks(told)}<h2>How they went</h2>\n{charts(drawn)}"
         f"<h2>Runs</h2>\n{table(('method', 'seed', 'loss after', 'folder'), runs, 'machines')}"
         f"<details>\n<summary>Configuration</summary>\n<pre>{text(config)}</pre>\n</details>\n"
     )
+
+
+def _tasks(told: Mapping[str, Any]) -> str:
+    """What the models can do; nothing where it was not measured."""
+    headings, rows = metric_columns(told)
+    note = f"<p class=caption>{EVALUATION_NOTE} Means over seeds on the text that the runs held out.</p>\n"
+    return f"<h2>Tasks</h2>\n{table(headings, rows)}{note}" if rows else ""
+
+
+def _metric(key: str, values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    deviation = f"±{shown(key, statistics.stdev(values))}" if len(values) > 1 else ""
+    return f"{shown(key, statistics.fmean(values))}{deviation}"
 
 
 def _mean(values: Sequence[float | None], form: str) -> str:

@@ -69,21 +69,29 @@ def evaluation_rows(
         )
 
 
+METRICS = {key: name for key, (name, _) in _NAMES.items()}
+"""How each metric is called."""
+
+
+def shown(key: str, value: float) -> str:
+    """A metric with its usual decimals."""
+    return f"{value:.{_NAMES[key][1]}f}"
+
+
 def in_words(metrics: Mapping[str, float]) -> str:
     """The figures of an outcome: `BLEU 31.02, chrF 55.10, ROUGE-L 0.4812`."""
-    return ", ".join(
-        f"{name} {metrics[key]:.{decimals}f}" for key, (name, decimals) in _NAMES.items() if key in metrics
-    )
+    return ", ".join(f"{name} {shown(key, metrics[key])}" for key, name in METRICS.items() if key in metrics)
 
 
 def evaluation_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     """The rows for the terminal."""
-    shown = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for heading in EVALUATION_HEADINGS:
-        shown.add_column(heading)
-    for row in evaluation_rows(entries):
-        shown.add_row(*map(escape, row))
-    return shown
+        table.add_column(heading)
+    for task, source, *others in evaluation_rows(entries):
+        short = Path(source).name if Path(source).suffix else source
+        table.add_row(*map(escape, (task, short, *others)))
+    return table
 
 
 def sample_lines(entries: Iterable[Mapping[str, Any]]) -> Iterator[str]:
