@@ -13,7 +13,7 @@ from runs import StoppedError, settings, stop_at
 from splitft.adapters import AGGREGATORS
 from splitft.assemble import prepare
 from splitft.config import from_mapping
-from splitft.errors import ConfigError
+from splitft.errors import ConfigError, RunError
 from splitft.tracking.events import StepDone
 
 RULES = sorted(set(AGGREGATORS) - {"factors"})  # which wants equal ranks
@@ -143,3 +143,66 @@ def test_own_factors_and_shared_ones_are_refused_together(config):
 def test_moments_of_factors_that_are_made_anew_are_refused(config):
     with pytest.raises(ConfigError, match=r"does not fit aggregate.rule stack"):
         config("stack", training={"optimizer_state": "keep"})
+
+
+ON_TOP = {
+    "fedavgm": {"rule": "zero-pad", "server_optimizer": "fedavgm", "server_momentum": 0.5},
+    "fedadam": {"rule": "zero-pad", "server_optimizer": "fedadam"},
+    "fedadam on ffa": {"rule": "ffa", "server_optimizer": "fedadam"},
+    "fedavgm on fedsa": {"rule": "fedsa", "server_optimizer": "fedavgm"},
+}
+
+
+@pytest.mark.parametrize("aggregate", ON_TOP.values(), ids=ON_TOP)
+def test_the_servers_optimizer_goes_on_after_a_stop(tmp_path, tiny_llama, text, aggregate):
+    training = {"rounds": 4, "steps": 2, "schedule": "cosine", "warmup": 3}
+    once = from_mapping(
+        settings(
+            tiny_llama, text, aggregate=aggregate, schedule=MOVING, training=training, lora={"lr_ratio": 4}
+        )
+    )
+    whole = splitft.train(once, tmp_path / "whole")
+    plain = splitft.train(
+        once.model_copy(update={"aggregate": once.aggregate.model_copy(update={"server_optimizer": "none"})}),
+        tmp_path / "plain",
+    )
+    assert _files(plain.folder) != _files(whole.folder)
+    with pytest.raises(StoppedError):
+        splitft.train(once, tmp_path / "stopped", listeners=[stop_at(StepDone, round=3)])
+    again = splitft.train(once, tmp_path / "stopped", resume=True)
+    assert _files(again.folder) == _files(whole.folder)
+    assert _told(again) == _told(whole)
+
+
+def test_cuts_do_not_matter_with_schedules_two_rates_and_a_server_optimizer(tiny_llama, text):
+    from laws.federations import federation, largest_relative_difference, play
+
+    sections = {
+        "training": {"rounds": 2, "steps": 4, "schedule": "cosine", "warmup": 2},
+        "aggregate": {"rule": "factors", "server_optimizer": "fedadam"},
+        "lora": {"lr_ratio": 8},
+    }
+    one, other = (play(federation(tiny_llama, text, cuts, **sections))[0] for cuts in ([1, 1, 1], [3, 1, 2]))
+    assert largest_relative_difference(one.adapters.tensors(), other.adapters.tensors()) < 1e-5
+
+
+def test_a_run_whose_rate_falls_cannot_be_made_longer(tmp_path, config):
+    once = config("svd", training={"rounds": 2, "steps": 1, "schedule": "linear"})
+    splitft.train(once, tmp_path / "run")
+    longer = config("svd", training={"rounds": 3, "steps": 1, "schedule": "linear"})
+    with pytest.raises(RunError, match=r"training.rounds \(was 2, now 3\)"):
+        splitft.train(longer, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "training", "message"),
+    [
+        ({"rule": "svd", "server_optimizer": "fedadam"}, {}, "goes on from the last factors.*zero-pad"),
+        ({"rule": "exact", "server_optimizer": "fedavgm"}, {}, "aggregate.server_optimizer: found fedavgm"),
+        ({"server_betas": [0.9, 1.0]}, {}, "below 1"),
+        ({}, {"warmup": 100}, "found 100, but the run has 9 local steps"),
+    ],
+)
+def test_what_cannot_go_together_is_said_at_once(tiny_llama, text, aggregate, training, message):
+    with pytest.raises(ConfigError, match=message):
+        from_mapping(settings(tiny_llama, text, aggregate=aggregate, training=training))

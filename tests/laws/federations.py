@@ -70,6 +70,7 @@ def play(
         events.append,
         lambda state: None,
         prepared.config.privacy,
+        aggregation=prepared.config.aggregate,
     )
     return state, events
 

@@ -4,6 +4,7 @@ Adam keeps its moments by tensor, so a model's optimizer can be cut wherever its
 each step their own blocks and together do what one optimizer over the whole model would do. When moments
 are kept across rounds, those of a block go where the block goes.
 
+LoRA+ gives B a higher learning rate than A (Hayou et al. 2024, https://arxiv.org/abs/2402.12354).
 AdamW: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from splitft.adapters.rates import share_at
 from splitft.errors import AdapterError
 from splitft.geometry import Span
 from splitft.specs import TrainingSpec
@@ -33,9 +35,17 @@ class LocalOptimizer:
         parameters: Mapping[ParameterKey, nn.Parameter],
         spec: TrainingSpec,
         moments: Moments | None = None,
+        lr_ratio: float = 1.0,
+        round: int = 1,
     ) -> None:
-        self._parameters = dict(parameters)
-        tensors = list(self._parameters.values())
+        """Begin a round; `lr_ratio` is the learning rate of B over that of A (LoRA+)."""
+        self._parameters, self._spec = dict(parameters), spec
+        self._taken = (round - 1) * spec.steps
+        tensors: list[Any] = list(self._parameters.values())
+        if lr_ratio != 1 and tensors:
+            halves = {half: [p for key, p in self._parameters.items() if key[2] == half] for half in "AB"}
+            rates = {"A": spec.lr, "B": spec.lr * lr_ratio}
+            tensors = [{"params": held, "lr": rates[half]} for half, held in halves.items() if held]
         options: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay}
         self._optimizer: torch.optim.Optimizer | None = None
         if tensors:  # a client whose blocks have no targets trains nothing
@@ -43,6 +53,8 @@ class LocalOptimizer:
                 self._optimizer = torch.optim.AdamW(tensors, fused=True, **options)
             else:
                 self._optimizer = torch.optim.SGD(tensors, **options)
+        groups = self._optimizer.param_groups if self._optimizer else []
+        self._rates = [group["lr"] for group in groups]
         if moments:
             self._restore(moments)
 
@@ -54,7 +66,11 @@ class LocalOptimizer:
             for parameter in self._parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.div_(divide_by)
+        share = share_at(self._spec, self._taken)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * share
         self._optimizer.step()
+        self._taken += 1
         self.forget()
 
     def forget(self) -> None:

@@ -93,9 +93,11 @@ def open_log(folder: Path, config: RunConfig, snapshot: Snapshot | None) -> Even
 
 
 def _check_same(old: RunConfig, new: RunConfig, folder: Path) -> None:
-    """Only more rounds may be asked of a run that is resumed."""
+    """Only more rounds may be asked of a run that is resumed, unless its learning rate falls over them."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     changed = [key for key in after if before[key] != after[key] and key != "training.rounds"]
+    if before["training.rounds"] != after["training.rounds"] and new.training.schedule != "constant":
+        changed.append("training.rounds")
     if changed:
         listed = ", ".join(f"{key} (was {before[key]!r}, now {after[key]!r})" for key in changed[:4])
         raise RunError(f"{folder} was made with another configuration: {listed}; give another --out")

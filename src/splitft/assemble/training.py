@@ -87,6 +87,7 @@ def train(
             listener,
             save,
             config.privacy,
+            aggregation=config.aggregate,
         )
         listener(RunDone(rounds=config.training.rounds))
         write_summary(run.folder)

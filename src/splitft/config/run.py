@@ -121,6 +121,17 @@ def conflicts(config: RunConfig) -> list[Conflict]:
             "moments belong to other factors; give reset, or the rule factors, zero-pad, exact, ffa or fedsa"
         )
         found.append((("training.optimizer_state", "aggregate.rule"), message))
+    if config.aggregate.server_optimizer != "none" and rule in ("svd", "stack", "exact"):
+        message = (
+            f"found {config.aggregate.server_optimizer}, which goes on from the last factors, but "
+            f"aggregate.rule {rule} makes new ones or corrects their mean; give the rule factors (with "
+            "lora.rank_at_cut: null), zero-pad, ffa or fedsa"
+        )
+        found.append((("aggregate.server_optimizer", "aggregate.rule"), message))
+    total = config.training.rounds * config.training.steps
+    if config.training.warmup > total:
+        message = f"found {config.training.warmup}, but the run has {total} local steps; give at most that"
+        found.append((("training.warmup", "training.rounds", "training.steps"), message))
     if rule == "fedsa" and config.split.server_adapters == "shared":
         message = (
             "found fedsa, which leaves each client its own B, but split.server_adapters is shared: all train "

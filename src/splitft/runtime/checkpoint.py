@@ -1,8 +1,8 @@
 """What a run needs to continue after any stop, written in one stroke after each round.
 
     checkpoints/round-0002/  state.json           round, cuts, steps of each client
-                             state.safetensors    global/..., folded/..., client/NAME/..., server/SLOT/...,
-                                                  private/NAME/..., own/NAME/...,
+                             state.safetensors    global/..., folded/..., optimizer/..., client/NAME/...,
+                                                  server/SLOT/..., private/NAME/..., own/NAME/...,
                                                   memory/NAME/END/STREAM/... of codecs that learn
 
 A checkpoint is written beside, flushed to the disk and renamed, so that a folder of that name is always
@@ -119,7 +119,9 @@ def load_snapshot(run: Path, number: int) -> Snapshot:
             parts.setdefault(owner, {})[rest] = tensor
         adapters = AdapterState.from_tensors(parts["global"])
         folded = AdapterState.from_tensors(parts.get("folded", {}))
-        state = RunState(facts["round"], facts["cuts"], adapters, facts["losses"], folded)
+        state = RunState(
+            facts["round"], facts["cuts"], adapters, facts["losses"], folded, parts.get("optimizer", {})
+        )
         owned = {side: _by_owner(parts.get(side, {})) for side in ("client", "server", "private", "own")}
         private, own = (
             {name: AdapterState.from_tensors(tensors) for name, tensors in owned[side].items()}
@@ -139,6 +141,7 @@ def _instead(run: Path, number: int) -> str:
 
 def _tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
     flat = {f"global/{name}": tensor for name, tensor in snapshot.state.adapters.tensors().items()}
+    flat |= {f"optimizer/{name}": tensor for name, tensor in snapshot.state.memory.items()}
     flat |= {f"folded/{name}": tensor for name, tensor in snapshot.state.folded.tensors().items()}
     private = {name: state.tensors() for name, state in snapshot.private.items()}
     own = {  # copies: what a client has not trained yet is the global tensor itself

@@ -122,7 +122,13 @@ class Client:
         self._round, self._underway, self._graded = message.round, None, False
         trained, rest = self._ranks.parted(self._known, self._ranks.of(message.cut), message.round)
         self._bank.put(SLOT, trained, rest, self._folded, self._ranks.sharing.trains)
-        self._optimizer = LocalOptimizer(self._bank.parameters(SLOT), self._training, self._moments)
+        self._optimizer = LocalOptimizer(
+            self._bank.parameters(SLOT),
+            self._training,
+            self._moments,
+            self._ranks.lora.lr_ratio,
+            message.round,
+        )
         return RoundReady(client=self.name, round=message.round, moments=given_up, own=own)
 
     def forward(self) -> Activations:

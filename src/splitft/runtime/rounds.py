@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from splitft.adapters import AdapterState, Fresh, aggregate, merged
+from splitft.adapters.server_optimizer import Memory, stepped
 from splitft.geometry import Span
 from splitft.privacy.bounds import Bounds
 from splitft.privacy.noise import Noise
@@ -27,7 +28,7 @@ from splitft.protocol import AdapterUpload, Evaluation, GlobalAdapters, RoundRea
 from splitft.runtime.ranks import Ranks
 from splitft.runtime.server import Server
 from splitft.schedule.cuts import Decision
-from splitft.specs import PrivacySpec, TrainingSpec
+from splitft.specs import AggregateSpec, PrivacySpec, TrainingSpec
 from splitft.tracking.events import CutsChanged, Evaluated, Listener, RoundDone, RoundTimed, StepDone, Traffic
 
 PARTICIPANT_DRAWS = 5
@@ -81,6 +82,8 @@ class RunState:
     """Held-out loss of each client with them."""
     folded: AdapterState = field(default_factory=AdapterState)
     """What aggregation has folded into the frozen base so far, over all L blocks."""
+    memory: Memory = field(default_factory=dict)
+    """What the server's optimizer remembers."""
 
 
 def train_rounds(
@@ -94,6 +97,7 @@ def train_rounds(
     save: Callable[[RunState], None],
     privacy: PrivacySpec = PrivacySpec(),  # noqa: B008 frozen
     secret: bool = False,
+    aggregation: AggregateSpec = AggregateSpec(),  # noqa: B008 frozen
 ) -> RunState:
     """Train from `state` to the last round; `save` is called after each.
 
@@ -114,8 +118,9 @@ def train_rounds(
         old_cuts, state = state.cuts, replace(state, cuts=cuts)
         participants = participants_of(number, list(cuts), training.participation, ranks.seed)
         state, participants = _round(
-            number, state, old_cuts, participants, server, federation, ranks, training, listener, bounds
-        )
+            number, state, old_cuts, participants, server, federation, ranks, training, listener, bounds,
+            aggregation,
+        )  # fmt: skip
         listener(schedule.charge(number, participants, old_cuts, cuts))
         evaluated = _evaluated(number, federation)
         listener(evaluated)
@@ -142,6 +147,7 @@ def _round(
     training: TrainingSpec,
     listener: Listener,
     bounds: Bounds,
+    aggregation: AggregateSpec,
 ) -> tuple[RunState, list[str]]:
     """One round of training and aggregation: the next global factors, and whose training is in them."""
     clients, cuts = list(state.cuts), state.cuts
@@ -176,6 +182,7 @@ def _round(
     fresh = Fresh(ranks.seed, salt=number)
     result = aggregate(ranks.rule, full_sets, ranks.united(cuts.values()), fresh)
     shared = bounds.noised(result.state.completed(state.adapters), len(full_sets), number)
+    shared, memory = stepped(aggregation, state.adapters, shared, state.memory)
     adapters = state.adapters.updated(shared)  # blocks that clients keep private stay as they began
     folded = merged(state.folded, result.folded)
     server.install(adapters, folded)
@@ -192,7 +199,7 @@ def _round(
             traffic=federation.traffic(),
         )
     )
-    return RunState(number, cuts, adapters, folded=folded), list(uploads)
+    return RunState(number, cuts, adapters, folded=folded, memory=memory), list(uploads)
 
 
 def _for_client(

@@ -107,7 +107,9 @@ class Server:
             trained, rest = self._ranks.parted(self.personal(slot, state.within(span)), ranks, number)
             self._bank.put(slot, trained, rest, folded, self._ranks.sharing.trains)
             moments = moments_within(self.moments.get(slot, {}), span)
-            self._optimizers[slot] = LocalOptimizer(self._bank.parameters(slot), self._training, moments)
+            self._optimizers[slot] = LocalOptimizer(
+                self._bank.parameters(slot), self._training, moments, self._ranks.lora.lr_ratio, number
+            )
 
     def trained(self, client: str) -> tuple[AdapterState, int]:
         """Factors of blocks [k, L) trained for one client, and the labelled tokens it has seen."""

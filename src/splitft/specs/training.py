@@ -22,6 +22,8 @@ class LoraSpec(Spec):
     """On which sides of the boundary the rank is lowered."""
     alpha: float = Field(32.0, gt=0)
     """The update of a layer is (alpha / rank) B A, whatever rank the layer itself carries."""
+    lr_ratio: float = Field(1.0, gt=0)
+    """Learning rate of B over that of A: 1 for LoRA; LoRA+ advises about 16 (arXiv 2402.12354)."""
     targets: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
     """Adapted linear layers: attention projections, all linear layers, or module names."""
 
@@ -57,6 +59,10 @@ class TrainingSpec(Spec):
     """If given, a batch is filled with sequences up to this many padded tokens instead."""
     lr: float = Field(5.0e-4, gt=0)
     """Learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after the warm-up: as it is, or down to 0 over the run's local steps."""
+    warmup: int = Field(0, ge=0)
+    """Local steps of the run in which the learning rate rises linearly from nearly 0."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Local optimizer, the same on both sides of the cut."""
     weight_decay: float = Field(0.0, ge=0)
@@ -75,3 +81,21 @@ class AggregateSpec(Spec):
     (FlexLoRA); `stack` folds the mean product into the base and starts anew (FLoRA); `exact` averages A and B
     and folds what they miss (FedEx-LoRA); `ffa` trains B alone (FFA-LoRA); `fedsa` averages A and leaves
     each client its own B (FedSA-LoRA)."""
+    server_optimizer: Literal["none", "fedavgm", "fedadam"] = "none"
+    """What the server makes of the mean: `none` takes it as it is; `fedavgm` adds momentum; `fedadam` scales
+    each number by what its changes were before (Reddi et al. 2021, arXiv 2003.00295). Not with svd, stack or
+    exact."""
+    server_lr: float | None = Field(None, gt=0)
+    """Its learning rate; null for 1 with fedavgm and 0.01 with fedadam."""
+    server_momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of fedavgm."""
+    server_betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of fedadam's first and second moment, each at least 0 and below 1."""
+    server_tau: float = Field(1e-3, gt=0)
+    """Adaptivity of fedadam: changes well below it are not scaled up."""
+
+    @model_validator(mode="after")
+    def _betas_are_decays(self) -> AggregateSpec:
+        if not all(0 <= beta < 1 for beta in self.server_betas):
+            raise ValueError(f"server_betas {self.server_betas} must each be at least 0 and below 1")
+        return self

@@ -1,0 +1,81 @@
+"""An optimizer on the server that takes the round's mean change of the global factors for a gradient.
+
+    delta = mean of the participants' factors - global factors
+    fedavgm   v = beta v + delta                             x = x + lr v
+    fedadam   m = b1 m + (1 - b1) delta,
+              v = b2 v + (1 - b2) delta^2                    x = x + lr m / (sqrt(v) + tau)
+
+FedAvgM: Hsu et al. 2019, https://arxiv.org/abs/1909.06335. FedAdam: Reddi et al. 2021, algorithm 2 (no bias
+correction), https://arxiv.org/abs/2003.00295; v begins at tau^2. The factors must keep their coordinates from
+round to round, so rules that make new ones (svd, stack) cannot have it. Where cuts change a block's rank,
+rows that were not there before begin as the mean has them, without momentum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from splitft.adapters.state import AdapterState
+from splitft.specs import AggregateSpec
+
+Memory = Mapping[str, torch.Tensor]
+"""What it remembers, by names such as `7.self_attn.q_proj.A.momentum`."""
+Step = Callable[[AggregateSpec, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
+"""(options, delta, what is remembered of one factor, changed in place) -> what is added to the factor."""
+
+
+def averaged_momentum(
+    spec: AggregateSpec, delta: torch.Tensor, memory: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """FedAvgM."""
+    momentum = memory.get("momentum")
+    memory["momentum"] = delta if momentum is None else spec.server_momentum * momentum + delta
+    return (1.0 if spec.server_lr is None else spec.server_lr) * memory["momentum"]
+
+
+def adaptive(spec: AggregateSpec, delta: torch.Tensor, memory: dict[str, torch.Tensor]) -> torch.Tensor:
+    """FedAdam."""
+    first, second = spec.server_betas
+    momentum = memory.get("momentum", torch.zeros_like(delta))
+    variance = memory.get("variance", torch.full_like(delta, spec.server_tau**2))
+    memory["momentum"] = first * momentum + (1 - first) * delta
+    memory["variance"] = second * variance + (1 - second) * delta**2
+    lr = 0.01 if spec.server_lr is None else spec.server_lr
+    return lr * memory["momentum"] / (memory["variance"].sqrt() + spec.server_tau)
+
+
+SERVER_OPTIMIZERS: dict[str, Step] = {"fedavgm": averaged_momentum, "fedadam": adaptive}
+"""By name; `none` takes the mean as it is."""
+
+
+def stepped(
+    spec: AggregateSpec, before: AdapterState, mean: AdapterState, memory: Memory
+) -> tuple[AdapterState, dict[str, torch.Tensor]]:
+    """The next global factors, and what to remember, from those before the round and their mean after it."""
+    if spec.server_optimizer == "none":
+        return mean, {}
+    step = SERVER_OPTIMIZERS[spec.server_optimizer]
+    old, after, kept = before.tensors(), {}, dict(memory)
+    fill = {"momentum": 0.0, "variance": spec.server_tau**2}
+    for name, new in mean.tensors().items():
+        start = _like(old[name], new, new)
+        own = {
+            part: _like(kept[key], new, value)
+            for part, value in fill.items()
+            if (key := f"{name}.{part}") in kept
+        }
+        after[name] = start + step(spec, new - start, own)
+        kept.update((f"{name}.{part}", tensor) for part, tensor in own.items())
+    return AdapterState.from_tensors(after), kept
+
+
+def _like(tensor: torch.Tensor, wanted: torch.Tensor, fill: torch.Tensor | float) -> torch.Tensor:
+    """A tensor in the shape of another: cut down, or with `fill` where it has nothing."""
+    if tensor.shape == wanted.shape:
+        return tensor
+    rows, columns = (min(pair) for pair in zip(tensor.shape, wanted.shape, strict=True))
+    grown = fill.clone() if isinstance(fill, torch.Tensor) else torch.full_like(wanted, fill)
+    grown[:rows, :columns] = tensor[:rows, :columns]
+    return grown
