@@ -79,6 +79,20 @@ def test_what_is_written_is_what_peft_writes_and_is_held_against_every_reference
         assert sample["written"] == text
 
 
+def test_a_clients_own_adapter_has_the_loss_that_the_run_had_for_that_client(tmp_path, tiny_llama):
+    file = settings_file(tmp_path, tiny_llama, **SHORT, privacy={"private_blocks": 1})
+    run = splitft.train(file, tmp_path / "out")
+    for client in run.summary["clients"]:
+        done = invoke("eval", run.folder, "--client", client["name"], "--json")
+        (entry,) = json.loads(done.stdout)
+        assert entry["metrics"]["examples"] == client["eval_examples"]
+        assert entry["metrics"]["loss"] == pytest.approx(client["loss"][-1], rel=1e-5)
+    kept = json.loads((run.folder / "eval.json").read_text())["evaluations"]
+    assert [one["client"] for one in kept] == ["client-1", "client-2", "client-3"]
+    done = invoke("eval", run.folder, "--client", "client-9")
+    assert (done.exit_code, "there are those of client-1, client-2" in done.stderr) == (2, True)
+
+
 def test_all_references_of_one_prompt_count(prompted, tmp_path):
     rows = [{"mr": "q", "ref": text} for text in ("a b", "c d", "e f g")]
     file = pairs(tmp_path / "refs.jsonl", rows)
@@ -127,6 +141,7 @@ def test_what_cannot_be_measured_is_said(run, tmp_path):
     assert "no task 'magic'; give one of perplexity, windows" in refused(run.folder, "--task", "magic")
     assert "did you mean gsm8k?" in refused(run.folder, "--task", "gsm8")
     assert "give data.prompt and data.completion" in refused(run.folder, "--task", "e2e")
+    assert "all clients share the global one" in refused(run.folder, "--client", "client-1")
     assert "give it with --data" in refused(run.folder, "--task", "windows")
     assert "only keys of the section data" in refused(run.folder, "lora.rank=2")
     assert "only data.eval_examples" in refused(run.folder, "data.holdout=0.3")

@@ -55,6 +55,8 @@ class Trial:
     """Prompts continued at once."""
     max_new_tokens: int | None = None
     """Longest continuation; None for the task's own."""
+    client: str | None = None
+    """Try this client's own adapter, of a run that leaves clients some blocks or all, on what it held out."""
 
 
 def evaluate(
@@ -71,10 +73,11 @@ def evaluate(
     with quiet():
         model = open_model(config.model)
         tokenizer = model.tokenizer()
-        texts = _Texts(config, model, trial.data is not None)
+        adapter = _adapter_of(run, trial)
+        texts = _Texts(config, model, trial.data is not None, trial.client)
         tasks = trial.tasks or suitable_tasks(texts.examples(), tokenizer)
         readings = {task: texts.windows() if task == "windows" else texts.examples() for task in tasks}
-        whole = with_adapter(run.adapter_dir, model.path, model.dtype)
+        whole = with_adapter(adapter, model.path, model.dtype)
         entries = []
         for task, examples in readings.items():
             began = time.monotonic()
@@ -92,7 +95,9 @@ def evaluate(
             entries.append(
                 {
                     "task": task,
-                    "data": trial.data or HELD_OUT,
+                    "data": trial.data
+                    or (HELD_OUT if trial.client is None else f"held out by {trial.client}"),
+                    "client": trial.client,
                     "adapter": trial.adapter,
                     "rounds": rounds,
                     "metrics": outcome.metrics,
@@ -110,6 +115,22 @@ def evaluate(
     return entries
 
 
+def _adapter_of(run: Run, trial: Trial) -> Path:
+    """The global adapter, or a client's own. Raises RunError if it is not there."""
+    personal = run.folder / "personal"
+    names = sorted(path.name for path in personal.iterdir()) if personal.is_dir() else []
+    if trial.client is not None and trial.client not in names:
+        held = f"there are those of {', '.join(names)}" if names else "all clients share the global one"
+        raise RunError(f"{run.folder} has no adapter of {trial.client!r} alone; {held}")
+    if trial.client is not None:
+        return personal / trial.client
+    if names and not run.adapter_dir.is_dir():
+        raise RunError(
+            f"{run.folder} has no global adapter, but one of each client: give --client, such as {names[0]}"
+        )
+    return run.adapter_dir
+
+
 def check_tasks(tasks: Sequence[str]) -> None:
     """Raise RunError, with the nearest name, for a task that does not exist."""
     for task in tasks:
@@ -122,8 +143,8 @@ def check_tasks(tasks: Sequence[str]) -> None:
 class _Texts:
     """The text of a trial, read when it is first needed."""
 
-    def __init__(self, config: RunConfig, model: Model, other: bool) -> None:
-        self._config, self._model, self._other = config, model, other
+    def __init__(self, config: RunConfig, model: Model, other: bool, client: str | None) -> None:
+        self._config, self._model, self._other, self._client = config, model, other, client
         self._examples: tuple[Example, ...] | None = None
 
     def examples(self) -> tuple[Example, ...]:
@@ -152,7 +173,9 @@ class _Texts:
         data, seed = self._config.data, self._config.seed
         divided = divide_text(self._config, self._model)
         found: list[Example] = []
-        for index, part in enumerate(divided.parts):
+        for index, (name, part) in enumerate(zip(divided.names, divided.parts, strict=True)):
+            if self._client not in (None, name):
+                continue
             own = [divided.text.examples[place] for place in part]
             found += held_out(own, data.holdout, seed, index)[1][: data.eval_examples]
         return tuple(found)
@@ -182,7 +205,7 @@ def _configured(config: RunConfig, trial: Trial) -> RunConfig:
 
 def _keep(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
     """Put the entries in place of older ones of the same task, text and model, in one stroke."""
-    key = ("task", "data", "adapter")
+    key = ("task", "data", "adapter", "client")
     fresh = {tuple(entry[name] for name in key) for entry in entries}
     kept = [
         entry for entry in read_evaluations(folder) if tuple(entry.get(name) for name in key) not in fresh

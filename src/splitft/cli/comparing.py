@@ -75,6 +75,9 @@ def eval(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest continuation, in tokens [default: the task's]")
     ] = None,
+    client: Annotated[
+        str | None, typer.Option(help="Try this client's own adapter, where clients keep blocks.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure what a run's model can do: perplexity, BLEU, ROUGE-L and chrF, or exact match."""
@@ -84,7 +87,7 @@ def eval(
     from splitft.tracking.evaluations import evaluation_table, sample_lines
 
     tasks = tuple(name.strip() for name in task.split(",")) if task is not None else ()
-    trial = Trial(tasks, data, tuple(overrides or ()), not base, batch_size, max_new_tokens)
+    trial = Trial(tasks, data, tuple(overrides or ()), not base, batch_size, max_new_tokens, client)
     if source_is_trained_on(folder, trial):
         typer.echo(f"splitft: note: the run trained on text of {data}; leave --data out to be fair", err=True)
     with Counting(console(stderr=True)) as counting:

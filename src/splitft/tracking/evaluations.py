@@ -62,11 +62,17 @@ def evaluation_rows(
         yield (
             entry["task"],
             entry["data"],
-            "with adapter" if entry["adapter"] else "base alone",
+            _model(entry),
             "–" if done is None else f"{done} round{'' if done == 1 else 's'}{earlier}",
             in_words(metrics),
             ", ".join(counts),
         )
+
+
+def _model(entry: Mapping[str, Any]) -> str:
+    if not entry["adapter"]:
+        return "base alone"
+    return "with adapter" if entry.get("client") is None else f"with the adapter of {entry['client']}"
 
 
 METRICS = {key: name for key, (name, _) in _NAMES.items()}
