@@ -104,13 +104,13 @@ def gather(config: RunConfig) -> Gathered:
     return Gathered(config, model, ranks, text, clients)
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Gather, choose the first cuts, and set up every party.
+def prepare(config: RunConfig, gathered: Gathered | None = None) -> Prepared:
+    """Gather (unless that was done before), choose the first cuts, and set up every party.
 
     Raises what `gather` raises, and ScheduleError if a client fits at no cut.
     """
     check_accountant(config)
-    gathered = gather(config)
+    gathered = gather(config) if gathered is None else gathered
     model, ranks = gathered.model, gathered.ranks
     pace, cuts = Pace.begin(config, gathered.fleet())
     here = [client for client in gathered.clients if client.name in cuts]

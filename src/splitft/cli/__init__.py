@@ -3,14 +3,15 @@
     splitft demo | init | train        training.py
             plan | report | generate | export   looking.py
             shares | eval | compare    comparing.py
+            audit                      auditing.py
 
 Heavy imports are inside the verbs, so that `--help` is instant.
 """
 
-from splitft.cli import comparing, looking, training
+from splitft.cli import auditing, comparing, looking, training
 from splitft.cli.ending import app
 
-__all__ = ["app", "comparing", "looking", "main", "training"]
+__all__ = ["app", "auditing", "comparing", "looking", "main", "training"]
 
 
 def main() -> None:

@@ -137,11 +137,13 @@ class Segment:
         self.span = span
         return read
 
-    def run(self, x: torch.Tensor, through: Span | None = None) -> torch.Tensor:
+    def run(self, x: torch.Tensor, through: Span | None = None, cache: Any = None) -> torch.Tensor:
         """Tokens (B, T), or hidden states (B, T, D), through some of the held blocks -> (B, T, D).
 
         Token ids enter at block 0 only; hidden states enter anywhere, also at block 0 as embeddings with
-        positions already added. Raises GeometryError for blocks that are not held.
+        positions already added. With a `cache` of transformers that holds the keys and values of
+        earlier tokens, x continues them and is added to it; such a span begins at block 0.
+        Raises GeometryError for blocks that are not held.
         """
         through = self.span if through is None else through  # an empty span is asked for on purpose
         tokens = not x.is_floating_point()
@@ -153,7 +155,8 @@ class Segment:
             return x
         self._mount(through, enters=tokens, leaves=False)
         inputs = {"input_ids": x} if tokens else {"inputs_embeds": x}
-        hidden: torch.Tensor = self._anatomy.trunk(**inputs, use_cache=False)[0]
+        kept = {"use_cache": True, "past_key_values": cache} if cache is not None else {"use_cache": False}
+        hidden: torch.Tensor = self._anatomy.trunk(**inputs, **kept)[0]
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,327 @@
+"""What the cut gives away: record a run's frames in many settings, attack them, and say what was read.
+
+    RunConfig --for each cut, codec, noise--> recorded step --all attacks--> Outcome --> verdict
+                                                            --held-out loss--> cost in perplexity
+
+The attacker is an honest but curious server. It holds the public model, the global adapters, public text of
+another domain, and what it saw; it knows the run's settings. It does not have the clients' random numbers.
+`short` takes about two minutes on two cores for the embedded model; `full` sweeps wider and tries harder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splitft.adapters import AdapterState
+from splitft.assemble.defending import public_text
+from splitft.assemble.folder import Run
+from splitft.assemble.parties import Gathered, gather
+from splitft.assemble.public import public_tokens
+from splitft.assemble.quiet import quiet
+from splitft.assemble.recording import Recording, as_it_travels, record, recorded_config
+from splitft.cache import cache_folder
+from splitft.config import RunConfig, load
+from splitft.data.text import Batch
+from splitft.model import loss_and_gradient, pack
+from splitft.privacy.attacks import (
+    HIDDEN_ATTACKS,
+    LABEL_ATTACKS,
+    Attacker,
+    Channel,
+    Effort,
+    GradientChannel,
+    Replica,
+    Seen,
+    calibrated,
+)
+from splitft.privacy.defence import Defence
+from splitft.privacy.findings import Finding, Outcome, Setting, table_rows, verdicts
+from splitft.privacy.metrics import recovery
+from splitft.privacy.noise import Noise, deviation, typical_norm
+from splitft.runtime.checkpoint import latest, load_snapshot
+from splitft.specs import PrivacySpec, RowDefenceSpec
+from splitft.wire import CODECS
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How far an audit goes."""
+
+    cuts: tuple[int, ...]
+    """Cuts to try, beside the run's own."""
+    noises: tuple[float, ...]
+    """Noise on hidden states and gradients, as multiples, tried at the first of the run's cuts."""
+    codecs: tuple[str, ...]
+    """Codecs to try there."""
+    texts: int
+    """Texts in a batch; two batches are recorded."""
+    tokens: int
+    """Longest text."""
+    public: int
+    """Public tokens that the attacker learns on."""
+    effort: Effort
+    attacks: tuple[str, ...]
+    """Attacks to run."""
+    inverter_steps: int = 200
+    """Steps of training the transformer."""
+
+
+SHORT = Depth(
+    cuts=(4,),
+    noises=(0.0, 1.0, 4.0),
+    codecs=("bf16",),
+    texts=2,
+    tokens=48,
+    public=16_384,
+    effort=Effort(),
+    attacks=("nearest", "linear", "matching", "head gradient", "labels"),
+)
+FULL = Depth(
+    cuts=(1, 2, 4, 8, 15),
+    noises=(0.0, 0.5, 1.0, 2.0, 4.0, 8.0),
+    codecs=("bf16", "int8", "int4", "topk"),
+    texts=4,
+    tokens=64,
+    public=65_536,
+    effort=Effort(whole=True),
+    attacks=(*HIDDEN_ATTACKS, *LABEL_ATTACKS),
+)
+DEPTHS = {"short": SHORT, "full": FULL}
+"""Both modes, by name."""
+STEPS = 2
+"""Recorded local steps: in the second the client's adapters are no longer the global ones."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found, and with what."""
+
+    model: str
+    text: str
+    public: str
+    """Where the attacker's text is from."""
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "model": self.model,
+            "text": self.text,
+            "public": self.public,
+            "seconds": round(self.seconds, 1),
+            "rows": table_rows(self.outcomes),
+            "verdicts": verdicts(self.outcomes),
+        }
+
+
+def audit(
+    target: RunConfig | Path | str,
+    depth: Depth = SHORT,
+    public: str | None = None,
+    settings: Sequence[Setting] | None = None,
+    listener: Callable[[Outcome], None] = lambda outcome: None,
+) -> Audit:
+    """Audit a configuration, or a run folder with what it has learnt; the settings are those of `depth`.
+
+    Raises what `gather` raises, and RunError for a folder that holds no run.
+    """
+    began = time.perf_counter()
+    with quiet():
+        config, adapters = _target(target)
+        config = _smaller(config, depth)
+        gathered = gather(recorded_config(config, 1, STEPS, depth.texts))
+        model = gathered.model
+        tokens, source = public_tokens(model, public, config.data.source, depth.public)
+        auditor = _Auditor(config, gathered, adapters, depth, tokens)
+        if settings is None:
+            settings = settings_of(config, depth, model.shape.blocks)
+        outcomes = []
+        for setting in settings:
+            outcomes.append(auditor.outcome(setting))
+            listener(outcomes[-1])
+    spent = time.perf_counter() - began
+    return Audit(config.model.name, config.data.source, source, tuple(outcomes), spent)
+
+
+def settings_of(config: RunConfig, depth: Depth, blocks: int) -> list[Setting]:
+    """The run's own settings first, then noises and codecs at its shallowest cut, then other cuts."""
+    codec, privacy = config.wire.hidden, config.privacy
+    own = sorted(set(config.cuts or ())) or [2]
+    first, known = own[0], [one for one in depth.codecs if one in CODECS]
+    found = [Setting(cut, codec, privacy.hidden.noise, privacy.gradient.noise) for cut in own]
+    found += [Setting(first, codec, noise, noise) for noise in depth.noises]
+    found += [Setting(first, other, 0.0, 0.0) for other in known]
+    found += [Setting(cut, codec, 0.0, 0.0) for cut in depth.cuts]
+    return [one for one in dict.fromkeys(found) if one.cut < blocks]
+
+
+class _Auditor:
+    """Runs settings one after the other over one model and one text."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        gathered: Gathered,
+        adapters: AdapterState | None,
+        depth: Depth,
+        public: torch.Tensor,
+    ) -> None:
+        self._config, self._gathered, self._depth, self._public = config, gathered, depth, public
+        ranks = gathered.ranks
+        self._adapters = adapters
+        self._replica = Replica(
+            gathered.model, 1, adapters or AdapterState(), config.lora.targets, ranks.scale
+        )
+        self._replicas: dict[int, Replica] = {}
+        self._clean: dict[int, float] = {}
+        tokenizer = gathered.model.tokenizer()
+        self._piece: Callable[[int], str] = lambda token: str(tokenizer.decode([token]))
+
+    def outcome(self, setting: Setting) -> Outcome:
+        """Record the setting and attack it."""
+        recording = self._recorded(setting)
+        if setting.cut not in self._clean:
+            quiet_setting = replace(setting, noise=0.0, gradient_noise=0.0)
+            same = quiet_setting == setting
+            self._clean[setting.cut] = recording.loss if same else self._recorded(quiet_setting).loss
+        attacker = self._attacker(setting, recording)
+        found = []
+        for name in self._depth.attacks:
+            began = time.perf_counter()
+            attack = HIDDEN_ATTACKS.get(name) or LABEL_ATTACKS[name]
+            read = attack(attacker, recording.seen)
+            if read is None:
+                continue
+            spent = time.perf_counter() - began
+            hidden = name in HIDDEN_ATTACKS
+            truth = recording.texts if hidden else recording.labels
+            result = recovery(truth, read, self._piece)
+            found.append(Finding(setting, name, "hidden" if hidden else "labels", result, spent))
+        return Outcome(setting, tuple(found), recording.loss, self._clean[setting.cut])
+
+    def _recorded(self, setting: Setting) -> Recording:
+        config = recorded_config(self._config, setting.cut, STEPS, self._depth.texts)
+        config = config.model_copy(
+            update={
+                "privacy": _with_noise(config.privacy, setting),
+                "wire": config.wire.model_copy(update={"hidden": setting.codec}),
+            }
+        )
+        return record(config, replace(self._gathered, config=config), self._adapters)
+
+    def _attacker(self, setting: Setting, recording: Recording) -> Attacker:
+        """What the attacker knows: the settings, and with public text what clipping and rounding do."""
+        cut = setting.cut
+        replica = self._replicas.setdefault(cut, self._replica.at(cut))
+        privacy = _with_noise(self._config.privacy, setting)
+        config = self._config.model_copy(update={"privacy": privacy})
+        norm_text = public_text(config, self._gathered.model)
+        clip = _only_clipping(privacy)
+        defence = Defence(clip, Noise(0, "attacker"), norm_text)
+
+        def base(batch: Batch) -> torch.Tensor:
+            return pack(replica.base_hidden(batch.tokens), batch.lengths)
+
+        def repeated(rows: torch.Tensor) -> torch.Tensor:
+            return as_it_travels(defence.hidden(rows, cut, base), recording.terms)
+
+        width = replica.shape.width
+        spread = 0.0
+        if privacy.hidden.noise:
+            huge = torch.full((1, width), 1e6)
+            spread = deviation(typical_norm(defence.hidden(huge, cut, base)), privacy.hidden.noise, width)
+        channel = Channel(deviation=spread, repeated=repeated)
+        channel = calibrated(channel, *replica.twice(self._public[:4, :24]))
+        return Attacker(
+            replica=replica,
+            public=self._public,
+            channel=channel,
+            gradients=lambda seen: _gradient_channel(defence, privacy, replica, seen),
+            effort=self._depth.effort,
+            training_steps=self._depth.inverter_steps,
+            cache=cache_folder() / "inverters",
+            seed=self._config.seed,
+        )
+
+
+def _gradient_channel(
+    defence: Defence, privacy: PrivacySpec, replica: Replica, seen: Seen
+) -> GradientChannel:
+    last = seen.last
+    if privacy.gradient.defence == "none" or last is None:
+        return GradientChannel()
+    head = replica.segment
+    norms: list[float] = []
+
+    def clipped(rows: torch.Tensor) -> torch.Tensor:
+        if not norms:  # read off what it does to rows that are too long, as many as in the batch
+            huge = torch.full_like(last, 1e6, dtype=torch.float32)
+            cut_down = defence.gradient(
+                huge, last, head.shape.vocab, lambda h, y: loss_and_gradient(head, h, y)[1]
+            )
+            norms.append(typical_norm(cut_down))
+        lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        return rows * torch.clamp(norms[0] / lengths.clamp_min(1e-30), max=1.0)
+
+    clipped(torch.zeros(1, last.shape[-1]))
+    return GradientChannel(deviation(norms[0], privacy.gradient.noise, last.shape[-1]), clipped)
+
+
+def _with_noise(privacy: PrivacySpec, setting: Setting) -> PrivacySpec:
+    """The run's defences with this noise instead of its own."""
+    return privacy.model_copy(
+        update={
+            "hidden": _noisy(privacy.hidden, setting.noise),
+            "gradient": _noisy(privacy.gradient, setting.gradient_noise),
+        }
+    )
+
+
+def _noisy(spec: RowDefenceSpec, noise: float) -> RowDefenceSpec:
+    if not noise:
+        quiet_kind = spec.defence if spec.defence == "clip" else "none"
+        return spec.model_copy(update={"defence": quiet_kind, "noise": 0.0})
+    kind = spec.defence if spec.defence in ("gaussian", "laplace") else "gaussian"
+    return spec.model_copy(update={"defence": kind, "noise": noise})
+
+
+def _only_clipping(privacy: PrivacySpec) -> PrivacySpec:
+    def clipping(spec: RowDefenceSpec) -> RowDefenceSpec:
+        kind = "none" if spec.defence == "none" else "clip"
+        return spec.model_copy(update={"defence": kind, "noise": 0.0})
+
+    return privacy.model_copy(
+        update={"hidden": clipping(privacy.hidden), "gradient": clipping(privacy.gradient)}
+    )
+
+
+def _target(target: RunConfig | Path | str) -> tuple[RunConfig, AdapterState | None]:
+    """A configuration, and the global adapters if it is a run that has some."""
+    if isinstance(target, RunConfig):
+        return target, None
+    path = Path(target)
+    if not path.is_dir():
+        return load(path), None
+    run = Run(path)
+    number = latest(path)
+    return run.config, None if number is None else load_snapshot(path, number).state.adapters
+
+
+def _smaller(config: RunConfig, depth: Depth) -> RunConfig:
+    """No more text than is attacked."""
+    most = 8 * depth.texts * STEPS
+    wanted = min(config.data.max_examples or most, most)
+    data = {
+        "max_examples": max(4, wanted),
+        "max_tokens": min(config.data.max_tokens, depth.tokens),
+        "eval_examples": 2 * depth.texts * STEPS,
+        "holdout": 0.5,
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=data)})

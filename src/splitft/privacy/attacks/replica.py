@@ -1,0 +1,117 @@
+"""The attacker's own copy of the public model, with the global adapters in it.
+
+    tokens (R, 1) after what a cache holds --blocks 0..k-1--> hidden at the cut (R, 1, D)
+                                           --all blocks, head--> log-probabilities of the next token (R, V)
+
+A cache holds keys and values of R prefixes. To try C candidates after each prefix, the prefixes are repeated
+C times and the copy is thrown away; only what is chosen is really appended.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from splitft.adapters import AdapterState, attach
+from splitft.geometry import Span
+from splitft.model import Model
+
+SLOT = "global"
+FIRST = 0
+"""The token before those of the table; attention needs one to rest on."""
+ROWS_AT_ONCE = 1024
+"""Candidates whose keys and values exist at one time."""
+
+
+class Replica:
+    """Runs the public model as a client would, up to the cut, and as a language model."""
+
+    def __init__(self, model: Model, cut: int, adapters: AdapterState, targets: Any, scale: float) -> None:
+        self.cut, self.shape, self.dtype = cut, model.shape, model.dtype
+        self.segment = model.segment(Span(0, model.shape.blocks), embedding=True, head=True)
+        self._bank = attach(self.segment.blocks, targets, scale, model.dtype)
+        self._bank.put(SLOT, adapters)
+        self._slot = SLOT if adapters else None  # None runs the base model
+
+    def at(self, cut: int) -> Replica:
+        """The same copy of the model, looked at from another cut."""
+        other = copy.copy(self)
+        other.cut = cut
+        other.__dict__.pop("table", None)
+        return other
+
+    @cached_property
+    def embedding(self) -> torch.Tensor:
+        """What enters block 0 for each token as the first of a text, (V, D) in float32."""
+        every = torch.arange(self.shape.vocab)[:, None]
+        return self.hidden(every, cut=0)[:, 0].float()
+
+    @torch.no_grad()
+    def hidden(self, tokens: torch.Tensor, cut: int | None = None) -> torch.Tensor:
+        """Whole sequences (B, T) through the first blocks -> (B, T, D)."""
+        with self._bank.routed([(self._slot, len(tokens))]):
+            return self.segment.run(tokens, Span(0, self.cut if cut is None else cut))
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """Hidden state at the cut of every token as the second of a text, (V, D); V tokens' worth of work."""
+        cache, first = self.new_cache(), torch.tensor([[FIRST]])
+        with torch.no_grad(), self._bank.routed([(self._slot, 1)]):
+            self.segment.run(first, Span(0, self.cut), cache)
+        return self.tried(torch.arange(self.shape.vocab)[None], cache)[0]
+
+    def from_cut(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The server's part, differentiable: (B, T, D) at the cut -> (B, T, D) after the last block."""
+        with self._bank.routed([(self._slot, len(hidden))]):
+            return self.segment.run(hidden, Span(self.cut, self.shape.blocks))
+
+    def new_cache(self) -> Any:
+        """Prefixes of no tokens."""
+        from transformers import DynamicCache
+
+        return DynamicCache()
+
+    def base_hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Like `hidden`, of the model without adapters."""
+        with torch.no_grad(), self._bank.routed([(None, len(tokens))]):
+            return self.segment.run(tokens, Span(0, self.cut))
+
+    @torch.no_grad()
+    def append(self, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Add one token (R,) to each prefix; returns log-probabilities of what comes next, (R, V)."""
+        with self._bank.routed([(self._slot, len(tokens))]):
+            last = self.segment.run(tokens[:, None], Span(0, self.shape.blocks), cache)
+        return torch.log_softmax(self.segment.logits(last[:, 0]).float(), -1)
+
+    @torch.no_grad()
+    def tried(self, candidates: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Hidden states at the cut of candidates (R, C), each alone after its prefix -> (R, C, D)."""
+        rows, count = candidates.shape
+        found = torch.empty(rows * count, self.shape.width, dtype=torch.float32)
+        flat = candidates.reshape(-1)
+        owners = torch.arange(rows).repeat_interleave(count)
+        for part in torch.split(torch.arange(len(flat)), ROWS_AT_ONCE):
+            copy = self._copied(cache, owners[part])
+            with self._bank.routed([(self._slot, len(part))]):
+                hidden = self.segment.run(flat[part][:, None], Span(0, self.cut), copy)
+            found[part] = hidden[:, 0].float()
+        return found.view(rows, count, -1)
+
+    def twice(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states at the cut of whole texts (B, T), computed together and token by token, (B T, D)."""
+        cache, apart = self.new_cache(), []
+        for column in tokens.T:
+            apart.append(self.tried(column[:, None], cache)[:, 0])
+            with torch.no_grad(), self._bank.routed([(self._slot, len(column))]):
+                self.segment.run(column[:, None], Span(0, self.cut), cache)
+        return self.hidden(tokens).float().flatten(0, 1), torch.stack(apart, 1).flatten(0, 1)
+
+    def _copied(self, cache: Any, owners: torch.Tensor) -> Any:
+        """Keys and values of these prefixes in the blocks before the cut."""
+        copy = self.new_cache()
+        for block, layer in enumerate(cache.layers[: self.cut]):
+            copy.update(layer.keys[owners], layer.values[owners], block)
+        return copy

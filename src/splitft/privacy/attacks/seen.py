@@ -1,0 +1,60 @@
+"""What a curious server has of a run: the bytes that passed, and what it knows anyway.
+
+    recorded frames --decoded as the server does--> messages --paired by client and step--> Seen, one a batch
+
+    up    Activations   hidden at the cut (N, D), lengths, labelled positions, labels if they travel
+    down  LastHidden    last hidden states (M, D), which the server made itself
+    up    HeadGradient  d loss / d last hidden (M, D), which depends on the labels
+    down  CutGradient   d loss / d hidden at the cut (N, D)
+
+An attack gets `Seen` and nothing of a client's inside. What it knows besides is public or the server's own:
+the base model, the global adapters, the codecs and the defences' settings (but not their random numbers).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One batch of one client, as the server has it."""
+
+    client: str
+    step: int
+    training: bool
+    """Whether it was trained on, or evaluated."""
+    lengths: tuple[int, ...]
+    """Real tokens of each sequence."""
+    labelled: tuple[tuple[int, int], ...]
+    """Positions [start, stop) of each sequence that carry a label."""
+    hidden: torch.Tensor
+    """(N, D) at the cut, decoded."""
+    labels: torch.Tensor | None = None
+    """(M,) token ids, if the labels travel."""
+    last: torch.Tensor | None = None
+    """(M, D) last hidden states, as they went to the client."""
+    head_gradient: torch.Tensor | None = None
+    """(M, D) gradient of the mean loss at `last`; None for evaluation."""
+    cut_gradient: torch.Tensor | None = None
+    """(N, D) gradient of the mean loss at the cut; None for evaluation."""
+
+    def sequences(self) -> tuple[torch.Tensor, ...]:
+        """`hidden` of each sequence, (T_b, D)."""
+        return torch.split(self.hidden, list(self.lengths))
+
+    def by_sequence(self, labels: torch.Tensor) -> list[list[int]]:
+        """(M,) labels as the labelled part of each sequence."""
+        return [
+            part.tolist() for part in torch.split(labels, [stop - start for start, stop in self.labelled])
+        ]
+
+    def labelled_rows(self) -> torch.Tensor:
+        """(M,) which of the N rows carry a label."""
+        starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
+        return torch.cat([
+            torch.arange(offset + start, offset + stop)
+            for offset, (start, stop) in zip(starts, self.labelled, strict=False)
+        ])  # fmt: skip

@@ -1,0 +1,128 @@
+"""What an audit found, on the terminal and as a page: a table, recovery against cost, and the verdicts.
+
+Audit.to_json() --leak_table--> rich table    --leaks_body--> the body of a self-contained page
+
+ cut  codec  noise  attack         tokens  names, numbers  whole texts  ROUGE-L  perplexity
+   2  bf16       0  matching        100 %           100 %        100 %    1.000      +0.0 %
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from splitft.tracking.charts import Chart, titled_axes
+from splitft.tracking.markup import charts, table, text
+
+HEADINGS = (
+    "cut", "codec", "noise", "attack", "reads", "tokens", "names, numbers", "function words", "whole texts",
+    "ROUGE-L", "perplexity",
+)  # fmt: skip
+"""Columns of `leak_rows`."""
+LEAST_COST = 1e-3
+"""Costs are drawn from here on, on a logarithmic axis: 0.1 %."""
+
+
+def leak_rows(told: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row of text for each setting and attack."""
+    return [
+        (
+            str(row["cut"]),
+            row["codec"],
+            f"{row['noise']:g}",
+            row["attack"],
+            "all tokens" if row["way"] == "hidden" else "labels",
+            f"{row['tokens']:.1%} ± {row['standard_error']:.1%}",
+            _percent(row["rare"]),
+            _percent(row["function"]),
+            _percent(row["sentences"]),
+            f"{row['rouge_l']:.3f}",
+            f"{row['perplexity_cost']:+.1%}",
+        )
+        for row in told["rows"]
+    ]
+
+
+def leak_table(told: Mapping[str, Any]) -> Table:
+    """The rows; the strongest attack of each setting stands out."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in HEADINGS:
+        shown.add_column(heading, justify="left" if heading in ("codec", "attack", "reads") else "right")
+    strongest = _strongest(told["rows"])
+    for place, row in enumerate(leak_rows(told)):
+        shown.add_row(*map(escape, row), style="bold" if place in strongest else "")
+    return shown
+
+
+def how_audited(told: Mapping[str, Any]) -> str:
+    """What was attacked and what the attacker had, in one sentence."""
+    return (
+        f"{told['model']} on {told['text']}: the attacker has the public model, the global adapters, "
+        f"{told['public']} to learn on, and the bytes that the server received; {told['seconds']:.0f} s."
+    )
+
+
+def leaks_body(told: Mapping[str, Any]) -> str:
+    """The page's body."""
+    said = "".join(f"<li>{text(sentence)}</li>\n" for sentence in told["verdicts"])
+    return (
+        f"<h1>What a split gives away</h1>\n<p>{text(how_audited(told))}</p>\n<ul>\n{said}</ul>\n"
+        f"{charts(leak_charts(told))}{table(HEADINGS, leak_rows(told))}"
+    )
+
+
+def leak_charts(told: Mapping[str, Any]) -> list[Chart]:
+    """Recovery against what it costs to lower it, and recovery by cut without noise."""
+    rows = [row for row in told["rows"] if row["way"] == "hidden"]
+    cost: dict[str, list[tuple[float, float]]] = {}
+    depth: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        point = (max(LEAST_COST, row["perplexity_cost"]), row["tokens"])
+        cost.setdefault(row["attack"], []).append(point)
+        if not row["noise"]:
+            depth.setdefault(row["attack"], []).append((row["cut"], row["tokens"]))
+    against = titled_axes("rise of perplexity (0.05 is 5 %)", "tokens recovered")
+    against["xaxis"]["type"] = "log"
+    return [
+        Chart(
+            "Recovery against cost",
+            "Each point is a setting: noise, codec or cut. Down and to the left is better, and rare.",
+            _traces(cost, "markers"),
+            against,
+        ),
+        Chart(
+            "Recovery by cut, without noise",
+            "Tokens read off the hidden states.",
+            _traces(depth, "lines+markers"),
+            titled_axes("cut", "tokens recovered"),
+        ),
+    ]
+
+
+def _traces(points: Mapping[str, Sequence[tuple[float, float]]], mode: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "type": "scatter",
+            "mode": mode,
+            "name": name,
+            "x": [x for x, _ in sorted(set(found))],
+            "y": [y for _, y in sorted(set(found))],
+        }
+        for name, found in points.items()
+    ]
+
+
+def _strongest(rows: Sequence[Mapping[str, Any]]) -> set[int]:
+    best: dict[tuple[object, ...], int] = {}
+    for place, row in enumerate(rows):
+        key = (row["cut"], row["codec"], row["noise"], row["gradient_noise"])
+        if key not in best or row["tokens"] > rows[best[key]]["tokens"]:
+            best[key] = place
+    return set(best.values())
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
