@@ -8,6 +8,7 @@ divides by the layer's own rank, so `alpha_pattern` gives a layer of rank r the 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ WEIGHTS_PREFIX = "base_model.model."
 """What peft puts before a module's own name."""
 
 
-def write_peft(state: AdapterState, model: Model, scale: float, folder: Path) -> Path:
-    """Write the adapter as `peft` saves LoRA; tensors keep their type. Returns the folder."""
+def write_peft(state: AdapterState, model: Model, scale: float, folder: Path, rslora: bool = False) -> Path:
+    """Write the adapter as `peft` saves LoRA; tensors keep their type. Returns the folder.
+
+    With `rslora` peft divides alpha by the root of a layer's rank, so the alphas are others.
+    """
     from peft import LoraConfig
 
     names = model.block_names()
@@ -35,13 +39,18 @@ def write_peft(state: AdapterState, model: Model, scale: float, folder: Path) ->
     counted = Counter(factors.rank for factors in layers.values())
     usual = max(counted, key=lambda rank: (counted[rank], rank))
     others = {name: factors.rank for name, factors in layers.items() if factors.rank != usual}
+
+    def alpha(rank: int) -> int | float:
+        return _number(scale * (math.sqrt(rank) if rslora else rank))
+
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.path,
         r=usual,
-        lora_alpha=_number(scale * usual),
+        use_rslora=rslora,
+        lora_alpha=alpha(usual),
         rank_pattern=others,
-        alpha_pattern={name: _number(scale * rank) for name, rank in others.items()},
+        alpha_pattern={name: alpha(rank) for name, rank in others.items()},
         target_modules=_shortest_names(state, layers, modules),
         fan_in_fan_out=any(type(modules[name]).__name__ == "Conv1D" for name in layers),
         inference_mode=True,

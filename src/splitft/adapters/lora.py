@@ -16,7 +16,7 @@ weight is stored transposed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,12 +53,19 @@ class _Held:
     """Further rows of A and columns of B that this slot carries and does not train."""
     folded: Factors | None = None
     """Beside the base, at its own rank."""
+    gain: float = 1.0
+    """Scale of what is trained over that of all other factors (rsLoRA)."""
+
+    def own(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B in the scale of all."""
+        return self.A, self.B if self.gain == 1 else self.B * self.gain
 
     def all_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B with the rows that are carried along."""
+        """The same with the rows that are carried along."""
+        A, B = self.own()
         if self.rest is None:
-            return self.A, self.B
-        return torch.cat([self.A, self.rest.A]), torch.cat([self.B, self.rest.B], 1)
+            return A, B
+        return torch.cat([A, self.rest.A]), torch.cat([B, self.rest.B], 1)
 
 
 class LoraLayer(nn.Module):
@@ -124,8 +131,14 @@ def _alike(held: Sequence[_Held]) -> bool:
 class AdapterBank:
     """All adapted layers of a model's blocks, and the slots of factors on them."""
 
-    def __init__(self, layers: Mapping[Key, LoraLayer], routing: _Routing, dtype: torch.dtype) -> None:
-        self._layers, self._routing, self._dtype = dict(layers), routing, dtype
+    def __init__(
+        self,
+        layers: Mapping[Key, LoraLayer],
+        routing: _Routing,
+        dtype: torch.dtype,
+        gain: Callable[[int], float] = lambda rank: 1.0,
+    ) -> None:
+        self._layers, self._routing, self._dtype, self._gain = dict(layers), routing, dtype, gain
 
     @property
     def sizes(self) -> dict[Key, tuple[int, int]]:
@@ -150,21 +163,26 @@ class AdapterBank:
             layer = self._layers.get(key)
             if layer is None:
                 raise AdapterError(f"block {key[0]} has no adapted layer {key[1]!r}")
-            frozen = [parts.get(key) if parts is not None else None for parts in (rest, folded)]
-            for one in (factors, *frozen):
+            carried = None if rest is None else rest.get(key)
+            beside = None if folded is None else folded.get(key)
+            for one in (factors, carried, beside):
                 if one is not None:
                     _check_fit(key, layer.base, one)
             A, B = (f.detach().to(self._dtype, copy=True) for f in (factors.A, factors.B))
+            gain = self._gain(factors.rank) if factors.rank else 1.0
+            B = B if gain == 1 else B / gain
             layer.slots[slot] = _Held(
                 nn.Parameter(A, requires_grad="A" in trains),
                 nn.Parameter(B, requires_grad="B" in trains),
-                *frozen,
+                carried,
+                beside,
+                gain,
             )
 
     def take(self, slot: str, whole: bool = False) -> AdapterState:
         """A copy of a slot's factors; `whole` with the rows that it carries and does not train."""
         held = {key: layer.slots[slot] for key, layer in self._layers.items() if slot in layer.slots}
-        pairs = {key: one.all_rows() if whole else (one.A, one.B) for key, one in held.items()}
+        pairs = {key: one.all_rows() if whole else one.own() for key, one in held.items()}
         return AdapterState({
             key: Factors(A.detach().clone(), B.detach().clone()) for key, (A, B) in pairs.items()
         })  # fmt: skip
@@ -195,13 +213,18 @@ class AdapterBank:
 
 
 def attach(
-    blocks: Sequence[nn.Module], targets: str | Sequence[str], scale: float, dtype: torch.dtype
+    blocks: Sequence[nn.Module],
+    targets: str | Sequence[str],
+    scale: float,
+    dtype: torch.dtype,
+    gain: Callable[[int], float] = lambda rank: 1.0,
 ) -> AdapterBank:
     """Put LoRA layers in place of the chosen linear layers of all blocks (which may be on meta).
 
     `targets`: "attention", "all-linear", or names; a name fits a layer whose path ends with it. The factors
-    are kept in float32, or in `dtype` if that is wider. Raises AdapterError, listing the layers
-    there are, if a name fits none.
+    are kept in float32, or in `dtype` if that is wider; while a slot trains at a rank, its scale is
+    `scale * gain(rank)`, and what is taken from it is in units of `scale` again. Raises AdapterError, listing
+    the layers there are, if a name fits none.
     """
     routing = _Routing()
     layers: dict[Key, LoraLayer] = {}
@@ -211,7 +234,7 @@ def attach(
             layer = LoraLayer(block.get_submodule(path), scale, routing)
             setattr(block.get_submodule(parent_path), name, layer)
             layers[index, path] = layer
-    return AdapterBank(layers, routing, torch.promote_types(dtype, torch.float32))
+    return AdapterBank(layers, routing, torch.promote_types(dtype, torch.float32), gain)
 
 
 def chosen_layers(block: nn.Module, targets: str | Sequence[str]) -> list[str]:

@@ -130,7 +130,8 @@ def _write_adapter(prepared: Prepared, adapters: AdapterState, folder: Path) -> 
     """An adapter as a PEFT folder, put in place when it is whole."""
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    write_peft(adapters, prepared.model, prepared.ranks.scale, draft)
+    rslora = prepared.config.lora.scaling == "rslora"
+    write_peft(adapters, prepared.model, prepared.ranks.scale, draft, rslora)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(draft, folder)
 

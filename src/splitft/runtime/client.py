@@ -85,7 +85,7 @@ class Client:
         self._ranks, self._training = ranks, training
         self._stream, self._held_out, self._numbered = stream, tuple(held_out), numbered
         self.segment = model.segment(self.plan.client, embedding=True, head=labels == "client")
-        self._bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype)
+        self._bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype, ranks.gain)
         dtype = torch.promote_types(model.dtype, torch.float32)
         sizes = {key: size for key, size in self._bank.sizes.items() if key[0] in self.plan.client}
         # the factors of the blocks held here, at the global ranks, and what is folded into their base

@@ -8,6 +8,7 @@ Both sides compute this from the same specification, so ranks never travel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -33,8 +34,21 @@ class Ranks:
 
     @property
     def scale(self) -> float:
-        """alpha / rank, the same for every layer whatever its own rank."""
-        return self.lora.alpha / self.lora.rank
+        """What B A is multiplied with wherever factors are kept, sent or averaged, whatever their rank.
+
+        alpha / R, or with rsLoRA alpha / sqrt(R).
+        """
+        rank = self.lora.rank
+        return self.lora.alpha / (math.sqrt(rank) if self.lora.scaling == "rslora" else rank)
+
+    def gain(self, rank: int) -> float:
+        """Scale of a layer while it is trained at this rank, over `scale`.
+
+        rsLoRA (Kalajdzievski 2023, 2312.03732) trains a layer of rank r at alpha / sqrt(r). A rule must
+        average updates, not factors of unlike scales, so B is divided by this when training begins, and
+        multiplied by it when it ends: zero-pad adds rows that mean the same, svd takes the true mean product.
+        """
+        return math.sqrt(self.lora.rank / rank) if self.lora.scaling == "rslora" else 1.0
 
     @property
     def sharing(self) -> Rule:

@@ -58,7 +58,7 @@ class Server:
         """Load `deepest`, the blocks after the shallowest cut, and the head if labels are here."""
         self._ranks, self._split, self._training = ranks, split, training
         self.segment: Segment = model.segment(deepest, head=split.labels == "server")
-        self._bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype)
+        self._bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype, ranks.gain)
         self._dtype = torch.promote_types(model.dtype, torch.float32)
         self._round = 0
         self._seats: dict[str, _Seat] = {}

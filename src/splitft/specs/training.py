@@ -22,6 +22,9 @@ class LoraSpec(Spec):
     """On which sides of the boundary the rank is lowered."""
     alpha: float = Field(32.0, gt=0)
     """The update of a layer is (alpha / rank) B A, whatever rank the layer itself carries."""
+    scaling: Literal["lora", "rslora"] = "lora"
+    """`lora`: alpha / rank for all; `rslora`: a layer that is trained at rank r is scaled alpha / sqrt(r), so
+    that steps are stable at every rank (arXiv 2312.03732)."""
     lr_ratio: float = Field(1.0, gt=0)
     """Learning rate of B over that of A: 1 for LoRA; LoRA+ advises about 16 (arXiv 2402.12354)."""
     targets: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
