@@ -1,0 +1,113 @@
+"""How fast are the codecs, on one core?
+
+    hidden states (N, D) in float32  --encode-->  parts  --decode-->  (N, D)
+
+Rows are normal with outlier channels and rows, as hidden states have. Speed is bytes of the float32 input by
+the seconds of the core's own time (which other programs do not lengthen) that encoding and decoding take;
+codecs take turns, and the quickest third of the rounds is given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from measuring import begin, options, section, table
+from splitft.wire import CODECS, Codec, Encoded, Passage, codec_of
+
+GOALS = {"int8": 1e9, "int4": 4e8}
+"""Bytes of float32 input by second, encoding and decoding each."""
+
+
+def hidden_states(rows: int, width: int, seed: int) -> torch.Tensor:
+    """A few channels, and a row in a hundred, are many times larger."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=generator)
+    x[:, :: width // 5] *= 20
+    x[::100] *= 10
+    return x
+
+
+class Timed:
+    """One codec with a message to encode and one to decode, past whatever it learns first."""
+
+    def __init__(self, codec: Codec, role: str, rows: torch.Tensor) -> None:
+        self.codec, self.role, self.rows = codec, role, rows
+        self.sender: dict[str, torch.Tensor] = {}
+        self.receiver: dict[str, torch.Tensor] = {}
+        for _ in range(1 + 2 * rows.shape[1] // len(rows) + 1):
+            encoded = codec.encode(rows, Passage(role, 0, self.sender))
+            codec.decode(encoded, torch.float32, Passage(role, 0, self.receiver))
+        self.encoded = self.encode()
+        self.parts = dict(self.receiver)
+
+    def encode(self) -> Encoded:
+        """One more message."""
+        return self.codec.encode(self.rows, Passage(self.role, 0, self.sender))
+
+    def decode(self) -> None:
+        """The same message again."""
+        self.codec.decode(self.encoded, torch.float32, Passage(self.role, 0, dict(self.receiver)))
+
+
+def seconds_of(
+    variants: dict[tuple[str, ...], Callable[[], object]], rounds: int
+) -> dict[tuple[str, ...], float]:
+    """Seconds of this thread for each variant, taking turns; the first round is a warm-up."""
+    spent: dict[tuple[str, ...], list[float]] = {key: [] for key in variants}
+    for _ in range(rounds + 1):
+        for key, work in variants.items():
+            began = time.thread_time()
+            work()
+            spent[key].append(time.thread_time() - began)
+    return {key: sorted(times[1:])[rounds // 3] for key, times in spent.items()}
+
+
+def main() -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1024, help="N, tokens of a message")
+    parser.add_argument("--width", type=int, default=576, help="D")
+    parser.add_argument("--rounds", type=int, default=30)
+    chosen = parser.parse_args()
+    begin(chosen.seed, chosen.threads or 1)
+    rounds = 4 if chosen.quick else chosen.rounds
+    rows = hidden_states(chosen.rows, chosen.width, chosen.seed)
+    timed = {
+        (name, role): Timed(codec_of(name), role, rows) for name in CODECS for role in ("hidden", "gradient")
+    }
+    variants = {}
+    for key, one in timed.items():
+        variants[(*key, "encode")] = one.encode
+        variants[(*key, "decode")] = one.decode
+    seconds = seconds_of(variants, rounds)
+    nbytes = rows.numel() * 4
+    speed = {key: nbytes / max(spent, 1e-9) for key, spent in seconds.items()}
+    ways = [(role, way) for role in ("hidden", "gradient") for way in ("encode", "decode")]
+    body = [
+        (
+            name,
+            f"{8 * timed[name, 'hidden'].encoded.nbytes / rows.numel():.2f}",
+            *(f"{speed[(name, *way)] / 1e6:,.0f}" for way in ways),
+        )
+        for name in CODECS
+    ]
+    verdict = {}
+    for name, goal in GOALS.items():
+        found = [speed[name, "hidden", way] for way in ("encode", "decode")]
+        met = "met" if min(found) >= goal else "missed"
+        verdict[f"goal, {name} at {goal / 1e6:,.0f} MB/s"] = (
+            f"encode {found[0] / 1e6:,.0f}, decode {found[1] / 1e6:,.0f}: {met}"
+        )
+    head = ("codec", "bits a number", "encode hidden", "decode hidden", "encode gradient", "decode gradient")
+    facts = {
+        "config": f"{chosen.rows} rows of {chosen.width}, one thread, MB/s of float32 input",
+        "seed": chosen.seed,
+        **verdict,
+    }
+    print(section("Speed of codecs", facts, table(head, body)))
+
+
+if __name__ == "__main__":
+    main()
