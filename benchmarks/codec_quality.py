@@ -1,12 +1,12 @@
 """What do fewer bytes on the wire cost in quality, when a model is trained through them?
 
-    one client, cut k:  train through the codec's wire  -->  held-out perplexity of what was learnt, wire exact
+    one client, cut k:  train through the codec's wire  -->  perplexity of what was learnt, wire exact
                                                         -->  the same, through the codec, as a split run is
                         bytes of a step, all roles and frames, by 1,000 tokens
 
 Every wire trains on the same batches from the same start as the exact wire (fp32) of the same text and seed,
-so the change of perplexity is paired; by the contract of the algorithm the exact run is the same at every cut,
-and is made once. Codecs that learn (axes, differences) pay for learning in the first steps: MB are
+so the change of held-out perplexity is paired; by the contract of the algorithm the exact run is the same at
+every cut, and is made once. Codecs that learn (axes, differences) pay for learning in the first steps: MB are
 given for the whole run and for its last step.
 """
 
@@ -251,7 +251,7 @@ def main() -> None:
         section(
             "Quality against bytes on the wire",
             {
-                "config": f"smollm2-135m, bfloat16, LoRA rank 16 on attention, one client, {steps} steps of 6",
+                "config": f"smollm2-135m, bf16, LoRA rank 16 on attention, {steps} steps of 6 sequences",
                 "seeds": f"{chosen.seeds} from {chosen.seed}; range over seeds in brackets",
                 "pairing": "every run against the exact wire (fp32) of the same text, seed and batches",
                 **verdicts(cells),

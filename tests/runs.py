@@ -30,7 +30,7 @@ def settings(model: Path, text: Path, /, **sections: Mapping[str, Any]) -> dict[
         "training": {"rounds": 3, "steps": 3, "batch_size": 2, "lr": 1e-2},
     }
     for name, values in sections.items():
-        base[name] = {**base.get(name, {}), **values}
+        base[name] = {**base.get(name, {}), **values} if isinstance(values, Mapping) else values
     return base
 
 

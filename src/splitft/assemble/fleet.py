@@ -21,7 +21,8 @@ from splitft.model import Model
 from splitft.model.anatomy import locate
 from splitft.runtime.calibration import measured
 from splitft.runtime.ranks import Ranks
-from splitft.schedule.cost import Client, Job, WireBytes, Workload
+from splitft.schedule.coding import WireBytes, codec_seconds
+from splitft.schedule.cost import Client, Job, Workload
 from splitft.schedule.fleet import Fleet
 from splitft.schedule.profile import (
     GB,
@@ -34,7 +35,7 @@ from splitft.schedule.profile import (
     link_preset,
 )
 from splitft.schedule.sizes import ModelSizes, sizes_of
-from splitft.specs import DeviceSpec, LinkSpec
+from splitft.specs import DeviceSpec, LinkSpec, WireSpec
 from splitft.specs.wire import AUTO
 from splitft.wire import codec_of
 
@@ -92,10 +93,7 @@ def fleet_of(
         sizes=sizes,
         server=Server(machines.device("server", schedule.server), group_tokens=config.split.group_tokens),
         lora=config.lora,
-        wire=WireBytes(**{
-            role: _bytes_an_element(getattr(config.wire, role), sizes.width)
-            for role in ("hidden", "gradient", "adapter")
-        }),
+        wire=wire_costs(config.wire, sizes.width),
         labels=config.split.labels,
         weight_bytes=model.dtype.itemsize,
         moments=2 if config.training.optimizer == "adamw" else 0,
@@ -103,10 +101,16 @@ def fleet_of(
     return Fleet(job, clients, schedule.changes)
 
 
-def _bytes_an_element(codec: str, width: int) -> float:
-    """Of a tensor of many rows; `auto` is taken for bf16 until it is chosen."""
+def wire_costs(wire: WireSpec, width: int) -> WireBytes:
+    """Bytes and seconds of a number of many rows; `auto` is taken for bf16 until it is chosen."""
+    chosen = {role: getattr(wire, role) for role in ("hidden", "gradient", "adapter")}
+    codecs = {role: codec_of("bf16" if name == AUTO else name) for role, name in chosen.items()}
     shape = (1024, width)
-    return codec_of("bf16" if codec == AUTO else codec).bytes_for(shape) / math.prod(shape)
+    return WireBytes(
+        **{role: codec.bytes_for(shape) / math.prod(shape) for role, codec in codecs.items()},
+        hidden_s=codec_seconds(codecs["hidden"].name, "hidden"),
+        gradient_s=codec_seconds(codecs["gradient"].name, "gradient"),
+    )
 
 
 def exact_sizes(model: Model, ranks: Ranks) -> ModelSizes:

@@ -16,6 +16,7 @@ from splitft.assemble.audited import recovery_of
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
 from splitft.schedule.clock import SERVER, client_round, simulate_round
+from splitft.schedule.coding import WireBytes
 from splitft.schedule.cost import Client, Job, move_seconds
 from splitft.schedule.cuts import Decision, choose
 from splitft.schedule.fleet import Fleet
@@ -84,6 +85,13 @@ class Pace:
         pace.client_blocks = sum(given.values())
         pace.first = choose(config.schedule.controller, pace.situation(1, given))
         return pace, dict(pace.first.cuts)
+
+    def take_wires(self, costs: Mapping[str, WireBytes]) -> None:
+        """From now on these clients' messages cost what their own codecs make of them."""
+        clients = tuple(
+            replace(one, wire=costs[one.name]) if one.name in costs else one for one in self.fleet.clients
+        )
+        self.fleet = replace(self.fleet, clients=clients)
 
     def situation(
         self, number: int, cuts: Mapping[str, int], losses: Mapping[str, float] | None = None

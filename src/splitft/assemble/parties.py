@@ -7,13 +7,15 @@ Cuts come between the two: what a client trains on, on which machine, is known b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from splitft.assemble.defending import check_accountant, defence_of, public_text
-from splitft.assemble.fleet import fleet_of
+from splitft.assemble.fleet import fleet_of, wire_costs
 from splitft.assemble.pace import Pace
+from splitft.assemble.probing import choose_wires
 from splitft.assemble.sharing import divide_text
 from splitft.config import RunConfig
 from splitft.data.fingerprint import fingerprint, fingerprint_of_batches
@@ -27,7 +29,8 @@ from splitft.runtime import Client, RunState, Server, Simulation
 from splitft.runtime.line import Tap
 from splitft.runtime.ranks import Ranks
 from splitft.schedule.fleet import Fleet
-from splitft.tracking.events import ClientFacts
+from splitft.specs import WireSpec
+from splitft.tracking.events import ClientFacts, WireChosen
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,19 @@ class Prepared:
     terms: Terms
     pace: Pace
     """Who chooses the cuts, and the simulated clock."""
+    wires: Mapping[str, WireSpec] = field(default_factory=dict)
+    """Codecs of each client, where `wire: auto` has chosen."""
+    chosen: tuple[WireChosen, ...] = ()
+    """And why."""
+
+    def terms_of(self, client: str) -> Terms:
+        """What one client and the server agreed on."""
+        return replace(self.terms, wire=self.wires.get(client, self.terms.wire))
 
     def simulation(self, tap: Tap | None = None) -> Simulation:
         """The parties on lines in this process."""
-        return Simulation(self.server, self.clients, self.terms, tap, self.config.seed)
+        terms = {client.name: self.terms_of(client.name) for client in self.clients}
+        return Simulation(self.server, self.clients, terms, tap, self.config.seed)
 
     def initial(self) -> RunState:
         """Before round 1."""
@@ -143,7 +155,9 @@ def prepare(config: RunConfig, gathered: Gathered | None = None) -> Prepared:
         labels_travel=config.split.labels == "server",
         most_rows=_most_rows(config),
     )
-    return Prepared(config, model, ranks, server, clients, facts, gathered.text, terms, pace)
+    wires, chosen = choose_wires(clients, server, terms) if config.wire.chooses else ({}, ())
+    pace.take_wires({name: wire_costs(wire, model.shape.width) for name, wire in wires.items()})
+    return Prepared(config, model, ranks, server, clients, facts, gathered.text, terms, pace, wires, chosen)
 
 
 def _most_rows(config: RunConfig) -> int:

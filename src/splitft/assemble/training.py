@@ -170,6 +170,8 @@ def _begin(prepared: Prepared, snapshot: Snapshot | None, listener: Listener) ->
                 machines=prepared.pace.machines(),
             )
         )
+        for choice in prepared.chosen:
+            listener(choice)
         _warn_of_losses(prepared.text, config, listener)
         for message in (*prepared.pace.left_out, *prepared.pace.misfits):
             listener(Warned(message=message))

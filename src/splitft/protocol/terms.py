@@ -26,6 +26,7 @@ from splitft.errors import AdapterError, ProtocolError
 from splitft.protocol.messages import MESSAGES, Message
 from splitft.protocol.orders import ORDERS
 from splitft.specs import WireSpec
+from splitft.specs.wire import AUTO
 from splitft.tracking.events import Role
 from splitft.wire import (
     CODECS,
@@ -149,6 +150,8 @@ class Terms:
 
     def _codec_of(self, role: Role) -> Codec:
         given: str = getattr(self.wire, role)
+        if given == AUTO:
+            raise ProtocolError(f"no codec is chosen for {role} yet; give wire.{role}, or let a run choose")
         return codec_of(given)
 
     def _type(self, role: Role) -> torch.dtype:

@@ -239,6 +239,12 @@ class Client:
         self._evaluated = (self._evaluated[0] + loss, self._evaluated[1] + batch.labelled_tokens)
         self._underway = None
 
+    def held_out_gradient(self, message: LastHidden) -> torch.Tensor:
+        """Gradient (M, D) of the held-out batch underway at its last hidden states, which changes nothing."""
+        batch = self._awaited().batch
+        self._check_rows(message, batch)
+        return loss_and_gradient(self.segment, message.hidden, batch.targets())[1]
+
     def evaluation(self) -> Evaluation:
         """The held-out loss so far, and start counting afresh."""
         loss, tokens = self._evaluated

@@ -25,6 +25,7 @@ from typing import Literal
 
 from splitft.errors import ScheduleError
 from splitft.geometry import Side, check_cut, ranks_by_block
+from splitft.schedule.coding import WireBytes
 from splitft.schedule.profile import Device, Link, Server
 from splitft.schedule.sizes import ModelSizes
 from splitft.specs import LoraSpec
@@ -103,25 +104,6 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class WireBytes:
-    """Bytes that an element takes on the wire, by role: 4 for fp32, 2 for bf16, 1 and more for int8."""
-
-    hidden: float = 2.0
-    """Of a hidden state."""
-    gradient: float = 2.0
-    """Of its gradient."""
-    adapter: float = 4.0
-    """Of a LoRA factor or an optimizer moment."""
-
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            if not getattr(self, entry.name) > 0:
-                raise ScheduleError(
-                    f"{entry.name} takes {getattr(self, entry.name)} bytes an element; it must be above 0"
-                )
-
-
-@dataclass(frozen=True)
 class Client:
     """One client as its costs see it."""
 
@@ -133,6 +115,8 @@ class Client:
     """Its connection to the server."""
     workload: Workload
     """What it trains on in a round."""
+    wire: WireBytes | None = None
+    """Its own codecs, where they are not those of all clients."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +130,7 @@ class Job:
     lora: LoraSpec
     """Ranks, also at the cut."""
     wire: WireBytes = field(default_factory=WireBytes)
-    """Bytes an element on the wire."""
+    """What an element takes on the wire."""
     labels: Side = "client"
     """Where the labels live, and so the head and the loss."""
     weight_bytes: int = 2
@@ -185,13 +169,18 @@ def step_legs(job: Job, client: Client, cut: int) -> tuple[Leg, ...]:
     """The legs of one step, in order; they follow one another, so the step takes the sum of their seconds."""
     L, D = job.sizes.blocks, job.sizes.width
     check_cut(cut, L)
-    work, device, server, wire = client.workload, client.device, job.server.device, job.wire
+    work, device, server, wire = client.workload, client.device, job.server.device, client.wire or job.wire
     padded = work.padded_tokens
-    forward = Leg("client_forward", cut * device.block_forward_s(padded))
-    backward = Leg("client_backward", cut * device.block_backward_s(padded))
-    head = Leg("head", work.labelled_tokens * device.head_s_per_token)
+    forward_s = cut * device.block_forward_s(padded)
+    backward_s = cut * device.block_backward_s(padded)
+    head_s = work.labelled_tokens * device.head_s_per_token
     if cut == L:
-        return forward, head, backward
+        return Leg("client_forward", forward_s), Leg("head", head_s), Leg("client_backward", backward_s)
+    all_rows, labelled_rows = work.tokens * D, work.labelled_tokens * D
+    (hide, show), (grade, read) = wire.hidden_s, wire.gradient_s  # to encode and to decode a number
+    forward = Leg("client_forward", forward_s + all_rows * hide)
+    backward = Leg("client_backward", backward_s + all_rows * read)
+    head = Leg("head", head_s + labelled_rows * (show + grade))
     hidden = work.tokens * D * wire.hidden
     down_gradient = _down(client, "down_gradient", work.tokens * D * wire.gradient)
     forward_s = (L - cut) * server.block_forward_s(padded)
@@ -199,16 +188,17 @@ def step_legs(job: Job, client: Client, cut: int) -> tuple[Leg, ...]:
     if job.labels == "server":
         head_s = work.labelled_tokens * server.head_s_per_token
         up = _up(client, "up_hidden", hidden + work.labelled_tokens * LABEL_BYTES)
-        visit = Leg("server_step", forward_s + head_s + backward_s, tokens=padded)
+        coding_s = all_rows * (show + grade)
+        visit = Leg("server_step", forward_s + head_s + backward_s + coding_s, tokens=padded)
         return forward, up, visit, down_gradient, backward
     return (
         forward,
         _up(client, "up_hidden", hidden),
-        Leg("server_forward", forward_s, tokens=padded),
+        Leg("server_forward", forward_s + all_rows * show + labelled_rows * hide, tokens=padded),
         _down(client, "down_hidden", work.labelled_tokens * D * wire.hidden),
         head,
         _up(client, "up_gradient", work.labelled_tokens * D * wire.gradient),
-        Leg("server_backward", backward_s, tokens=padded),
+        Leg("server_backward", backward_s + labelled_rows * read + all_rows * grade, tokens=padded),
         down_gradient,
         backward,
     )

@@ -107,6 +107,20 @@ class RunResumed(Stamped):
     """First round that is trained now."""
 
 
+class WireChosen(Stamped):
+    """`wire: auto` has chosen one client's codecs, before the first round."""
+
+    event: Literal["WireChosen"] = "WireChosen"
+    client: str
+    """Whose."""
+    hidden: str
+    """Codec of hidden states."""
+    gradient: str
+    """Codec of gradients."""
+    reason: str
+    """What was measured, and what is allowed."""
+
+
 class CutsChanged(Stamped):
     """Cuts in force from this round on; sent for the first round too."""
 
@@ -294,6 +308,7 @@ class RunDone(Stamped):
 Event = Annotated[
     RunStarted
     | RunResumed
+    | WireChosen
     | CutsChanged
     | StepDone
     | RoundDone

@@ -33,6 +33,7 @@ from splitft.tracking.events import (
     SiteChanged,
     StepDone,
     Warned,
+    WireChosen,
 )
 from splitft.tracking.log import settled
 from splitft.tracking.summary import CLIENT_HEADINGS, client_rows, clock, verdict
@@ -96,6 +97,9 @@ class Progress:
                 cuts = ", ".join(f"{name} {cut}" for name, cut in event.cuts.items())
                 reason = f" ({event.reason})" if event.reason else ""
                 self._say(f"round {event.round}: cuts {cuts}{reason}")
+            case WireChosen():
+                codecs = f"{event.hidden} for hidden states, {event.gradient} for gradients"
+                self._say(f"{event.client}: {codecs} ({event.reason})")
             case StepDone():
                 self._draw(event)
             case Evaluated():
