@@ -58,8 +58,8 @@ def settings() -> list[Setting]:
     clip = {"privacy": {"hidden": {"defence": "clip"}}}
     gradient = {"privacy": {"gradient": {"defence": "gaussian", "noise": 1.0}}}
     small = {"lora": {"rank": 1, "rank_at_cut": None}, "aggregate": {"rule": "zero-pad"}}
-    bound = {**small, "privacy": {"updates": {"clip_norm": 0.5}}}
-    noisy = {**small, "privacy": {"updates": {"clip_norm": 0.5, "noise_multiplier": 0.1}}}
+    bound = {**small, "privacy": {"updates": {"clip_norm": 0.1}}}
+    noisy = {**small, "privacy": {"updates": {"clip_norm": 0.1, "noise_multiplier": 1.0}}}
     return [
         Setting("none", {}),
         Setting("hidden: clip", clip),
@@ -80,8 +80,8 @@ def settings() -> list[Setting]:
         Setting("cut 15 instead of 2", {"clients": {"cuts": 15}}),
         Setting("first 2 blocks private", {"privacy": {"private_blocks": 2}}),
         Setting("none, rank 1", small),
-        Setting("updates: clip 0.5, rank 1", bound, against="none, rank 1"),
-        Setting("updates: and noise 0.1", noisy, "see epsilon", against="none, rank 1"),
+        Setting("updates: clip 0.1, rank 1", bound, against="none, rank 1"),
+        Setting("updates: and noise 1", noisy, "see epsilon", against="none, rank 1"),
     ]
 
 
@@ -119,12 +119,12 @@ def main() -> None:
     begin(chosen.seed, chosen.threads)
     e2e = chosen.data.is_file()
     text = {"source": str(chosen.data), "prompt": "mr", "completion": "ref"} if e2e else {"max_tokens": 96}
-    steps = 1 if chosen.quick else 6
+    steps = 1 if chosen.quick else 3
     examples = 160
     base: dict[str, dict[str, Any]] = {
         "data": {**text, "max_examples": examples, "holdout": 0.2, "eval_examples": 2 if chosen.quick else 8},
         "clients": {"count": 4, "cuts": 2, "shares": {"by": "iid"}},
-        "training": {"rounds": 2, "steps": steps, "batch_size": 4, "lr": 1e-3},
+        "training": {"rounds": 2, "steps": steps, "batch_size": 4, "lr": 2e-3},
     }
     summaries: dict[str, Mapping[str, Any]] = {}
     rows = []
@@ -140,7 +140,7 @@ def main() -> None:
             "Cost of each defence",
             {
                 "config": "smollm2-135m, bfloat16, 4 clients at cut 2, LoRA rank 16 (8 at the cut), "
-                f"2 rounds of {steps} steps of 4 sequences, lr 1e-3; one change a row",
+                f"2 rounds of {steps} steps of 4 sequences, lr 2e-3; one change a row",
                 "text": f"{'E2E' if e2e else 'python-docs (embedded)'}, {examples} examples, iid",
                 "seed": f"{chosen.seed}; one run a row",
                 "noise": "deviation on a coordinate over clip_norm / sqrt(D); clip_norm is the public median",

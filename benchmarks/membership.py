@@ -33,15 +33,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedlora": {**MANY, "lora": {"rank": 16, "rank_at_cut": None}},
     "splitft": MANY,
     "splitft, rank 1": {**MANY, **SMALL},
-    "splitft, rank 1, updates clipped to 0.5": {
+    "splitft, rank 1, updates clipped to 0.1": {
         **MANY,
         **SMALL,
-        "privacy": {"updates": {"clip_norm": 0.5}},
+        "privacy": {"updates": {"clip_norm": 0.1}},
     },
-    "splitft, rank 1, and noise 0.1": {
+    "splitft, rank 1, and noise 1": {
         **MANY,
         **SMALL,
-        "privacy": {"updates": {"clip_norm": 0.5, "noise_multiplier": 0.1}},
+        "privacy": {"updates": {"clip_norm": 0.1, "noise_multiplier": 1.0}},
     },
 }
 """Each method as what it adds to the configuration."""
@@ -87,7 +87,7 @@ def main() -> None:
     begin(chosen.seed, chosen.threads)
     e2e = chosen.data.is_file()
     text = {"source": str(chosen.data), "prompt": "mr", "completion": "ref"} if e2e else {"max_tokens": 64}
-    examples, epochs, batch = (16, 1, 4) if chosen.quick else (96, 6, 4)
+    examples, epochs, batch = (16, 1, 4) if chosen.quick else (96, 5, 4)
     members = examples // 2
     rows = []
     with tempfile.TemporaryDirectory() as folder:
