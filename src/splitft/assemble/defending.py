@@ -15,7 +15,7 @@ from splitft.model import Model
 from splitft.privacy.accounting import accountant_missing
 from splitft.privacy.defence import Defence
 from splitft.privacy.noise import Noise
-from splitft.specs import DataSpec, SiteBoundsSpec
+from splitft.specs import DataSpec, PrivacySpec, SiteBoundsSpec
 
 PUBLIC_EXAMPLES, PUBLIC_TOKENS = 16, 64
 """Paragraphs of the embedded text, which everyone has, and their longest: enough for a median of norms."""
@@ -31,6 +31,13 @@ def defence_of(
 ) -> Defence:
     """The defences of one client; `site` raises what the run asks for, `secret` is for real deployments."""
     return Defence(config.privacy, Noise(config.seed, client, secret), public, site)
+
+
+def privacy_of(config: RunConfig, blocks: int) -> PrivacySpec:
+    """What clients keep to themselves: what the user says, or all blocks where nothing is aggregated."""
+    if config.aggregate.federated:
+        return config.privacy
+    return config.privacy.model_copy(update={"private_blocks": blocks})
 
 
 def public_text(config: RunConfig, model: Model, site: SiteBoundsSpec | None = None) -> Batch | None:

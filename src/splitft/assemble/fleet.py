@@ -85,7 +85,11 @@ def fleet_of(
     devices, links = _one_each(schedule.devices, count), _one_each(schedule.links, count)
     clients = tuple(
         Client(
-            name, machines.device(name, devices[i]), machines.link(name, links[i]), _workload(config, stream)
+            name,
+            machines.device(name, devices[i]),
+            machines.link(name, links[i]),
+            _workload(config, stream),
+            rank=ranks.by_client.get(name),
         )
         for i, (name, stream) in enumerate(zip(names, streams, strict=True))
     )
@@ -95,6 +99,8 @@ def fleet_of(
         lora=config.lora,
         wire=wire_costs(config.wire, sizes.width),
         labels=config.split.labels,
+        federated=config.aggregate.federated,
+        handed_on=config.training.order == "in-turn",
         weight_bytes=model.dtype.itemsize,
         moments=2 if config.training.optimizer == "adamw" else 0,
     )  # fmt: skip

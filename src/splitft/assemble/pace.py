@@ -15,7 +15,7 @@ from functools import cached_property
 from splitft.assemble.audited import recovery_of
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
-from splitft.schedule.clock import SERVER, client_round, simulate_round
+from splitft.schedule.clock import SERVER, client_round, simulate_in_turn, simulate_round
 from splitft.schedule.coding import WireBytes
 from splitft.schedule.cost import Client, Job, move_seconds
 from splitft.schedule.cuts import Decision, choose
@@ -62,7 +62,8 @@ class Pace:
         """
         everyone = tuple(client.name for client in fleet.clients)
         blocks = fleet.job.sizes.blocks
-        start = config.cuts or (max(1, blocks // AUTO_SHARE),) * len(everyone)
+        equal = blocks if config.clients.cuts == "whole" else max(1, blocks // AUTO_SHARE)
+        start = config.cuts or (equal,) * len(everyone)
         pace = cls(config, fleet, everyone, site_cuts=site_cuts or {})
         given = dict(zip(everyone, start, strict=True))
         if config.schedule.controller == "fixed":
@@ -170,9 +171,8 @@ class Pace:
             for name, cut in cuts.items():
                 moves[name] = move_seconds(job, now[name], before[name], cut, moments_kept=kept)
                 loaded += max(0, cut - before[name]) * job.sizes.block_parameters * job.weight_bytes
-        timeline = simulate_round(
-            [client_round(job, now[name], cuts[name]) for name in participants], job.server
-        )
+        simulate = simulate_in_turn if self.config.training.order == "in-turn" else simulate_round
+        timeline = simulate([client_round(job, now[name], cuts[name]) for name in participants], job.server)
         move_s = max(moves.values())
         draw = not self.drawn or any(before[name] != cut for name, cut in cuts.items())
         self.drawn = True

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from splitft.assemble.defending import check_accountant, defence_of, public_text
+from splitft.assemble.defending import check_accountant, defence_of, privacy_of, public_text
 from splitft.assemble.fleet import fleet_of, wire_costs
+from splitft.assemble.one_place import in_one_place, pooled
 from splitft.assemble.pace import Pace
 from splitft.assemble.probing import choose_wires
 from splitft.assemble.sharing import divide_text
@@ -103,16 +104,24 @@ def gather(config: RunConfig) -> Gathered:
 
     Raises a SplitftError that names the key to mend if the configuration does not fit the model or the text.
     """
+    config = in_one_place(config)
     model = open_model(config.model)
     _check_cuts(config, model.shape.blocks)
     divided = divide_text(config, model)
     text = divided.text
     _check_length(text, model)
-    clients = tuple(
-        _client_text(config, text, part, index, name)
-        for index, (name, part) in enumerate(zip(divided.names, divided.parts, strict=True))
-    )
-    ranks = Ranks(config.lora, model.shape.blocks, config.aggregate.rule, config.seed)
+    if config.clients.pooled:
+        shares = [[text.examples[place] for place in part] for part in divided.parts]
+        stream, batches, facts = pooled(config, shares)
+        clients: tuple[ClientText, ...] = (ClientText(facts.name, stream, tuple(batches), facts),)
+    else:
+        clients = tuple(
+            _client_text(config, text, part, index, name)
+            for index, (name, part) in enumerate(zip(divided.names, divided.parts, strict=True))
+        )
+    lora, names = config.lora, [client.name for client in clients]
+    by_client = {name: lora.rank_of(index) for index, name in enumerate(names)} if lora.client_ranks else {}
+    ranks = Ranks(lora, model.shape.blocks, config.aggregate.rule, config.seed, by_client)
     return Gathered(config, model, ranks, text, clients)
 
 
@@ -123,12 +132,14 @@ def prepare(config: RunConfig, gathered: Gathered | None = None) -> Prepared:
     """
     check_accountant(config)
     gathered = gather(config) if gathered is None else gathered
+    config = gathered.config
     model, ranks = gathered.model, gathered.ranks
     pace, cuts = Pace.begin(config, gathered.fleet())
     here = [client for client in gathered.clients if client.name in cuts]
     labels, training = config.split.labels, config.training
     numbered = config.wire.hidden.startswith("temporal")
     public = public_text(config, model)
+    defended = config.model_copy(update={"privacy": privacy_of(config, model.shape.blocks)})
     clients = tuple(
         Client(
             one.name,
@@ -139,7 +150,7 @@ def prepare(config: RunConfig, gathered: Gathered | None = None) -> Prepared:
             training,
             one.stream,
             one.held_out,
-            defence_of(config, one.name, public),
+            defence_of(defended, one.name, public),
             numbered,
         )
         for one in here

@@ -155,7 +155,7 @@ def _price(fleet: Fleet, client: Client, cut: int, fits: bool) -> CutPrice:
 
 def _choice(config: RunConfig, fleet: Fleet, controller: str) -> Choice:
     """The first round of the same run under another controller."""
-    if controller == "fixed" and config.cuts is None:
+    if controller == "fixed" and config.clients.cuts == "auto":
         return Choice(controller, {}, None, "clients.cuts is auto: nothing is given")
     schedule = config.schedule.model_copy(update={"controller": controller})
     try:

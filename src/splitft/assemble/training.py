@@ -30,6 +30,7 @@ from splitft.tracking.events import (
     CheckpointSaved,
     Event,
     Listener,
+    Received,
     RunDone,
     RunResumed,
     RunStarted,
@@ -82,7 +83,7 @@ def train(
             prepared.server,
             simulation,
             prepared.ranks,
-            config.training,
+            prepared.config.training,
             prepared.pace,
             listener,
             save,
@@ -108,8 +109,11 @@ def _stopping(folder: Path) -> Iterator[None]:
 
 
 def _write_adapters(prepared: Prepared, state: RunState, run: Run) -> None:
-    """The global adapter, and where a client has factors of its own, its adapter in `personal/NAME`."""
-    _write_adapter(prepared, _learnt(prepared, state), run.adapter_dir)
+    """The global adapter, if there is one, and where a client has factors of its own, its adapter apart."""
+    if prepared.config.aggregate.federated:
+        _write_adapter(prepared, _learnt(prepared, state), run.adapter_dir)
+    elif len(prepared.clients) == 1:  # what the only client learnt is all there is
+        _write_adapter(prepared, state.adapters.updated(prepared.clients[0].private()), run.adapter_dir)
     own = _own(prepared, state)
     for client in prepared.clients:
         if client.name in own or client.private():
@@ -151,6 +155,15 @@ def _learnt(prepared: Prepared, state: RunState) -> AdapterState:
     return AdapterState(mean)
 
 
+def received(config: RunConfig) -> Received:
+    """What comes to the server, by where the blocks and the text are."""
+    if config.clients.pooled:
+        return "text"
+    if not config.aggregate.federated:
+        return "nothing"
+    return "adapters" if config.clients.cuts == "whole" else "hidden"
+
+
 def _begin(prepared: Prepared, snapshot: Snapshot | None, listener: Listener) -> RunState:
     """Tell how the run begins, and put every party where the checkpoint has it."""
     config = prepared.config
@@ -165,6 +178,7 @@ def _begin(prepared: Prepared, snapshot: Snapshot | None, listener: Listener) ->
                 rounds=config.training.rounds,
                 steps=config.training.steps,
                 labels=config.split.labels,
+                received=received(config),
                 defences=tuple(_promises(prepared)),
                 clients=prepared.facts,
                 machines=prepared.pace.machines(),

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from splitft.config.faults import Place, explain
 from splitft.config.run import RunConfig
 from splitft.errors import ConfigError
+from splitft.methods import METHODS, taken_over
 
 FLOAT = (
     "tag:yaml.org,2002:float",
@@ -119,7 +120,7 @@ def _check(
 ) -> RunConfig:
     """Apply overrides and validate; `origins` says where each key stands, as a prefix of its faults."""
     data = {key: {} if value is None and _is_section(key) else value for key, value in data.items()}
-    faults = []
+    faults, overridden = [], list[str]()
     for override in overrides:
         try:
             place = _apply(data, override)
@@ -128,7 +129,8 @@ def _check(
             continue
         origins = {key: origin for key, origin in origins.items() if key[: len(place)] != place}
         origins[place] = f"{override}: "
-    plain = _plain(data)
+        overridden.append(override)
+    plain = _plain(_taken_over(data, overridden))
     try:
         config = RunConfig.model_validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
@@ -136,6 +138,17 @@ def _check(
     if faults:
         raise ConfigError("\n".join(faults))
     return config
+
+
+def _taken_over(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A method given as an override stands over what the file says of its keys; other overrides stay."""
+    name = data.get("method")
+    if name not in METHODS or not any(one.partition("=")[0].strip() == "method" for one in overrides):
+        return data
+    settled = taken_over(name, data)
+    for override in overrides:
+        _apply(settled, override)
+    return settled
 
 
 def _apply(data: dict[str, Any], override: str) -> Place:

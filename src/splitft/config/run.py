@@ -6,11 +6,14 @@ the rules that need two sections at once; `assemble` checks what needs the model
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from splitft.config.method_conflicts import method_conflicts
+from splitft.methods import METHODS, MethodName, filled
 from splitft.specs import (
     AggregateSpec,
     ClientsSpec,
@@ -55,10 +58,21 @@ class RunConfig(Spec):
     """What clients do to their messages before they leave."""
     deploy: DeploySpec = DeploySpec()
     """Sites and waiting times, when the run is on real machines."""
-    method: Literal["splitft"] = "splitft"
-    """The method to run."""
+    method: MethodName = "splitft"
+    """The method to run: it sets what defines it, and has defaults of its own (`splitft.methods`)."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Fixes shares, initial factors and batches: equal seeds give equal runs on one machine."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_sets_its_keys(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or (name := given.get("method", "splitft")) not in METHODS:
+            return given
+        plain = {
+            key: value.model_dump(exclude_unset=True) if isinstance(value, Spec) else value
+            for key, value in given.items()
+        }
+        return filled(name, plain)
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> RunConfig:
@@ -69,9 +83,9 @@ class RunConfig(Spec):
 
     @property
     def cuts(self) -> tuple[int, ...] | None:
-        """One cut a client, or None where the controller decides."""
+        """One cut a client, or None where the controller decides or every client has the whole model."""
         given = self.clients.cuts
-        if given == "auto":
+        if isinstance(given, str):
             return None
         return (given,) * self.clients.count if isinstance(given, int) else given
 
@@ -132,13 +146,13 @@ def conflicts(config: RunConfig) -> list[Conflict]:
     if config.training.warmup > total:
         message = f"found {config.training.warmup}, but the run has {total} local steps; give at most that"
         found.append((("training.warmup", "training.rounds", "training.steps"), message))
-    if rule == "fedsa" and config.split.server_adapters == "shared":
+    if rule == "fedsa" and config.split.server_adapters != "per-client":
         message = (
             "found fedsa, which leaves each client its own B, but split.server_adapters is shared: all train "
             "one on the server; give server_adapters: per-client, or another rule"
         )
         found.append((("aggregate.rule", "split.server_adapters"), message))
-    return [*found, *_privacy_conflicts(config)]
+    return [*found, *method_conflicts(config), *_privacy_conflicts(config)]
 
 
 def _privacy_conflicts(config: RunConfig) -> list[Conflict]:

@@ -322,7 +322,7 @@ class Gathering:
     def _check_factors(self, site: str, adapters: AdapterState) -> None:
         """Raise unless these are the factors of the site's blocks, at its ranks."""
         cut = self._moving[site]
-        own, ranks = self._global.within(Span(0, cut)), self._ranks.of(cut)
+        own, ranks = self._global.within(Span(0, cut)), self._ranks.of(cut, site)
         if adapters.keys() != own.keys():
             odd = min(adapters.keys() ^ own.keys())
             raise AdapterError(f"{site} sends other factors than those of blocks 0 to {cut - 1}: {odd}")

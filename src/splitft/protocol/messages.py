@@ -158,7 +158,11 @@ class AdapterUpload(Message):
     client: Name
     round: Length
     adapters: AdapterState
-    ROLES = {"adapters": "adapter"}
+    moments: dict[str, torch.Tensor] = {}
+    """Optimizer moments, when they are handed on to the next client."""
+    tokens: Count = 0
+    """Labelled tokens trained on, where the server has no part in it; otherwise it counts them itself."""
+    ROLES = {"adapters": "adapter", "moments": "adapter"}
 
 
 class GlobalAdapters(Message):

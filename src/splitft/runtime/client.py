@@ -97,7 +97,13 @@ class Client:
         self._underway: _Underway | None = None
         self._graded = False  # whether the head has answered for the batch underway
         self._round = 0
+        self._tokens = 0  # labelled, trained on in this round without a server
         self._evaluated = (0.0, 0)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all blocks and the head are here, so that training needs no server."""
+        return self.plan.cut == self.plan.blocks and self.plan.labels == "client"
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -118,9 +124,11 @@ class Client:
         self.plan = Plan(message.cut, self.plan.blocks, self.plan.labels)
         self._known = known.within(span)
         self._folded = self._folded.updated(message.folded).within(span)
-        self._moments = moments_within({**self._moments, **message.moments}, span)
-        self._round, self._underway, self._graded = message.round, None, False
-        trained, rest = self._ranks.parted(self._known, self._ranks.of(message.cut), message.round)
+        kept = {} if self._training.order == "in-turn" else self._moments
+        self._moments = moments_within({**kept, **message.moments}, span)
+        self._round, self._underway, self._graded, self._tokens = message.round, None, False, 0
+        ranks = self._ranks.of(message.cut, self.name)
+        trained, rest = self._ranks.parted(self._known, ranks, message.round)
         self._bank.put(SLOT, trained, rest, self._folded, self._ranks.sharing.trains)
         self._optimizer = LocalOptimizer(
             self._bank.parameters(SLOT),
@@ -150,11 +158,7 @@ class Client:
         assert isinstance(message, LastHidden)
         self._check_rows(message, batch)
         loss, gradient = loss_and_gradient(self.segment, message.hidden, batch.targets())
-        if not math.isfinite(loss):
-            raise RunError(
-                f"{self.name}: the loss is {loss} at step {self.steps} of round {self._round}; "
-                "lower training.lr, or look at the client's text"
-            )
+        self._check_finite(loss)
         gradient = self._defence.gradient(
             gradient,
             message.hidden,
@@ -182,18 +186,44 @@ class Client:
         self._underway, self._graded = None, False
         self.steps += 1
 
-    def upload(self) -> AdapterUpload:
-        """The client's factors after the round, as far as they leave it."""
+    def step_alone(self) -> tuple[float, Batch]:
+        """One step of a client that holds all blocks and the head; returns its loss and its batch.
+
+        Raises RunError if the loss is not finite.
+        """
         optimizer = self._in_round()
-        if self._training.optimizer_state == "keep":
-            self._moments = optimizer.moments()
+        batch = self._stream.batch(self.steps)
+        with torch.enable_grad():
+            last = self._through_blocks(batch, SLOT)[batch.positions()]  # (M, D)
+        loss, gradient = loss_and_gradient(self.segment, last.detach(), batch.targets())
+        self._check_finite(loss)
+        if last.requires_grad:
+            torch.autograd.backward([last], [gradient.to(last.dtype)])
+        optimizer.step()
+        self.steps += 1
+        self._tokens += batch.labelled_tokens
+        return loss, batch
+
+    def upload(self) -> AdapterUpload:
+        """The client's factors as far as they leave it, and its moments if it hands them on."""
+        optimizer = self._in_round()
+        moments = optimizer.moments()
+        handed_on = self._training.order == "in-turn"
+        if self._training.optimizer_state == "keep" and not handed_on:
+            self._moments = moments
         self._optimizer = None
         trained, whole = self._bank.take(SLOT), self._bank.take(SLOT, whole=True)
         self._known = self._known.updated(whole.within(self._private))
         if self._ranks.keeps_own:
             self._known = whole.only("B").completed(self._known)
         shared = trained.within(self.plan.client.minus(self._private)).only(self._ranks.sharing.up)
-        return AdapterUpload(client=self.name, round=self._round, adapters=shared)
+        return AdapterUpload(
+            client=self.name,
+            round=self._round,
+            adapters=shared,
+            moments=moments if handed_on else {},
+            tokens=self._tokens,
+        )
 
     # --- the global adapters ----------------------------------------------------------------------
 
@@ -225,6 +255,14 @@ class Client:
         batch = self._held_out[index]
         self._underway = _Underway(batch, self._leaving(batch, "evaluation", self._round, index))
         return self._activations(index, training=False)
+
+    @torch.no_grad()
+    def held_out_alone(self, index: int) -> None:
+        """Add up the loss of one held-out batch, at a client that holds all blocks and the head."""
+        batch = self._held_out[index]
+        last = self._through_blocks(batch, SLOT)[batch.positions()]
+        loss = summed_loss(self.segment, last, batch.targets())
+        self._evaluated = (self._evaluated[0] + loss, self._evaluated[1] + batch.labelled_tokens)
 
     def held_out_head(self, message: Message) -> None:
         """Add up the loss of the held-out batch underway."""
@@ -295,9 +333,19 @@ class Client:
         return self._defence.hidden(self._run(batch, SLOT), self.plan.cut, base, *place)
 
     def _run(self, batch: Batch, slot: str | None) -> torch.Tensor:
+        return pack(self._through_blocks(batch, slot), batch.lengths)
+
+    def _through_blocks(self, batch: Batch, slot: str | None) -> torch.Tensor:
+        """Tokens through the client's blocks -> (B, T, D)."""
         with self._bank.routed([(slot, len(batch.lengths))]):
-            hidden = self.segment.run(batch.tokens, self.plan.client)
-        return pack(hidden, batch.lengths)
+            return self.segment.run(batch.tokens, self.plan.client)
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise RunError(
+                f"{self.name}: the loss is {loss} at step {self.steps} of round {self._round}; "
+                "lower training.lr, or look at the client's text"
+            )
 
     def _activations(self, step: int, training: bool) -> Activations:
         underway = self._awaited()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -31,6 +31,8 @@ class Ranks:
     rule: str
     """Aggregation rule, which also says how factors are cut down."""
     seed: int
+    by_client: Mapping[str, int] = field(default_factory=dict)
+    """R of each client, where clients differ."""
 
     @property
     def scale(self) -> float:
@@ -68,21 +70,23 @@ class Ranks:
         """Factors that nobody has trained, as everybody can make them: A from seed and round, B zero."""
         return initial_state(sizes, self.initial(), self.seed, dtype, salt=round)
 
-    def of(self, cut: int) -> dict[int, int]:
+    def of(self, cut: int, client: str = "") -> dict[int, int]:
         """Rank by block of a client with this cut."""
         lora = self.lora
-        ranks = ranks_by_block(cut, self.blocks, lora.rank, lora.rank_at_cut, lora.cut_span, lora.cut_sides)
+        rank = self.by_client.get(client, lora.rank)
+        at_cut = None if lora.rank_at_cut is None else min(rank, lora.rank_at_cut)
+        ranks = ranks_by_block(cut, self.blocks, rank, at_cut, lora.cut_span, lora.cut_sides)
         return dict(enumerate(ranks))
 
     def shared(self, cuts: Iterable[int]) -> dict[int, int]:
         """Rank by block of server adapters that clients with these cuts share: lowered next to any cut."""
         return _combined(min, [self.of(cut) for cut in cuts])
 
-    def united(self, cuts: Iterable[int]) -> dict[int, int]:
+    def united(self, cuts: Mapping[str, int]) -> dict[int, int]:
         """Rank by block of the global factors: the highest that any client brings, or R by some rules."""
         if self.sharing.full_rank:
             return self.initial()
-        return _combined(max, [self.of(cut) for cut in cuts])
+        return _combined(max, [self.of(cut, client) for client, cut in cuts.items()])
 
     def parted(
         self, state: AdapterState, ranks: Mapping[int, int], round: int
@@ -106,14 +110,14 @@ class Ranks:
         if strange:
             block, target = min(strange)
             raise ProtocolError(f"{client} of cut {cut} sends factors of block {block} {target}")
-        ranks = self.of(cut)
+        ranks = self.of(cut, client)
         return AdapterState({
             key: self._brought(client, key, sent[key], before[key], ranks[key[0]]) for key in sent
         })  # fmt: skip
 
-    def begun(self, state: AdapterState, cut: int, round: int) -> AdapterState:
+    def begun(self, state: AdapterState, cut: int, round: int, client: str = "") -> AdapterState:
         """What `brought` and the server's factors of a client together were before the round."""
-        return state if self.sharing.full_rank else self.parted(state, self.of(cut), round)[0]
+        return state if self.sharing.full_rank else self.parted(state, self.of(cut, client), round)[0]
 
     def _brought(self, client: str, key: Key, sent: Factors, before: Factors, rank: int) -> Factors:
         due = before.first(min(rank, before.rank)).only(self.sharing.up)

@@ -31,6 +31,8 @@ from splitft.schedule.cuts import Decision
 from splitft.specs import AggregateSpec, PrivacySpec, TrainingSpec
 from splitft.tracking.events import CutsChanged, Evaluated, Listener, RoundDone, RoundTimed, StepDone, Traffic
 
+HANDED_ON = "=handed on"
+"""Slot of the moments that the server carries from client to client; no client's name begins with `=`."""
 PARTICIPANT_DRAWS = 5
 """First word of the seed, so that no two purposes share random numbers."""
 
@@ -117,7 +119,8 @@ def train_rounds(
             listener(CutsChanged(round=number, cuts=cuts, reason=decision.reason))
         old_cuts, state = state.cuts, replace(state, cuts=cuts)
         participants = participants_of(number, list(cuts), training.participation, ranks.seed)
-        state, participants = _round(
+        play = _round_in_turn if training.order == "in-turn" else _round
+        state, participants = play(
             number, state, old_cuts, participants, server, federation, ranks, training, listener, bounds,
             aggregation,
         )  # fmt: skip
@@ -176,11 +179,11 @@ def _round(
     for name, upload in uploads.items():
         others, tokens = server.trained(name)
         trained = ranks.brought(name, upload.adapters, state.adapters, cuts[name]).union(others)
-        start = ranks.begun(state.adapters, cuts[name], number) if bounds.bounding else trained
-        full_sets.append((bounds.weight(tokens), bounds.clipped(start, trained)))
+        start = ranks.begun(state.adapters, cuts[name], number, name) if bounds.bounding else trained
+        full_sets.append((bounds.weight(tokens or upload.tokens), bounds.clipped(start, trained)))
     server.finish()
     fresh = Fresh(ranks.seed, salt=number)
-    result = aggregate(ranks.rule, full_sets, ranks.united(cuts.values()), fresh)
+    result = aggregate(ranks.rule, full_sets, ranks.united(cuts), fresh)
     shared = bounds.noised(result.state.completed(state.adapters), len(full_sets), number)
     shared, memory = stepped(aggregation, state.adapters, shared, state.memory)
     adapters = state.adapters.updated(shared)  # blocks that clients keep private stay as they began
@@ -209,6 +212,56 @@ def _for_client(
     travels = ranks.sharing.down
     sent = adapters.within(span).only(travels) if travels else AdapterState()
     return GlobalAdapters(round=number, adapters=sent, folded=folded.within(span))
+
+
+def _round_in_turn(
+    number: int,
+    state: RunState,
+    old_cuts: Mapping[str, int],
+    participants: Sequence[str],
+    server: Server,
+    federation: Federation,
+    ranks: Ranks,
+    training: TrainingSpec,
+    listener: Listener,
+    bounds: Bounds,
+    aggregation: AggregateSpec,
+) -> tuple[RunState, list[str]]:
+    """One round in which clients train one after the other: each hands its factors and moments on.
+
+    Vanilla split learning (arXiv 1810.06060): with the server's factors they are one model, trained on all
+    text in turn. The server carries what is handed on, so that clients need not know each other. Cuts stay
+    (`old_cuts`), no single client has an update to bound (`bounds`), and nothing is averaged (`aggregation`);
+    configurations that ask for such are refused. A client that is lost in its turn is left out of the chain.
+    """
+    cuts, adapters = state.cuts, state.adapters
+    server.place(cuts)
+    if training.optimizer_state == "reset":
+        server.moments.clear()
+    finished: list[str] = []
+    for name in participants:
+        span = Span(0, cuts[name])
+        handed_on = server.moments.pop(HANDED_ON, {})
+        start = RoundStart(round=number, cut=cuts[name], adapters=adapters.within(span), moments=handed_on)
+        federation.start({name: start})
+        server.start(number, [name], adapters)
+        uploads = federation.train(number, [name], training.steps, listener)
+        if name in uploads:
+            adapters = uploads[name].adapters.union(server.trained(name)[0])
+            handed_on = dict(uploads[name].moments)
+            finished.append(name)
+        server.finish()
+        server.moments[HANDED_ON] = handed_on
+    if training.optimizer_state == "reset":
+        server.moments.clear()
+    server.install(adapters)
+    traffic = federation.traffic()  # what follows is for evaluation only: the model has been handed on
+    federation.install({
+        name: GlobalAdapters(round=number, adapters=adapters.within(Span(0, cut)))
+        for name, cut in cuts.items()
+    })  # fmt: skip
+    listener(RoundDone(round=number, participants=tuple(finished), aggregation_error=0.0, traffic=traffic))
+    return RunState(number, cuts, adapters), finished
 
 
 def _evaluated(number: int, federation: Federation) -> Evaluated:

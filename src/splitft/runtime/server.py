@@ -30,7 +30,7 @@ from splitft.errors import ProtocolError
 from splitft.geometry import Plan, Span
 from splitft.model import Model, Segment, loss_and_gradient, pack, pad, pick, summed_loss
 from splitft.protocol import Activations, CutGradient, HeadGradient, HeldOutLoss, LastHidden, expect
-from splitft.runtime.grouping import Group, like_lengths, merged
+from splitft.runtime.grouping import Group, in_random_order, like_lengths, merged
 from splitft.runtime.ranks import Ranks
 from splitft.specs import SplitSpec, TrainingSpec
 
@@ -96,12 +96,13 @@ class Server:
         blocks = self.segment.shape.blocks
         self._seats = {name: _Seat(self._cuts[name]) for name in participants}
         self._round, self._groups, self._heard, self._optimizers = number, {}, {}, {}
-        if self._split.server_adapters == "shared":
+        if self._shared:
             cuts = [self._cuts[name] for name in participants]
             slots = {SHARED: (Span(min(cuts), blocks), self._ranks.shared(cuts))}
         else:
             slots = {
-                name: (Span(seat.cut, blocks), self._ranks.of(seat.cut)) for name, seat in self._seats.items()
+                name: (Span(seat.cut, blocks), self._ranks.of(seat.cut, name))
+                for name, seat in self._seats.items()
             }
         for slot, (span, ranks) in slots.items():
             trained, rest = self._ranks.parted(self.personal(slot, state.within(span)), ranks, number)
@@ -119,7 +120,7 @@ class Server:
 
     def finish(self) -> None:
         """End the round: keep moments if they are kept, and forget everything else of it."""
-        if self._training.optimizer_state == "keep":
+        if self._training.optimizer_state == "keep" or self._training.order == "in-turn":
             self.moments.update({slot: one.moments() for slot, one in self._optimizers.items()})
         for slot in self._optimizers:
             if self._ranks.keeps_own:
@@ -167,7 +168,10 @@ class Server:
     # --- steps ------------------------------------------------------------------------------------
 
     def groups(self, messages: Sequence[Activations]) -> list[list[Activations]]:
-        """Who is worked on together (`grouping.like_lengths`)."""
+        """Who is worked on together (`runtime.grouping`); with `shared-in-turn`, one by one."""
+        if self._split.server_adapters == "shared-in-turn" and messages[0].training:
+            step = self._seat(messages[0].client).step
+            return in_random_order(messages, [self._ranks.seed, self._round, step])
         return like_lengths(messages, self._split.group_tokens)
 
     def forward(self, messages: Sequence[Activations]) -> dict[str, LastHidden | CutGradient | HeldOutLoss]:
@@ -306,7 +310,7 @@ class Server:
 
     def _back(self, group: Group, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Backward through one group; returns gradients (N, D) at the cuts."""
-        shared = self._split.server_adapters == "shared"
+        shared = self._split.server_adapters == "shared"  # one step on the loss of all
         weights = {c: group.messages[c].labelled_tokens if shared else 1 for c in gradients}
         outputs = [group.outputs[client] for client in gradients]
         wanted = [gradient.to(output.dtype) * weights[client]
@@ -334,13 +338,21 @@ class Server:
             for client in weights:
                 self._optimizers[client].step()
             return
+        if self._split.server_adapters == "shared-in-turn":
+            self._optimizers[SHARED].step()
+            return
         self._heard.update(weights)
         if self._heard.keys() >= self._seats.keys():
             self._optimizers[SHARED].step(divide_by=sum(self._heard.values()))
             self._heard = {}
 
     def _slot(self, client: str) -> str:
-        return SHARED if self._split.server_adapters == "shared" else client
+        return SHARED if self._shared else client
+
+    @property
+    def _shared(self) -> bool:
+        """Whether all clients train one set of factors here."""
+        return self._split.server_adapters != "per-client"
 
     def _evaluated(self, client: str) -> str:
         return f"{GLOBAL}/{client}" if self._ranks.keeps_own else GLOBAL

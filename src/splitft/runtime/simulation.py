@@ -75,10 +75,13 @@ class Simulation:
         for _ in range(steps):
             sent: list[Message] = []
             for name in participants:
+                if self.clients[name].whole:
+                    listener(self._step_alone(number, name))
+                    continue
                 with self._timed("client_forward", [name]):
                     activations = self.clients[name].forward()
                 sent.append(self._lines[name].up(activations))
-            for group in self.server.groups(list(_all(Activations, dict(enumerate(sent))).values())):
+            for group in self._groups(list(_all(Activations, dict(enumerate(sent))).values())):
                 for step in self._step(number, group):
                     listener(step)
         uploads = {name: self._lines[name].up(self.clients[name].upload()) for name in participants}
@@ -93,8 +96,12 @@ class Simulation:
         """Held-out loss of the global adapters on every client's text."""
         for index in range(max(client.held_out_batches for client in self.clients.values())):
             names = [name for name, client in self.clients.items() if index < client.held_out_batches]
+            for name in names:
+                if self.clients[name].whole:
+                    self.clients[name].held_out_alone(index)
+            names = [name for name in names if not self.clients[name].whole]
             sent = {name: self._lines[name].up(self.clients[name].held_out(index)) for name in names}
-            for group in self.server.groups(list(_all(Activations, sent).values())):
+            for group in self._groups(list(_all(Activations, sent).values())):
                 for name, reply in self.server.forward(group).items():
                     self.clients[name].held_out_head(self._lines[name].down(reply))
         return _all(Evaluation, {n: self._lines[n].up(c.evaluation()) for n, c in self.clients.items()})
@@ -122,6 +129,26 @@ class Simulation:
                 streams.restore(memories.get(f"{name}/{end}", {}))
 
     # ----------------------------------------------------------------------------------------------
+
+    def _groups(self, messages: list[Activations]) -> list[list[Activations]]:
+        return self.server.groups(messages) if messages else []
+
+    def _step_alone(self, number: int, name: str) -> StepDone:
+        """One step of a client that needs no server: nothing travels."""
+        step = self.clients[name].steps
+        with self._timed("client_step", [name]):
+            loss, batch = self.clients[name].step_alone()
+        seconds = {leg: round(spent, 6) for leg, spent in self._seconds[name].items()}
+        self._seconds[name].clear()
+        return StepDone(
+            round=number,
+            step=step,
+            client=name,
+            loss=loss,
+            tokens=batch.labelled_tokens,
+            examples=len(batch.lengths),
+            seconds=seconds,
+        )
 
     def _step(self, number: int, group: Sequence[Activations]) -> Iterator[StepDone]:
         """One step of the clients of one group, after their forward."""

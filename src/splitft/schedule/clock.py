@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from splitft.errors import ScheduleError
-from splitft.schedule.cost import Client, Job, Leg, Place, adapter_legs, step_legs
+from splitft.schedule.cost import Client, Job, Leg, Place, exchange_legs, step_legs
 from splitft.schedule.profile import Server
 
 SERVER = "server"
@@ -125,10 +125,10 @@ class RoundTimeline:
 
 def client_round(job: Job, client: Client, cut: int, micro_batches: int = 1) -> ClientRound:
     """A client's round at this cut, with the legs that `cost` predicts."""
-    down, up = adapter_legs(job, client, cut)
-    divided = Client(client.name, client.device, client.link, client.workload.divided(micro_batches))
+    before, after = exchange_legs(job, client, cut)
+    divided = replace(client, workload=client.workload.divided(micro_batches))
     legs = step_legs(job, divided, cut)
-    return ClientRound(client.name, (down,), legs, client.workload.steps, (up,), micro_batches)
+    return ClientRound(client.name, before, legs, client.workload.steps, after, micro_batches)
 
 
 def simulate_round(clients: Sequence[ClientRound], server: Server) -> RoundTimeline:
@@ -138,6 +138,23 @@ def simulate_round(clients: Sequence[ClientRound], server: Server) -> RoundTimel
     """
     _check(clients)
     return _Clock(clients, server).run()
+
+
+def simulate_in_turn(clients: Sequence[ClientRound], server: Server) -> RoundTimeline:
+    """One round of clients that train one after the other: each has the server to itself, and times add up.
+
+    Raises what `simulate_round` raises.
+    """
+    _check(clients)
+    intervals: list[Interval] = []
+    now_s = 0.0
+    for client in clients:
+        alone = simulate_round([client], server)
+        intervals += [
+            replace(one, start_s=one.start_s + now_s, end_s=one.end_s + now_s) for one in alone.intervals
+        ]
+        now_s += alone.round_s
+    return RoundTimeline(tuple(client.name for client in clients), tuple(intervals), now_s)
 
 
 @dataclass(eq=False)

@@ -117,6 +117,8 @@ class Client:
     """What it trains on in a round."""
     wire: WireBytes | None = None
     """Its own codecs, where they are not those of all clients."""
+    rank: int | None = None
+    """Its LoRA rank away from the cut, where clients differ."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,17 @@ class Job:
     moments: int = 2
     """Optimizer moments of a parameter: 2 for AdamW, 0 for SGD."""
 
-    def ranks(self, cut: int) -> tuple[int, ...]:
-        """LoRA rank of each block for a client with this cut."""
+    federated: bool = True
+    """Whether adapters travel at all."""
+    handed_on: bool = False
+    """Whether moments travel with them, from client to client."""
+
+    def ranks(self, cut: int, rank: int | None = None) -> tuple[int, ...]:
+        """LoRA rank of each block for a client with this cut, and with a rank of its own if it has one."""
         lora = self.lora
-        return ranks_by_block(
-            cut, self.sizes.blocks, lora.rank, lora.rank_at_cut, lora.cut_span, lora.cut_sides
-        )
+        rank = lora.rank if rank is None else rank
+        at_cut = None if lora.rank_at_cut is None else min(rank, lora.rank_at_cut)
+        return ranks_by_block(cut, self.sizes.blocks, rank, at_cut, lora.cut_span, lora.cut_sides)
 
 
 @dataclass(frozen=True)
@@ -206,8 +213,19 @@ def step_legs(job: Job, client: Client, cut: int) -> tuple[Leg, ...]:
 
 def adapter_legs(job: Job, client: Client, cut: int) -> tuple[Leg, Leg]:
     """adapters_down and adapters_up of one round: the factors of the client's own blocks."""
-    nbytes = job.sizes.adapter_parameters(job.ranks(cut)[:cut]) * job.wire.adapter
-    return _down(client, "adapters_down", nbytes), _up(client, "adapters_up", nbytes)
+    # moments travel as they are kept, in float32
+    each = job.wire.adapter + (4 * job.moments if job.handed_on else 0)
+    down = job.sizes.adapter_parameters(job.ranks(cut)[:cut]) * each  # the global factors, whatever its own
+    up = job.sizes.adapter_parameters(job.ranks(cut, client.rank)[:cut]) * each
+    return _down(client, "adapters_down", down), _up(client, "adapters_up", up)
+
+
+def exchange_legs(job: Job, client: Client, cut: int) -> tuple[tuple[Leg, ...], tuple[Leg, ...]]:
+    """Legs before the first step of a round and after the last; none if adapters stay where they are."""
+    if not job.federated:
+        return (), ()
+    down, up = adapter_legs(job, client, cut)
+    return (down,), (up,)
 
 
 def pipelined_step_s(micro_batch: Sequence[Leg], micro_batches: int) -> float:
@@ -249,7 +267,7 @@ def move_seconds(
     if new == old:
         return 0.0
     low, high = sorted((old, new))
-    factors = job.sizes.adapter_parameters(job.ranks(new)[low:high])
+    factors = job.sizes.adapter_parameters(job.ranks(new, client.rank)[low:high])
     moments = factors * job.moments * job.wire.adapter if moments_kept else 0.0
     if new < old:
         return client.link.seconds_up(moments)
@@ -264,9 +282,10 @@ def total_by_place(by_leg: Mapping[str, float], place: Place) -> float:
 
 def _round(job: Job, client: Client, cut: int) -> list[tuple[Leg, int]]:
     """The legs of a round, and how often each runs."""
-    down, up = adapter_legs(job, client, cut)
+    before, after = exchange_legs(job, client, cut)
     steps = client.workload.steps
-    return [(down, 1), *((leg, steps) for leg in step_legs(job, client, cut)), (up, 1)]
+    legs = step_legs(job, client, cut)
+    return [*((leg, 1) for leg in before), *((leg, steps) for leg in legs), *((leg, 1) for leg in after)]
 
 
 def _up(client: Client, name: str, nbytes: float) -> Leg:

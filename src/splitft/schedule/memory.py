@@ -112,7 +112,7 @@ def server_peak_bytes(job: Job, clients: Sequence[Client], cuts: Sequence[int]) 
 def _trained(job: Job, client: Client, blocks: range, cut: int, weights: float, head: bool) -> Memory:
     """Memory of training these blocks for this client, with the head or without."""
     work, sizes = client.workload, job.sizes
-    ranks = job.ranks(cut)
+    ranks = job.ranks(cut, client.rank)
     adapters = float(sizes.adapter_parameters([ranks[block] for block in blocks]) * ADAPTER_BYTES)
     wide = sizes.kept_wide_elements_per_token * max(WIDE_BYTES, job.weight_bytes)
     kept_bytes = sizes.kept_elements_per_token * job.weight_bytes + wide

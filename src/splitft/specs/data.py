@@ -80,7 +80,11 @@ class ClientsSpec(Spec):
 
     count: int = Field(4, ge=1)
     """Number of clients."""
-    cuts: int | tuple[int, ...] | Literal["auto"] = 2
-    """Blocks on the client: one number for all, or one a client, or `auto` (the controller decides)."""
+    cuts: int | tuple[int, ...] | Literal["auto", "whole"] = 2
+    """Blocks on the client: one number for all, or one a client, or `auto` (the controller decides), or
+    `whole` (all of them: no split, and only adapters travel)."""
+    pooled: bool = False
+    """Whether all clients' text lies in one place, on the server's machine; it takes the steps of all of
+    them, and is evaluated on what each of them would hold out."""
     shares: SharesSpec = SharesSpec()
     """How the text is divided among them."""

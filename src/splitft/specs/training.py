@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,9 @@ class LoraSpec(Spec):
     """How many blocks on each side count as next to the cut."""
     cut_sides: tuple[Literal["client", "server"], ...] = ("client", "server")
     """On which sides of the boundary the rank is lowered."""
+    client_ranks: Literal["halving"] | tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Ranks away from the cut where clients differ: one a client, at most `rank`; or `halving` (R, R/2, R/4
+    in turn); null for `rank` everywhere."""
     alpha: float = Field(32.0, gt=0)
     """The update of a layer is (alpha / rank) B A, whatever rank the layer itself carries."""
     scaling: Literal["lora", "rslora"] = "lora"
@@ -34,7 +37,17 @@ class LoraSpec(Spec):
     def _the_rank_at_the_cut_is_not_higher(self) -> LoraSpec:
         if self.rank_at_cut is not None and self.rank_at_cut > self.rank:
             raise ValueError(f"rank_at_cut {self.rank_at_cut} is above rank {self.rank}")
+        if isinstance(self.client_ranks, tuple) and max(self.client_ranks, default=0) > self.rank:
+            raise ValueError(f"client_ranks {max(self.client_ranks)} is above rank {self.rank}")
         return self
+
+    def rank_of(self, index: int) -> int:
+        """R of a client, counted from 0."""
+        if self.client_ranks is None:
+            return self.rank
+        if self.client_ranks == "halving":
+            return max(1, self.rank >> index % 3)
+        return self.client_ranks[index]
 
 
 class SplitSpec(Spec):
@@ -42,8 +55,10 @@ class SplitSpec(Spec):
 
     labels: Literal["client", "server"] = "client"
     """`client`: the head and the loss are on the client, the server sees no text. `server`: it does."""
-    server_adapters: Literal["per-client", "shared"] = "per-client"
-    """One copy of the server's adapters a client (SplitFed v1), or one trained by all (SplitLoRA)."""
+    server_adapters: Literal["per-client", "shared", "shared-in-turn"] = "per-client"
+    """One copy of the server's adapters a client (SplitFed v1); or one trained by all, with one step on
+    all clients' batches together (`shared`, SplitLoRA) or one a batch in random order (`shared-in-turn`,
+    SplitFed v2)."""
     group_tokens: int = Field(1024, ge=1)
     """The server works on several clients' batches at once while they are at most this many padded tokens
     together; on a CPU larger groups are no faster (`benchmarks/server_batching.py`)."""
@@ -70,6 +85,9 @@ class TrainingSpec(Spec):
     """Local optimizer, the same on both sides of the cut."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay on the adapters."""
+    order: Literal["together", "in-turn"] = "together"
+    """Whether clients train at the same time and are then aggregated, or one after the other, each handing
+    its factors and moments on to the next (vanilla split learning)."""
     optimizer_state: Literal["reset", "keep"] = "reset"
     """Whether a client's moments start afresh each round or live on (and move when its cut moves)."""
     participation: float = Field(1.0, gt=0, le=1)
@@ -79,6 +97,8 @@ class TrainingSpec(Spec):
 class AggregateSpec(Spec):
     """How adapters of unequal cuts and ranks become one."""
 
+    federated: bool = True
+    """Whether adapters are aggregated at all; if not, every client keeps its own and sends nothing."""
     rule: Literal["factors", "zero-pad", "svd", "stack", "exact", "ffa", "fedsa"] = "svd"
     """`factors` averages A and B; `zero-pad` does so after padding (HetLoRA); `svd` averages products
     (FlexLoRA); `stack` folds the mean product into the base and starts anew (FLoRA); `exact` averages A and B

@@ -17,6 +17,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Received = Literal["hidden", "adapters", "nothing", "text"]
+"""What comes to the server: hidden states (and adapters), adapters alone, nothing, or all text."""
 Role = Literal["hidden", "gradient", "adapter", "label"]
 """What a tensor on the wire is: hidden states, their gradients, LoRA factors, or token ids."""
 
@@ -86,6 +88,8 @@ class RunStarted(Stamped):
     """Local steps a client takes in a round."""
     labels: Literal["client", "server"]
     """Where labels, head and loss live."""
+    received: Received = "hidden"
+    """What comes to the server, beside labels."""
     clients: tuple[ClientFacts, ...]
     """Everyone who takes part."""
     defences: tuple[str, ...] = ()
@@ -96,7 +100,7 @@ class RunStarted(Stamped):
     @property
     def privacy(self) -> str:
         """What the server can read, in one sentence that a run says first and its report repeats."""
-        return PRIVACY[self.labels]
+        return PRIVACY[self.labels if self.received == "hidden" else self.received]
 
 
 class RunResumed(Stamped):
@@ -329,4 +333,8 @@ PRIVACY = {
     "client": "Labels stay on the clients: the server sees hidden states and gradients, never token ids; "
     "hidden states of a shallow cut can still be inverted in part.",
     "server": "Labels are on the server: it receives the token ids, so it can read the clients' text.",
+    "adapters": "The whole model is on every client: the server receives adapters, no hidden states "
+    "and no token ids.",
+    "nothing": "Every client trains alone: the server receives no text, no hidden states and no adapters.",
+    "text": "All text lies in one place: whoever trains there can read it.",
 }

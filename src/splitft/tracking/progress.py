@@ -89,7 +89,7 @@ class Progress:
         self._count(event)
         match event:
             case RunStarted():
-                about = f"{event.model}, {event.blocks} blocks, {len(event.clients)} clients"
+                about = f"{event.method}: {event.model}, {event.blocks} blocks, {len(event.clients)} clients"
                 self._say(" ".join([f"{about}. {event.privacy}", *event.defences]))
             case RunResumed():
                 self._say(f"continuing with round {event.round}")
