@@ -78,7 +78,7 @@ _SPLIT = {"schedule.controller": Fixed("fixed", "has one cut for all, which stay
 _PLAIN = {"lora.rank_at_cut": None, "split.labels": "server", "aggregate.rule": "factors"}
 """Split methods before SplitFT: one rank everywhere, labels and loss on the server, FedAvg of factors."""
 _ALONE = {"aggregate.federated": Fixed(False, "aggregates nothing")}
-_ORDINARY = {"aggregate.rule": "factors", "training.optimizer_state": "keep"}
+_ORDINARY = {"lora.rank_at_cut": None, "aggregate.rule": "factors", "training.optimizer_state": "keep"}
 """Training without rounds: one optimizer from beginning to end."""
 
 METHODS: dict[MethodName, Method] = {
@@ -98,20 +98,20 @@ METHODS: dict[MethodName, Method] = {
         source="FedAvg: McMahan et al. 2017, arXiv 1602.05629, of LoRA factors (FedIT: 2305.05644)",
         difference="The whole model on every client; only adapters travel, once a round.",
         fixes=_WHOLE,
-        defaults={"aggregate.rule": "factors"},
+        defaults={"lora.rank_at_cut": None, "aggregate.rule": "factors"},
     ),
     "flexlora": Method(
         source="FlexLoRA: Bai et al. 2024, arXiv 2402.11505",
         difference="FedLoRA with unequal ranks: products are averaged, and cut down to each client's rank.",
         fixes={**_WHOLE, "aggregate.rule": Fixed("svd", "averages products")},
-        defaults={"lora.client_ranks": "halving"},
+        defaults={"lora.rank_at_cut": None, "lora.client_ranks": "halving"},
     ),
     "hlora": Method(
         source="HLoRA: arXiv 2503.00813",
         difference="Reconstructs the full update before averaging, as FlexLoRA does; with equal ranks at "
         "every client the two are the same arithmetic, and here the ranks are assigned alike.",
         fixes={**_WHOLE, "aggregate.rule": Fixed("svd", "averages products")},
-        defaults={"lora.client_ranks": "halving"},
+        defaults={"lora.rank_at_cut": None, "lora.client_ranks": "halving"},
     ),
     "split": Method(
         source="Gupta and Raskar 2018, arXiv 1810.06060; Vepakomma et al. 2018, arXiv 1812.00564",

@@ -33,7 +33,7 @@ def lines(events, terminal: bool = False) -> list[str]:
 
 def test_in_a_pipe_a_run_tells_what_matters_in_plain_lines():
     first, *others = lines(story())
-    assert first == f"tiny, 6 blocks, 2 clients. {started().privacy}"
+    assert first == f"splitft: tiny, 6 blocks, 2 clients. {started().privacy}"
     assert others == [
         "warning: 4 of 14 examples were cut off",
         "before training: held-out loss 4.000",

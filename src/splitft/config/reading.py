@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from splitft.config.faults import Place, explain
 from splitft.config.run import RunConfig
 from splitft.errors import ConfigError
-from splitft.methods import METHODS, taken_over
+from splitft.methods import METHODS, filled, taken_over
 
 FLOAT = (
     "tag:yaml.org,2002:float",
@@ -131,6 +131,8 @@ def _check(
         origins[place] = f"{override}: "
         overridden.append(override)
     plain = _plain(_taken_over(data, overridden))
+    if (name := plain.get("method", "splitft")) in METHODS:
+        plain = filled(name, plain)
     try:
         config = RunConfig.model_validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:

@@ -6,14 +6,11 @@ the rules that need two sections at once; `assemble` checks what needs the model
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from splitft.config.method_conflicts import method_conflicts
-from splitft.methods import METHODS, MethodName, filled
+from splitft.methods import MethodName
 from splitft.specs import (
     AggregateSpec,
     ClientsSpec,
@@ -62,17 +59,6 @@ class RunConfig(Spec):
     """The method to run: it sets what defines it, and has defaults of its own (`splitft.methods`)."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Fixes shares, initial factors and batches: equal seeds give equal runs on one machine."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _method_sets_its_keys(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping) or (name := given.get("method", "splitft")) not in METHODS:
-            return given
-        plain = {
-            key: value.model_dump(exclude_unset=True) if isinstance(value, Spec) else value
-            for key, value in given.items()
-        }
-        return filled(name, plain)
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> RunConfig:

@@ -1,0 +1,190 @@
+"""The field's methods as plain loops over one whole model: no split, no messages, no code of splitft.
+
+    start (A, B by layer), batches[round][client][step]  --a loop--> factors after the last round
+
+LoRA is a hook on each adapted linear layer; AdamW is torch's. A "client's blocks" are nothing but the layers
+whose factors it has for itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+Layer = tuple[int, str]
+Factors = dict[Layer, tuple[torch.Tensor, torch.Tensor]]
+"""(A, B) by block and target."""
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Right-padded token ids (B, T), and the same with -100 where there is no loss."""
+Batches = Sequence[Sequence[Sequence[Batch]]]
+
+
+class Whole:
+    """One model in float64, run with whatever factors are given."""
+
+    def __init__(self, folder: Path, scale: float) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+        self.model.requires_grad_(False)
+        self._scale, self._factors = scale, Factors()
+        for index, block in enumerate(self.model.model.layers):
+            for name, module in block.named_modules():
+                module.register_forward_hook(self._hook((index, name)))
+
+    def _hook(self, layer: Layer) -> Any:
+        def add(module: Any, inputs: Any, output: torch.Tensor) -> Any:
+            if layer not in self._factors:
+                return None
+            A, B = self._factors[layer]
+            return output + self._scale * (inputs[0] @ A.T) @ B.T
+
+        return add
+
+    def loss(self, factors: Factors, batch: Batch) -> torch.Tensor:
+        """Mean loss over labelled tokens."""
+        self._factors = factors
+        ids, labels = batch
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        lengths = torch.where(labels != -100, positions, -1).max(1).values + 1
+        mask = (positions < lengths[:, None]).long()
+        return self.model(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+
+def alone(whole: Whole, start: Factors, steps: Sequence[Batch], lr: float) -> Factors:
+    """Ordinary fine-tuning with one optimizer: in one place, at one client, or handed through all."""
+    own = _leaves(start)
+    optimizer = _adam(own, lr)
+    for batch in steps:
+        _step(optimizer, whole.loss(own, batch))
+    return _detached(own)
+
+
+def averaged(whole: Whole, start: Factors, batches: Batches, lr: float) -> Factors:
+    """FedAvg of A and of B: whole models at clients, or a server's copy for each."""
+    for clients in batches:
+        trained = [(_tokens(steps), alone(whole, start, steps, lr)) for steps in clients]
+        start = _mean(trained)
+    return start
+
+
+def averaged_products(
+    whole: Whole, start: Factors, batches: Batches, lr: float, ranks: Sequence[Mapping[int, int]]
+) -> Factors:
+    """The mean of B A by full singular value decomposition; `ranks` by client and block."""
+    for clients in batches:
+        trained = [
+            (_tokens(steps), alone(whole, _first(start, own), steps, lr))
+            for steps, own in zip(clients, ranks, strict=True)
+        ]
+        total = sum(tokens for tokens, _ in trained)
+        united = Factors()
+        for layer in start:
+            mean = sum(tokens / total * (one[layer][1] @ one[layer][0]) for tokens, one in trained)
+            U, S, Vh = torch.linalg.svd(mean, full_matrices=False)
+            rank = max(own[layer[0]] for own in ranks)
+            # A's rows with the norm that LoRA starts with, 1 / sqrt(3)
+            united[layer] = (Vh[:rank] / math.sqrt(3), U[:, :rank] * S[:rank] * math.sqrt(3))
+        start = united
+    return start
+
+
+def client_by_client(
+    whole: Whole, start: Factors, batches: Batches, lr: float, cut: int, orders: Mapping[tuple[int, int], Any]
+) -> Factors:
+    """SplitFed v2: the server's factors step after each client's batch; `orders` by (round, step)."""
+    for number, clients in enumerate(batches):
+        server = _leaves(_deeper(start, cut))
+        at_server = _adam(server, lr)
+        own = [_leaves(_shallower(start, cut)) for _ in clients]
+        at_clients = [_adam(one, lr) for one in own]
+        for step in range(len(clients[0])):
+            for client in orders[number, step]:
+                loss = whole.loss({**own[client], **server}, clients[client][step])
+                _step(at_server, loss, at_clients[client])
+        mean = _mean([(_tokens(steps), _detached(one)) for steps, one in zip(clients, own, strict=True)])
+        start = {**mean, **_detached(server)}
+    return start
+
+
+def all_at_once(whole: Whole, start: Factors, batches: Batches, lr: float, cut: int) -> Factors:
+    """SplitLoRA: the server's factors step on the loss of the concatenated batch; moments live on."""
+    server = _leaves(_deeper(start, cut))
+    at_server = _adam(server, lr)
+    own = [_leaves(_shallower(start, cut)) for _ in batches[0]]
+    at_clients = [_adam(one, lr) for one in own]
+    for clients in batches:
+        for step in range(len(clients[0])):
+            together = [steps[step] for steps in clients]
+            total = sum(_tokens([batch]) for batch in together)
+            gradient: dict[Layer, list[torch.Tensor]] = {}
+            for one, optimizer, batch in zip(own, at_clients, together, strict=True):
+                _step(optimizer, whole.loss({**one, **server}, batch))
+                for layer, pair in server.items():  # the loss of one client, for its share of all tokens
+                    parts = [tensor.grad * (_tokens([batch]) / total) for tensor in pair]
+                    before = gradient.get(layer, [torch.zeros_like(part) for part in parts])
+                    gradient[layer] = [old + new for old, new in zip(before, parts, strict=True)]
+                at_server.zero_grad()
+            for layer, pair in server.items():
+                for tensor, grad in zip(pair, gradient[layer], strict=True):
+                    tensor.grad = grad
+            at_server.step()
+            at_server.zero_grad()
+        mean = _mean([(_tokens(steps), _detached(one)) for steps, one in zip(clients, own, strict=True)])
+        for one in own:
+            for layer, pair in one.items():
+                for tensor, value in zip(pair, mean[layer], strict=True):
+                    tensor.data.copy_(value)
+    return {**_detached(own[0]), **_detached(server)}
+
+
+def _leaves(factors: Factors) -> Factors:
+    return {layer: tuple(t.clone().requires_grad_() for t in pair) for layer, pair in factors.items()}
+
+
+def _detached(factors: Factors) -> Factors:
+    return {layer: tuple(t.detach().clone() for t in pair) for layer, pair in factors.items()}
+
+
+def _adam(factors: Factors, lr: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW([t for pair in factors.values() for t in pair], lr=lr, weight_decay=0.0)
+
+
+def _step(optimizer: torch.optim.AdamW, loss: torch.Tensor, other: torch.optim.AdamW | None = None) -> None:
+    loss.backward()
+    for one in (optimizer, other):
+        if one is not None:
+            one.step()
+            one.zero_grad()
+
+
+def _tokens(steps: Sequence[Batch]) -> int:
+    return sum(int((labels[:, 1:] != -100).sum()) for _, labels in steps)
+
+
+def _mean(trained: Sequence[tuple[int, Factors]]) -> Factors:
+    total = sum(tokens for tokens, _ in trained)
+    return {
+        layer: tuple(
+            sum(tokens / total * factors[layer][place] for tokens, factors in trained) for place in (0, 1)
+        )
+        for layer in trained[0][1]
+    }
+
+
+def _first(factors: Factors, ranks: Mapping[int, int]) -> Factors:
+    return {
+        (block, target): (A[: ranks[block]], B[:, : ranks[block]])
+        for (block, target), (A, B) in factors.items()
+    }
+
+
+def _shallower(factors: Factors, cut: int) -> Factors:
+    return {layer: pair for layer, pair in factors.items() if layer[0] < cut}
+
+
+def _deeper(factors: Factors, cut: int) -> Factors:
+    return {layer: pair for layer, pair in factors.items() if layer[0] >= cut}

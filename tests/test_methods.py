@@ -1,0 +1,100 @@
+"""A method sets what defines it, says what contradicts it, and gives way to nothing but its own name."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import yaml
+
+from splitft.config import dump, from_mapping, load
+from splitft.errors import ConfigError
+from splitft.methods import METHODS, MethodName
+
+
+def refused(**given):
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(given)
+    return str(caught.value)
+
+
+def test_every_name_has_its_method_with_source_and_difference():
+    assert set(get_args(MethodName)) == set(METHODS)
+    for method in METHODS.values():
+        assert method.source
+        assert method.difference.endswith(".")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_configuration_that_reads_back_as_it_is(tmp_path, name):
+    config = from_mapping({"method": name})
+    file = tmp_path / "run.yaml"
+    file.write_text(dump(config), encoding="utf-8")
+    assert load(file) == config
+    assert config.method == name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_any_method_can_be_asked_for_over_a_file_that_says_otherwise(tmp_path, name):
+    file = tmp_path / "run.yaml"
+    given = {
+        "clients": {"count": 3, "cuts": [4, 2, 3]}, "split": {"server_adapters": "per-client"},
+        "schedule": {"controller": "fixed"}, "training": {"participation": 1.0},
+    }  # fmt: skip
+    file.write_text(yaml.safe_dump(given), encoding="utf-8")
+    config = load(file, [f"method={name}"])
+    wanted = {"splitft": (4, 2, 3)} | dict.fromkeys(
+        ("centralized", "local", "fedlora", "flexlora", "hlora"), "whole"
+    )
+    assert config.clients.cuts == wanted.get(name, 2)  # one cut for all: the shallowest that was given
+
+
+def test_an_override_that_contradicts_the_method_is_still_refused(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("clients: {cuts: 3}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"clients.cuts=5: clients.cuts: found 5, but method fedlora keeps"):
+        load(file, ["method=fedlora", "clients.cuts=5"])
+
+
+def test_split_with_participation_below_1_says_why_and_what_would_fit():
+    said = refused(method="split", training={"participation": 0.5})
+    assert (
+        "training.participation: found 0.5, but method split hands its one model through all clients" in said
+    )
+    assert "give 1 or leave it out, or choose" in said
+
+
+def test_fedlora_with_cuts_says_why_and_what_would_fit():
+    said = refused(method="fedlora", clients={"cuts": 3})
+    assert said.startswith("clients.cuts: found 3, but method fedlora keeps the whole model on every client")
+    assert "give whole or leave it out, or choose splitft" in said
+
+
+def test_methods_with_one_cut_refuse_several():
+    said = refused(method="splitlora", clients={"count": 2, "cuts": [2, 3]})
+    assert "found [2, 3], but method splitlora has one cut for all clients; give one number" in said
+
+
+def test_splitft_lets_cuts_choose_themselves_where_a_fleet_is_described_and_cuts_are_not():
+    fleet = {"devices": "phone"}
+    assert from_mapping({"schedule": fleet}).clients.cuts == "auto"
+    assert from_mapping({"schedule": fleet}).schedule.controller == "makespan"
+    assert from_mapping({"schedule": fleet, "clients": {"cuts": 3}}).clients.cuts == 3
+    assert from_mapping({"schedule": {**fleet, "controller": "fixed"}}).clients.cuts == 2
+    assert from_mapping({"schedule": fleet, "method": "splitft-fixed"}).clients.cuts == 2
+    assert from_mapping({}).clients.cuts == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"clients": {"cuts": "whole"}, "split": {"labels": "server"}}, "split.labels: found server, but"),
+        ({"clients": {"pooled": True}}, "clients.pooled: found true, which is for whole models"),
+        ({"aggregate": {"federated": False}}, "aggregate.federated: found false, which is for whole models"),
+        ({"training": {"order": "in-turn"}}, "training.order: found in-turn, which hands one model on"),
+        ({"lora": {"client_ranks": [4, 2]}}, "lora.client_ranks: found 2 ranks for 4 clients"),
+        ({"lora": {"client_ranks": [32, 2, 2, 2]}}, "client_ranks 32 is above rank 16"),
+    ],
+)  # fmt: skip
+def test_keys_that_methods_set_say_what_they_need(given, said):
+    assert said in refused(**given)
