@@ -262,7 +262,7 @@ def comparison_body(told: Mapping[str, Any], config: str) -> str:
     return (
         "<header>\n<p class=eyebrow>splitft compare</p>\n"
         f"<h1>{count(len(told['methods']), 'method')} side by side</h1>\n"
-        f"<p class=facts>Same text, same start; seeds {text(seeds)}.</p>\n</header>\n"
+        f"<p class=facts>The same text for all; seeds {text(seeds)}.</p>\n</header>\n"
         f"{table(HEADINGS, comparison_rows(told), 'machines')}"
         f"<p class=caption>{text(target_sentence(told))} {text(NOTE)}</p>\n{about}"
         f"{_tasks(told)}<h2>How they went</h2>\n{charts(drawn)}"

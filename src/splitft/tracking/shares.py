@@ -17,7 +17,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from splitft.tracking.charts import Chart, plain, titled_axes
+from splitft.tracking.charts import COLOURS, Chart, plain, titled_axes
 from splitft.tracking.markup import charts, table, text
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -125,7 +125,14 @@ def share_charts(told: Mapping[str, Any]) -> list[Chart]:
         Chart(
             "Tokens by client",
             "What each client trains and is evaluated on, after truncation.",
-            [{"type": "bar", "x": [plain(n) for n in told["names"]], "y": list(summary["tokens"])}],
+            [
+                {
+                    "type": "bar",
+                    "x": [plain(name) for name in told["names"]],
+                    "y": list(summary["tokens"]),
+                    "marker": {"color": COLOURS[0]},
+                }
+            ],
             titled_axes("", "tokens"),
         ),
         _heat_map(
@@ -160,8 +167,7 @@ def _heat_map(
         "z": [[round(count / max(sum(row), 1), 4) for count in row] for row in counts],
         "customdata": [list(row) for row in counts],
         "hovertemplate": "%{y}, %{x}<br>%{customdata} examples, %{z:.1%}<extra></extra>",
-        "colorscale": "Blues",
-        "reversescale": False,
+        "colorscale": [[0, "rgba(47, 111, 174, 0.04)"], [1, COLOURS[0]]],  # pale in the light and in the dark
         "zmin": 0,
     }
     axes = titled_axes(axis, "")
