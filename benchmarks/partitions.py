@@ -121,7 +121,7 @@ def config_of(text: Text, kind: Kind, method: str, seed: int, quick: bool) -> Ru
         "clients": {"count": 4, "cuts": 5, "shares": division},
         "lora": {"rank": 8, "alpha": 16, **changes["lora"]},
         "aggregate": changes["aggregate"],
-        "training": {"rounds": 1 if quick else 2, "steps": 1 if quick else 3, "batch_size": 3, "lr": 1e-3},
+        "training": {"rounds": 1 if quick else 2, "steps": 1 if quick else 3, "batch_size": 2, "lr": 1e-3},
         "wire": {"in_process": "direct"},
         "seed": seed,
     })  # fmt: skip
