@@ -104,6 +104,9 @@ def test_what_the_server_reads_is_told_by_the_bytes_that_reached_it():
     assert reads(hidden=1, gradient=1) == "hidden states"
     assert reads(adapter=1) == "adapters"
     assert reads() == "nothing"
+    told = {"bytes": {"adapter": {"up": 1, "down": 1}}}  # frames without tensors are counted too
+    said = {received: server_reads(told, received) for received in ("text", "nothing", "hidden", None)}
+    assert list(said.values()) == ["all the text", "nothing", "adapters", "adapters"]
 
 
 def prints(held_out: str, trained_on: str = "0b") -> dict:

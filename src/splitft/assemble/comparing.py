@@ -174,7 +174,9 @@ def _trained(entry: Entry, watch: Watch) -> Trained:
     summary = Run(folder).summary
     if not summary.get("finished"):
         raise RunError(f"{folder} did not finish; run the same command again to go on")
-    return Trained(entry.method, entry.seed, str(folder), summary, course(events), server_reads(summary))
+    told = events[0].model_dump()  # how the run began
+    reads = server_reads(summary, told.get("received"))
+    return Trained(entry.method, entry.seed, str(folder), summary, course(events), reads)
 
 
 def _digest(config: RunConfig) -> str:
