@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from runs import StoppedError, adapter_bytes, settings_file, stop_at
 from splitft.assemble.defending import public_text
 from splitft.errors import ConfigError
 from splitft.model import pack
-from splitft.privacy.accounting import updates_epsilon
+from splitft.privacy.accounting import row_epsilon, updates_epsilon
 from splitft.privacy.noise import typical_norm
 from splitft.privacy.updates import update_norm
 from splitft.protocol import Activations, AdapterUpload, HeadGradient
@@ -136,6 +137,26 @@ def test_with_a_bound_on_updates_the_global_adapter_moves_no_further_in_a_round(
     assert update_norm(before, state.adapters) <= 0.01 * (1 + 1e-9)
     spent = next(event for event in events if isinstance(event, PrivacySpent))
     assert (spent.clipped, spent.epsilon) == (3, math.inf)
+
+
+def test_a_text_s_epsilon_counts_every_pass_of_the_longest_text(tiny_llama, tmp_path):
+    """Laplace epsilons add up: tokens of the longest text, times epochs or evaluations, whichever is more."""
+    noise = {"hidden": {"defence": "laplace", "noise": 1e4}}
+    for steps, clients in ((1, 1), (60, 1)):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        training = {"rounds": 2, "steps": steps}
+        file = settings_file(
+            folder, tiny_llama, privacy=noise, training=training, clients={"count": clients, "cuts": 1}
+        )
+        run = splitft.train(file, folder / "run")
+        facts = run.summary["clients"][0]
+        passes = max(3, math.ceil(2 * steps * 2 / facts["train_examples"]))
+        assert passes == (3 if steps == 1 else 7)
+        said = run.summary["defences"][0]
+        longest = int(re.search(r"a text of (\d+) tokens", said)[1])
+        whole = row_epsilon("laplace", 1e4, 32, 1e-5, rows=longest * passes)
+        assert f"{whole:,.3g} for a text" in said
 
 
 def test_each_round_says_what_it_has_cost(tiny_llama, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -122,12 +123,19 @@ def _write_adapters(prepared: Prepared, state: RunState, run: Run) -> None:
 
 
 def _promises(prepared: Prepared) -> list[str]:
-    """What the run's defences promise, for the client whose text passes most often."""
+    """What the run's defences promise, for the text that leaves its client most often.
+
+    A training text does once an epoch, a held-out one in every evaluation.
+    """
     config, training = prepared.config, prepared.config.training
-    steps = training.rounds * training.steps
-    passes = max(steps * training.batch_size / facts.train_examples for facts in prepared.facts)
+    sequences = {one.name: one.workload.sequences for one in prepared.pace.fleet.clients}
+    seen = {
+        facts.name: training.rounds * training.steps * sequences[facts.name] / facts.train_examples
+        for facts in prepared.facts
+    }
+    passes = max(training.rounds + 1, *(math.ceil(often) for often in seen.values()))
     longest = max(map(len, prepared.text.examples))
-    return promises(config.privacy, prepared.model.shape.width, longest, max(1.0, passes))
+    return promises(config.privacy, prepared.model.shape.width, longest, passes)
 
 
 def _write_adapter(prepared: Prepared, adapters: AdapterState, folder: Path) -> None:
