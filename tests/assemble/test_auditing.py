@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,19 +10,18 @@ import torch
 
 import splitft
 from laws.federations import write_text
-from runs import settings
+from runs import invoke, settings
 from splitft.assemble.auditing import SHORT, audit, settings_of
 from splitft.assemble.parties import gather
 from splitft.assemble.public import public_tokens
 from splitft.assemble.recording import record, recorded_config, seen_in
-from splitft.config import from_mapping
+from splitft.config import dump, from_mapping
 from splitft.errors import DataError
 from splitft.model import open_model
 from splitft.privacy.attacks import ATTACKS, HIDDEN_ATTACKS, Effort
 from splitft.privacy.findings import Setting
 from splitft.specs import ModelSpec
 
-HARD = Effort(whole=True)
 TINY = replace(
     SHORT,
     texts=3,
@@ -79,7 +79,7 @@ def test_noise_makes_reading_harder_and_costs_perplexity(config):
 
 
 def test_a_recording_is_of_frames_and_a_run_s_own_adapters(config, tmp_path):
-    fast = config.training.model_copy(update={"lr": 1e-2})
+    fast = config.training.model_copy(update={"lr": 1e-2, "rounds": 1})
     run = splitft.train(config.model_copy(update={"training": fast}), tmp_path / "run")
     found = audit(run.folder, replace(TINY, attacks=("matching",)), settings=[PLAIN])
     assert reads(found)["matching"] > 0.9  # in the second step the client's adapters have moved on
@@ -114,3 +114,27 @@ def test_the_attacker_does_not_learn_on_the_audited_text(tiny_llama):
     assert source == "docstrings of Python's library"
     assert tokens.shape == (1000 // 64, 64)
     assert public_tokens(model, None, "notes.jsonl", 1000)[1] == "python-docs"
+
+
+def test_the_verb_says_verdicts_and_writes_table_page_and_json(config, tmp_path, monkeypatch):
+    from splitft.assemble import auditing
+
+    monkeypatch.setattr(
+        auditing, "SHORT", replace(TINY, cuts=(), noises=(), codecs=(), attacks=("matching",))
+    )
+    one_cut = config.model_copy(update={"clients": config.clients.model_copy(update={"cuts": 1})})
+    file = tmp_path / "run.yaml"
+    file.write_text(dump(one_cut), encoding="utf-8")
+    shown = invoke("audit", file, "--html", tmp_path / "leaks.html")
+    assert shown.exit_code == 0, shown.output
+    assert "At cut 1 (bf16) without noise, the server can read all tokens" in shown.output
+    assert "Recovery against cost" in (tmp_path / "leaks.html").read_text(encoding="utf-8")
+    told = json.loads(invoke("audit", file, "--json").stdout)
+    assert [row["cut"] for row in told["rows"]] == [1]
+    assert told["rows"][0]["tokens"] == 1.0
+    assert invoke("audit", tmp_path / "none.yaml").exit_code == 2
+
+
+def test_a_run_begins_with_what_is_known_of_its_setting(config, tmp_path):
+    run = splitft.train(config, tmp_path / "run")
+    assert run.summary["privacy"].endswith("At cut 1 (bf16) without noise: not audited.")

@@ -1,23 +1,37 @@
-"""What an audit found for a run's setting: share of tokens recovered, by cut.
+"""What audits have found for a run's setting: figures by cut for bounds, and one sentence for people.
 
-The figures come from `schedule.recovery`. An audit holds for one model, codec and noise, so none is guessed:
-a setting without one is refused where a bound depends on it.
+The figures come from `schedule.recovery`, or from the stored audits of known models. An audit holds for one
+model, codec and noise, so none is guessed: a setting without one is refused where a bound depends on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
+from splitft.privacy.findings import Setting
+from splitft.privacy.known import known_sentence, recoveries
 
 
 def recovery_of(config: RunConfig) -> Mapping[int, float]:
     """The figures for this run. Raises ScheduleError if there are none."""
     if config.schedule.recovery:
         return config.schedule.recovery
+    hidden, gradient = config.privacy.hidden, config.privacy.gradient
+    if config.split.labels == "client" and hidden.defence != "laplace" and gradient.defence != "laplace":
+        codec = str(config.wire.hidden)
+        if known := recoveries(config.model.name, codec, hidden.noise, gradient.noise):
+            return known
     raise ScheduleError(
         f"schedule.max_recovery: {config.model.name} was not audited with this codec and noise, so no cut "
         "can be said to keep it; run splitft audit and give its figures as schedule.recovery, or set "
         "schedule.min_cut"
     )
+
+
+def audited_sentence(config: RunConfig, cuts: Iterable[int]) -> str:
+    """What the server can read at the shallowest of these cuts, from stored audits; or "not audited"."""
+    privacy = config.privacy
+    setting = Setting(min(cuts), str(config.wire.hidden), privacy.hidden.noise, privacy.gradient.noise)
+    return known_sentence(config.model.name, setting, config.split.labels == "server")

@@ -74,7 +74,7 @@ class Depth:
 
 SHORT = Depth(
     cuts=(4,),
-    noises=(0.0, 1.0, 4.0),
+    noises=(0.0, 0.2, 1.0),
     codecs=("bf16",),
     texts=2,
     tokens=48,
@@ -84,8 +84,8 @@ SHORT = Depth(
 )
 FULL = Depth(
     cuts=(1, 2, 4, 8, 15),
-    noises=(0.0, 0.5, 1.0, 2.0, 4.0, 8.0),
-    codecs=("bf16", "int8", "int4", "topk"),
+    noises=(0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 4.0),
+    codecs=("bf16", "int8", "int4"),
     texts=4,
     tokens=64,
     public=65_536,

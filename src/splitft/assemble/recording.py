@@ -29,6 +29,7 @@ from splitft.protocol import (
 )
 from splitft.runtime.line import Direction
 from splitft.specs import ClientsSpec, ScheduleSpec, SharesSpec
+from splitft.wire import Streams
 
 Recorded = tuple[str, Direction, bytes]
 """Client, direction and bytes of one frame, as a line's tap is told."""
@@ -81,7 +82,8 @@ def record(config: RunConfig, gathered: Gathered, adapters: AdapterState | None 
     simulation.start({client.name: RoundStart(round=1, cut=cut)})
     server.start(1, [client.name], start)
     simulation.train(1, [client.name], steps, lambda step: None)
-    seen = tuple(one for one in seen_in(frames, prepared.terms) if one.training)
+    terms = prepared.terms_of(client.name)
+    seen = tuple(one for one in seen_in(frames, terms, config.seed) if one.training)
     batches = [gathered.clients[0].stream.batch(one.step) for one in seen]
     pairs = [
         pair
@@ -93,17 +95,19 @@ def record(config: RunConfig, gathered: Gathered, adapters: AdapterState | None 
         texts=tuple(tuple(row[:length].tolist()) for row, length, _ in pairs),
         labels=tuple(tuple(row[first:length].tolist()) for row, length, first in pairs),
         loss=result.loss / max(1, result.tokens),
-        terms=prepared.terms,
+        terms=terms,
         adapters=start,
     )
 
 
-def seen_in(frames: Iterable[Recorded], terms: Terms) -> list[Seen]:
+def seen_in(frames: Iterable[Recorded], terms: Terms, seed: int = 0) -> list[Seen]:
     """Decode recorded frames as the server would, and put together what belongs to one batch."""
+    ends: dict[str, Streams] = {}
     underway: dict[str, Seen] = {}
     done: list[Seen] = []
     for client, _, data in frames:
-        message = terms.from_bytes(data)
+        end = ends.setdefault(client, Streams(seed, client))  # what codecs that learn have learnt so far
+        message = terms.from_bytes(data, streams=end)
         if isinstance(message, Activations):
             if client in underway:
                 done.append(underway.pop(client))
@@ -122,7 +126,10 @@ def seen_in(frames: Iterable[Recorded], terms: Terms) -> list[Seen]:
 
 
 def as_it_travels(rows: torch.Tensor, terms: Terms) -> torch.Tensor:
-    """Hidden states (N, D) as the server would decode them, by the run's own codec."""
+    """Hidden states (N, D) as the server would decode them, by the run's own codec.
+
+    A codec that learns as it goes is taken as in its first message, so its figures are lower bounds.
+    """
     rounded = [
         terms.rounded(
             Activations(

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from splitft import __version__
 from splitft.adapters import AdapterState, Factors, with_folded
+from splitft.assemble.audited import audited_sentence
 from splitft.assemble.folder import Run, find_snapshot, is_finished, open_log
 from splitft.assemble.parties import Prepared, prepare
 from splitft.assemble.quiet import quiet
@@ -188,6 +189,7 @@ def _begin(prepared: Prepared, snapshot: Snapshot | None, listener: Listener) ->
                 labels=config.split.labels,
                 received=received(config),
                 defences=tuple(_promises(prepared)),
+                audited=audited_sentence(config, (facts.cut for facts in prepared.facts)),
                 clients=prepared.facts,
                 machines=prepared.pace.machines(),
             )

@@ -94,13 +94,19 @@ class RunStarted(Stamped):
     """Everyone who takes part."""
     defences: tuple[str, ...] = ()
     """What is done to messages before they leave, and what that promises, one sentence each."""
+    audited: str = ""
+    """What a stored audit found that the server can read in this setting, in one sentence."""
     machines: Mapping[str, str] = {}
     """Devices and links of the simulated clock, by client, in words."""
 
     @property
     def privacy(self) -> str:
         """What the server can read, in one sentence that a run says first and its report repeats."""
+<<<<<<< HEAD
         return PRIVACY[self.labels if self.received == "hidden" else self.received]
+=======
+        return " ".join(filter(None, (PRIVACY[self.labels], self.audited)))
+>>>>>>> bd73660 (Store what audits found, say it at the start of a run, and benchmark reading by cut and noise)
 
 
 class RunResumed(Stamped):
@@ -331,7 +337,7 @@ Listener = Callable[[Event], None]
 
 PRIVACY = {
     "client": "Labels stay on the clients: the server sees hidden states and gradients, never token ids; "
-    "hidden states of a shallow cut can still be inverted in part.",
+    "but the text can be read off both, unless noise hides it.",
     "server": "Labels are on the server: it receives the token ids, so it can read the clients' text.",
     "adapters": "The whole model is on every client: the server receives adapters, no hidden states "
     "and no token ids.",
