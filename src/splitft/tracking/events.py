@@ -102,11 +102,8 @@ class RunStarted(Stamped):
     @property
     def privacy(self) -> str:
         """What the server can read, in one sentence that a run says first and its report repeats."""
-<<<<<<< HEAD
-        return PRIVACY[self.labels if self.received == "hidden" else self.received]
-=======
-        return " ".join(filter(None, (PRIVACY[self.labels], self.audited)))
->>>>>>> bd73660 (Store what audits found, say it at the start of a run, and benchmark reading by cut and noise)
+        said = PRIVACY[self.labels if self.received == "hidden" else self.received]
+        return " ".join(filter(None, (said, self.audited)))
 
 
 class RunResumed(Stamped):
