@@ -153,7 +153,7 @@ def audit(
 def settings_of(config: RunConfig, depth: Depth, blocks: int) -> list[Setting]:
     """The run's own settings first, then noises and codecs at its shallowest cut, then other cuts."""
     codec, privacy = config.wire.hidden, config.privacy
-    own = sorted(set(config.cuts or ())) or [2]
+    own = sorted({cut for cut in config.cuts or () if cut < blocks}) or [min(2, blocks - 1)]
     first, known = own[0], [one for one in depth.codecs if one in CODECS]
     found = [Setting(cut, codec, privacy.hidden.noise, privacy.gradient.noise) for cut in own]
     found += [Setting(first, codec, noise, noise) for noise in depth.noises]

@@ -173,6 +173,12 @@ def received(config: RunConfig) -> Received:
     return "adapters" if config.clients.cuts == "whole" else "hidden"
 
 
+def _audited(prepared: Prepared) -> str:
+    """What is known of the run's setting, where hidden states leave the clients."""
+    cuts = [facts.cut for facts in prepared.facts]
+    return audited_sentence(prepared.config, cuts) if received(prepared.config) == "hidden" else ""
+
+
 def _begin(prepared: Prepared, snapshot: Snapshot | None, listener: Listener) -> RunState:
     """Tell how the run begins, and put every party where the checkpoint has it."""
     config = prepared.config
@@ -189,7 +195,7 @@ def _begin(prepared: Prepared, snapshot: Snapshot | None, listener: Listener) ->
                 labels=config.split.labels,
                 received=received(config),
                 defences=tuple(_promises(prepared)),
-                audited=audited_sentence(config, (facts.cut for facts in prepared.facts)),
+                audited=_audited(prepared),
                 clients=prepared.facts,
                 machines=prepared.pace.machines(),
             )
