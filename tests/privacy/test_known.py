@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from importlib.resources import files
+
 import pytest
 
 from splitft.privacy import known
@@ -68,3 +71,10 @@ def test_a_run_says_what_is_known_of_its_setting():
     )
     assert "not audited" in known_sentence("large", Setting(4, "bf16", 0.0, 0.0))
     assert "every label" in known_sentence("large", Setting(4, "bf16", 0.0, 0.0), labels_travel=True)
+
+
+def test_the_package_s_own_table_says_where_its_figures_come_from():
+    stored = json.loads(files("splitft.privacy").joinpath("known.json").read_text(encoding="utf-8"))
+    assert {"command", "commit", "date", "text", "public"} <= stored["story"].keys()
+    entries = [entry for model in stored["models"].values() for entry in model]
+    assert all(0 <= entry["recovered"] <= 1 and entry["tokens"] > 0 for entry in entries)
