@@ -111,7 +111,7 @@ def test_auto_is_for_both_and_wrong_names_are_told(config):
         ({"hidden": "bounded:rel=-1"}, "give a number above 0"),
         ({"hidden": "bounded:rel=1,abs=1"}, "give abs or rel, not both"),
         ({"hidden": "int4:bits=3"}, "int4 has no option 'bits'"),
-        ({"hidden": "principal:bits=99"}, "give 0.5 to 8"),
+        ({"hidden": "principal:bits=99"}, "give 1 to 8"),
         ({"gradient": "topk:share=2.5"}, "whole number"),
         ({"hidden": "temporal:skip=2"}, "below 1"),
         ({"hidden": 7}, "give fp64 | fp32"),

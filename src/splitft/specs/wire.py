@@ -29,7 +29,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """Every codec that a user may name, and its options, which are numbers above 0."""
 AUTO = "auto"
-LEAST_BITS, MOST_BITS = 0.5, 8.0
+LEAST_BITS, MOST_BITS = 1.0, 8.0
 ADAPTER_CODECS = ("fp64", "fp32", "bf16")
 
 
@@ -60,7 +60,7 @@ class CodecChoice:
             raise ValueError("bounded takes one bound: give abs or rel, not both")
         if not LEAST_BITS <= self.options.get("bits", 2.0) <= MOST_BITS:
             raise ValueError(
-                f"{self.codec}: bits is {self.options['bits']:g}; give {LEAST_BITS} to {MOST_BITS:g}"
+                f"{self.codec}: bits is {self.options['bits']:g}; give {LEAST_BITS:g} to {MOST_BITS:g}"
             )
         if self.options.get("share", 1.0) != int(self.options.get("share", 1.0)):
             raise ValueError(f"{self.codec}: share is {self.options['share']:g}; give a whole number")

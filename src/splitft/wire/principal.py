@@ -35,6 +35,8 @@ UNLIKE = 3.0
 """Rows longer than this many times the median are not learnt from."""
 LEAST_SPREAD = 0.1
 """Axes of less spread, in steps, are not coded: they are nought."""
+LEAST_RANDOM_BITS = 3.0
+"""Gradients in fewer bits are rounded to the nearest: random rounding is too coarse there."""
 _PLAIN, _FIRST, _CODED = 0, 1, 2
 
 
@@ -146,7 +148,7 @@ class Principal:
         axes, step = self._axes(encoded, passage), float(encoded.parameters["step"])
         basis = axes.basis.double()
         slack = float(torch.linalg.matrix_norm(torch.eye(len(basis)) - basis @ basis.T, 2))
-        share = 1.0 if encoded.role == "gradient" else 0.5
+        share = 1.0 if encoded.role == "gradient" and self.bits >= LEAST_RANDOM_BITS else 0.5
         rounding = float(torch.linalg.matrix_norm(basis, 2)) * share * step * math.sqrt(len(basis))
         scales = steps_of(encoded.parts["scales"], top_of(encoded.parameters)).double()
         decoded = self.decode(
@@ -180,7 +182,8 @@ class Principal:
         scales, top = scale_bytes(rows.square().mean(1).sqrt())
         y = (rows / steps_of(scales, top)[:, None] - axes.mean) @ axes.basis
         exact = y / step
-        codes = (exact + passage.uniform(exact)).floor() if passage.unbiased else exact.round()
+        at_random = passage.unbiased and self.bits >= LEAST_RANDOM_BITS
+        codes = (exact + passage.uniform(exact)).floor() if at_random else exact.round()
         active = axes.coded(step)
         unlike = (y / axes.spread.clamp_min(step / 4)).square().mean(1) > LONE
         beyond = (codes.abs() > entropy.LARGEST).any(1) | (exact[:, ~active].abs() > 0.5).any(1)
