@@ -1,4 +1,4 @@
-"""Rounding is part of the forward pass and no part of the backward one, as in the unsplit model so changed."""
+"""Rounding is part of the forward pass and not of the backward one, as in the unsplit model so changed."""
 
 from __future__ import annotations
 
