@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import signal
 import time
@@ -11,7 +12,7 @@ import pytest
 
 import splitft
 from runs import adapter_bytes, invoke, settings_file, started
-from splitft.assemble.comparing import method_names
+from splitft.methods import METHODS
 
 SHORT = {"training": {"rounds": 2, "steps": 2}}
 
@@ -105,6 +106,7 @@ def test_what_cannot_be_compared_is_said_before_anything_is_trained(tmp_path, fi
     assert "give some of" in refused(file, "--methods", "magic")
     assert "no methods to compare" in refused(file, "--methods", ",")
     assert "is named twice" in refused(file, "--methods", "splitft,splitft")
+    assert "split: " in refused(file, "training.participation=0.5", "--methods", "splitft,split")
     for seeds in ("0", ",", ""):
         assert "the list of seeds is empty" in refused(file, "--methods", "splitft", "--seeds", seeds)
     assert "give how many, such as 3" in refused(file, "--methods", "splitft", "--seeds", "a,b")
@@ -118,9 +120,10 @@ def test_the_models_can_be_tried_on_a_task_too(tmp_path, tiny_llama):
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = {"source": str(pairs), "prompt": "mr", "completion": "ref"}
     file = settings_file(tmp_path, tiny_llama, data=data, training={"rounds": 1, "steps": 1})
-    arguments = ("compare", file, "--methods", "splitft", "--tasks", "e2e", "--out", tmp_path / "out")
+    arguments = ("compare", file, "--methods", "splitft,local", "--tasks", "e2e", "--out", tmp_path / "out")
     told = json.loads(invoke(*arguments, "--json").stdout)
-    (run,) = told["runs"]
+    assert told["methods"][1]["metrics"] == {}, "of local there is no one model"
+    run = told["runs"][0]
     (kept,) = json.loads((Path(run["folder"]) / "eval.json").read_text())["evaluations"]
     assert told["methods"][0]["metrics"] == {
         key: [kept["metrics"][key]] for key in ("bleu", "chrf", "rouge_l")
@@ -132,5 +135,19 @@ def test_the_models_can_be_tried_on_a_task_too(tmp_path, tiny_llama):
     assert (done.exit_code, "there is no task 'magic'" in done.stderr) == (2, True)
 
 
-def test_the_names_are_those_a_configuration_may_have():
-    assert "splitft" in method_names()
+def test_all_methods_are_tried_on_the_same_held_out_text(tmp_path, tiny_llama):
+    file = settings_file(tmp_path, tiny_llama, training={"rounds": 1, "steps": 1})
+    done = invoke("compare", file, "--methods", "all", "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [one["method"] for one in told["methods"]] == list(METHODS)
+    before = {round(one["loss_before"][0], 3) for one in told["methods"]}
+    assert len(before) == 1, "untrained, all methods are the same model"
+    reads = {one["method"]: one["server_reads"] for one in told["methods"]}
+    assert reads["centralized"] == "all the text"
+    assert reads["local"] == "nothing"
+    assert reads["fedlora"] == "adapters"
+    assert reads["splitlora"] == "the text"
+    assert reads["splitft"] == "hidden states"
+    page = (tmp_path / "out/compare.html").read_text(encoding="utf-8")
+    assert html.escape(METHODS["splitlora"].difference) in page

@@ -23,8 +23,9 @@ from splitft import __version__
 from splitft.assemble.evaluating import HELD_OUT, Trial, check_tasks, evaluate
 from splitft.assemble.folder import Run, is_finished
 from splitft.assemble.training import train
-from splitft.config import RunConfig, dump, json_schema, load
+from splitft.config import RunConfig, dump, load
 from splitft.errors import ConfigError, MethodError, RunError, SplitftError
+from splitft.methods import METHODS, MethodName
 from splitft.tracking.comparison import (
     Trained,
     compared,
@@ -34,7 +35,7 @@ from splitft.tracking.comparison import (
 )
 from splitft.tracking.course import course
 from splitft.tracking.evaluations import METRICS, read_evaluations
-from splitft.tracking.events import Event
+from splitft.tracking.events import Event, RunStarted
 from splitft.tracking.log import read_events, settled
 from splitft.tracking.report import write_page
 
@@ -43,7 +44,7 @@ from splitft.tracking.report import write_page
 class Entry:
     """One run of a comparison."""
 
-    method: str
+    method: MethodName
     seed: int
     config: RunConfig
     folder: Path
@@ -70,7 +71,7 @@ def laid_out(
 
     Raises MethodError for a method that does not exist or cannot run as configured, and ConfigError.
     """
-    known = method_names()
+    known = list(METHODS)
     if not methods:
         raise MethodError(f"no methods to compare; give some of {', '.join(known)}")
     for name in methods:
@@ -94,16 +95,10 @@ def laid_out(
                 faults += [f"{name}: {line}" for line in str(error).splitlines()]
                 continue
             folder = out / "runs" / f"{name}-seed{seed}-{_digest(config)}"
-            entries.append(Entry(name, seed, config, folder))
+            entries.append(Entry(config.method, seed, config, folder))
     if faults:
         raise MethodError("\n".join(dict.fromkeys(faults)))
     return entries
-
-
-def method_names() -> list[str]:
-    """Every method that a configuration may name."""
-    field = json_schema()["properties"]["method"]
-    return list(field.get("enum", [field.get("const")]))
 
 
 def compare(
@@ -139,7 +134,9 @@ def compare(
 
 
 def _tried(entry: Entry, tasks: Sequence[str], told: Callable[[str, int, int], None]) -> dict[str, float]:
-    """What the run's model can do, measured now where `eval.json` does not have it; loss is there anyway."""
+    """What the run's model can do, measured now where `eval.json` does not have it."""
+    if not Run(entry.folder).adapter_dir.is_dir():  # every client has its own, and there is no one model
+        return {}
     kept = [one for one in read_evaluations(entry.folder) if one["adapter"] and one["data"] == HELD_OUT]
     missing = tuple(task for task in tasks if task not in {one["task"] for one in kept})
     if missing:
@@ -174,9 +171,16 @@ def _trained(entry: Entry, watch: Watch) -> Trained:
     summary = Run(folder).summary
     if not summary.get("finished"):
         raise RunError(f"{folder} did not finish; run the same command again to go on")
-    told = events[0].model_dump()  # how the run began
-    reads = server_reads(summary, told.get("received"))
-    return Trained(entry.method, entry.seed, str(folder), summary, course(events), reads)
+    started = next(event for event in events if isinstance(event, RunStarted))
+    return Trained(
+        method=entry.method,
+        seed=entry.seed,
+        folder=str(folder),
+        summary=summary,
+        course=course(events),
+        server_reads=server_reads(summary, started.received),
+        about=f"{METHODS[entry.method].difference} {METHODS[entry.method].source}",
+    )
 
 
 def _digest(config: RunConfig) -> str:

@@ -120,11 +120,12 @@ def compare(
     Runs that are finished in --out already are not trained again; after Ctrl-C, the same command goes on.
     """
     from splitft.assemble import comparing
+    from splitft.methods import METHODS
     from splitft.tracking.comparison import NOTE, comparison_table, metric_table, target_sentence
     from splitft.tracking.counting import Counting
 
     out = out or Path("runs") / f"compare-{file.stem}"
-    names = comparing.method_names() if methods.strip() == "all" else _listed(methods)
+    names = list(METHODS) if methods.strip() == "all" else _listed(methods)
     entries = comparing.laid_out(file, names, _seeds(seeds), out, overrides or [])
     screen = console(stderr=as_json)
     try:
