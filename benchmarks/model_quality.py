@@ -4,8 +4,8 @@
                                                                              simulated seconds to the target
 
 Goals: splitft never more than 1 % of perplexity behind fedlora; within 3 % of centralized at alpha 10; at
-least twice as soon at the target as splitlora and as splitft-fixed with cut 2, on an unequal fleet. The target
-is the higher of the losses that the two methods end with: both reach it.
+least twice as soon at the target as splitlora and as splitft-fixed with cut 2, on an unequal fleet. The
+target is the higher of the losses that the two methods end with: both reach it.
 
 Each run is kept as JSON in the work folder, so that a stopped benchmark goes on, and parts of it (`--only e2e
 --alpha 0.5`) may be run one by one. hlora is flexlora's arithmetic here, and splitfed-v1 fedlora's: the law
