@@ -113,7 +113,10 @@ def loss_of(setting: Setting, data: dict[str, Any], seed: int, quick: bool, work
     if not kept.is_file():
         config = from_mapping({
             "data": {"max_tokens": 64, "max_examples": 500, "eval_examples": 2 if quick else 6, **data},
-            "clients": {"count": CLIENTS, "cuts": setting.cut * 30 // BLOCKS, "shares": {"by": "length", "alpha": 0.5}},
+            "clients": {
+                "count": CLIENTS, "cuts": setting.cut * 30 // BLOCKS,
+                "shares": {"by": "length", "alpha": 0.5},
+            },
             "lora": {
                 "rank": RANK, "rank_at_cut": setting.rank_at_cut, "cut_sides": list(setting.sides),
                 "alpha": 32,
