@@ -19,33 +19,22 @@ from typing import Any
 import torch
 
 from splitft.adapters import AdapterState
-from splitft.assemble.defending import public_text
+from splitft.assemble.attacking import attacker_of, with_noise
 from splitft.assemble.folder import Run
 from splitft.assemble.parties import Gathered, gather
 from splitft.assemble.public import public_tokens
 from splitft.assemble.quiet import quiet
-from splitft.assemble.recording import Recording, as_it_travels, record, recorded_config
-from splitft.cache import cache_folder
+from splitft.assemble.recording import Recording, record, recorded_config
 from splitft.config import RunConfig, load
-from splitft.data.text import Batch
-from splitft.model import loss_and_gradient, pack
 from splitft.privacy.attacks import (
     HIDDEN_ATTACKS,
     LABEL_ATTACKS,
-    Attacker,
-    Channel,
     Effort,
-    GradientChannel,
     Replica,
-    Seen,
-    calibrated,
 )
-from splitft.privacy.defence import Defence
 from splitft.privacy.findings import Finding, Outcome, Setting, table_rows, verdicts
 from splitft.privacy.metrics import recovery
-from splitft.privacy.noise import Noise, deviation, typical_norm
 from splitft.runtime.checkpoint import latest, load_snapshot
-from splitft.specs import PrivacySpec, RowDefenceSpec
 from splitft.wire import CODECS
 
 
@@ -191,7 +180,14 @@ class _Auditor:
             quiet_setting = replace(setting, noise=0.0, gradient_noise=0.0)
             same = quiet_setting == setting
             self._clean[setting.cut] = recording.loss if same else self._recorded(quiet_setting).loss
-        attacker = self._attacker(setting, recording)
+        attacker = attacker_of(
+            setting,
+            self._config,
+            self._replicas.setdefault(setting.cut, self._replica.at(setting.cut)),
+            self._public,
+            recording.terms,
+        )
+        attacker.effort, attacker.training_steps = self._depth.effort, self._depth.inverter_steps
         found = []
         for name in self._depth.attacks:
             began = time.perf_counter()
@@ -210,96 +206,11 @@ class _Auditor:
         config = recorded_config(self._config, setting.cut, STEPS, self._depth.texts)
         config = config.model_copy(
             update={
-                "privacy": _with_noise(config.privacy, setting),
+                "privacy": with_noise(config.privacy, setting),
                 "wire": config.wire.model_copy(update={"hidden": setting.codec}),
             }
         )
         return record(config, replace(self._gathered, config=config), self._adapters)
-
-    def _attacker(self, setting: Setting, recording: Recording) -> Attacker:
-        """What the attacker knows: the settings, and with public text what clipping and rounding do."""
-        cut = setting.cut
-        replica = self._replicas.setdefault(cut, self._replica.at(cut))
-        privacy = _with_noise(self._config.privacy, setting)
-        config = self._config.model_copy(update={"privacy": privacy})
-        norm_text = public_text(config, self._gathered.model)
-        clip = _only_clipping(privacy)
-        defence = Defence(clip, Noise(0, "attacker"), norm_text)
-
-        def base(batch: Batch) -> torch.Tensor:
-            return pack(replica.base_hidden(batch.tokens), batch.lengths)
-
-        def repeated(rows: torch.Tensor) -> torch.Tensor:
-            return as_it_travels(defence.hidden(rows, cut, base), recording.terms)
-
-        width = replica.shape.width
-        spread = 0.0
-        if privacy.hidden.noise:
-            huge = torch.full((1, width), 1e6)
-            spread = deviation(typical_norm(defence.hidden(huge, cut, base)), privacy.hidden.noise, width)
-        channel = Channel(deviation=spread, repeated=repeated)
-        channel = calibrated(channel, *replica.twice(self._public[:4, :24]))
-        return Attacker(
-            replica=replica,
-            public=self._public,
-            channel=channel,
-            gradients=lambda seen: _gradient_channel(defence, privacy, replica, seen),
-            effort=self._depth.effort,
-            training_steps=self._depth.inverter_steps,
-            cache=cache_folder() / "inverters",
-            seed=self._config.seed,
-        )
-
-
-def _gradient_channel(
-    defence: Defence, privacy: PrivacySpec, replica: Replica, seen: Seen
-) -> GradientChannel:
-    last = seen.last
-    if privacy.gradient.defence == "none" or last is None:
-        return GradientChannel()
-    head = replica.segment
-    norms: list[float] = []
-
-    def clipped(rows: torch.Tensor) -> torch.Tensor:
-        if not norms:  # read off what it does to rows that are too long, as many as in the batch
-            huge = torch.full_like(last, 1e6, dtype=torch.float32)
-            cut_down = defence.gradient(
-                huge, last, head.shape.vocab, lambda h, y: loss_and_gradient(head, h, y)[1]
-            )
-            norms.append(typical_norm(cut_down))
-        lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        return rows * torch.clamp(norms[0] / lengths.clamp_min(1e-30), max=1.0)
-
-    clipped(torch.zeros(1, last.shape[-1]))
-    return GradientChannel(deviation(norms[0], privacy.gradient.noise, last.shape[-1]), clipped)
-
-
-def _with_noise(privacy: PrivacySpec, setting: Setting) -> PrivacySpec:
-    """The run's defences with this noise instead of its own."""
-    return privacy.model_copy(
-        update={
-            "hidden": _noisy(privacy.hidden, setting.noise),
-            "gradient": _noisy(privacy.gradient, setting.gradient_noise),
-        }
-    )
-
-
-def _noisy(spec: RowDefenceSpec, noise: float) -> RowDefenceSpec:
-    if not noise:
-        quiet_kind = spec.defence if spec.defence == "clip" else "none"
-        return spec.model_copy(update={"defence": quiet_kind, "noise": 0.0})
-    kind = spec.defence if spec.defence in ("gaussian", "laplace") else "gaussian"
-    return spec.model_copy(update={"defence": kind, "noise": noise})
-
-
-def _only_clipping(privacy: PrivacySpec) -> PrivacySpec:
-    def clipping(spec: RowDefenceSpec) -> RowDefenceSpec:
-        kind = "none" if spec.defence == "none" else "clip"
-        return spec.model_copy(update={"defence": kind, "noise": 0.0})
-
-    return privacy.model_copy(
-        update={"hidden": clipping(privacy.hidden), "gradient": clipping(privacy.gradient)}
-    )
 
 
 def _target(target: RunConfig | Path | str) -> tuple[RunConfig, AdapterState | None]:

@@ -30,7 +30,7 @@ class Replica:
     """Runs the public model as a client would, up to the cut, and as a language model."""
 
     def __init__(self, model: Model, cut: int, adapters: AdapterState, targets: Any, scale: float) -> None:
-        self.cut, self.shape, self.dtype = cut, model.shape, model.dtype
+        self.model, self.cut, self.shape = model, cut, model.shape
         self.segment = model.segment(Span(0, model.shape.blocks), embedding=True, head=True)
         self._bank = attach(self.segment.blocks, targets, scale, model.dtype)
         self._bank.put(SLOT, adapters)
