@@ -51,7 +51,7 @@ class Attacker:
     effort: Effort = Effort()  # noqa: RUF009 frozen
     training_steps: int = 150
     """Of the transformer."""
-    gradient_texts: int = 64
+    gradient_texts: int = 32
     """Public texts whose gradients at the cut are computed."""
     cache: Path | None = None
     """Folder where trained inverters are kept."""
