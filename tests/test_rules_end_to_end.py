@@ -128,6 +128,33 @@ def test_with_own_factors_the_global_adapter_is_the_mean_of_the_clients(tmp_path
             assert all(torch.equal(one[name], tensor) for one in own)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_the_simulated_clock_charges_the_adapters_that_travel(tiny_llama, text, rule):
+    from laws.federations import federation, play
+    from splitft.schedule.cost import round_bytes
+    from splitft.tracking.events import RoundDone
+
+    sections = {"aggregate": {"rule": rule}, "wire": {"adapter": "fp32", "in_process": "direct"}}
+    sections |= {
+        "model": {"name": str(tiny_llama), "dtype": "float32"},
+        "training": {"rounds": 1, "steps": 3},  # after one, A is still the same for all
+    }
+    prepared = federation(tiny_llama, text, [1, 2, 3], lora={"rank_at_cut": 2}, **sections)
+    _, events = play(prepared)
+    (done,) = (event for event in events if isinstance(event, RoundDone))
+    fleet = prepared.pace.fleet
+    for client, cut in zip(fleet.clients, (1, 2, 3), strict=True):
+        told, sent = round_bytes(fleet.job, client, cut), done.traffic[client.name]
+        assert sent.up["adapter"] == pytest.approx(told["adapters_up"])
+        down = sent.down["adapter"]
+        if AGGREGATORS[rule].folds:  # the rank sum is the most that is folded
+            assert 0.4 * told["adapters_down"] <= down <= told["adapters_down"]
+        elif AGGREGATORS[rule].full_rank:
+            assert down == pytest.approx(told["adapters_down"])
+        else:  # the highest rank that any client brings to a block
+            assert told["adapters_down"] <= down
+
+
 @pytest.mark.parametrize("rule", ["stack", "exact", "ffa"])
 def test_one_set_of_server_adapters_for_all_goes_with_them(tmp_path, config, rule):
     run = splitft.train(config(rule, split={"server_adapters": "shared"}), tmp_path / "run")

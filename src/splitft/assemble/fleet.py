@@ -22,7 +22,7 @@ from splitft.model.anatomy import locate
 from splitft.runtime.calibration import measured
 from splitft.runtime.ranks import Ranks
 from splitft.schedule.coding import WireBytes, codec_seconds
-from splitft.schedule.cost import Client, Job, Workload
+from splitft.schedule.cost import Client, Exchange, Job, Workload
 from splitft.schedule.fleet import Fleet
 from splitft.schedule.profile import (
     GB,
@@ -103,8 +103,24 @@ def fleet_of(
         handed_on=config.training.order == "in-turn",
         weight_bytes=model.dtype.itemsize,
         moments=2 if config.training.optimizer == "adamw" else 0,
+        exchange=_exchange(config, model, ranks),
     )  # fmt: skip
     return Fleet(job, clients, schedule.changes)
+
+
+def _exchange(config: RunConfig, model: Model, ranks: Ranks) -> Exchange:
+    """What the rule lets travel, counted on one block of the model."""
+    blocks = locate(model.skeleton()).block_list()[:1]
+    sizes = attach(blocks, ranks.lora.targets, ranks.scale, model.dtype).sizes.values()
+    numbers = {"A": sum(width_in for width_in, _ in sizes), "B": sum(width_out for _, width_out in sizes)}
+    rule, whole = ranks.sharing, max(1, sum(numbers.values()))
+    participants = max(1, round(config.training.participation * config.clients.count))
+    return Exchange(
+        up=sum(numbers[half] for half in rule.up) / whole,
+        down=sum(numbers[half] for half in rule.down) / whole,
+        full_rank=rule.full_rank,
+        folded_members=participants if rule.folds else 0,
+    )
 
 
 def wire_costs(wire: WireSpec, width: int) -> WireBytes:

@@ -49,6 +49,8 @@ LEGS: dict[str, Place] = {
 }
 """Every leg of a round, in its order, and what it occupies."""
 
+FOLDED_BYTES = 4
+"""A number of what joins the frozen base, which no codec rounds."""
 LABEL_BYTES = 8
 """A token id on the wire."""
 
@@ -122,6 +124,20 @@ class Client:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """What the aggregation rule lets travel of a round's adapters."""
+
+    up: float = 1.0
+    """Share of the numbers of A and B together that a client sends: about half for one factor alone."""
+    down: float = 1.0
+    """Share that it gets back."""
+    full_rank: bool = False
+    """Whether what it gets has the full rank R in every block, also next to a cut."""
+    folded_members: int = 0
+    """Participants whose ranks together bound that of what joins the base; 0 if nothing does."""
+
+
+@dataclass(frozen=True)
 class Job:
     """What all clients of a run share."""
 
@@ -139,6 +155,8 @@ class Job:
     """Bytes of a frozen weight and of a kept activation: 2 for bfloat16, 4 for float32."""
     moments: int = 2
     """Optimizer moments of a parameter: 2 for AdamW, 0 for SGD."""
+    exchange: Exchange = field(default_factory=Exchange)
+    """What of the adapters travels."""
 
     federated: bool = True
     """Whether adapters travel at all."""
@@ -212,12 +230,21 @@ def step_legs(job: Job, client: Client, cut: int) -> tuple[Leg, ...]:
 
 
 def adapter_legs(job: Job, client: Client, cut: int) -> tuple[Leg, Leg]:
-    """adapters_down and adapters_up of one round: the factors of the client's own blocks."""
-    # moments travel as they are kept, in float32
-    each = job.wire.adapter + (4 * job.moments if job.handed_on else 0)
-    down = job.sizes.adapter_parameters(job.ranks(cut)[:cut]) * each  # the global factors, whatever its own
-    up = job.sizes.adapter_parameters(job.ranks(cut, client.rank)[:cut]) * each
-    return _down(client, "adapters_down", down), _up(client, "adapters_up", up)
+    """adapters_down and adapters_up of one round: the factors of the client's own blocks, as they travel.
+
+    What is folded into the base travels in float32 at most at the members' rank sum, or the width if less.
+    """
+    sizes, rank, exchange = job.sizes, job.lora.rank, job.exchange
+    moments = 4 * job.moments if job.handed_on else 0  # they travel as they are kept, in float32
+    whole = (
+        [rank] * cut if exchange.full_rank else job.ranks(cut)[:cut]
+    )  # the global factors, whatever its own
+    folded = sizes.adapter_parameters([min(exchange.folded_members * rank, sizes.width)] * cut)
+    down = sizes.adapter_parameters(whole) * (exchange.down * job.wire.adapter + moments)
+    up = sizes.adapter_parameters(job.ranks(cut, client.rank)[:cut]) * (
+        exchange.up * job.wire.adapter + moments
+    )
+    return _down(client, "adapters_down", down + folded * FOLDED_BYTES), _up(client, "adapters_up", up)
 
 
 def exchange_legs(job: Job, client: Client, cut: int) -> tuple[tuple[Leg, ...], tuple[Leg, ...]]:
