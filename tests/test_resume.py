@@ -78,6 +78,11 @@ VARIANTS = {
     "labels on the server": {"split": {"labels": "server"}},
     "shared": {"split": {"server_adapters": "shared"}},
     "shared, moments kept": {**KEPT, "split": {"server_adapters": "shared"}},
+    "changes of adapters in int8, with feedback": {
+        "wire": {"adapter": "int8"},
+        "aggregate": {"rule": "zero-pad"},
+    },
+    "changes of adapters in bf16": {"wire": {"adapter": "bf16", "in_process": "direct"}},
     "direct": {"wire": {"in_process": "direct"}},
     "codecs that owe": {"wire": {"hidden": "int2", "gradient": "topk"}},
     "codecs that compare epochs": {"wire": {"hidden": "temporal", "gradient": "int4"}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,4 +67,7 @@ def test_a_fuzzer_that_is_guided_by_coverage_finds_nothing_either():
     script = Path(__file__).with_name("guided.py")
     command = [sys.executable, str(script), "-runs=4000", "-seed=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
-    assert (done.returncode, "Done 4000 runs" in done.stderr) == (0, True), done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = re.search(r"Done (\d+) runs", done.stderr)
+    assert runs is not None
+    assert int(runs.group(1)) >= 4000  # a batch of seeds more, where they are not through yet

@@ -32,6 +32,7 @@ from splitft.runtime.ranks import Ranks
 from splitft.schedule.fleet import Fleet
 from splitft.specs import WireSpec
 from splitft.tracking.events import ClientFacts, WireChosen
+from splitft.wire.changes import AXES_KEPT
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ def prepare(config: RunConfig, gathered: Gathered | None = None) -> Prepared:
         wire=config.wire,
         labels_travel=config.split.labels == "server",
         most_rows=_most_rows(config),
+        feedback=config.aggregate.rule in AXES_KEPT,
     )
     wires, chosen = choose_wires(clients, server, terms) if config.wire.chooses else ({}, ())
     pace.take_wires({name: wire_costs(wire, model.shape.width) for name, wire in wires.items()})

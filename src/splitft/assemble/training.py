@@ -24,7 +24,6 @@ from splitft.errors import RunError
 from splitft.export import write_peft
 from splitft.geometry import Span
 from splitft.privacy.defence import promises
-from splitft.protocol import GlobalAdapters
 from splitft.runtime import RunState, Simulation, train_rounds
 from splitft.runtime.checkpoint import Snapshot, save_snapshot, what_is_safe
 from splitft.runtime.line import Tap
@@ -68,11 +67,10 @@ def train(
             for other in listeners:
                 other(event)
 
-        state = _begin(prepared, snapshot, listener)
+        simulation = prepared.simulation(tap)
+        state = _begin(prepared, snapshot, simulation, listener)
         if snapshot is not None:  # the run may have stopped between the checkpoint and the adapter
             _write_adapters(prepared, state, run)
-        simulation = prepared.simulation(tap)
-        simulation.recall(snapshot.memories if snapshot else {})
 
         def save(state: RunState) -> None:
             path = save_snapshot(run.folder, _snapshot(prepared, state, simulation))
@@ -179,7 +177,9 @@ def _audited(prepared: Prepared) -> str:
     return audited_sentence(prepared.config, cuts) if received(prepared.config) == "hidden" else ""
 
 
-def _begin(prepared: Prepared, snapshot: Snapshot | None, listener: Listener) -> RunState:
+def _begin(
+    prepared: Prepared, snapshot: Snapshot | None, simulation: Simulation, listener: Listener
+) -> RunState:
     """Tell how the run begins, and put every party where the checkpoint has it."""
     config = prepared.config
     if snapshot is None:
@@ -208,11 +208,13 @@ def _begin(prepared: Prepared, snapshot: Snapshot | None, listener: Listener) ->
         return prepared.initial()
     listener(RunResumed(round=snapshot.state.round + 1))
     state = snapshot.state
+    arrived = _arrived(prepared, snapshot, simulation)
     for client in prepared.clients:
         cut = state.cuts[client.name]
         span = Span(0, cut)
         own = snapshot.own.get(client.name, AdapterState())
-        known = _held(prepared, state.adapters.within(span), state.round).with_b_of(own)
+        within = state.adapters.within(span)
+        known = within.updated(arrived[client.name].completed(within)).with_b_of(own)
         client.restore(
             cut,
             known.updated(snapshot.private.get(client.name, AdapterState())),
@@ -226,14 +228,16 @@ def _begin(prepared: Prepared, snapshot: Snapshot | None, listener: Listener) ->
     return state
 
 
-def _held(prepared: Prepared, known: AdapterState, round: int) -> AdapterState:
-    """Global factors as a client has them: what came over the wire is rounded by its codec."""
-    travels = prepared.ranks.sharing.down
-    if not travels:
-        return known
-    came = prepared.terms.rounded(GlobalAdapters(round=round, adapters=known.only(travels)))
-    assert isinstance(came, GlobalAdapters)
-    return came.adapters.completed(known)
+def _arrived(prepared: Prepared, snapshot: Snapshot, simulation: Simulation) -> dict[str, AdapterState]:
+    """The global factors that came to each client over the wire, as its codec left them there."""
+    sent = {}
+    for client in prepared.clients:
+        private = snapshot.private.get(client.name, AdapterState())
+        within = snapshot.state.adapters.within(Span(0, snapshot.state.cuts[client.name]))
+        shared = AdapterState({key: one for key, one in within.items() if key not in private})
+        travels = prepared.ranks.sharing.down
+        sent[client.name] = shared.only(travels) if travels else AdapterState()
+    return simulation.recall(snapshot.memories, sent)
 
 
 def _warn_of_losses(text: Tokenised, config: RunConfig, listener: Listener) -> None:

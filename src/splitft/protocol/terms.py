@@ -42,11 +42,14 @@ from splitft.wire import (
     codec_of,
     open_frame,
 )
+from splitft.wire.changes import SAME, Holdings, Way, of_codec
 from splitft.wire.frame import SENDER, VERSION
 
 RAW = "raw"
 """In place of a codec's name: bit by bit, for token ids and for moments, whose rounding would change the
 training."""
+FLAT = frozenset({"int8"})
+"""Codecs that take a factor as one row of all its numbers."""
 MEMBERED = frozenset({"adapters", "moments", "folded", "own"})
 """Fields that hold several tensors, each by a name of its own."""
 KINDS: dict[str, type[Message]] = {**MESSAGES, **{kind.__name__: kind for kind in ORDERS}}
@@ -76,6 +79,8 @@ class Terms:
     """Whether token ids may travel at all (`labels: server`)."""
     most_rows: int = 2**20
     """Real tokens of one batch, at most."""
+    feedback: bool = False
+    """Whether a client adds to its next upload of factors what rounding left out of the last."""
 
     def rounded(self, message: Message) -> Message:
         """The message as the other side will see it, without passing through bytes."""
@@ -100,7 +105,8 @@ class Terms:
         Before any payload is read, `check` is asked with the message of shapes.
         """
         announced = open_frame(data, limit)
-        outline = self._outline(announced)
+        streams = Streams() if streams is None else streams
+        outline = self._outline(announced, streams)
         if check is not None:
             check(outline)
         return self.unpack(announced.read(), streams)
@@ -126,18 +132,22 @@ class Terms:
             else:
                 members = value.tensors() if isinstance(value, AdapterState) else value or {}
                 for key, tensor in members.items():
-                    tensors[f"{name}/{key}"] = self._encoded(role, name, tensor, passage)
+                    tensors[f"{name}/{key}"] = (
+                        self._changed(kind, key, tensor, passage, streams)
+                        if name == "adapters"
+                        else self._encoded(role, name, tensor, passage)
+                    )
         return Frame(kind, fields, tensors)
 
     def unpack(self, frame: Frame, streams: Streams | None = None) -> Message:
         """The message of a frame whose tensors are there. Raises ProtocolError saying what is wrong."""
         entries = {name: encoded.entry for name, encoded in frame.tensors.items()}
-        kind = self._admit(frame.kind, frame.fields, entries, frame.sender)
         streams = Streams() if streams is None else streams
+        kind = self._admit(frame.kind, frame.fields, entries, frame.sender, streams)
         _begin(streams, frame.fields)
         number = _number(frame.fields)
         decoded = {
-            name: self._decoded(kind, name, one, streams.passage(frame.kind, one.role, number))
+            name: self._arrived(kind, name, one, streams.passage(frame.kind, one.role, number), streams)
             for name, one in frame.tensors.items()
         }
         return _message(kind, frame.fields, decoded)
@@ -164,12 +174,47 @@ class Terms:
             return Encoded(role, RAW, tensor.dtype, shape, {"": tensor.detach()})
         if not bool(torch.isfinite(tensor).all()):
             raise ProtocolError(f"{field} has numbers that are not finite and cannot be sent")
-        return replace(self._codec_of(role).encode(tensor, passage), dtype=self._type(role))
+        stored = _as_stored(role, codec, shape)
+        encoded = self._codec_of(role).encode(tensor.reshape(stored), passage)
+        return replace(encoded, dtype=self._type(role), shape=shape)
 
-    def _outline(self, announced: Announced) -> Message:
+    def _holdings(self, streams: Streams) -> Holdings:
+        """What this end knows that the other holds of the client's factors."""
+        exact = {"fp64": torch.float64, "fp32": torch.float32}.get(self.wire.adapter)
+        streams.adapters.exact = exact is not None and exact.itemsize >= self.adapter_dtype.itemsize
+        streams.adapters.feedback = self.feedback
+        return streams.adapters
+
+    def _changed(
+        self, kind: str, key: str, tensor: torch.Tensor, passage: Passage, streams: Streams
+    ) -> Encoded:
+        """A factor as what changed since the other side last saw it."""
+        return self._holdings(streams).sent(
+            _way(kind),
+            key,
+            tensor,
+            lambda one: self._encoded("adapter", "adapters", one, passage),
+            lambda one: self._decoded(kind, key, one, passage),
+        )
+
+    def _arrived(
+        self, kind: type[Message], name: str, encoded: Encoded, passage: Passage, streams: Streams
+    ) -> torch.Tensor:
+        """A tensor's numbers; a factor's may be what changed."""
+        field, _, key = name.partition("/")
+        if field != "adapters":
+            return self._decoded(kind.__name__, name, encoded, passage)
+        return self._holdings(streams).received(
+            _way(kind.__name__),
+            key,
+            encoded,
+            lambda one: self._decoded(kind.__name__, name, one, passage),
+        )
+
+    def _outline(self, announced: Announced, streams: Streams) -> Message:
         """The message with shapes alone, checked against what was agreed."""
         entries = announced.entries
-        kind = self._admit(announced.kind, announced.fields, entries, announced.sender)
+        kind = self._admit(announced.kind, announced.fields, entries, announced.sender, streams)
         shapes = {
             name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
             for name, entry in entries.items()
@@ -177,7 +222,12 @@ class Terms:
         return _message(kind, announced.fields, shapes)
 
     def _admit(
-        self, name: str, fields: Mapping[str, Any], entries: Mapping[str, Entry], sender: str
+        self,
+        name: str,
+        fields: Mapping[str, Any],
+        entries: Mapping[str, Entry],
+        sender: str,
+        streams: Streams,
     ) -> type[Message]:
         """The kind of message, if all its tensors are announced as agreed."""
         kind = KINDS.get(name)
@@ -191,6 +241,8 @@ class Terms:
             if field not in kind.ROLES or field in fields or bool(key) != (field in MEMBERED):
                 raise ProtocolError(f"{name} has no tensor {tensor!r}")
             self._admit_entry(name, kind.ROLES[field], tensor, entry, sender)
+            if field == "adapters":
+                self._holdings(streams).base_of(key, entry.dtype, entry.shape, entry.codec, entry.parameters)
         return kind
 
     def _admit_entry(self, kind: str, role: Role, name: str, entry: Entry, sender: str) -> None:
@@ -201,7 +253,7 @@ class Terms:
         if entry.role != role:
             raise ProtocolError(f"{kind}: {name} comes as {entry.role}; it is {role}")
         codec = self._codec(role, field)
-        if entry.codec != codec:
+        if entry.codec != codec and not (field == "adapters" and entry.codec == SAME):
             known = "" if entry.codec in (*CODECS, RAW) else ", which this side does not know"
             raise ProtocolError(
                 f"{kind}: {name} comes in codec {entry.codec!r}{known}; agreed was {codec!r} "
@@ -223,23 +275,28 @@ class Terms:
         if math.prod(entry.shape) > MAX_FRAME_BYTES:
             raise ProtocolError(f"{kind}: {name} is {entry.shape}, larger than any frame")
         layout = {"": Part(entry.dtype, entry.shape)}
-        if codec != RAW:
-            layout = self._codec_of(role).layout(entry.shape, entry.parameters)
+        if entry.codec == SAME:
+            layout = {}
+        elif codec != RAW:
+            stored = _as_stored(role, codec, entry.shape)
+            own = of_codec(entry.parameters) if field == "adapters" else entry.parameters
+            layout = self._codec_of(role).layout(stored, own)
         entry.check(name, layout)
 
-    def _decoded(self, kind: type[Message], name: str, encoded: Encoded, passage: Passage) -> torch.Tensor:
+    def _decoded(self, kind: str, name: str, encoded: Encoded, passage: Passage) -> torch.Tensor:
         """The tensor's numbers, all of them finite."""
         if encoded.codec == RAW:
             tensor = encoded.parts[""]
         else:
-            tensor = self._codec_of(kind.ROLES[name.partition("/")[0]]).decode(
-                encoded, encoded.dtype, passage
-            )
+            role: Role = encoded.role  # type: ignore[assignment]  # admitted
+            stored = replace(encoded, shape=_as_stored(role, encoded.codec, encoded.shape))
+            decoded = self._codec_of(role).decode(stored, encoded.dtype, passage)
+            tensor = decoded.reshape(encoded.shape)
         scales = [part for part in encoded.parts.values() if part is not tensor and part.is_floating_point()]
         for one in (tensor, *scales):
             wide = one.float() if one.dtype.itemsize == 1 else one  # torch has no isfinite for float8
             if one.is_floating_point() and not bool(torch.isfinite(wide).all()):
-                raise ProtocolError(f"{kind.__name__}: tensor {name!r} has numbers that are not finite")
+                raise ProtocolError(f"{kind}: tensor {name!r} has numbers that are not finite")
         return tensor
 
 
@@ -267,12 +324,22 @@ def _message(kind: type[Message], fields: Mapping[str, Any], tensors: Mapping[st
         raise ProtocolError(f"{kind.__name__}: {error}") from error
 
 
+def _way(kind: str) -> Way:
+    """Whose factors a message brings."""
+    return "own" if kind == "AdapterUpload" else "global"
+
+
+def _as_stored(role: Role, codec: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a codec is given: factors are narrow, so groups run over their rows."""
+    return (1, math.prod(shape)) if role == "adapter" and codec in FLAT else shape
+
+
 def _begin(streams: Streams, values: Mapping[str, Any]) -> None:
     """Tell this end of the line of a round that begins, and of the batch that Activations bring."""
     if "cut" in values:
         streams.at_cut(values["cut"])
     if "labelled" in values:
-        names, lengths, labelled = values["examples"], values["lengths"], values["labelled"]
+        names, lengths, labelled = values.get("examples", ()), values["lengths"], values["labelled"]
         counts = [stop - start for start, stop in labelled]
         streams.begin(values["training"], list(zip(names, lengths, counts, strict=True)) if names else [])
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from splitft.adapters import AdapterState
 from splitft.protocol import (
     Activations,
     AdapterUpload,
@@ -122,11 +123,21 @@ class Simulation:
         }
         return {owner: tensors for owner, tensors in kept.items() if tensors}
 
-    def recall(self, memories: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Remember what a checkpoint kept."""
+    def recall(
+        self, memories: Mapping[str, Mapping[str, torch.Tensor]], known: Mapping[str, AdapterState]
+    ) -> dict[str, AdapterState]:
+        """Remember what a checkpoint kept, beside the global factors of each client's blocks.
+
+        Returns these as each client has them: where the wire rounds factors, as they arrived.
+        """
+        arrived = {}
         for name, line in self._lines.items():
             for end, streams in line.ends.items():
                 streams.restore(memories.get(f"{name}/{end}", {}))
+                if not streams.adapters.held:
+                    streams.adapters.restore({f"global/{n}": t for n, t in known[name].tensors().items()})
+            arrived[name] = AdapterState.from_tensors(dict(line.ends["client"].adapters.known()))
+        return arrived
 
     # ----------------------------------------------------------------------------------------------
 

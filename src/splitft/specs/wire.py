@@ -30,7 +30,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 """Every codec that a user may name, and its options, which are numbers above 0."""
 AUTO = "auto"
 LEAST_BITS, MOST_BITS = 1.0, 8.0
-ADAPTER_CODECS = ("fp64", "fp32", "bf16")
+ADAPTER_CODECS = ("fp64", "fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ class WireSpec(Spec):
     """Codec of gradients of hidden states, rounded at random so that errors cancel; also `int2` and `topk`,
     which make good later what they leave out."""
     adapter: Annotated[str, Field(pattern=f"^({'|'.join(ADAPTER_CODECS)})$")] = "fp32"
-    """Codec of adapters."""
+    """Codec of adapters. Only what changed since the other side last saw it travels; fp32 keeps every bit,
+    `bf16` and `int8` round the change, and what they leave out is made good in the next round."""
     budget: float = Field(0.005, gt=0, le=1)
     """With `auto`: largest rise of perplexity that a codec may cause, as a share: 0.005 is half a percent."""
     in_process: Literal["bytes", "direct"] = "bytes"

@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from splitft.wire.changes import Holdings
 from splitft.wire.passage import Memory, Passage
 
 _CUT = "line/cut"
+_ADAPTERS = "adapters|"
 
 
 class Streams:
@@ -24,6 +26,8 @@ class Streams:
     def __init__(self, seed: int = 0, client: str = "") -> None:
         self._seed, self._client = seed, client
         self._memories: dict[str, Memory] = {}
+        self.adapters = Holdings()
+        """The client's factors that both ends hold."""
         self._underway: tuple[tuple[int, int, int], ...] = ()
         self._training = True
         self._cut = 0  # 0: no round has begun
@@ -37,6 +41,7 @@ class Streams:
         if self._cut not in (0, cut):
             self._memories = {}
         self._cut = cut
+        self.adapters.at_cut(cut)
 
     def passage(self, kind: str, role: str, number: int) -> Passage:
         """Of the message of this kind, the number-th of its round; `Activations` have all rows."""
@@ -54,14 +59,18 @@ class Streams:
             for stream, memory in self._memories.items()
             for name, tensor in memory.items()
         }
+        if not self.adapters.exact:  # exact ones are those of the checkpoint
+            remembered |= {_ADAPTERS + name: tensor for name, tensor in self.adapters.tensors().items()}
         return remembered | {_CUT: torch.tensor(self._cut)} if remembered else {}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Remember what was kept, and nothing else."""
         self._memories = {}
+        kept = {name: tensor for name, tensor in tensors.items() if name.startswith(_ADAPTERS)}
+        self.adapters.restore({name.removeprefix(_ADAPTERS): tensor for name, tensor in kept.items()})
         self._cut = int(tensors.get(_CUT, torch.tensor(0)))
         for key, tensor in tensors.items():
-            if key == _CUT:
+            if key == _CUT or key in kept:
                 continue
             stream, _, name = key.rpartition("/")
             self._memories.setdefault(stream, {})[name] = tensor
