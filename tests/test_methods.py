@@ -40,12 +40,14 @@ def test_any_method_can_be_asked_for_over_a_file_that_says_otherwise(tmp_path, n
     given = {
         "clients": {"count": 3, "cuts": [4, 2, 3]}, "split": {"server_adapters": "per-client"},
         "schedule": {"controller": "fixed"}, "training": {"participation": 1.0},
+        "aggregate": {"rule": "svd"}, "lora": {"rank_at_cut": 4},
     }  # fmt: skip
     file.write_text(yaml.safe_dump(given), encoding="utf-8")
     config = load(file, [f"method={name}"])
     wanted = {"splitft": (4, 2, 3)} | dict.fromkeys(
         ("centralized", "local", "fedlora", "flexlora", "hlora"), "whole"
     )
+    assert (config.lora.rank_at_cut == 4) == name.startswith("splitft")  # which is what SplitFT brought
     assert config.clients.cuts == wanted.get(name, 2)  # one cut for all: the shallowest that was given
 
 

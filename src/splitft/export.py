@@ -74,7 +74,10 @@ def with_adapter(adapter: Path, base: str, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     if not (adapter / "adapter_config.json").is_file():
-        raise RunError(f"{adapter} holds no adapter; it is written when a run has finished a round")
+        raise RunError(
+            f"{adapter} holds no adapter; it is written when a run has finished a round "
+            "(without federation, each client has its own in the run folder's personal/)"
+        )
     try:
         whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     except OSError as error:

@@ -69,16 +69,19 @@ class Method:
     """Whether cuts choose themselves where machines or links are described and no cuts are."""
 
 
+_SPLIT = {"schedule.controller": Fixed("fixed", "has one cut for all, which stays")}
+_ONE_RANK = {"lora.rank_at_cut": Fixed(None, "has one rank in all blocks of a client")}
+_FACTORS = {"aggregate.rule": Fixed("factors", "averages factors, if anything")}
 _WHOLE = {
     "clients.cuts": Fixed("whole", "keeps the whole model on every client"),
     "split.labels": Fixed("client", "trains where the text is, head and all"),
     "schedule.controller": Fixed("fixed", "has no cuts to choose"),
+    **_ONE_RANK,
 }
-_SPLIT = {"schedule.controller": Fixed("fixed", "has one cut for all, which stays")}
-_PLAIN = {"lora.rank_at_cut": None, "split.labels": "server", "aggregate.rule": "factors"}
-"""Split methods before SplitFT: one rank everywhere, labels and loss on the server, FedAvg of factors."""
-_ALONE = {"aggregate.federated": Fixed(False, "aggregates nothing")}
-_ORDINARY = {"lora.rank_at_cut": None, "aggregate.rule": "factors", "training.optimizer_state": "keep"}
+_PLAIN = {"split.labels": "server", "aggregate.rule": "factors"}
+"""Split methods before SplitFT: labels and loss on the server, FedAvg of factors."""
+_ALONE = {**_FACTORS, "aggregate.federated": Fixed(False, "aggregates nothing")}
+_ORDINARY = {"training.optimizer_state": "keep"}
 """Training without rounds: one optimizer from beginning to end."""
 
 METHODS: dict[MethodName, Method] = {
@@ -98,26 +101,28 @@ METHODS: dict[MethodName, Method] = {
         source="FedAvg: McMahan et al. 2017, arXiv 1602.05629, of LoRA factors (FedIT: 2305.05644)",
         difference="The whole model on every client; only adapters travel, once a round.",
         fixes=_WHOLE,
-        defaults={"lora.rank_at_cut": None, "aggregate.rule": "factors"},
+        defaults={"aggregate.rule": "factors"},
     ),
     "flexlora": Method(
         source="FlexLoRA: Bai et al. 2024, arXiv 2402.11505",
         difference="FedLoRA with unequal ranks: products are averaged, and cut down to each client's rank.",
         fixes={**_WHOLE, "aggregate.rule": Fixed("svd", "averages products")},
-        defaults={"lora.rank_at_cut": None, "lora.client_ranks": "halving"},
+        defaults={"lora.client_ranks": "halving"},
     ),
     "hlora": Method(
         source="HLoRA: arXiv 2503.00813",
         difference="Reconstructs the full update before averaging, as FlexLoRA does; with equal ranks at "
         "every client the two are the same arithmetic, and here the ranks are assigned alike.",
         fixes={**_WHOLE, "aggregate.rule": Fixed("svd", "averages products")},
-        defaults={"lora.rank_at_cut": None, "lora.client_ranks": "halving"},
+        defaults={"lora.client_ranks": "halving"},
     ),
     "split": Method(
         source="Gupta and Raskar 2018, arXiv 1810.06060; Vepakomma et al. 2018, arXiv 1812.00564",
         difference="Clients train in turn: one model, with its optimizer, is handed from each to the next.",
         fixes={
             **_SPLIT,
+            **_ONE_RANK,
+            **_FACTORS,
             "training.order": Fixed("in-turn", "lets clients train one after the other"),
             "split.server_adapters": Fixed("shared", "has one model"),
             "training.participation": Fixed(
@@ -130,14 +135,16 @@ METHODS: dict[MethodName, Method] = {
     "splitfed-v1": Method(
         source="SplitFedV1: Thapa et al. 2020, arXiv 2004.12088",
         difference="Clients train at the same time; the server has a copy for each, and both are averaged.",
-        fixes={**_SPLIT, "split.server_adapters": Fixed("per-client", "has a server's copy for each client")},
+        fixes={**_SPLIT,
+            **_ONE_RANK, "split.server_adapters": Fixed("per-client", "has a server's copy for each client")},
         defaults=_PLAIN,
         one_cut=True,
     ),
     "splitfed-v2": Method(
         source="SplitFedV2: Thapa et al. 2020, arXiv 2004.12088",
         difference="One copy on the server, stepping once for each client's batch, in random order.",
-        fixes={**_SPLIT, "split.server_adapters": Fixed("shared-in-turn", "has one server's copy that steps "
+        fixes={**_SPLIT,
+            **_ONE_RANK, "split.server_adapters": Fixed("shared-in-turn", "has one server's copy that steps "
                                                         "client by client")},
         defaults=_PLAIN,
         one_cut=True,
@@ -146,7 +153,9 @@ METHODS: dict[MethodName, Method] = {
         source="SplitLoRA: Lin et al. 2024, arXiv 2407.00952",
         difference="One copy on the server, trained on all clients' activations together; the clients' "
         "adapters are averaged every I steps (training.steps).",
-        fixes={**_SPLIT, "split.server_adapters": Fixed("shared", "has one server's copy for all clients")},
+        fixes={**_SPLIT,
+            **_ONE_RANK,
+            **_FACTORS, "split.server_adapters": Fixed("shared", "has one server's copy for all clients")},
         defaults={**_PLAIN, "training.optimizer_state": "keep"},
         one_cut=True,
     ),
