@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,16 +12,20 @@ from typing import Any
 from splitft.assemble import Prepared
 from splitft.deploy.carrier import Carrier, Direct
 from splitft.deploy.desk import Desk
+from splitft.deploy.envelope import Envelope
 from splitft.deploy.gathering import Gathering
 from splitft.deploy.keeping import Keeping
 from splitft.deploy.visit import Visit
+from splitft.errors import DeployError
 from splitft.protocol import Hello
 from splitft.runtime import RunState, train_rounds
 from splitft.specs import DeploySpec
+from splitft.wire import open_frame
 
 LINK = bytes(range(16))
 LIMIT = 10**6
 BATCH_TOKENS = 400
+HEAD_BYTES = len(Envelope(LINK, 0, 0, b"").to_bytes())
 SPEC = DeploySpec(silence_s=30, patience_s=30, window_ms=2)
 
 
@@ -33,10 +39,27 @@ class Outcome:
 
     def states(self, site: str) -> list[str]:
         """What became of a site, in order."""
-        return [e.state for e in self.events if e.event == "SiteChanged" and e.site == site]
+        return [event.state for event in self.of("SiteChanged") if event.site == site]
+
+    def reasons(self, site: str) -> str:
+        """Why."""
+        return "; ".join(event.reason for event in self.of("SiteChanged") if event.site == site)
+
+    def participants(self) -> list[tuple[str, ...]]:
+        """Whose training counts, by round."""
+        return [event.participants for event in self.of("RoundDone")]
 
     def of(self, kind: str) -> list[Any]:
         return [event for event in self.events if event.event == kind]
+
+
+class KilledError(DeployError):
+    """What a carrier raises where a test lets its site die."""
+
+
+def kind_of(data: bytes) -> str:
+    """What a numbered message says."""
+    return open_frame(data[HEAD_BYTES:]).kind
 
 
 def hello(name: str) -> Hello:
@@ -50,43 +73,36 @@ def deployed(
     prepared: Prepared,
     carriers: Mapping[str, Callable[[Carrier], Carrier]] | None = None,
     spec: DeploySpec = SPEC,
-    honest: Callable[[Desk, str], None] | None = None,
-    impostors: Mapping[str, Callable[[Desk], None]] | None = None,
+    impostors: Mapping[str, Callable[[Desk, Prepared], None]] | None = None,
 ) -> Outcome:
     """All rounds over a network of threads; `carriers` wrap a site's own, `impostors` play a site by hand."""
+    carriers, impostors = carriers or {}, impostors or {}
     names = [client.name for client in prepared.clients]
     desk = Desk(names, LINK, prepared.terms, LIMIT, BATCH_TOKENS)
     outcome, threads = Outcome(), []
     for client in prepared.clients:
-        if client.name in (impostors or {}):
-            play = impostors[client.name]
-            threads.append(threading.Thread(target=play, args=(desk,), daemon=True))
-            continue
-        carrier: Carrier = Direct(client.name, desk.answer)
-        if client.name in (carriers or {}):
-            carrier = carriers[client.name](carrier)
-        visit = Visit(
-            hello(client.name), carrier, LINK, prepared.terms, LIMIT,
-            lambda cut, client=client: client, Keeping(None), patience_s=30, alive_every_s=0.5,
-        )  # fmt: skip
-        threads.append(threading.Thread(target=visit.run, daemon=True))
+        if client.name in impostors:
+            target, arguments = impostors[client.name], (desk, prepared)
+        else:
+            carrier = carriers.get(client.name, lambda own: own)(Direct(client.name, desk.answer))
+            visit = Visit(
+                hello(client.name), carrier, LINK, prepared.terms, LIMIT,
+                lambda cut, client=client: client, Keeping(None), patience_s=30, alive_every_s=0.3,
+            )  # fmt: skip
+            target, arguments = _dying_quietly(visit.run), ()
+        threads.append(threading.Thread(target=target, args=arguments, daemon=True))
     for thread in threads:
         thread.start()
-    while any(desk.silence_s(name) > 1e9 for name in names):
+    until = time.monotonic() + 20
+    while any(desk.silence_s(name) > 1e9 for name in names) and time.monotonic() < until:
         desk.take(0, 0.01)
-    gathering = Gathering(
-        desk,
-        prepared.server,
-        prepared.ranks,
-        spec,
-        prepared.initial(),
-        {},
-        outcome.events.append,
-    )
+    state = prepared.initial()
+    gathering = Gathering(desk, prepared.server, prepared.ranks, spec, state, {}, outcome.events.append)
     try:
         outcome.state = train_rounds(
-            prepared.initial(), prepared.server, gathering, prepared.ranks, prepared.config.training,
+            state, prepared.server, gathering, prepared.ranks, prepared.config.training,
             prepared.pace, outcome.events.append, lambda state: None,
+            aggregation=prepared.config.aggregate,
         )  # fmt: skip
     except Exception as error:
         outcome.error = error
@@ -96,3 +112,11 @@ def deployed(
         thread.join(20)
         assert not thread.is_alive()
     return outcome
+
+
+def _dying_quietly(run: Callable[[], object]) -> Callable[[], None]:
+    def live() -> None:
+        with contextlib.suppress(KilledError):
+            run()
+
+    return live

@@ -1,13 +1,19 @@
-"""A deployed run over a network of threads equals its simulation, whatever the carrier loses or repeats."""
+"""A deployed run over a network of threads: equal to its simulation, whatever the carrier or a site does."""
 
 from __future__ import annotations
 
+import random
+import time
+
 import pytest
 
-from deploy.network import deployed
+from deploy.network import SPEC, KilledError, deployed, kind_of
 from laws.federations import federation, largest_relative_difference, play, write_text
+from splitft.errors import CarrierError, PausedError
 
 TRAINING = {"rounds": 2, "steps": 4}
+CUTS = [1, 2, 3]
+EVERYONE = ("client-1", "client-2", "client-3")
 
 
 @pytest.fixture(scope="module")
@@ -15,10 +21,173 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "notes.jsonl")
 
 
-def test_a_federation_on_threads_equals_its_simulation(tiny_llama, text):
-    state, _ = play(federation(tiny_llama, text, [1, 2, 3], training=TRAINING))
-    outcome = deployed(federation(tiny_llama, text, [1, 2, 3], training=TRAINING))
+@pytest.fixture
+def parties(tiny_llama, text):
+    def make(**training):
+        return federation(tiny_llama, text, CUTS, training={**TRAINING, **training})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def simulated(tiny_llama, text):
+    return play(federation(tiny_llama, text, CUTS, training=TRAINING))[0]
+
+
+def difference(one, other) -> float:
+    return largest_relative_difference(one.adapters.tensors(), other.adapters.tensors())
+
+
+class Faulty:
+    """Loses requests and answers, and repeats requests, at random."""
+
+    def __init__(self, carrier, seed):
+        self._carrier, self._random = carrier, random.Random(seed)
+        self.faults = 0
+
+    def ask(self, data, within_s):
+        chance = self._random.random()
+        if chance < 0.1:
+            self.faults += 1
+            raise CarrierError("the request was lost")
+        answer = self._carrier.ask(data, within_s)
+        if chance < 0.2:
+            self.faults += 1
+            raise CarrierError("the answer was lost")
+        if chance < 0.3:
+            self.faults += 1
+            assert self._carrier.ask(data, within_s) == answer
+        return answer
+
+
+class Dying:
+    """Is gone before it sends its n-th message of a kind, and sends nothing any more."""
+
+    def __init__(self, carrier, kind, nth):
+        self._carrier, self._kind, self._left = carrier, kind, nth
+
+    def ask(self, data, within_s):
+        self._left -= kind_of(data) == self._kind
+        if self._left <= 0:
+            raise KilledError("killed")
+        return self._carrier.ask(data, within_s)
+
+
+class Cut:
+    """Its line is cut once, for some seconds, before its n-th message of a kind."""
+
+    def __init__(self, carrier, kind, nth, seconds):
+        self._carrier, self._kind, self._left, self._seconds = carrier, kind, nth, seconds
+        self._until = 0.0
+
+    def ask(self, data, within_s):
+        before = self._left
+        self._left -= kind_of(data) == self._kind
+        if before > 0 >= self._left:
+            self._until = time.monotonic() + self._seconds
+        if time.monotonic() < self._until:
+            raise CarrierError("the line is cut")
+        return self._carrier.ask(data, within_s)
+
+
+class Slow:
+    """Takes its time for every message with tensors."""
+
+    def __init__(self, carrier, seconds):
+        self._carrier, self._seconds = carrier, seconds
+
+    def ask(self, data, within_s):
+        if len(data) > 2000:
+            time.sleep(self._seconds)
+        return self._carrier.ask(data, within_s)
+
+
+def test_a_federation_on_threads_equals_its_simulation(parties, simulated):
+    outcome = deployed(parties())
     assert outcome.error is None
     assert not outcome.of("SiteChanged")
-    assert largest_relative_difference(outcome.state.adapters.tensors(), state.adapters.tensors()) < 1e-6
-    assert outcome.state.losses == pytest.approx(state.losses, rel=1e-6)
+    assert difference(outcome.state, simulated) < 1e-6
+    assert outcome.state.losses == pytest.approx(simulated.losses, rel=1e-6)
+
+
+def test_lost_and_repeated_messages_change_nothing(parties, simulated):
+    made = []
+
+    def faulty(carrier):
+        made.append(Faulty(carrier, len(made)))
+        return made[-1]
+
+    outcome = deployed(parties(), dict.fromkeys(EVERYONE, faulty))
+    assert outcome.error is None
+    assert sum(one.faults for one in made) > 20
+    assert difference(outcome.state, simulated) < 1e-6
+    assert [event.step for event in outcome.of("StepDone") if event.client == "client-1"] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "nth"),
+    [("RoundReady", 1), ("Activations", 1), ("HeadGradient", 3), ("AdapterUpload", 1), ("AdapterUpload", 2)],
+)
+def test_who_dies_is_left_out_and_the_others_go_on(parties, kind, nth):
+    spec = SPEC.model_copy(update={"silence_s": 1.5})
+    outcome = deployed(parties(), {"client-2": lambda carrier: Dying(carrier, kind, nth)}, spec)
+    assert outcome.error is None
+    assert outcome.states("client-2") == ["lost"]
+    assert outcome.participants()[-1] == ("client-1", "client-3")
+    assert outcome.state.round == 2
+    assert outcome.state.adapters.all_finite()
+
+
+def test_who_dies_changes_nothing_of_what_the_others_learn(tiny_llama, text):
+    training = {"rounds": 1, "steps": 4}
+    spec = SPEC.model_copy(update={"silence_s": 1.5})
+    outcome = deployed(
+        federation(tiny_llama, text, CUTS, training=training),
+        {"client-2": lambda carrier: Dying(carrier, "HeadGradient", 3)},
+        spec,
+    )
+    prepared = federation(tiny_llama, text, CUTS, training=training)
+    prepared = type(prepared)(**{
+        **prepared.__dict__, "clients": tuple(c for c in prepared.clients if c.name != "client-2"),
+    })  # fmt: skip
+    without, _ = play(prepared, lambda number, cuts: {n: k for n, k in cuts.items() if n != "client-2"})
+    assert difference(outcome.state, without) < 1e-6
+
+
+def test_whose_line_was_cut_is_told_where_the_run_is_and_takes_part_again(parties):
+    spec = SPEC.model_copy(update={"silence_s": 1.0})
+
+    def cut(carrier):
+        return Cut(carrier, "HeadGradient", 3, 2.5)
+
+    slow = {name: (lambda carrier: Slow(carrier, 0.1)) for name in ("client-1", "client-3")}
+    outcome = deployed(parties(rounds=5), {"client-2": cut, **slow}, spec)
+    assert outcome.error is None
+    assert outcome.states("client-2") == ["lost", "back"], outcome.reasons("client-2")
+    assert outcome.participants()[0] == ("client-1", "client-3")
+    assert outcome.participants()[-1] == EVERYONE
+
+
+def test_a_line_that_is_cut_for_less_than_the_silence_allowed_costs_no_step(parties, simulated):
+    outcome = deployed(parties(), {"client-2": lambda carrier: Cut(carrier, "HeadGradient", 3, 2.0)})
+    assert outcome.error is None
+    assert not outcome.of("SiteChanged")
+    assert difference(outcome.state, simulated) < 1e-6
+
+
+def test_the_finished_steps_of_a_slow_site_count(parties):
+    spec = SPEC.model_copy(update={"slack": 1.0, "patience_s": 1.0})
+    outcome = deployed(parties(steps=12), {"client-2": lambda carrier: Slow(carrier, 0.2)}, spec)
+    assert outcome.error is None
+    assert outcome.states("client-2") == ["late", "late"]
+    assert outcome.participants() == [EVERYONE, EVERYONE]
+    steps = [event.round for event in outcome.of("StepDone") if event.client == "client-2"]
+    assert 0 < steps.count(1) < 12
+    assert [e.step for e in outcome.of("StepDone") if e.client == "client-2"] == list(range(len(steps)))
+
+
+def test_with_too_few_sites_left_the_run_pauses(parties):
+    spec = SPEC.model_copy(update={"silence_s": 1.5, "min_clients": 3})
+    outcome = deployed(parties(), {"client-2": lambda carrier: Dying(carrier, "HeadGradient", 3)}, spec)
+    assert isinstance(outcome.error, PausedError)
+    assert outcome.participants() == []

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from splitft.adapters import AdapterState
 from splitft.config import RunConfig, dump, load
 from splitft.errors import RunError
+from splitft.export import write_peft
+from splitft.model import Model
 from splitft.runtime.checkpoint import Snapshot, latest, load_snapshot
+from splitft.runtime.ranks import Ranks
 from splitft.tracking.events import RunDone
 from splitft.tracking.log import EventLog, read_events, settled
 
@@ -90,6 +95,15 @@ def open_log(folder: Path, config: RunConfig, snapshot: Snapshot | None) -> Even
         return EventLog(folder / "events.jsonl")
     except OSError as error:
         raise RunError(f"{folder} cannot be written ({error.strerror}); give another --out") from error
+
+
+def put_adapter(adapters: AdapterState, model: Model, ranks: Ranks, folder: Path) -> None:
+    """Write an adapter as a PEFT folder, put in place when it is whole."""
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    write_peft(adapters, model, ranks.scale, draft, ranks.lora.scaling == "rslora")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
 
 
 def _check_same(old: RunConfig, new: RunConfig, folder: Path) -> None:

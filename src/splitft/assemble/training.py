@@ -60,7 +60,7 @@ def train(
         return run
     with quiet():
         prepared = prepare(config)  # what does not fit is said before the folder is made
-    with _stopping(run.folder), contextlib.closing(open_log(run.folder, config, snapshot)) as log, quiet():
+    with stopping(run.folder), contextlib.closing(open_log(run.folder, config, snapshot)) as log, quiet():
 
         def listener(event: Event) -> None:
             log(event)
@@ -97,7 +97,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _stopping(folder: Path) -> Iterator[None]:
+def stopping(folder: Path) -> Iterator[None]:
     """Say what is safe when the disk gives out under a run."""
     try:
         yield

@@ -44,7 +44,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, 
 
 
 def verb(function: Verb) -> Verb:
-    """Make a function a verb that ends with a message and an exit status, never with a traceback."""
+    """Make a function a verb of the command."""
+    app.command()(tidy(function))
+    return function
+
+
+def tidy(function: Verb) -> Verb:
+    """Let a function end with a message and an exit status, never with a traceback."""
 
     @functools.wraps(function)
     def ending(*args: Any, **kwargs: Any) -> None:
@@ -62,8 +68,7 @@ def verb(function: Verb) -> Verb:
             text = f"unexpected {type(error).__name__}: {error}"
             end(f"{text}\nThis is a fault of splitft; SPLITFT_DEBUG=1 shows where it happened.", FAULT)
 
-    app.command()(ending)
-    return function
+    return ending  # type: ignore[return-value]  # it takes and gives what the function does
 
 
 def end(message: str, status: int) -> NoReturn:

@@ -30,7 +30,7 @@ def demo(
     from splitft.config import from_mapping
 
     config = from_mapping(DEMO)
-    run = _train(config, out or _new_folder("demo"), resume=False)
+    run = _train(config, out or new_folder("demo"), resume=False)
     if sample:
         from splitft.assemble import generate
 
@@ -71,7 +71,7 @@ def train(
     if resume and out is None:
         raise RunError("--resume needs --out DIR, the run folder to continue")
     config = load(file, overrides or [])
-    run = _train(config, out or _new_folder(file.stem), resume, quiet=as_json)
+    run = _train(config, out or new_folder(file.stem), resume, quiet=as_json)
     if as_json:
         typer.echo(json.dumps(run.summary, indent=2))
 
@@ -121,7 +121,7 @@ def _how_to_continue(out: Path) -> str:
     return f"stopped; {saved}. Continue with: {command}"
 
 
-def _new_folder(name: str) -> Path:
+def new_folder(name: str) -> Path:
     """A run folder of this name and moment that is not there yet."""
     first = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     return next(path for n in range(1000) if not (path := first if not n else Path(f"{first}-{n}")).exists())

@@ -10,10 +10,11 @@ with `Refused`, and reported as a `Fault`. What a well-formed message means is `
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from threading import Condition
@@ -27,6 +28,7 @@ from splitft.protocol import (
     Evaluation,
     HeadGradient,
     Hello,
+    Join,
     Leave,
     Message,
     Next,
@@ -37,10 +39,14 @@ from splitft.protocol import (
 )
 from splitft.runtime.line import Meter
 from splitft.tracking.events import Traffic
-from splitft.wire import open_frame
+from splitft.wire import Streams, open_frame
 
-POLL_S = 5.0
+HOLD_S = 3.0
+"""A message that cannot be answered in this time is not kept: its sender asks again under the same number."""
+POLL_S = 2.0
 """A site that asks what is next, and for whom there is nothing, is told to wait after so long."""
+WORKERS = 128
+"""Messages that can wait for their answers at a time: some for each batch in flight of each site."""
 STEP_ANSWER_S = 3600.0
 """A step's answer is due in this time; the round's own deadline comes much earlier."""
 
@@ -56,7 +62,14 @@ class Arrival:
 
     site: str
     message: Message
+    stale: bool = False
+    """Whether it was said before the site could know where the run is: a `Join` waits for it."""
     answer: Future[Message] = field(default_factory=Future)
+
+    def reply(self, message: Message) -> None:
+        """Answer it, unless the link has ended meanwhile."""
+        with contextlib.suppress(InvalidStateError):
+            self.answer.set_result(message)
 
 
 @dataclass(frozen=True)
@@ -75,17 +88,26 @@ class _Site:
     orders: deque[Message] = field(default_factory=deque)
     meter: Meter = field(default_factory=Meter)
     heard: float | None = None
+    streams: Streams = field(default_factory=Streams)
 
 
 class Desk:
     """The server's counter for the sites of one link."""
 
     def __init__(
-        self, sites: Iterable[str], link: bytes, terms: Terms, frame_limit: int, batch_tokens: int
+        self,
+        sites: Iterable[str],
+        link: bytes,
+        terms: Terms,
+        frame_limit: int,
+        batch_tokens: int,
+        seed: int = 0,
     ) -> None:
-        self._sites = {name: _Site() for name in sites}
+        self._sites = {name: _Site(streams=Streams(seed, name)) for name in sites}
         self._link, self._terms, self._limit, self._batch_tokens = link, terms, frame_limit, batch_tokens
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="desk")
         self._inbox: deque[Arrival | Fault] = deque()
+        self._unanswered: dict[int, Arrival] = {}
         self._changed = Condition()
         self._closed: Leave | None = None
 
@@ -101,7 +123,7 @@ class Desk:
                 raise ProtocolError(f"{site} is no site of this run")
             envelope = Envelope.from_bytes(data, self._link, self._limit)
             return self._sites[site].repeats.answer(
-                envelope, lambda frame: self._work(site, frame), STEP_ANSWER_S
+                envelope, lambda frame: self._work(site, frame), self._workers, HOLD_S
             )
         except WireError as error:
             self._report(site, error)
@@ -110,7 +132,9 @@ class Desk:
     def _work(self, site: str, frame: bytes) -> bytes:
         """Read a new message, hand it over, wait for its answer."""
         try:
-            message = self._terms.from_bytes(frame, self._limit, lambda outline: self._check(site, outline))
+            message = self._terms.from_bytes(
+                frame, self._limit, lambda outline: self._check(site, outline), self._sites[site].streams
+            )
         except WireError as error:
             self._report(site, error)
             return self._terms.to_bytes(_refusal(error))
@@ -118,7 +142,7 @@ class Desk:
             self._sites[site].heard = time.monotonic()
             self._sites[site].meter.count("up", message, _payload(frame), len(frame))
         reply = self._reply_to(site, message)
-        data = self._terms.to_bytes(reply)
+        data = self._terms.to_bytes(reply, self._sites[site].streams)
         with self._changed:
             self._sites[site].meter.count("down", reply, _payload(data), len(data))
             self._sites[site].heard = time.monotonic()
@@ -142,11 +166,13 @@ class Desk:
             return Wait()
         if isinstance(message, Next):
             return self._order(site)
-        arrival = Arrival(site, message)
         with self._changed:
+            stale = any(isinstance(order, Join) for order in self._sites[site].orders)
+            arrival = Arrival(site, message, stale)
             if self._closed is not None:
                 return self._closed
             self._inbox.append(arrival)
+            self._unanswered[id(arrival)] = arrival
             self._changed.notify_all()
         try:
             if isinstance(message, Activations | HeadGradient):
@@ -154,6 +180,9 @@ class Desk:
             return self._order(site)
         except FutureTimeoutError as error:
             raise CarrierError(f"no answer to {site} in {STEP_ANSWER_S:.0f} s") from error
+        finally:
+            with self._changed:
+                self._unanswered.pop(id(arrival), None)
 
     def _order(self, site: str) -> Message:
         """The next order for the site, or Wait."""
@@ -223,11 +252,15 @@ class Desk:
         """End the link: whoever asks, now or later, is told to leave."""
         with self._changed:
             self._closed = Leave(reason=reason)
-            for arrival in self._inbox:
-                if isinstance(arrival, Arrival) and not arrival.answer.done():
-                    arrival.answer.set_result(self._closed)
+            for arrival in self._unanswered.values():
+                arrival.reply(self._closed)
             self._inbox.clear()
             self._changed.notify_all()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the link has ended."""
+        return self._closed is not None
 
     @property
     def sites(self) -> Mapping[str, float | None]:

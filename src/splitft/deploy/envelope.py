@@ -16,9 +16,9 @@ import hmac
 import struct
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Lock
 
 from splitft.deploy.carrier import Carrier
@@ -104,7 +104,7 @@ class _Last:
 
     number: int
     digest: bytes
-    answer: Future[bytes] = field(default_factory=Future)
+    answer: Future[bytes]
 
 
 class Repeats:
@@ -114,10 +114,12 @@ class Repeats:
         self._last: dict[int, _Last] = {}
         self._lock = Lock()
 
-    def answer(self, envelope: Envelope, work: Callable[[bytes], bytes], within_s: float) -> bytes:
-        """The answer to this message: from `work` if it is new, otherwise as it was given before.
+    def answer(
+        self, envelope: Envelope, work: Callable[[bytes], bytes], workers: Executor, within_s: float
+    ) -> bytes:
+        """The answer to this message: from `work` if it is new, otherwise as it was or will be given.
 
-        Raises RepeatError if it cannot come now, CarrierError if the first of its kind is still worked on.
+        Raises RepeatError if it cannot come now, CarrierError if it is still worked on after `within_s`.
         """
         digest = hashlib.sha256(envelope.frame).digest()
         with self._lock:
@@ -126,20 +128,13 @@ class Repeats:
             if last is not None and envelope.number == last.number:
                 if digest != last.digest:
                     raise RepeatError(f"message {envelope.number} comes again with other content")
-                new = False
             elif envelope.number != due:
                 raise RepeatError(f"message {envelope.number} comes where {due} is due")
             elif last is not None and not last.answer.done():
                 raise RepeatError(f"message {envelope.number} comes before {last.number} is answered")
             else:
-                last = self._last[envelope.lane] = _Last(envelope.number, digest)
-                new = True
-        if new:
-            try:
-                last.answer.set_result(work(envelope.frame))
-            except BaseException as error:
-                last.answer.set_exception(error)
-                raise
+                answer = workers.submit(work, envelope.frame)
+                last = self._last[envelope.lane] = _Last(envelope.number, digest, answer)
         try:
             frame = last.answer.result(timeout=within_s)
         except FutureTimeoutError as error:

@@ -182,11 +182,13 @@ class Gathering:
         stopped: dict[str, float] = {}
         began = time.monotonic()
         while waiting:
+            if self._desk.closed:
+                raise PausedError(f"the run was stopped in round {self._number}")
             steps = []
             for arrival in self._desk.take(self._spec.window_ms / 1000, TICK_S):
                 if isinstance(arrival, Fault):
                     self._refuse(arrival.site, arrival.error)
-                elif isinstance(arrival.message, Hello) or arrival.site not in waiting:
+                elif arrival.stale or isinstance(arrival.message, Hello) or arrival.site not in waiting:
                     self._put_off(arrival)
                 elif isinstance(arrival.message, Activations | HeadGradient):
                     if arrival.site in stopped:
@@ -234,7 +236,7 @@ class Gathering:
         """The round's time is up for this site; its step underway is forgotten on both sides."""
         self._server.forget(arrival.site)
         self._underway.pop(arrival.site, None)
-        arrival.answer.set_result(Stop(round=self._number))
+        arrival.reply(Stop(round=self._number))
 
     def _put_off(self, arrival: Arrival) -> None:
         """What comes from a site that has no turn: steps are refused, the rest finds its order by itself."""
@@ -265,7 +267,7 @@ class Gathering:
                 reply = replies[message.client]
                 if isinstance(reply, CutGradient):
                     self._finish(message.client, reply.loss or 0.0, listener)
-                here[message.client].answer.set_result(reply)
+                here[message.client].reply(reply)
         for gradients in self._server.together(backwards):
             began = time.monotonic()
             at_cuts = self._server.backward(gradients)
@@ -273,7 +275,7 @@ class Gathering:
             for gradient in gradients:
                 self._underway[gradient.client].seconds["server_backward"] = share
                 self._finish(gradient.client, gradient.loss, listener)
-                here[gradient.client].answer.set_result(at_cuts[gradient.client])
+                here[gradient.client].reply(at_cuts[gradient.client])
 
     def _finish(self, site: str, loss: float, listener: Callable[[StepDone], None]) -> None:
         """A step is taken on the server's side; the site takes it when it has the answer."""
@@ -298,7 +300,7 @@ class Gathering:
         messages = [one.message for one in here.values() if isinstance(one.message, Activations)]
         for group in self._server.groups(messages):
             for site, reply in self._server.forward(group).items():
-                here[site].answer.set_result(reply)
+                here[site].reply(reply)
 
     def _accept(self, arrival: Arrival, training: bool = True) -> bool:
         """Whether a step may be worked on; if not, its sender is out of the round."""
@@ -391,7 +393,7 @@ class Gathering:
             self._stale.add(site)
 
     def _answer_refused(self, arrival: Arrival, error: SplitftError) -> None:
-        arrival.answer.set_result(Refused(error=type(error).__name__, reason=str(error)[:2000]))
+        arrival.reply(Refused(error=type(error).__name__, reason=str(error)[:2000]))
 
     def _note(self, site: str, state: Literal["lost", "refused", "late", "back"], reason: str) -> None:
         self._listener(SiteChanged(round=self._number, site=site, state=state, reason=reason))

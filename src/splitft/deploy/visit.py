@@ -37,6 +37,7 @@ from splitft.protocol import (
     Wait,
 )
 from splitft.runtime.client import Client
+from splitft.wire import Streams
 
 ALIVE_LANE = LANES - 1
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Visit:
         keeping: Keeping,
         patience_s: float,
         alive_every_s: float | None = None,
+        seed: int = 0,
     ) -> None:
         """`open_client` makes the client at a cut; after `patience_s` without answer the server is gone."""
         self._hello, self._terms, self._open = hello, terms, open_client
@@ -76,6 +78,7 @@ class Visit:
         self._lane = Lane(carrier, link, 0, frame_limit)
         self._alive = Lane(carrier, link, ALIVE_LANE, frame_limit)
         self._client: Client | None = None
+        self._streams = Streams(seed, self._name)
 
     def run(self) -> str:
         """Take part until the link ends; returns why it did. Raises CarrierError if the server is gone."""
@@ -135,6 +138,7 @@ class Visit:
             self._client = self._open(order.cut)
         moments = self._keeping.moments_of(order.round, order.steps)
         self._client.restore(order.cut, order.adapters, order.steps, moments)
+        self._client.install(GlobalAdapters(round=order.round, adapters=order.adapters))
         logger.info("%s joins after round %d with cut %d", self._name, order.round, order.cut)
 
     def _step(self, client: Client) -> None:
@@ -154,7 +158,10 @@ class Visit:
 
     def _ask(self, message: Message) -> Message:
         """The answer to a message. Raises _LeftError if it is that the link has ended."""
-        answer = self._terms.from_bytes(self._lane.ask(self._terms.to_bytes(message), self._patience_s))
+        answer = self._terms.from_bytes(
+            self._lane.ask(self._terms.to_bytes(message, self._streams), self._patience_s),
+            streams=self._streams,
+        )
         if isinstance(answer, Leave):
             raise _LeftError(answer.reason)
         return answer

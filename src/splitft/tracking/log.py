@@ -47,6 +47,14 @@ class EventLog:
         self._file.close()
 
 
+def parse_event(line: str) -> Event:
+    """One line of the file. Raises RunError if it is not an event of this version."""
+    try:
+        return _EVENT.validate_json(line)
+    except ValidationError as error:
+        raise RunError(f"not an event of this version: {line[:80]!r}") from error
+
+
 def read_events(path: Path) -> list[Event]:
     """All events of a file; a last line torn by a crash is left out, any other bad line is a RunError."""
     try:

@@ -1,0 +1,255 @@
+"""Verbs of a federation on real machines: splitft deploy poc, provision, start, submit and others."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from splitft.cli.ending import INTERRUPTED, AsJson, ConfigFile, Verb, app, console, end, tidy
+from splitft.errors import DeployError, RunError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from splitft.deploy.flare.console import Console
+
+deploy = typer.Typer(
+    help="The same run over NVIDIA FLARE: on this machine with real processes, or across organisations.",
+    no_args_is_help=True,
+)
+app.add_typer(deploy, name="deploy")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as training.rounds=5")
+]
+AdminKit = Annotated[Path, typer.Option("--kit", help="Admin's startup kit, as `provision` makes it.")]
+Job = Annotated[str | None, typer.Option(help="Job of FLARE [default: the newest].")]
+
+
+def deployed(function: Verb) -> Verb:
+    """Make a function a verb of `splitft deploy`, which says so where FLARE is not installed."""
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> None:
+        if importlib.util.find_spec("nvflare") is None:
+            raise DeployError("deployment needs NVIDIA FLARE: pip install 'splitft[deploy]'")
+        function(*args, **kwargs)
+
+    deploy.command()(tidy(checked))
+    return function
+
+
+@deployed
+def poc(
+    file: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/NAME-DATE-TIME]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is in --out.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Everything on this machine: real processes, real certificates, the run folder of `train`."""
+    from splitft.cli.training import new_folder
+    from splitft.config import load
+    from splitft.deploy.flare.poc import run_poc
+    from splitft.tracking.progress import Progress, client_table, verdict
+
+    if resume and out is None:
+        raise RunError("--resume needs --out DIR, the run folder to continue")
+    config, out, screen = load(file, overrides or []), out or new_folder(file.stem), console(stderr=as_json)
+
+    def say(line: str) -> None:
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    try:
+        with Progress(screen) as progress:
+            run = run_poc(config, out, resume=resume, listeners=[progress], say=say)
+    except KeyboardInterrupt:
+        end(f"stopped; go on with: splitft deploy poc {file} --out {out} --resume", INTERRUPTED)
+    if as_json:
+        typer.echo(json.dumps(run.summary, indent=2))
+        return
+    screen.print()
+    screen.print(client_table(run.summary))
+    say(f"\n{verdict(run.summary)}")
+    say(f"Report   {run.folder / 'report.html'}")
+    say(f"Adapter  {run.adapter_dir} (PEFT)")
+    say(f"Logs     {run.folder / 'logs'}")
+
+
+@deployed
+def provision(
+    file: ConfigFile,
+    overrides: Overrides = None,
+    to: Annotated[Path, typer.Option(help="Where to write the kits.")] = Path("kits"),
+) -> None:
+    """Certificates and a startup kit for the server, for each site, and for who submits runs."""
+    from splitft.config import load
+    from splitft.deploy.flare.kits import provision as make
+    from splitft.deploy.parties import site_names
+
+    config = load(file, overrides or [])
+    kits = make(to, config.deploy.server, config.deploy.port, site_names(config))
+    typer.echo(f"server   {kits.of(kits.server)}   for {kits.server}, port {config.deploy.port}")
+    for site in kits.sites:
+        typer.echo(f"site     {kits.of(site)}   for {site} alone: it holds its private key")
+    typer.echo(f"admin    {kits.admin}   for who submits runs")
+    typer.echo("On each machine: splitft deploy start KIT; then: splitft deploy submit FILE --kit ADMIN-KIT")
+
+
+@deployed
+def start(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="Startup kit of this machine's party.")],
+) -> None:
+    """Run this machine's party, and keep it running until Ctrl-C."""
+    from splitft.deploy.flare.kits import party_of
+    from splitft.deploy.flare.service import CONSOLE, keep_running
+
+    typer.echo(f"{party_of(kit)} is running; its log is {kit / CONSOLE}; Ctrl-C ends it")
+    keep_running(kit)
+
+
+@deployed
+def submit(
+    file: ConfigFile,
+    kit: AdminKit,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to collect into [default: runs/NAME]")] = None,
+) -> None:
+    """Run a configuration on a running federation; stays to start the next link when sites come and go."""
+    import tempfile
+
+    from splitft.assemble.folder import Run
+    from splitft.config import load
+    from splitft.deploy.chain import run_chain
+    from splitft.deploy.flare.console import Console
+    from splitft.deploy.flare.federation import FlareFederation
+    from splitft.deploy.parties import site_names
+    from splitft.tracking.progress import client_table, verdict
+
+    config, screen = load(file, overrides or []), console()
+    out = out or Path("runs") / file.stem
+
+    def say(line: str) -> None:
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    sites, spec = site_names(config), config.deploy
+    try:
+        with tempfile.TemporaryDirectory() as scratch, Console(kit) as line:
+            federation = FlareFederation(line, out.name, config, Path(scratch), out, fetch=True)
+            run_chain(federation, sites, spec.min_clients, spec.join_s, say, _rounds(say))
+    except KeyboardInterrupt:
+        end("the run goes on; follow it with `status`, end it with `stop`, go on with `submit`", INTERRUPTED)
+    run = Run(out)
+    screen.print(client_table(run.summary))
+    say(f"\n{verdict(run.summary)}\nRun folder  {run.folder}")
+
+
+@deployed
+def status(kit: AdminKit, job: Job = None, as_json: AsJson = False, once: bool = False) -> None:
+    """Sites, cuts, rounds, losses, throughput and last-heard times of the running link, live."""
+    import time
+
+    from rich.live import Live
+
+    from splitft.deploy.flare.console import Console
+    from splitft.deploy.flare.job import STATUS
+
+    with Console(kit) as line:
+
+        def look() -> Mapping[str, Any]:
+            running = job or _newest(line)
+            answer = line.ask(running, STATUS) or {}
+            return {"job": running, "connected": sorted(line.connected()), **answer}
+
+        if as_json:
+            typer.echo(json.dumps(look(), indent=2))
+            return
+        screen = console()
+        if once or not screen.is_terminal:
+            screen.print(_table(look()))
+            return
+        with Live(_table(look()), console=screen) as live:
+            while True:
+                time.sleep(2.0)
+                live.update(_table(look()))
+
+
+@deployed
+def logs(
+    kit: AdminKit,
+    job: Job = None,
+    party: Annotated[str, typer.Option(help="`server`, a site, or `all`.")] = "server",
+) -> None:
+    """What a party has logged for a job, as far as the server has it."""
+    from splitft.deploy.flare.console import Console
+
+    with Console(kit) as line:
+        for name, text in line.logs(job or _newest(line), party).items():
+            for row in text.splitlines():
+                typer.echo(f"{name}: {row}")
+
+
+@deployed
+def stop(kit: AdminKit, job: Job = None) -> None:
+    """End the running link; the last finished round stays on the server, and `submit` goes on from it."""
+    from splitft.deploy.flare.console import Console
+
+    with Console(kit) as line:
+        running = job or _newest(line)
+        line.abort(running)
+        typer.echo(f"stopped {running}")
+
+
+def _newest(line: Console) -> str:
+    """The job submitted last."""
+    jobs = line.jobs()
+    if not jobs:
+        raise DeployError("no run has been submitted to this federation")
+    return str(jobs[0]["job_id"])
+
+
+def _rounds(say: Callable[[str], None]) -> Callable[[str, Mapping[str, Any]], None]:
+    """Say when another round is done."""
+    seen: set[object] = set()
+
+    def tell(link: str, status: Mapping[str, Any]) -> None:
+        done = status.get("rounds_done")
+        if done and done not in seen:
+            seen.add(done)
+            loss = status.get("eval_loss")
+            said = f", held-out loss {loss:.3f}" if isinstance(loss, float) else ""
+            say(f"round {done} of {status.get('rounds')} is done{said}")
+
+    return tell
+
+
+def _table(status: Mapping[str, Any]) -> Table:
+    """The live table."""
+    from rich.table import Table
+
+    loss = status.get("eval_loss")
+    title = (
+        f"{status.get('run', status['job'])}: round {status.get('round', 0)} of {status.get('rounds', '?')}"
+    )
+    title += f", held-out loss {loss:.3f}" if isinstance(loss, float) else ""
+    table = Table(title=title)
+    for heading in ("site", "connected", "state", "cut", "steps", "loss", "held out", "tokens/s", "heard"):
+        table.add_column(heading, justify="left" if heading in ("site", "state") else "right")
+    for site in status.get("sites", ()):
+        heard = site["heard_s_ago"]
+        table.add_row(
+            site["name"],
+            "yes" if site["name"] in status["connected"] else "no",
+            site["state"],
+            *("-" if site[key] is None else str(site[key]) for key in ("cut", "steps")),
+            *("-" if site[key] is None else f"{site[key]:.3f}" for key in ("loss", "held_out")),
+            f"{site['tokens_per_s']:.0f}",
+            "-" if heard is None else f"{heard:.0f} s ago",
+        )
+    return table
