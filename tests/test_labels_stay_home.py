@@ -41,11 +41,11 @@ AT_HOME = [mode for mode in MODES if mode != "server"]
 FIELDS = {
     "RoundStart": {"round", "cut"},
     "RoundReady": {"client", "round"},
-    "Activations": {"client", "round", "step", "training", "lengths", "labelled"},
+    "Activations": {"client", "round", "step", "training", "lengths", "labelled", "examples"},
     "LastHidden": {"step"},
     "HeadGradient": {"client", "round", "step", "loss"},
     "CutGradient": {"step", "loss"},
-    "AdapterUpload": {"client", "round"},
+    "AdapterUpload": {"client", "round", "tokens"},
     "GlobalAdapters": {"round"},
     "Evaluation": {"client", "round", "loss", "tokens"},
 }
@@ -174,6 +174,7 @@ def test_every_message_goes_its_way_with_its_fields_and_nothing_else(recorded, m
         assert frame.kind in (UP if direction == "up" else DOWN)
         assert frame.fields.keys() <= FIELDS[frame.kind]
         if frame.kind == "Activations":
+            assert not frame.fields["examples"]  # numbers of examples go where a codec compares epochs alone
             lengths, labelled = frame.fields["lengths"], frame.fields["labelled"]
             assert len(frame.stored["hidden"]) == sum(lengths)  # real tokens, no padding
             assert all(stop == length - 1 for (_, stop), length in zip(labelled, lengths, strict=True))

@@ -146,6 +146,24 @@ def key_twice(data: bytes, rng: random.Random) -> tuple[bytes, bool]:
     return forged(*texts, payload), True
 
 
+def key_missing(data: bytes, rng: random.Random) -> tuple[bytes, bool]:
+    """Something left out of the header or of the table; what has a default may be."""
+    header, table, payload = opened(data)
+    texts, which = [header, table], rng.randrange(2)
+    tree = json.loads(texts[which])
+    objects, waiting = [], [tree]
+    while waiting:
+        node = waiting.pop()
+        objects += [node] if node else []
+        waiting += [child for child in node.values() if isinstance(child, dict)]
+    if not objects:
+        return another_version(data, rng)
+    node = rng.choice(objects)
+    del node[rng.choice(list(node))]
+    texts[which] = json.dumps(tree).encode()
+    return forged(*texts, payload), False
+
+
 def shape_that_lies(data: bytes, rng: random.Random) -> tuple[bytes, bool]:
     """A huge, negative or empty shape, announced or stored; it differs from the true one."""
     header, table, payload = opened(data)
@@ -244,7 +262,7 @@ def not_text(data: bytes, rng: random.Random) -> tuple[bytes, bool]:
 DAMAGE: tuple[Mutation, ...] = (flip_bits, truncate, lengthen, splice, lie_in_prefix)
 FORGERY: tuple[Mutation, ...] = (
     another_version, flip_behind_checksums, cut_behind_checksums, not_finite, another_value, key_twice,
-    shape_that_lies, overlapping, renamed, another_codec, another_kind, deep, not_text,
+    key_missing, shape_that_lies, overlapping, renamed, another_codec, another_kind, deep, not_text,
 )  # fmt: skip
 MUTATIONS = (*DAMAGE, *FORGERY)
 
