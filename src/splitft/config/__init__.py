@@ -6,8 +6,8 @@
 says what is wrong in words of the user's own file, `writing` goes back to text.
 """
 
-from splitft.config.reading import from_mapping, load
+from splitft.config.reading import from_mapping, load, load_spec
 from splitft.config.run import RunConfig
-from splitft.config.writing import dump, json_schema, template
+from splitft.config.writing import commented, dump, json_schema, template
 
-__all__ = ["RunConfig", "dump", "from_mapping", "json_schema", "load", "template"]
+__all__ = ["RunConfig", "commented", "dump", "from_mapping", "json_schema", "load", "load_spec", "template"]

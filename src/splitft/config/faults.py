@@ -4,7 +4,7 @@
     run.yaml:13: training.lr: found 'fast'; give a number above 0
     lora.targets=attn: lora.targets: found 'attn'; give attention | all-linear, or a list of text; did you ...
 
-What fits is read off the JSON schema of `RunConfig`, so that it never contradicts the check itself.
+What fits is read off the JSON schema of the specification, so that it never contradicts the check itself.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-
-from splitft.config.run import RunConfig
 
 Place = tuple[str | int, ...]
 """The keys and indices that lead to a value."""
@@ -29,18 +27,25 @@ _PREFIX = "Value error, "  # which pydantic puts before the message of a validat
 
 
 def explain(
-    error: ValidationError, data: Mapping[str, Any], origins: Mapping[Place, str], default: str
+    error: ValidationError,
+    kind: type[BaseModel],
+    data: Mapping[str, Any],
+    origins: Mapping[Place, str],
+    default: str,
 ) -> list[str]:
-    """One line for each fault; `origins` has a prefix (file and line) for places, `default` for the rest."""
+    """One line for each fault of data that was to be a `kind`.
+
+    `origins` has a prefix (file and line) for places, `default` for the rest.
+    """
     messages: dict[Place, str] = {}
     for detail in error.errors(include_url=False):
         if detail["type"] != "conflict":
             place = _place(detail["loc"], data)
-            messages.setdefault(place, _message(place, detail, data))  # a union has one error a member
+            messages.setdefault(place, _message(place, detail, data, kind))  # a union has one error a member
     deepest = {place for place in messages if not any(_is_within(other, place) for other in messages)}
     messages = {place: message for place, message in messages.items() if place in deepest}
     faulty = list(messages)
-    for place, message in _second_look(data, faulty):
+    for place, message in _second_look(data, faulty, kind):
         messages.setdefault(place, message)
     return [_origin(place, origins, default) + _line(place, message) for place, message in messages.items()]
 
@@ -94,11 +99,11 @@ def _is_member(part: str | int) -> bool:
     )
 
 
-def _message(place: Place, detail: ErrorDetails, data: Any) -> str:
+def _message(place: Place, detail: ErrorDetails, data: Any, kind: type[BaseModel]) -> str:
     """What was found and what fits at one place."""
-    schema = _schema(place)
+    schema = _schema(place, kind)
     if detail["type"] == "extra_forbidden" or schema is None:
-        return _unknown_key(place)
+        return _unknown_key(place, kind)
     if detail["type"] == "value_error":
         return detail["msg"].removeprefix(_PREFIX)
     if detail["type"] == "missing":
@@ -110,15 +115,15 @@ def _message(place: Place, detail: ErrorDetails, data: Any) -> str:
     return f"{message}; did you mean {near[0]}?" if near else message
 
 
-def _unknown_key(place: Place) -> str:
+def _unknown_key(place: Place, kind: type[BaseModel]) -> str:
     """A key that does not exist: the nearest one, or the section where one of that name is."""
     key = str(place[-1])
-    known = _keys_of(_schema(place[:-1]) or {})
+    known = _keys_of(_schema(place[:-1], kind) or {})
     if near := difflib.get_close_matches(key, known, n=1):
         return f"no such key; did you mean {near[0]}?"
     homes = [
-        f"{section}.{key}" for section, field in _root()["properties"].items()
-        if key in _resolve(field).get("properties", {})
+        f"{section}.{key}" for section, field in schema_of(kind)["properties"].items()
+        if key in field.get("properties", {})
     ]  # fmt: skip
     if homes:
         return f"no such key here; did you mean {' or '.join(homes)}?"
@@ -127,11 +132,12 @@ def _unknown_key(place: Place) -> str:
 
 def _keys_of(schema: Schema) -> list[str]:
     """The keys that a schema, or a member of it, has."""
-    members = map(_resolve, schema.get("anyOf", [schema]))
-    return [key for member in members for key in member.get("properties", {})]
+    return [key for member in schema.get("anyOf", [schema]) for key in member.get("properties", {})]
 
 
-def _second_look(data: Mapping[str, Any], faulty: Sequence[Place]) -> list[tuple[Place, str]]:
+def _second_look(
+    data: Mapping[str, Any], faulty: Sequence[Place], kind: type[BaseModel]
+) -> list[tuple[Place, str]]:
     """What does not fit together in the rest of the data: such checks run only once each value is fine.
 
     Faulty places are left out; a check that has to do with one of them would judge a default, so what
@@ -142,7 +148,7 @@ def _second_look(data: Mapping[str, Any], faulty: Sequence[Place]) -> list[tuple
     for place in sorted(faulty, key=len, reverse=True):
         _remove(rest, place)
     try:
-        RunConfig.model_validate_json(json.dumps(rest), strict=True)
+        kind.model_validate_json(json.dumps(rest), strict=True)
     except ValidationError as error:
         details = error.errors()
     else:
@@ -162,7 +168,7 @@ def _second_look(data: Mapping[str, Any], faulty: Sequence[Place]) -> list[tuple
         if not any(place[: len(section)] == section and str(place[-1]) in message for place in faulty):
             found.append((section, message))
     if sections:
-        found += _second_look(rest, [*faulty, *(section for section, _ in sections)])
+        found += _second_look(rest, [*faulty, *(section for section, _ in sections)], kind)
     return found
 
 
@@ -188,35 +194,44 @@ def _remove(data: Any, place: Place) -> None:
 
 
 @cache
-def _root() -> Schema:
-    return RunConfig.model_json_schema()
+def schema_of(kind: type[BaseModel]) -> Schema:
+    """The JSON schema of a specification with every reference written out."""
+    schema = kind.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def written_out(part: Any) -> Any:
+        if isinstance(part, list):
+            return [written_out(item) for item in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            name = part["$ref"].rsplit("/", 1)[-1]
+            return {**written_out(definitions[name]), **{k: v for k, v in part.items() if k != "$ref"}}
+        return {key: written_out(value) for key, value in part.items()}
+
+    whole: Schema = written_out(schema)
+    return whole
 
 
-def _resolve(schema: Schema) -> Schema:
-    """Follow a reference into the definitions."""
-    while "$ref" in schema:
-        schema = _root()["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
-    return schema
-
-
-def _schema(place: Place) -> Schema | None:
+def _schema(place: Place, kind: type[BaseModel]) -> Schema | None:
     """The part of the schema that describes a place, or None where the schema knows no such place."""
-    schemas = [_root()]
+    schemas = [schema_of(kind)]
     for part in place:
         below: list[Schema] = []
-        for schema in map(_resolve, schemas):
-            for member in map(_resolve, schema.get("anyOf", [schema])):
+        for schema in schemas:
+            for member in schema.get("anyOf", [schema]):
                 if isinstance(part, int) and "items" in member:
                     below.append(member["items"])
                 elif part in member.get("properties", {}):
                     below.append(member["properties"][part])
+                elif isinstance(member.get("additionalProperties"), Mapping):
+                    below.append(member["additionalProperties"])
         schemas = below
-    return _resolve(schemas[0]) if schemas else None
+    return schemas[0] if schemas else None
 
 
 def _choices(schema: Schema) -> list[str]:
     """The names that a schema allows, if it allows any."""
-    schema = _resolve(schema)
     if "pattern" in schema:
         return str(schema["pattern"]).strip("^$()").split("|")
     found = [schema["const"]] if "const" in schema else list(schema.get("enum", []))
@@ -225,7 +240,6 @@ def _choices(schema: Schema) -> list[str]:
 
 def fits(schema: Schema) -> str:
     """What a schema allows, in words: `a whole number, at least 1`."""
-    schema = _resolve(schema)
     if "anyOf" in schema:
         one = ", or ".join(fits(member) for member in schema["anyOf"] if "items" not in member)
         lists = [member for member in schema["anyOf"] if "items" in member]

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -20,6 +20,9 @@ from splitft.config.faults import Place, explain
 from splitft.config.run import RunConfig
 from splitft.errors import ConfigError
 from splitft.methods import METHODS, filled, taken_over
+from splitft.specs import Spec
+
+S = TypeVar("S", bound=Spec)
 
 FLOAT = (
     "tag:yaml.org,2002:float",
@@ -58,18 +61,43 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError with one line for each fault, each with the file's line where it has one.
     """
-    path = Path(path)
+    data, lines = _read(Path(path), "`splitft init`")
+    return _check(data, _origins(path, lines), f"{path}: ", overrides)
+
+
+def load_spec(path: Path | str, kind: type[S], written_by: str) -> S:
+    """Read a file that holds one specification and nothing else; `written_by` is the command that makes one.
+
+    Raises ConfigError as `load` does.
+    """
+    data, lines = _read(Path(path), written_by)
+    plain = _plain(
+        {key: {} if value is None and _is_section(key, kind) else value for key, value in data.items()}
+    )
+    try:
+        return kind.model_validate_json(json.dumps(plain), strict=True)
+    except ValidationError as error:
+        faults = explain(error, kind, plain, _origins(path, lines), f"{path}: ")
+        raise ConfigError("\n".join(faults)) from error
+
+
+def _read(path: Path, written_by: str) -> tuple[dict[str, Any], dict[Place, int]]:
+    """The mapping in a YAML file, and the line of every key in it."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file in UTF-8; give a YAML configuration") from error
     except OSError as error:
         advice = (
-            "write one with `splitft init`" if isinstance(error, FileNotFoundError) else "give a YAML file"
+            f"write one with {written_by}" if isinstance(error, FileNotFoundError) else "give a YAML file"
         )
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); {advice}") from error
-    data, lines = _parse(text, str(path))
-    return _check(data, {key: f"{path}:{line}: " for key, line in lines.items()}, f"{path}: ", overrides)
+    return _parse(text, str(path))
+
+
+def _origins(path: Path | str, lines: Mapping[Place, int]) -> dict[Place, str]:
+    """Where each key stands, as a prefix of its faults."""
+    return {key: f"{path}:{line}: " for key, line in lines.items()}
 
 
 def from_mapping(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
@@ -119,7 +147,9 @@ def _check(
     data: dict[str, Any], origins: dict[Place, str], default: str, overrides: Sequence[str]
 ) -> RunConfig:
     """Apply overrides and validate; `origins` says where each key stands, as a prefix of its faults."""
-    data = {key: {} if value is None and _is_section(key) else value for key, value in data.items()}
+    data = {
+        key: {} if value is None and _is_section(key, RunConfig) else value for key, value in data.items()
+    }
     faults, overridden = [], list[str]()
     for override in overrides:
         try:
@@ -136,7 +166,7 @@ def _check(
     try:
         config = RunConfig.model_validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
-        faults += explain(error, plain, origins, default)
+        faults += explain(error, RunConfig, plain, origins, default)
     if faults:
         raise ConfigError("\n".join(faults))
     return config
@@ -184,5 +214,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _is_section(key: object) -> bool:
-    return isinstance(key, str) and key in RunConfig.model_fields and key not in ("method", "seed")
+def _is_section(key: object, kind: type[Spec]) -> bool:
+    """Whether a key holds a section, which is as good as left out where nothing stands in it."""
+    field = kind.model_fields.get(key) if isinstance(key, str) else None
+    return field is not None and isinstance(field.default, Spec)

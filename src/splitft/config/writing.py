@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from splitft.config.faults import fits
+from splitft.config.faults import fits, schema_of
 from splitft.config.reading import FLOAT
 from splitft.config.run import RunConfig
+from splitft.specs import Spec
 
 _WIDTH = 100
 
@@ -50,23 +51,28 @@ def json_schema() -> dict[str, Any]:
 
 def template(config: RunConfig | None = None) -> str:
     """A commented configuration: each key with its meaning and what fits, with the values of `config`."""
-    return _OPENING + _section(config or RunConfig(), "", json_schema())
+    return commented(config or RunConfig(), _OPENING)
+
+
+def commented(spec: Spec, opening: str) -> str:
+    """Any specification as a commented file: each key with its meaning and what fits."""
+    return opening + _section(spec, "", schema_of(type(spec)))
 
 
 def _section(spec: BaseModel, indent: str, schema: Mapping[str, Any]) -> str:
     """The lines of one section and the sections in it."""
-    known = schema if isinstance(spec, RunConfig) else schema["$defs"][type(spec).__name__]
     plain = spec.model_dump(mode="json")
     text = ""
     for key, field in type(spec).model_fields.items():
-        text += "\n" if isinstance(spec, RunConfig) else ""
+        text += "\n" if not indent else ""
         text += _comment(field.description or "", indent)
-        value = getattr(spec, key)
+        value, known = getattr(spec, key), schema["properties"][key]
         if isinstance(value, BaseModel):
-            text += f"{indent}{key}:\n" + _section(value, indent + "  ", schema)
+            inner = next((one for one in known.get("anyOf", [known]) if "properties" in one), known)
+            text += f"{indent}{key}:\n" + _section(value, indent + "  ", inner)
         else:
             line = _yaml({key: plain[key]}).rstrip("\n")
-            choices = fits(known["properties"][key])
+            choices = fits(known)
             if len(line := f"{indent}{line}  # {choices}") > _WIDTH:
                 text += _comment(f"Give {choices}.", indent)
                 line = line.removesuffix(f"  # {choices}")
