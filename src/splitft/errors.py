@@ -13,6 +13,7 @@
     ├── RunError           a run folder that cannot be used, resumed or written
     ├── MethodError        a method that cannot run as configured
     └── DeployError        a federation that cannot be set up, reached or kept running
+        ├── ForbiddenError the data owner's own file forbids what the run asks of its site
         ├── CarrierError   a message could not be carried: the other side is away, or the time is up
         └── PausedError    too few sites are there to go on with the round
 
@@ -73,6 +74,10 @@ class MethodError(SplitftError):
 
 class DeployError(SplitftError):
     """A federation cannot be set up, reached or kept running."""
+
+
+class ForbiddenError(DeployError):
+    """What a run asks of a site is forbidden by its data owner; the message says each reason."""
 
 
 class CarrierError(DeployError):

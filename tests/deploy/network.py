@@ -15,9 +15,10 @@ from splitft.deploy.desk import Desk
 from splitft.deploy.envelope import Envelope
 from splitft.deploy.gathering import Gathering
 from splitft.deploy.keeping import Keeping
+from splitft.deploy.site import Guard
 from splitft.deploy.visit import Visit
 from splitft.errors import DeployError
-from splitft.protocol import Hello
+from splitft.protocol import BaseFile, Hello
 from splitft.runtime import RunState, train_rounds
 from splitft.specs import DeploySpec
 from splitft.wire import open_frame
@@ -74,6 +75,8 @@ def deployed(
     carriers: Mapping[str, Callable[[Carrier], Carrier]] | None = None,
     spec: DeploySpec = SPEC,
     impostors: Mapping[str, Callable[[Desk, Prepared], None]] | None = None,
+    guards: Mapping[str, Guard] | None = None,
+    manifest: tuple[BaseFile, ...] = (),
 ) -> Outcome:
     """All rounds over a network of threads; `carriers` wrap a site's own, `impostors` play a site by hand."""
     carriers, impostors = carriers or {}, impostors or {}
@@ -88,6 +91,7 @@ def deployed(
             visit = Visit(
                 hello(client.name), carrier, LINK, prepared.terms, LIMIT,
                 lambda cut, client=client: client, Keeping(None), patience_s=30, alive_every_s=0.3,
+                guard=(guards or {}).get(client.name),
             )  # fmt: skip
             target, arguments = _dying_quietly(visit.run), ()
         threads.append(threading.Thread(target=target, args=arguments, daemon=True))
@@ -97,7 +101,9 @@ def deployed(
     while any(desk.silence_s(name) > 1e9 for name in names) and time.monotonic() < until:
         desk.take(0, 0.01)
     state = prepared.initial()
-    gathering = Gathering(desk, prepared.server, prepared.ranks, spec, state, {}, outcome.events.append)
+    gathering = Gathering(
+        desk, prepared.server, prepared.ranks, spec, state, {}, outcome.events.append, manifest
+    )
     try:
         outcome.state = train_rounds(
             state, prepared.server, gathering, prepared.ranks, prepared.config.training,

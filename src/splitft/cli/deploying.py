@@ -1,4 +1,4 @@
-"""Verbs of a federation on real machines: splitft deploy poc, provision, start, submit and others."""
+"""Verbs of a federation on real machines: splitft deploy poc, provision, site, start, submit and others."""
 
 from __future__ import annotations
 
@@ -92,14 +92,47 @@ def provision(
     from splitft.config import load
     from splitft.deploy.flare.kits import provision as make
     from splitft.deploy.parties import site_names
+    from splitft.deploy.site import NAME, site_template
 
     config = load(file, overrides or [])
     kits = make(to, config.deploy.server, config.deploy.port, site_names(config))
+    for site in kits.sites:
+        (kits.of(site) / "local" / NAME).write_text(site_template(), encoding="utf-8")
     typer.echo(f"server   {kits.of(kits.server)}   for {kits.server}, port {config.deploy.port}")
     for site in kits.sites:
         typer.echo(f"site     {kits.of(site)}   for {site} alone: it holds its private key")
     typer.echo(f"admin    {kits.admin}   for who submits runs")
+    typer.echo(f"Each data owner fills in local/{NAME} of its kit: its text, its machine, what may leave")
     typer.echo("On each machine: splitft deploy start KIT; then: splitft deploy submit FILE --kit ADMIN-KIT")
+
+
+def site(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it, or what to check.")],
+    check: Annotated[bool, typer.Option("--check", help="Check a file that is there.")] = False,
+    run: Annotated[Path | None, typer.Option(help="With --check: a run to hold it against.")] = None,
+) -> None:
+    """A data owner's own file: write a commented one, or check one, alone or against a run."""
+    from splitft.config import load
+    from splitft.deploy.site import load_site, refusals, site_template
+
+    if not check:
+        if run is not None:
+            raise DeployError("--run is held against a file that is there; give --check too")
+        if file.exists():
+            raise DeployError(f"{file} exists already; give another name, or --check it")
+        file.write_text(site_template(), encoding="utf-8")
+        typer.echo(f"wrote {file}; put it into local/ of the site's kit")
+        return
+    own = load_site(file)
+    found = [] if run is None else refusals(own, load(run), None)
+    if found:
+        raise DeployError("this site would decline:\n" + "\n".join(found))
+    typer.echo(
+        f"{file} can be read" + ("" if run is None else f", and {run} asks for nothing that it forbids")
+    )
+
+
+deploy.command()(tidy(site))
 
 
 @deployed

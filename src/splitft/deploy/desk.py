@@ -25,6 +25,7 @@ from splitft.protocol import (
     Activations,
     AdapterUpload,
     Alive,
+    Declined,
     Evaluation,
     HeadGradient,
     Hello,
@@ -51,7 +52,7 @@ STEP_ANSWER_S = 3600.0
 """A step's answer is due in this time; the round's own deadline comes much earlier."""
 
 FROM_CLIENTS = (
-    Hello, Next, Alive, RoundReady, Activations, HeadGradient, AdapterUpload, Evaluation,
+    Hello, Declined, Next, Alive, RoundReady, Activations, HeadGradient, AdapterUpload, Evaluation,
 )  # fmt: skip
 """What a client may say at all."""
 

@@ -11,6 +11,7 @@ given up (PausedError), and the last finished round is where the run goes on.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +25,9 @@ from splitft.geometry import Span
 from splitft.protocol import (
     Activations,
     AdapterUpload,
+    BaseFile,
     CutGradient,
+    Declined,
     Evaluate,
     Evaluation,
     GlobalAdapters,
@@ -49,6 +52,8 @@ M = TypeVar("M", bound=Message)
 TICK_S = 0.5
 """How often silence and deadlines are looked at."""
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class _Underway:
@@ -71,10 +76,11 @@ class Gathering:
         state: RunState,
         steps: Mapping[str, int],
         listener: Listener,
+        manifest: tuple[BaseFile, ...] = (),
     ) -> None:
-        """Go on from `state`, of which no site knows yet."""
+        """Go on from `state`, of which no site knows yet; `manifest` is of the base model as it is here."""
         self._desk, self._server, self._ranks, self._spec = desk, server, ranks, spec
-        self._listener = listener
+        self._listener, self._manifest = listener, manifest
         self.steps = dict.fromkeys(desk.sites, 0) | dict(steps)
         """Optimizer steps of each site that count."""
         self._state = state
@@ -83,6 +89,7 @@ class Gathering:
         self._global = state.adapters  # whose shapes every upload is held against
         self._stale = set(desk.sites)  # who does not know where the run is
         self._out: set[str] = set()  # lost, and not heard since
+        self._declined: set[str] = set()  # whose data owner forbids what is asked
         self._done: dict[str, int] = {}  # steps finished in this round
         self._underway: dict[str, _Underway] = {}
 
@@ -188,6 +195,8 @@ class Gathering:
             for arrival in self._desk.take(self._spec.window_ms / 1000, TICK_S):
                 if isinstance(arrival, Fault):
                     self._refuse(arrival.site, arrival.error)
+                elif isinstance(arrival.message, Declined):
+                    self.decline(arrival.site, arrival.message.reason)
                 elif arrival.stale or isinstance(arrival.message, Hello) or arrival.site not in waiting:
                     self._put_off(arrival)
                 elif isinstance(arrival.message, Activations | HeadGradient):
@@ -336,10 +345,20 @@ class Gathering:
 
     # --- who is there -----------------------------------------------------------------------------
 
+    def decline(self, site: str, reason: str) -> None:
+        """A site's data owner forbids what is asked: it takes no part in this link any more."""
+        if site not in self._declined:
+            self._declined.add(site)
+            self._drop(site)
+            self._note(site, "declined", reason)
+            logger.warning("%s declines: %s", site, reason)
+
     def _reachable(self, names: Iterable[str]) -> list[str]:
         """Those of whom something was heard lately; who was lost is back with that."""
         there = []
         for name in names:
+            if name in self._declined:
+                continue
             if self._desk.silence_s(name) > self._spec.silence_s:
                 if name not in self._out and name not in self._stale:
                     self._lose(name, "nothing was heard of it")
@@ -363,6 +382,7 @@ class Gathering:
                 cut=cut,
                 steps=self.steps[site],
                 adapters=self._state.adapters.within(Span(0, cut)),
+                manifest=self._manifest,
             ),
         )
         self._stale.discard(site)
@@ -395,5 +415,7 @@ class Gathering:
     def _answer_refused(self, arrival: Arrival, error: SplitftError) -> None:
         arrival.reply(Refused(error=type(error).__name__, reason=str(error)[:2000]))
 
-    def _note(self, site: str, state: Literal["lost", "refused", "late", "back"], reason: str) -> None:
+    def _note(
+        self, site: str, state: Literal["lost", "refused", "late", "back", "declined"], reason: str
+    ) -> None:
         self._listener(SiteChanged(round=self._number, site=site, state=state, reason=reason))

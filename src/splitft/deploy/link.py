@@ -24,9 +24,9 @@ from splitft.assemble.training import stopping
 from splitft.deploy.board import Board
 from splitft.deploy.desk import Arrival, Desk
 from splitft.deploy.gathering import Gathering
-from splitft.deploy.parties import Common, ServerParty, open_server, site_names
+from splitft.deploy.parties import Common, ServerParty, open_server, site_names, unfit
 from splitft.errors import PausedError
-from splitft.protocol import Hello
+from splitft.protocol import Declined, Hello
 from splitft.runtime import RunState, train_rounds
 from splitft.runtime.checkpoint import Snapshot, save_snapshot
 from splitft.tracking.events import (
@@ -38,6 +38,7 @@ from splitft.tracking.events import (
     RunDone,
     RunResumed,
     RunStarted,
+    SiteChanged,
     Warned,
 )
 from splitft.tracking.summary import write_summary
@@ -63,6 +64,7 @@ class ServerLink:
         )
         self.board = Board(everyone, common.config.training.rounds)
         self._back = Flag()
+        self._declined: dict[str, str] = {}  # sites whose data owners forbid what is asked, and why
 
     def make_room(self) -> None:
         """End the link after the round that is underway, so that who is back can join the next."""
@@ -96,6 +98,7 @@ class ServerLink:
             hellos = self._greet()
             if len(hellos) < config.deploy.min_clients:
                 done = 0 if snapshot is None else snapshot.state.round
+                self._tell_declined(listener, done)
                 return self._end(listener, done, "paused", f"{len(hellos)} sites said hello")
             party = open_server(self._common, hellos)
             try:
@@ -111,12 +114,25 @@ class ServerLink:
     def _greet(self) -> dict[str, Hello]:
         """Wait until every site that is reached has read its text; who takes too long is left out."""
         found: dict[str, Hello] = {}
+        config, blocks = self._common.config, self._common.model.shape.blocks
         until = time.monotonic() + self._common.config.deploy.join_s
-        while len(found) < len(self._present) and time.monotonic() < until:
+        while len(found) + len(self._declined) < len(self._present) and time.monotonic() < until:
             for arrival in self.desk.take(0, 0.5):
-                if isinstance(arrival, Arrival) and isinstance(arrival.message, Hello):
-                    found[arrival.site] = arrival.message
+                if not isinstance(arrival, Arrival):
+                    continue
+                if isinstance(arrival.message, Declined):
+                    self._declined[arrival.site] = arrival.message.reason
+                elif isinstance(arrival.message, Hello):
+                    if reason := unfit(config, blocks, arrival.site, arrival.message):
+                        self._declined[arrival.site] = reason
+                    else:
+                        found[arrival.site] = arrival.message
         return {name: found[name] for name in self._present if name in found}
+
+    def _tell_declined(self, listener: Listener, number: int) -> None:
+        for site, reason in self._declined.items():
+            logger.warning("%s declines: %s", site, reason)
+            listener(SiteChanged(round=number, site=site, state="declined", reason=reason))
 
     def _train(
         self, party: ServerParty, here: tuple[str, ...], snapshot: Snapshot | None, listener: Listener
@@ -131,7 +147,11 @@ class ServerLink:
         names = [name for name in here if name in party.cuts]
         absent = tuple(name for name in site_names(config) if name not in names)
         listener(LinkStarted(round=state.round + 1, sites=tuple(names), absent=absent))
-        gathering = Gathering(self.desk, party.server, common.ranks, config.deploy, state, steps, listener)
+        self._declined.update(party.left_out)
+        self._tell_declined(listener, state.round)
+        gathering = Gathering(
+            self.desk, party.server, common.ranks, config.deploy, state, steps, listener, party.manifest
+        )
 
         def save(state: RunState) -> None:
             whole = replace(state, cuts={**away, **state.cuts})

@@ -21,12 +21,17 @@ from splitft.assemble.parties import gather
 from splitft.assemble.quiet import quiet
 from splitft.config import RunConfig
 from splitft.data.text import BatchStream
-from splitft.errors import DeployError
+from splitft.deploy.manifest import manifest_of
+from splitft.deploy.site import Guard, at_site, refusals
+from splitft.errors import DeployError, ForbiddenError
 from splitft.geometry import Span
 from splitft.model import Model, open_model
-from splitft.protocol import Hello, Terms
+from splitft.protocol import BaseFile, Hello, Terms
 from splitft.runtime import Client, Server
 from splitft.runtime.ranks import Ranks
+from splitft.schedule.memory import client_memory
+from splitft.schedule.profile import GB, Device
+from splitft.specs import DeviceSpec, SiteSpec
 from splitft.tracking.events import ClientFacts
 
 RULES = ("factors", "zero-pad", "svd")
@@ -35,6 +40,8 @@ LEARNING = ("temporal", "principal")
 """Codecs whose two ends must remember the same."""
 HEADER_BYTES = 2**21
 """Room for the headers of a message."""
+MOST_MEMORY_GB = 1e9
+"""What a machine is said to have of which nobody said anything."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class SiteParty:
     hello: Hello
     open_client: Callable[[int], Client]
     """Its client at a cut; loads the blocks."""
+    guard: Guard
+    """What its data owner forbids."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,10 @@ class ServerParty:
     pace: Pace
     cuts: dict[str, int]
     facts: tuple[ClientFacts, ...]
+    manifest: tuple[BaseFile, ...]
+    """Files of the base model as they are here."""
+    left_out: dict[str, str]
+    """Sites that have said Hello and fit at no cut, and why."""
 
 
 def site_names(config: RunConfig) -> tuple[str, ...]:
@@ -116,14 +129,32 @@ def common_of(config: RunConfig) -> Common:
     )
 
 
-def open_site(config: RunConfig, name: str) -> SiteParty:
-    """Read the site's text. Raises a SplitftError that says what to mend."""
-    with quiet():
-        common, gathered = common_of(config), gather(config)
+def open_site(config: RunConfig, name: str, site: SiteSpec | None = None) -> SiteParty:
+    """Read the site's text. Raises a SplitftError that says what to mend.
+
+    `site` is what its data owner fixes; raises ForbiddenError if the run asks for what that forbids.
+    """
     names = site_names(config)
     if name not in names:
         raise DeployError(f"{name} is no site of this run; it has {', '.join(names)} (deploy.sites)")
-    own = gathered.clients[names.index(name)]
+    place = names.index(name)
+    fixed = config.cuts[place] if config.cuts and config.schedule.controller == "fixed" else None
+    if site is not None:
+        if found := refusals(site, config, fixed):
+            raise ForbiddenError("; ".join(found))
+        if site.text.source is not None:
+            config, place = among(config, (name,)), 0
+        config = at_site(config, site)
+    site = site or SiteSpec()
+    with quiet():
+        common, gathered = common_of(config), gather(config)
+        own = gathered.clients[place]
+        machine, memory_at = _machine(config, name, common, own.stream, site)
+    guard = Guard(site, common.model, config.split.labels == "client", memory_at)
+    if fixed is None:
+        guard.check_some_cut_fits()
+    else:
+        guard.check_memory(fixed)
     sizes = own.stream.sizes()
     sequences = sum(one.sequences for one in sizes)
     hello = Hello(
@@ -136,11 +167,13 @@ def open_site(config: RunConfig, name: str) -> SiteParty:
         labelled_per_batch=sum(one.labelled for one in sizes) / len(sizes),
         sequences_per_batch=sequences / len(sizes),
         padded_length=sum(one.sequences * one.longest for one in sizes) / sequences,
+        min_cut=site.bounds.min_cut,
+        device=machine,
     )
 
     def open_client(cut: int) -> Client:
         with quiet():
-            public = public_text(config, gathered.model)
+            public = public_text(config, gathered.model, site.bounds)
             return Client(
                 name,
                 gathered.model,
@@ -150,19 +183,59 @@ def open_site(config: RunConfig, name: str) -> SiteParty:
                 config.training,
                 own.stream,
                 own.held_out,
-                defence_of(config, name, public, secret=True),
+                defence_of(config, name, public, site=site.bounds, secret=True),
             )
 
-    return SiteParty(common, hello, open_client)
+    return SiteParty(common, hello, open_client, guard)
+
+
+def _machine(
+    config: RunConfig, name: str, common: Common, stream: BatchStream, site: SiteSpec
+) -> tuple[dict[str, float], Callable[[int], float]]:
+    """This machine for the server's schedule, where its owner says something of it, and its memory by cut."""
+    if site.machine.device is None and site.machine.memory_gb is None:
+        return {}, lambda cut: 0.0
+    one = among(config, (name,)) if len(site_names(config)) > 1 else config
+    fleet = fleet_of(one, common.model, common.ranks, (name,), [stream])
+    client = fleet.clients[0]
+
+    def memory_at(cut: int) -> float:
+        return client_memory(fleet.job, client, cut).total
+
+    return _told(client.device, site.machine.memory_gb), memory_at
+
+
+def _told(device: Device, budget_gb: float | None) -> dict[str, float]:
+    """A machine in the numbers of `DeviceSpec`, with no more memory than its owner gives."""
+    return {
+        "block_forward_ms_per_token": device.block_forward_s_per_token * 1e3,
+        "block_backward_ms_per_token": device.block_backward_s_per_token * 1e3,
+        "head_ms_per_token": device.head_s_per_token * 1e3,
+        "memory_gb": min(device.memory_bytes / GB, budget_gb or MOST_MEMORY_GB, MOST_MEMORY_GB),
+        **({"block_overhead_ms": device.block_overhead_s * 1e3} if device.block_overhead_s else {}),
+    }
+
+
+def unfit(config: RunConfig, blocks: int, name: str, hello: Hello) -> str | None:
+    """Why a site that has said Hello cannot take part, if its data owner's shallowest cut rules it out."""
+    place = site_names(config).index(name)
+    if config.cuts and config.schedule.controller == "fixed":
+        deepest, key = config.cuts[place], "clients.cuts"
+    else:
+        deepest, key = config.schedule.max_cut or blocks - 1, "schedule.max_cut"
+    if hello.min_cut <= deepest:
+        return None
+    return f"its data owner allows cuts from {hello.min_cut} on, and this run goes to {deepest} ({key})"
 
 
 def open_server(common: Common, hellos: Mapping[str, Hello]) -> ServerParty:
     """The server for the sites that have said Hello, in the order of the run's sites."""
-    config = among(common.config, tuple(hellos))
+    config = _as_told(among(common.config, tuple(hellos)), hellos)
     told = [cast(BatchStream, _Told(one)) for one in hellos.values()]
     with quiet():
         fleet = fleet_of(config, common.model, common.ranks, tuple(hellos), told)
-        pace, cuts = Pace.begin(config, fleet)
+        pace, cuts = Pace.begin(config, fleet, {name: one.min_cut for name, one in hellos.items()})
+        manifest = manifest_of(common.model)
         deepest = Span(min(cuts.values()), common.model.shape.blocks)
         server = Server(common.model, deepest, common.ranks, config.split, config.training)
     facts = tuple(
@@ -177,7 +250,22 @@ def open_server(common: Common, hellos: Mapping[str, Hello]) -> ServerParty:
         for name, one in hellos.items()
         if name in cuts
     )
-    return ServerParty(server, pace, cuts, facts)
+    left_out = dict(zip((name for name in hellos if name not in cuts), pace.left_out, strict=True))
+    return ServerParty(server, pace, cuts, facts, manifest, left_out)
+
+
+def _as_told(config: RunConfig, hellos: Mapping[str, Hello]) -> RunConfig:
+    """With the machines that data owners have told of; one that fits at no cut does not stop the others."""
+    if not any(one.device for one in hellos.values()):
+        return config
+    given = config.schedule.devices
+    assumed = given if isinstance(given, tuple) else (given,) * len(hellos)
+    devices = tuple(
+        DeviceSpec.model_validate(one.device) if one.device else device
+        for one, device in zip(hellos.values(), assumed, strict=True)
+    )
+    schedule = config.schedule.model_copy(update={"devices": devices, "misfit": "leave-out"})
+    return config.model_copy(update={"schedule": schedule})
 
 
 @dataclass(frozen=True)

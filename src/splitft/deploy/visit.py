@@ -19,9 +19,11 @@ from typing import NoReturn
 from splitft.deploy.carrier import Carrier
 from splitft.deploy.envelope import LANES, Lane
 from splitft.deploy.keeping import Keeping
-from splitft.errors import CarrierError, ProtocolError, SplitftError
+from splitft.deploy.site import Guard
+from splitft.errors import CarrierError, ForbiddenError, ProtocolError, SplitftError
 from splitft.protocol import (
     Alive,
+    Declined,
     Evaluate,
     GlobalAdapters,
     Hello,
@@ -55,6 +57,15 @@ class _LeftError(Exception):
     """The link has ended; says why."""
 
 
+def decline(
+    name: str, reason: str, carrier: Carrier, link: bytes, terms: Terms, frame_limit: int, patience_s: float
+) -> None:
+    """Tell the server that a site takes no part, and why. Raises CarrierError if it cannot be told."""
+    logger.warning("%s declines: %s", name, reason)
+    message = Declined(client=name, reason=reason[:2000])
+    Lane(carrier, link, 0, frame_limit).ask(terms.to_bytes(message), patience_s)
+
+
 class Visit:
     """One site in one link of the chain."""
 
@@ -70,8 +81,13 @@ class Visit:
         patience_s: float,
         alive_every_s: float | None = None,
         seed: int = 0,
+        guard: Guard | None = None,
     ) -> None:
-        """`open_client` makes the client at a cut; after `patience_s` without answer the server is gone."""
+        """`open_client` makes the client at a cut; after `patience_s` without answer the server is gone.
+
+        `guard` holds what its data owner forbids.
+        """
+        self._guard = guard
         self._hello, self._terms, self._open = hello, terms, open_client
         self._name, self._keeping, self._patience_s = hello.client, keeping, patience_s
         self._alive_every_s = alive_every_s
@@ -97,6 +113,10 @@ class Visit:
                 order = self._ask(self._known().upload())
             except CarrierError:
                 raise
+            except ForbiddenError as error:
+                logger.warning("%s declines: %s", self._name, error)
+                self._ask(Declined(client=self._name, reason=str(error)[:2000]))
+                raise _LeftError(f"it declined: {error}") from error
             except SplitftError as error:
                 logger.warning("%s is out of this round: %s", self._name, error)
                 if not isinstance(error, RefusedError):
@@ -117,6 +137,8 @@ class Visit:
             return asks
         client = self._known()
         if isinstance(order, RoundStart):
+            if self._guard is not None:
+                self._guard.move(order.cut)
             return client.start(order)
         if isinstance(order, Train):
             for _ in range(order.steps):
@@ -134,6 +156,8 @@ class Visit:
 
     def _join(self, order: Join) -> None:
         """Take up the run where it is."""
+        if self._guard is not None:
+            self._guard.join(order.cut, order.manifest)
         if self._client is None:
             self._client = self._open(order.cut)
         moments = self._keeping.moments_of(order.round, order.steps)

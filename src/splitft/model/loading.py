@@ -85,6 +85,11 @@ class Checkpoint:
                 tensors.update((name, shard.get_tensor(key)) for name, key in wanted)
         return tensors
 
+    def files(self, names: Iterable[str]) -> list[str]:
+        """The files that hold these tensors, sorted; names that the checkpoint lacks are in none."""
+        keys = map(self._key_for, names)
+        return sorted({self._file_of[key] for key in keys if key is not None})
+
     def _key_for(self, name: str) -> str | None:
         bare = (name.removeprefix(prefix) for prefix in self.prefixes if name.startswith(prefix))
         longer = (prefix + name for prefix in self.prefixes)

@@ -17,6 +17,8 @@ from splitft.protocol.messages import (
 )
 from splitft.protocol.orders import (
     Alive,
+    BaseFile,
+    Declined,
     Evaluate,
     Hello,
     Join,
@@ -34,7 +36,9 @@ __all__ = [
     "Activations",
     "AdapterUpload",
     "Alive",
+    "BaseFile",
     "CutGradient",
+    "Declined",
     "Evaluate",
     "Evaluation",
     "GlobalAdapters",

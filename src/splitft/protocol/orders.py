@@ -1,7 +1,7 @@
 """How a client that comes and goes is told what to do: the frame around the conversation of `messages`.
 
     client                                    server
-      Hello        its work in numbers  ---->
+      Hello        its work in numbers  ---->          or Declined: its data owner forbids what is asked
                                         <----  Join            cut, step, global factors: where the run is
       Next         what is to do?       ---->
                                         <----  Wait, RoundStart, Train, GlobalAdapters, Evaluate, Leave
@@ -15,7 +15,7 @@ server answers, so that a client needs outbound connections only, and may fall s
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
@@ -38,6 +38,27 @@ class Hello(Message):
     sequences_per_batch: Positive
     padded_length: Positive
     """Mean over its sequences of the longest in their batch."""
+    min_cut: Length = 1
+    """Shallowest cut that its data owner allows."""
+    device: dict[str, Positive] = {}
+    """What its data owner says of the machine, as `DeviceSpec` has it; empty for what the run assumes."""
+
+
+class Declined(Message):
+    """Client: my data owner forbids what this run asks; I take no part in this link."""
+
+    client: Name
+    reason: Annotated[str, Field(max_length=2000)]
+
+
+class BaseFile(NamedTuple):
+    """One file of the frozen base model."""
+
+    name: Annotated[str, Field(max_length=256)]
+    size: Count
+    """Bytes."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of the file; of a configuration, of what it says of the model."""
 
 
 class Join(Message):
@@ -50,6 +71,8 @@ class Join(Message):
     """Optimizer steps of yours that count."""
     adapters: AdapterState = AdapterState()
     """Global factors of blocks [0, cut); none before the first round, when both sides make them alike."""
+    manifest: tuple[BaseFile, ...] = ()
+    """Files of the base model as the server has them; the site loads nothing that differs."""
     ROLES = {"adapters": "adapter"}
 
 
@@ -103,5 +126,5 @@ class Leave(Message):
 
 
 ORDERS: tuple[type[Message], ...] = (
-    Hello, Join, Next, Alive, Wait, Train, Evaluate, Stop, Refused, Leave,
+    Hello, Declined, Join, Next, Alive, Wait, Train, Evaluate, Stop, Refused, Leave,
 )  # fmt: skip

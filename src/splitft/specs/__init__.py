@@ -9,6 +9,7 @@ from splitft.specs.data import ClientsSpec, DataSpec, ModelSpec, SharesSpec
 from splitft.specs.deploy import DeploySpec
 from splitft.specs.privacy import PrivacySpec, RowDefenceSpec, SiteBoundsSpec, UpdatesSpec
 from splitft.specs.schedule import ChangeSpec, DeviceName, DeviceSpec, LinkName, LinkSpec, ScheduleSpec
+from splitft.specs.site import SiteAllowsSpec, SiteMachineSpec, SiteModelSpec, SiteSpec, SiteTextSpec
 from splitft.specs.training import AggregateSpec, LoraSpec, SplitSpec, TrainingSpec
 from splitft.specs.wire import CodecChoice, WireSpec
 
@@ -29,7 +30,12 @@ __all__ = [
     "RowDefenceSpec",
     "ScheduleSpec",
     "SharesSpec",
+    "SiteAllowsSpec",
     "SiteBoundsSpec",
+    "SiteMachineSpec",
+    "SiteModelSpec",
+    "SiteSpec",
+    "SiteTextSpec",
     "Spec",
     "SplitSpec",
     "TrainingSpec",

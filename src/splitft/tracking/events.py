@@ -274,22 +274,24 @@ class LinkStarted(Stamped):
 
 
 class SiteChanged(Stamped):
-    """A site of a deployed run was lost, refused, stopped for being slow, or is back."""
+    """A site of a deployed run was lost, refused, stopped for being slow, has declined, or is back."""
 
     event: Literal["SiteChanged"] = "SiteChanged"
     round: int
     """Round in which it happened; 0 before the first."""
     site: str
     """Who."""
-    state: Literal["lost", "refused", "late", "back"]
-    """`lost`: nothing heard; `refused`: what it sent cannot be; `late`: its finished steps count, no more."""
+    state: Literal["lost", "refused", "late", "back", "declined"]
+    """`lost`: nothing heard; `refused`: what it sent cannot be; `late`: its finished steps count, no more;
+    `declined`: its data owner forbids what the run asks."""
     reason: str
     """What was found."""
 
     @property
     def message(self) -> str:
         """One sentence."""
-        return f"round {self.round}: {self.site} is {self.state}: {self.reason}"
+        verb = "has" if self.state == "declined" else "is"
+        return f"round {self.round}: {self.site} {verb} {self.state}: {self.reason}"
 
 
 class LinkEnded(Stamped):

@@ -34,8 +34,9 @@ from splitft.deploy.flare.times import GIVE_UP_S, STOP_S
 from splitft.deploy.keeping import Keeping
 from splitft.deploy.link import ServerLink
 from splitft.deploy.parties import common_of, open_site
-from splitft.deploy.visit import Visit
-from splitft.errors import SplitftError
+from splitft.deploy.site import NAME, at_site, load_site
+from splitft.deploy.visit import Visit, decline
+from splitft.errors import ForbiddenError, SplitftError
 
 TASK = "splitft"
 STATUS, MAKE_ROOM = "splitft.status", "splitft.make_room"
@@ -138,11 +139,19 @@ class SiteJob(Executor):
     ) -> Shareable:
         """Take part until the link ends."""
         name, workspace = fl_ctx.get_identity_name(), fl_ctx.get_engine().get_workspace()
+        carrier = FlareCarrier(fl_ctx, abort_signal)
         try:
-            party = open_site(self._config, name)
+            file = Path(workspace.get_root_dir()) / "local" / NAME
+            site = load_site(file) if file.is_file() else None
+            try:
+                party = open_site(self._config, name, site)
+            except ForbiddenError as error:
+                common = common_of(self._config if site is None else at_site(self._config, site))
+                decline(name, str(error), carrier, self._secret, common.terms, common.frame_limit, GIVE_UP_S)
+                return make_reply(ReturnCode.OK)
             visit = Visit(
                 party.hello,
-                FlareCarrier(fl_ctx, abort_signal),
+                carrier,
                 self._secret,
                 party.common.terms,
                 party.common.frame_limit,
@@ -151,6 +160,7 @@ class SiteJob(Executor):
                 patience_s=GIVE_UP_S,
                 alive_every_s=self._config.deploy.silence_s / 4,
                 seed=self._config.seed,
+                guard=party.guard,
             )
             logger.info("%s leaves: %s", name, visit.run())
         except SplitftError as error:

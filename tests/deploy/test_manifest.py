@@ -1,0 +1,119 @@
+"""Sites compare the files that they read with the server's, and only those."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+
+from splitft.deploy.manifest import manifest_of, needed, tensor_names, verify
+from splitft.errors import ForbiddenError
+from splitft.geometry import Span
+from splitft.model import open_model
+from splitft.specs import ModelSpec
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, tiny_llama):
+    """The tiny model in many shards."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("sharded")
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(folder, max_shard_size="20KB")
+    return open_model(ModelSpec(name=str(folder), dtype="float32"))
+
+
+def copied(model, to):
+    """The same model elsewhere."""
+    shutil.copytree(model.path, to)
+    return open_model(ModelSpec(name=str(to), dtype="float32"))
+
+
+def files_of_blocks(model, wanted) -> set[str]:
+    """By the index that transformers wrote: an independent way to the same files."""
+    index = json.loads((model.checkpoint.fetch("model.safetensors.index.json")).read_text())["weight_map"]
+    return {
+        file for name, file in index.items()
+        if ".layers." not in name or int(name.split(".layers.")[1].split(".")[0]) in wanted
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_client_needs_the_shards_of_its_blocks_and_no_others(sharded, cut):
+    files = needed(sharded, Span(0, cut), head=True)
+    assert set(files) == files_of_blocks(sharded, range(cut)) | {"config.json"}
+    assert len(files) < len(manifest_of(sharded))
+
+
+def test_a_client_without_the_head_needs_less(sharded):
+    with_head = tensor_names(sharded, Span(0, 1), head=True)
+    without = tensor_names(sharded, Span(0, 1), head=False)
+    assert set(without) < set(with_head)
+    assert any("embed_tokens" in name for name in without)
+    assert not any(name.startswith("model.norm") for name in without)
+
+
+def test_a_segment_reads_no_other_tensors_than_those_foretold(sharded):
+    read: set[str] = set()
+
+    class Listening(type(sharded.checkpoint)):
+        def read(self, names):
+            names = list(names)
+            read.update(names)
+            return super().read(names)
+
+    checkpoint = Listening(sharded.path, sharded.checkpoint.fetch, sharded.checkpoint.prefixes)
+    object.__setattr__(sharded, "checkpoint", checkpoint)
+    sharded.segment(Span(0, 2), embedding=True, head=True)
+    assert read == set(tensor_names(sharded, Span(0, 2), head=True))
+
+
+def test_a_manifest_has_every_file_with_its_hash(sharded):
+    for one in manifest_of(sharded):
+        if one.name != "config.json":
+            data = sharded.checkpoint.fetch(one.name).read_bytes()
+            assert (one.size, one.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_a_file_that_differs_in_one_bit_is_named(sharded, tmp_path):
+    manifest, own = manifest_of(sharded), copied(sharded, tmp_path / "own")
+    names = needed(own, Span(0, 2), head=True)
+    verify(own, names, manifest, None)
+    path = tmp_path / "own" / names[1]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ForbiddenError, match=f"{names[1]} of .* is not the server's"):
+        verify(own, names, manifest, None)
+    others = [name for name in names if name != names[1]]
+    verify(own, others, manifest, None)
+
+
+def test_another_configuration_is_another_model_unless_only_its_writer_differs(sharded, tmp_path):
+    manifest, own = manifest_of(sharded), copied(sharded, tmp_path / "own")
+    path = tmp_path / "own" / "config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({**said, "transformers_version": "0.0"}))
+    verify(own, ["config.json"], manifest, None)
+    path.write_text(json.dumps({**said, "rms_norm_eps": 0.1}))
+    with pytest.raises(ForbiddenError, match=r"config\.json"):
+        verify(own, ["config.json"], manifest, None)
+
+
+def test_only_files_that_the_site_trusts_are_used(sharded):
+    manifest = manifest_of(sharded)
+    names = needed(sharded, Span(0, 1), head=True)
+    trusted = {one.name: one.sha256 for one in manifest}
+    verify(sharded, names, manifest, trusted)
+    with pytest.raises(ForbiddenError, match=f"{names[0]}.* does not list it"):
+        verify(sharded, names, manifest, {})
+    with pytest.raises(ForbiddenError, match=f"{names[0]}.* trusts 000000000000... there"):
+        verify(sharded, names, manifest, {**trusted, names[0]: "0" * 64})
+
+
+def test_a_file_that_the_server_does_not_have_is_named(sharded):
+    names = needed(sharded, Span(0, 1), head=True)
+    with pytest.raises(ForbiddenError, match=names[0]):
+        verify(sharded, names, manifest_of(sharded)[1:], None)
