@@ -159,3 +159,11 @@ def test_a_mapping_from_python_has_the_same_faults_without_lines():
         "seed: found 'one'; give a whole number, at least 0 and below 4294967296",
         "training.rouns: no such key; did you mean rounds?",
     ]
+
+
+def test_a_name_of_a_pattern_is_told_by_an_example(faults):
+    text = "deploy: {sites: [a.b], server: x_y}\nclients: {count: 1, cuts: [1]}"
+    assert faults(text) == [
+        "run.yaml:1: deploy.sites[0]: found 'a.b'; give text such as north-clinic",
+        "run.yaml:1: deploy.server: found 'x_y'; give text such as splitft.example.org",
+    ]

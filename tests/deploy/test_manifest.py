@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from splitft.deploy.manifest import manifest_of, needed, tensor_names, verify
+from splitft.deploy.manifest import Parts, manifest_of, needed, verify
 from splitft.errors import ForbiddenError
 from splitft.geometry import Span
 from splitft.model import open_model
@@ -23,6 +23,10 @@ def sharded(tmp_path_factory, tiny_llama):
     folder = tmp_path_factory.mktemp("sharded")
     AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(folder, max_shard_size="20KB")
     return open_model(ModelSpec(name=str(folder), dtype="float32"))
+
+
+def files_at(model, cut: int) -> tuple[str, ...]:
+    return needed(model, Parts.of(model, head=True), cut)
 
 
 def copied(model, to):
@@ -42,14 +46,14 @@ def files_of_blocks(model, wanted) -> set[str]:
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_a_client_needs_the_shards_of_its_blocks_and_no_others(sharded, cut):
-    files = needed(sharded, Span(0, cut), head=True)
+    files = files_at(sharded, cut)
     assert set(files) == files_of_blocks(sharded, range(cut)) | {"config.json"}
     assert len(files) < len(manifest_of(sharded))
 
 
 def test_a_client_without_the_head_needs_less(sharded):
-    with_head = tensor_names(sharded, Span(0, 1), head=True)
-    without = tensor_names(sharded, Span(0, 1), head=False)
+    with_head = Parts.of(sharded, head=True).at(1)
+    without = Parts.of(sharded, head=False).at(1)
     assert set(without) < set(with_head)
     assert any("embed_tokens" in name for name in without)
     assert not any(name.startswith("model.norm") for name in without)
@@ -67,7 +71,7 @@ def test_a_segment_reads_no_other_tensors_than_those_foretold(sharded):
     checkpoint = Listening(sharded.path, sharded.checkpoint.fetch, sharded.checkpoint.prefixes)
     object.__setattr__(sharded, "checkpoint", checkpoint)
     sharded.segment(Span(0, 2), embedding=True, head=True)
-    assert read == set(tensor_names(sharded, Span(0, 2), head=True))
+    assert read == set(Parts.of(sharded, head=True).at(2))
 
 
 def test_a_manifest_has_every_file_with_its_hash(sharded):
@@ -79,7 +83,7 @@ def test_a_manifest_has_every_file_with_its_hash(sharded):
 
 def test_a_file_that_differs_in_one_bit_is_named(sharded, tmp_path):
     manifest, own = manifest_of(sharded), copied(sharded, tmp_path / "own")
-    names = needed(own, Span(0, 2), head=True)
+    names = files_at(own, 2)
     verify(own, names, manifest, None)
     path = tmp_path / "own" / names[1]
     data = bytearray(path.read_bytes())
@@ -104,7 +108,7 @@ def test_another_configuration_is_another_model_unless_only_its_writer_differs(s
 
 def test_only_files_that_the_site_trusts_are_used(sharded):
     manifest = manifest_of(sharded)
-    names = needed(sharded, Span(0, 1), head=True)
+    names = files_at(sharded, 1)
     trusted = {one.name: one.sha256 for one in manifest}
     verify(sharded, names, manifest, trusted)
     with pytest.raises(ForbiddenError, match=f"{names[0]}.* does not list it"):
@@ -114,6 +118,6 @@ def test_only_files_that_the_site_trusts_are_used(sharded):
 
 
 def test_a_file_that_the_server_does_not_have_is_named(sharded):
-    names = needed(sharded, Span(0, 1), head=True)
+    names = files_at(sharded, 1)
     with pytest.raises(ForbiddenError, match=names[0]):
         verify(sharded, names, manifest_of(sharded)[1:], None)

@@ -232,7 +232,7 @@ def _schema(place: Place, kind: type[BaseModel]) -> Schema | None:
 
 def _choices(schema: Schema) -> list[str]:
     """The names that a schema allows, if it allows any."""
-    if "pattern" in schema:
+    if "pattern" in schema and "examples" not in schema:
         return str(schema["pattern"]).strip("^$()").split("|")
     found = [schema["const"]] if "const" in schema else list(schema.get("enum", []))
     return [*found, *(choice for member in schema.get("anyOf", []) for choice in _choices(member))]
@@ -247,6 +247,8 @@ def fits(schema: Schema) -> str:
         return ", or ".join([one, *many])
     if choices := _choices(schema):
         return " | ".join(choices)
+    if "examples" in schema:
+        return f"text such as {schema['examples'][0]}"
     if schema.get("type") == "array":
         return f"a list of ({fits(schema['items'])})" if "items" in schema else "a list"
     if "properties" in schema:

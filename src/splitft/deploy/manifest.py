@@ -13,11 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from splitft.errors import ForbiddenError, ModelError
-from splitft.geometry import Span
 from splitft.model import Model
 from splitft.model.anatomy import locate
 from splitft.protocol.orders import BaseFile
@@ -27,27 +27,46 @@ WRITTEN_BY_TOOLS = ("transformers_version", "_name_or_path")
 """Keys of a configuration that say who wrote it, and nothing of the model."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Names of the parameters that a client reads."""
+
+    shared: tuple[str, ...]
+    """Whatever its cut: embedding, and the head if it holds it."""
+    blocks: tuple[tuple[str, ...], ...]
+    """Of each block."""
+
+    @classmethod
+    def of(cls, model: Model, *, head: bool) -> Parts:
+        """Those of a model, off its skeleton."""
+        skeleton = model.skeleton()
+        anatomy = locate(skeleton)
+        names = {id(parameter): name for name, parameter in skeleton.named_parameters()}
+
+        def within(modules: Iterable[Any]) -> tuple[str, ...]:
+            return tuple(names[id(parameter)] for module in modules for parameter in module.parameters())
+
+        blocks = tuple(within([block]) for block in anatomy.block_list())
+        elsewhere = {name for block in blocks for name in block}
+        if not head:
+            after = [getattr(anatomy.trunk, name) for name in (anatomy.norm, *anatomy.after) if name]
+            elsewhere |= set(within([*after, *([] if model.shape.tied else [anatomy.head])]))
+        return cls(tuple(name for name in names.values() if name not in elsewhere), blocks)
+
+    def at(self, cut: int) -> list[str]:
+        """Of a client with the blocks [0, cut)."""
+        return [*self.shared, *(name for block in self.blocks[:cut] for name in block)]
+
+
 def manifest_of(model: Model) -> tuple[BaseFile, ...]:
     """Every file of the base that this machine has, with its size and hash."""
-    files = model.checkpoint.files(tensor_names(model, Span(0, model.shape.blocks), head=True))
-    return tuple(described(model, name) for name in (*files, CONFIG))
+    names = needed(model, Parts.of(model, head=True), model.shape.blocks)
+    return tuple(described(model, name) for name in names)
 
 
-def needed(model: Model, span: Span, *, head: bool) -> tuple[str, ...]:
-    """The files that a client with this span reads."""
-    return (*model.checkpoint.files(tensor_names(model, span, head=head)), CONFIG)
-
-
-def tensor_names(model: Model, span: Span, *, head: bool) -> list[str]:
-    """The parameters of a client: embedding, these blocks, and the head if it holds it."""
-    skeleton = model.skeleton()
-    anatomy = locate(skeleton)
-    after = [getattr(anatomy.trunk, name) for name in (anatomy.norm, *anatomy.after) if name]
-    elsewhere = [block for index, block in enumerate(anatomy.block_list()) if index not in span]
-    if not head:
-        elsewhere += [*after, *([] if model.shape.tied else [anatomy.head])]
-    left_out = {id(parameter) for module in elsewhere for parameter in module.parameters()}
-    return [name for name, parameter in skeleton.named_parameters() if id(parameter) not in left_out]
+def needed(model: Model, parts: Parts, cut: int) -> tuple[str, ...]:
+    """The files that a client with this cut reads."""
+    return (*model.checkpoint.files(parts.at(cut)), CONFIG)
 
 
 def described(model: Model, name: str) -> BaseFile:

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from splitft.config import RunConfig, commented, load_spec
 from splitft.data.corpora import EMBEDDED
-from splitft.deploy.manifest import needed, verify
+from splitft.deploy.manifest import Parts, needed, verify
 from splitft.errors import ForbiddenError
-from splitft.geometry import Span
 from splitft.model import Model
 from splitft.protocol.orders import BaseFile
 from splitft.schedule.profile import GB
@@ -95,7 +94,8 @@ class Guard:
         memory_at: Callable[[int], float] = lambda cut: 0.0,
     ) -> None:
         """`head` says whether the client holds the head; `memory_at` foretells bytes at a cut."""
-        self._site, self._model, self._head, self._memory_at = site, model, head, memory_at
+        self._site, self._model, self._memory_at = site, model, memory_at
+        self._parts = Parts.of(model, head=head)
         self._manifest: Sequence[BaseFile] = ()
         self._verified: set[str] = set()
 
@@ -112,9 +112,7 @@ class Guard:
                 f"cut {cut} was asked for; this site takes part from {least} on (bounds.min_cut)"
             )
         self.check_memory(cut)
-        names = [
-            name for name in needed(self._model, Span(0, cut), head=self._head) if name not in self._verified
-        ]
+        names = [name for name in needed(self._model, self._parts, cut) if name not in self._verified]
         verify(self._model, names, self._manifest, self._site.model.trusted)
         self._verified.update(names)
 

@@ -11,7 +11,12 @@ from pydantic import Field, model_validator
 
 from splitft.specs.base import Spec
 
-SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9])?$")]
+SiteName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_-]{0,62}[A-Za-z0-9])?$", examples=["north-clinic"])
+]
+HostName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?$", examples=["splitft.example.org"])
+]
 
 
 class DeploySpec(Spec):
@@ -19,7 +24,7 @@ class DeploySpec(Spec):
 
     sites: tuple[SiteName, ...] | None = None
     """Names of the sites, in the order of `clients.cuts`; null for client-1, client-2 and so on."""
-    server: SiteName = "localhost"
+    server: HostName = "localhost"
     """Host name of the server, as the sites reach it and as its certificate says."""
     port: int = Field(8002, ge=1, le=65535)
     """The one port that the server listens on; sites only open connections, to this one."""

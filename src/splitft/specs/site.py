@@ -17,7 +17,7 @@ CodecName = Literal[
     "fp64", "fp32", "bf16", "fp8", "int8", "int4", "int2", "topk", "bounded", "temporal", "principal"
 ]
 """A codec by its name alone; its options are the run's."""
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", examples=["9f86d081... (64 hexadecimal digits)"])]
 
 
 class SiteTextSpec(Spec):
