@@ -222,7 +222,7 @@ def _begin(
             snapshot.client_moments.get(client.name, {}),
             state.folded.within(span),
         )
-        prepared.server.own_from_client(client.name, own.within(Span(cut, prepared.model.shape.blocks)))
+        prepared.server.kept.own_from_client(client.name, own.within(Span(cut, prepared.model.shape.blocks)))
     prepared.server.moments.update(snapshot.server_moments)
     prepared.server.place(state.cuts)
     return state
@@ -269,6 +269,6 @@ def _own(prepared: Prepared, state: RunState) -> dict[str, AdapterState]:
         return {}
     start = state.adapters.only("B")
     return {
-        client.name: start.updated(client.own()).updated(server.own.get(client.name, AdapterState()))
+        client.name: start.updated(client.own()).updated(server.kept.own.get(client.name, AdapterState()))
         for client in prepared.clients
     }

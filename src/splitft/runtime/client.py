@@ -14,16 +14,14 @@ hidden states and gradients before they leave is `privacy.Defence`'s; adapters o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from splitft.adapters import AdapterState, LocalOptimizer, Moments, attach, merged, moments_within
+from splitft.adapters import AdapterState, LocalOptimizer, Moments, moments_within
 from splitft.data.text import Batch, BatchStream
-from splitft.errors import ProtocolError, RunError
-from splitft.geometry import Plan, Side, Span
+from splitft.errors import ProtocolError
+from splitft.geometry import Plan, Side
 from splitft.model import Model, loss_and_gradient, pack, summed_loss
 from splitft.privacy.defence import Defence
 from splitft.privacy.noise import Noise
@@ -41,20 +39,10 @@ from splitft.protocol import (
     RoundStart,
     expect,
 )
+from splitft.runtime.holding import Holding
 from splitft.runtime.ranks import Ranks
+from splitft.runtime.underway import Underway, check_finite
 from splitft.specs import PrivacySpec, TrainingSpec
-
-SLOT = "own"
-"""The one set of factors that a client has."""
-
-
-@dataclass(frozen=True)
-class _Underway:
-    """A batch whose hidden states have left and whose gradient has not come back."""
-
-    batch: Batch
-    hidden: torch.Tensor
-    """(N, D) at the cut, as it leaves, with its graph if it is trained on."""
 
 
 class Client:
@@ -79,26 +67,25 @@ class Client:
         """
         self.name = name
         self._defence = defence or Defence(PrivacySpec(), Noise(ranks.seed, name))
-        self.plan = Plan(cut, model.shape.blocks, labels)
         self.steps = 0
         """Optimizer steps taken, over the whole run."""
         self._ranks, self._training = ranks, training
         self._stream, self._held_out, self._numbered = stream, tuple(held_out), numbered
-        self.segment = model.segment(self.plan.client, embedding=True, head=labels == "client")
-        self._bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype, ranks.gain)
-        dtype = torch.promote_types(model.dtype, torch.float32)
-        sizes = {key: size for key, size in self._bank.sizes.items() if key[0] in self.plan.client}
-        # the factors of the blocks held here, at the global ranks, and what is folded into their base
-        self._known, self._folded = ranks.start(sizes, dtype), AdapterState()
-        self._dtype = dtype
-        self._bank.put(SLOT, self._known)
+        plan = Plan(cut, model.shape.blocks, labels)
+        self._holding = Holding(name, model, plan, ranks, self._defence.privacy.private_blocks)
+        self.segment, self._bank = self._holding.segment, self._holding.bank
         self._moments: Moments = {}
         self._optimizer: LocalOptimizer | None = None
-        self._underway: _Underway | None = None
+        self._underway: Underway | None = None
         self._graded = False  # whether the head has answered for the batch underway
         self._round = 0
         self._tokens = 0  # labelled, trained on in this round without a server
         self._evaluated = (0.0, 0)
+
+    @property
+    def plan(self) -> Plan:
+        """Who holds which blocks now."""
+        return self._holding.plan
 
     @property
     def whole(self) -> bool:
@@ -112,31 +99,14 @@ class Client:
         expect(message, RoundStart)
         assert isinstance(message, RoundStart)
         self._defence.check_cut(message.cut)
-        span = Plan(message.cut, self.plan.blocks, self.plan.labels).client
-        left = self.plan.client.minus(span)
-        given_up = moments_within(self._moments, left)
-        own = self.own().within(left)
-        known = self._known.updated(message.adapters)
-        lacking = {block for block, _ in self._bank.sizes if block in span} - set(known.ranks())
-        if lacking:
-            raise ProtocolError(f"no factors came for block {min(lacking)}, which the new cut brings here")
-        self.segment.resize(span)
-        self.plan = Plan(message.cut, self.plan.blocks, self.plan.labels)
-        self._known = known.within(span)
-        self._folded = self._folded.updated(message.folded).within(span)
+        before = self.plan.client
+        own = self._holding.move(message.cut, message.adapters, message.folded)
+        given_up = moments_within(self._moments, before.minus(self.plan.client))
         kept = {} if self._training.order == "in-turn" else self._moments
-        self._moments = moments_within({**kept, **message.moments}, span)
+        self._moments = moments_within({**kept, **message.moments}, self.plan.client)
         self._round, self._underway, self._graded, self._tokens = message.round, None, False, 0
-        ranks = self._ranks.of(message.cut, self.name)
-        trained, rest = self._ranks.parted(self._known, ranks, message.round)
-        self._bank.put(SLOT, trained, rest, self._folded, self._ranks.sharing.trains)
-        self._optimizer = LocalOptimizer(
-            self._bank.parameters(SLOT),
-            self._training,
-            self._moments,
-            self._ranks.lora.lr_ratio,
-            message.round,
-        )
+        parameters, ratio = self._holding.train(message.round), self._ranks.lora.lr_ratio
+        self._optimizer = LocalOptimizer(parameters, self._training, self._moments, ratio, message.round)
         return RoundReady(client=self.name, round=message.round, moments=given_up, own=own)
 
     def forward(self) -> Activations:
@@ -145,7 +115,7 @@ class Client:
         batch = self._stream.batch(self.steps)
         with torch.enable_grad():
             hidden = self._leaving(batch, "training", self._round, self.steps)
-        self._underway = _Underway(batch, hidden)
+        self._underway = Underway(batch, hidden)
         return self._activations(self.steps, training=True)
 
     def head(self, message: Message) -> HeadGradient:
@@ -156,9 +126,9 @@ class Client:
         batch = self._awaited().batch
         expect(message, LastHidden, step=self.steps)
         assert isinstance(message, LastHidden)
-        self._check_rows(message, batch)
+        self._awaited().check_rows(self.name, message)
         loss, gradient = loss_and_gradient(self.segment, message.hidden, batch.targets())
-        self._check_finite(loss)
+        check_finite(loss, self.name, self._round, self.steps)
         gradient = self._defence.gradient(
             gradient,
             message.hidden,
@@ -194,9 +164,9 @@ class Client:
         optimizer = self._in_round()
         batch = self._stream.batch(self.steps)
         with torch.enable_grad():
-            last = self._through_blocks(batch, SLOT)[batch.positions()]  # (M, D)
+            last = self._holding.run(batch)[batch.positions()]  # (M, D)
         loss, gradient = loss_and_gradient(self.segment, last.detach(), batch.targets())
-        self._check_finite(loss)
+        check_finite(loss, self.name, self._round, self.steps)
         if last.requires_grad:
             torch.autograd.backward([last], [gradient.to(last.dtype)])
         optimizer.step()
@@ -212,15 +182,10 @@ class Client:
         if self._training.optimizer_state == "keep" and not handed_on:
             self._moments = moments
         self._optimizer = None
-        trained, whole = self._bank.take(SLOT), self._bank.take(SLOT, whole=True)
-        self._known = self._known.updated(whole.within(self._private))
-        if self._ranks.keeps_own:
-            self._known = whole.only("B").completed(self._known)
-        shared = trained.within(self.plan.client.minus(self._private)).only(self._ranks.sharing.up)
         return AdapterUpload(
             client=self.name,
             round=self._round,
-            adapters=shared,
+            adapters=self._holding.trained(),
             moments=moments if handed_on else {},
             tokens=self._tokens,
         )
@@ -231,16 +196,7 @@ class Client:
         """Take the aggregated factors of the client's blocks, to evaluate and to start from."""
         expect(message, GlobalAdapters)
         assert isinstance(message, GlobalAdapters)
-        shared = self.plan.client.minus(self._private)
-        sizes = {key: size for key, size in self._bank.sizes.items() if key[0] in shared}
-        down = self._ranks.sharing.down
-        if set(message.adapters.keys()) != (set(sizes) if down else set()):
-            raise ProtocolError(f"{self.name}: the global adapters are not those of {self.plan.client}")
-        news = message.adapters.completed(self._known)
-        news = news if down else self._ranks.start(sizes, self._dtype, message.round)
-        self._known = self.private().union(news)
-        self._folded = merged(self._folded, message.folded)
-        self._bank.put(SLOT, self._known, folded=self._folded)
+        self._holding.install(message.round, message.adapters, message.folded)
         self._round = message.round
         self._evaluated = (0.0, 0)
 
@@ -253,34 +209,32 @@ class Client:
     def held_out(self, index: int) -> Activations:
         """One held-out batch through the client's blocks, without gradient."""
         batch = self._held_out[index]
-        self._underway = _Underway(batch, self._leaving(batch, "evaluation", self._round, index))
+        self._underway = Underway(batch, self._leaving(batch, "evaluation", self._round, index))
         return self._activations(index, training=False)
 
     @torch.no_grad()
     def held_out_alone(self, index: int) -> None:
         """Add up the loss of one held-out batch, at a client that holds all blocks and the head."""
         batch = self._held_out[index]
-        last = self._through_blocks(batch, SLOT)[batch.positions()]
-        loss = summed_loss(self.segment, last, batch.targets())
-        self._evaluated = (self._evaluated[0] + loss, self._evaluated[1] + batch.labelled_tokens)
+        last = self._holding.run(batch)[batch.positions()]
+        self._add(summed_loss(self.segment, last, batch.targets()), batch)
 
     def held_out_head(self, message: Message) -> None:
         """Add up the loss of the held-out batch underway."""
         batch = self._awaited().batch
         expect(message, LastHidden if self.plan.labels == "client" else HeldOutLoss)
         if isinstance(message, LastHidden):
-            self._check_rows(message, batch)
-            loss = summed_loss(self.segment, message.hidden, batch.targets())
+            self._awaited().check_rows(self.name, message)
+            self._add(summed_loss(self.segment, message.hidden, batch.targets()), batch)
         else:
             assert isinstance(message, HeldOutLoss)
-            loss = message.loss
-        self._evaluated = (self._evaluated[0] + loss, self._evaluated[1] + batch.labelled_tokens)
+            self._add(message.loss, batch)
         self._underway = None
 
     def held_out_gradient(self, message: LastHidden) -> torch.Tensor:
         """Gradient (M, D) of the held-out batch underway at its last hidden states, which changes nothing."""
         batch = self._awaited().batch
-        self._check_rows(message, batch)
+        self._awaited().check_rows(self.name, message)
         return loss_and_gradient(self.segment, message.hidden, batch.targets())[1]
 
     def evaluation(self) -> Evaluation:
@@ -297,11 +251,11 @@ class Client:
 
     def private(self) -> AdapterState:
         """Factors of the blocks that this client never uploads."""
-        return self._known.within(self._private)
+        return self._holding.private()
 
     def own(self) -> AdapterState:
         """The factors B that never leave, by rules that have such."""
-        return self._known.only("B") if self._ranks.keeps_own else AdapterState()
+        return self._holding.own()
 
     def restore(
         self,
@@ -312,70 +266,33 @@ class Client:
         folded: AdapterState | None = None,
     ) -> None:
         """Continue as the client that `kept` this, with these factors of its blocks, its private ones too."""
-        self.plan = Plan(cut, self.plan.blocks, self.plan.labels)
-        self.segment.resize(self.plan.client)
-        self._known, self.steps, self._moments = known, steps, moments
-        self._folded = folded or AdapterState()
-        self._bank.put(SLOT, known, folded=self._folded)
+        self._holding.restore(cut, known, folded or AdapterState())
+        self.steps, self._moments = steps, moments
 
     # ----------------------------------------------------------------------------------------------
-
-    @property
-    def _private(self) -> Span:
-        return Span(0, min(self._defence.privacy.private_blocks, self.plan.cut))
 
     def _leaving(self, batch: Batch, *place: object) -> torch.Tensor:
         """Tokens through the client's blocks -> (N, D), as it may leave."""
 
         def base(public: Batch) -> torch.Tensor:
-            return self._run(public, None)
+            return pack(self._holding.run(public, base=True), public.lengths)
 
-        return self._defence.hidden(self._run(batch, SLOT), self.plan.cut, base, *place)
-
-    def _run(self, batch: Batch, slot: str | None) -> torch.Tensor:
-        return pack(self._through_blocks(batch, slot), batch.lengths)
-
-    def _through_blocks(self, batch: Batch, slot: str | None) -> torch.Tensor:
-        """Tokens through the client's blocks -> (B, T, D)."""
-        with self._bank.routed([(slot, len(batch.lengths))]):
-            return self.segment.run(batch.tokens, self.plan.client)
-
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise RunError(
-                f"{self.name}: the loss is {loss} at step {self.steps} of round {self._round}; "
-                "lower training.lr, or look at the client's text"
-            )
+        hidden = pack(self._holding.run(batch), batch.lengths)
+        return self._defence.hidden(hidden, self.plan.cut, base, *place)
 
     def _activations(self, step: int, training: bool) -> Activations:
-        underway = self._awaited()
-        batch = underway.batch
-        starts = [first - 1 for first in batch.labelled_from]
-        stops = [length - 1 for length in batch.lengths]
-        return Activations(
-            client=self.name,
-            round=self._round,
-            step=step,
-            training=training,
-            lengths=batch.lengths,
-            labelled=tuple(zip(starts, stops, strict=True)),
-            examples=batch.numbers if self._numbered else (),
-            hidden=underway.hidden.detach(),
-            labels=batch.targets() if self.plan.labels == "server" else None,
-        )
+        told = {"numbered": self._numbered, "with_labels": self.plan.labels == "server"}
+        return self._awaited().activations(self.name, self._round, step, training=training, **told)
+
+    def _add(self, loss: float, batch: Batch) -> None:
+        self._evaluated = (self._evaluated[0] + loss, self._evaluated[1] + batch.labelled_tokens)
 
     def _in_round(self) -> LocalOptimizer:
         if self._optimizer is None:
             raise ProtocolError(f"{self.name}: no round is underway; RoundStart is due first")
         return self._optimizer
 
-    def _check_rows(self, message: LastHidden, batch: Batch) -> None:
-        if len(message.hidden) != batch.labelled_tokens:
-            raise ProtocolError(
-                f"{self.name}: LastHidden has {len(message.hidden)} rows, {batch.labelled_tokens} were due"
-            )
-
-    def _awaited(self) -> _Underway:
+    def _awaited(self) -> Underway:
         if self._underway is None:
             raise ProtocolError(f"{self.name}: a reply came, but no batch is underway")
         return self._underway

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from splitft.protocol import Activations
+from splitft.errors import ProtocolError
+from splitft.protocol import Activations, HeadGradient, expect
 
 MOST_PADDING = 1.25
 """Padded tokens of a group over those of its clients' own batches, at most."""
@@ -33,6 +34,13 @@ class Group:
     """(M, D) by client, with the graph."""
     messages: dict[str, Activations] = field(default_factory=dict)
     """What each client sent."""
+
+    def check(self, message: HeadGradient) -> None:
+        """Raise ProtocolError for a gradient that does not answer what is underway here."""
+        awaited = self.messages[message.client]
+        expect(message, HeadGradient, round=awaited.round, step=awaited.step)
+        if message.gradient.shape != self.outputs[message.client].shape:
+            raise ProtocolError(f"{message.client}: gradient {tuple(message.gradient.shape)} does not fit")
 
 
 def like_lengths(messages: Sequence[Activations], group_tokens: int) -> list[list[Activations]]:

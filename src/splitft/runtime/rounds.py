@@ -158,18 +158,18 @@ def _round(
     starts = {}
     for name in clients if cuts != old_cuts else participants:
         gained = Span(0, cuts[name]).minus(Span(0, old_cuts[name]))
-        moments = server.moments_to_client(name, gained)
+        moments = server.kept.moments_to_client(name, gained)
         starts[name] = RoundStart(
             round=number,
             cut=cuts[name],
-            adapters=server.own_to_client(name, state.adapters.within(gained)),
+            adapters=server.kept.own_to_client(name, state.adapters.within(gained)),
             moments=moments,
             folded=state.folded.within(gained),
         )
     there = federation.start(starts)
     for name, ready in there.items():
-        server.moments_from_client(name, ready.moments)
-        server.own_from_client(name, ready.own)
+        server.kept.moments_from_client(name, ready.moments)
+        server.kept.own_from_client(name, ready.own)
     participants = [name for name in participants if name in there]
     server.start(number, participants, state.adapters, state.folded)
 

@@ -19,18 +19,14 @@ from dataclasses import dataclass
 
 import torch
 
-from splitft.adapters import (
-    AdapterState,
-    LocalOptimizer,
-    Moments,
-    attach,
-    moments_within,
-)
+from splitft.adapters import AdapterState, LocalOptimizer, Moments, attach, moments_within
 from splitft.errors import ProtocolError
 from splitft.geometry import Plan, Span
-from splitft.model import Model, Segment, loss_and_gradient, pack, pad, pick, summed_loss
+from splitft.model import Model, Segment, loss_and_gradient, summed_loss
 from splitft.protocol import Activations, CutGradient, HeadGradient, HeldOutLoss, LastHidden, expect
-from splitft.runtime.grouping import Group, in_random_order, like_lengths, merged
+from splitft.runtime.grouping import Group, in_random_order, like_lengths
+from splitft.runtime.kept import Kept
+from splitft.runtime.onramp import back, join
 from splitft.runtime.ranks import Ranks
 from splitft.specs import SplitSpec, TrainingSpec
 
@@ -66,14 +62,17 @@ class Server:
         self._groups: dict[str, Group] = {}
         self._optimizers: dict[str, LocalOptimizer] = {}
         self._heard: dict[str, int] = {}  # shared factors: labelled tokens of who was heard this step
-        self.moments: dict[str, Moments] = {}
-        """Optimizer moments by slot, when kept across rounds."""
-        self.own: dict[str, AdapterState] = {}
-        """Factors B of the server's blocks by client, by rules that leave each client its own."""
+        self.kept = Kept(per_client=not self._shared)
+        """What is kept of clients across rounds."""
 
     def initial(self) -> AdapterState:
         """The global factors before training, over all L blocks."""
         return self._ranks.start(self._bank.sizes, self._dtype)
+
+    @property
+    def moments(self) -> dict[str, Moments]:
+        """Optimizer moments by slot, when kept across rounds."""
+        return self.kept.moments
 
     # --- rounds -----------------------------------------------------------------------------------
 
@@ -105,7 +104,7 @@ class Server:
                 for name, seat in self._seats.items()
             }
         for slot, (span, ranks) in slots.items():
-            trained, rest = self._ranks.parted(self.personal(slot, state.within(span)), ranks, number)
+            trained, rest = self._ranks.parted(self.kept.personal(slot, state.within(span)), ranks, number)
             self._bank.put(slot, trained, rest, folded, self._ranks.sharing.trains)
             moments = moments_within(self.moments.get(slot, {}), span)
             self._optimizers[slot] = LocalOptimizer(
@@ -124,7 +123,7 @@ class Server:
             self.moments.update({slot: one.moments() for slot, one in self._optimizers.items()})
         for slot in self._optimizers:
             if self._ranks.keeps_own:
-                self.own[slot] = self._bank.take(slot, whole=True).only("B")
+                self.kept.own[slot] = self._bank.take(slot, whole=True).only("B")
             self._bank.drop(slot)
         self._optimizers, self._groups, self._seats = {}, {}, {}
 
@@ -135,35 +134,7 @@ class Server:
             return
         for client, cut in self._cuts.items():
             held = state.within(Span(cut, self.segment.shape.blocks))
-            self._bank.put(f"{GLOBAL}/{client}", self.personal(client, held))
-
-    def personal(self, client: str, state: AdapterState) -> AdapterState:
-        """Global factors with those that are the client's own in their place."""
-        return state.with_b_of(self.own.get(client, AdapterState()))
-
-    def own_to_client(self, client: str, state: AdapterState) -> AdapterState:
-        """Global factors of blocks that move to the client, with its own in their place."""
-        leaving, own = self.personal(client, state), self.own.get(client, AdapterState())
-        if own:
-            self.own[client] = own.within(set(own.ranks()) - set(state.ranks()))
-        return leaving
-
-    def own_from_client(self, client: str, own: AdapterState) -> None:
-        """Factors of its own of blocks that the client gave up."""
-        if own:
-            self.own[client] = self.own.get(client, AdapterState()).updated(own)
-
-    def moments_to_client(self, client: str, blocks: Sequence[int]) -> Moments:
-        """Moments of blocks that move to the client; shared moments stay with the others who share."""
-        own = self.moments.get(client, {})
-        leaving = moments_within(own, blocks)
-        self.moments[client] = {name: value for name, value in own.items() if name not in leaving}
-        return leaving
-
-    def moments_from_client(self, client: str, moments: Moments) -> None:
-        """Moments of blocks that the client gave up."""
-        if moments and self._split.server_adapters == "per-client":
-            self.moments[client] = {**self.moments.get(client, {}), **moments}
+            self._bank.put(f"{GLOBAL}/{client}", self.kept.personal(client, held))
 
     # --- steps ------------------------------------------------------------------------------------
 
@@ -185,9 +156,9 @@ class Server:
             self.check(message)
         if len({message.client for message in messages}) < len(messages):
             raise ProtocolError("a client sends two batches at once")
-        group = Group(messages={message.client: message for message in messages})
+        slot = self._slot if training else self._evaluated
         with torch.set_grad_enabled(training):
-            self._through_blocks(messages, group, training)
+            group = join(self.segment, self._bank, self._cuts, slot, messages, training)
         if training:
             self._groups.update(dict.fromkeys(group.messages, group))
         if self._split.labels == "server":
@@ -203,12 +174,7 @@ class Server:
             group = self._groups.get(message.client)
             if group is None:
                 raise ProtocolError(f"{message.client} sends a gradient, but no batch of it is underway here")
-            awaited = group.messages[message.client]
-            expect(message, HeadGradient, round=awaited.round, step=awaited.step)
-            if message.gradient.shape != group.outputs[message.client].shape:
-                raise ProtocolError(
-                    f"{message.client}: gradient {tuple(message.gradient.shape)} does not fit"
-                )
+            group.check(message)
             return
         if message.client not in self._cuts:
             raise ProtocolError(f"{message.client} is no client of this run")
@@ -265,28 +231,6 @@ class Server:
         if int(message.labels.min()) < 0 or int(message.labels.max()) >= vocab:
             raise ProtocolError(f"{message.client} sends labels that are not token ids below {vocab}")
 
-    def _through_blocks(self, messages: Sequence[Activations], group: Group, training: bool) -> None:
-        """Run the on-ramp: each client's rows join the batch where its cut is."""
-        order = sorted(messages, key=lambda one: (self._cuts[one.client], one.client))
-        width = max(max(message.lengths) for message in order)
-        stops = [*(self._cuts[message.client] for message in order[1:]), self.segment.shape.blocks]
-        rows: list[tuple[str | None, int]] = []
-        hidden: torch.Tensor | None = None
-        for message, stop in zip(order, stops, strict=True):
-            leaf = pad(message.hidden, message.lengths, width).requires_grad_(training)
-            group.leaves[message.client] = leaf
-            hidden = leaf if hidden is None else torch.cat([hidden, leaf])
-            slot = self._slot(message.client) if training else self._evaluated(message.client)
-            rows.append((slot, len(message.lengths)))
-            span = Span(self._cuts[message.client], stop)
-            if len(span):
-                with self._bank.routed(merged(rows)):
-                    hidden = self.segment.run(hidden, span)
-        assert hidden is not None
-        parts = torch.split(hidden, [len(message.lengths) for message in order])
-        for message, part in zip(order, parts, strict=True):
-            group.outputs[message.client] = pick(part, message.labelled)
-
     def _graded(self, group: Group, training: bool) -> Mapping[str, LastHidden | CutGradient | HeldOutLoss]:
         """Loss here, since the labels are: the reply is the gradient at the cut, or the held-out loss."""
         losses, gradients = {}, {}
@@ -312,16 +256,8 @@ class Server:
         """Backward through one group; returns gradients (N, D) at the cuts."""
         shared = self._split.server_adapters == "shared"  # one step on the loss of all
         weights = {c: group.messages[c].labelled_tokens if shared else 1 for c in gradients}
-        outputs = [group.outputs[client] for client in gradients]
-        wanted = [gradient.to(output.dtype) * weights[client]
-                  for (client, gradient), output in zip(gradients.items(), outputs, strict=True)]  # fmt: skip
         awaited = [c for c in group.messages if c not in gradients and self._groups.get(c) is group]
-        torch.autograd.backward(outputs, wanted, retain_graph=bool(awaited))
-        at_cuts = {}
-        for client in gradients:
-            gradient = group.leaves[client].grad
-            assert gradient is not None
-            at_cuts[client] = pack(gradient, group.messages[client].lengths) / weights[client]
+        at_cuts = back(group, gradients, weights, again=bool(awaited))
         for client in gradients:
             self._groups.pop(client, None)
             self._seats[client].tokens += group.messages[client].labelled_tokens

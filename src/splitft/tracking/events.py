@@ -5,8 +5,9 @@
     events.jsonl --read_events--> [Event] --summarise--> summary.json, report.html
 
 Rounds of training are numbered from 1; round 0 is the state before training, so that
-`Evaluated(round=0)` is the loss before and `Evaluated(round=r)` the loss after round r. `log.py` keeps
-events in a file.
+`Evaluated(round=0)` is the loss before and `Evaluated(round=r)` the loss after round r. What events tell of
+(`Traffic`, `ClientFacts`, `Bar`) stands in `facts.py` and is given on from here; `log.py` keeps events in a
+file.
 """
 
 from __future__ import annotations
@@ -15,50 +16,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Received = Literal["hidden", "adapters", "nothing", "text"]
-"""What comes to the server: hidden states (and adapters), adapters alone, nothing, or all text."""
-Role = Literal["hidden", "gradient", "adapter", "label"]
-"""What a tensor on the wire is: hidden states, their gradients, LoRA factors, or token ids."""
-
-
-class Fact(BaseModel):
-    """Frozen, strict about its keys, documented by its field docstrings."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants"
-    )
-
-
-class Traffic(Fact):
-    """Bytes of one client, by role, as they crossed the wire (frames and all)."""
-
-    up: Mapping[Role, int] = {}
-    """From the client to the server."""
-    down: Mapping[Role, int] = {}
-    """From the server to the client."""
-
-
-class ClientFacts(Fact):
-    """One client as it enters the run."""
-
-    name: str
-    """How every other event calls it."""
-    cut: int
-    """k: blocks on the client in the first round."""
-    train_examples: int
-    """Examples it may train on."""
-    train_tokens: int
-    """Tokens in them, after truncation."""
-    eval_examples: int
-    """Held-out examples."""
-    truncated: int = 0
-    """Examples cut off at `data.max_tokens`."""
-    trained_on: str = ""
-    """Fingerprint of the training examples, to tell whether two runs had the same; nothing if not known."""
-    held_out: str = ""
-    """Fingerprint of the held-out examples, likewise."""
+from splitft.tracking.facts import PRIVACY, Fact
+from splitft.tracking.facts import Bar as Bar
+from splitft.tracking.facts import ClientFacts as ClientFacts
+from splitft.tracking.facts import Received as Received
+from splitft.tracking.facts import Role as Role
+from splitft.tracking.facts import Traffic as Traffic
 
 
 class Stamped(Fact):
@@ -194,19 +159,6 @@ class PrivacySpent(Stamped):
     """Standard deviation of the noise on each factor of the mean."""
 
 
-class Bar(Fact):
-    """Something done in a round on the simulated clock: one bar of its Gantt chart."""
-
-    who: str
-    """A client, or `server`."""
-    leg: str
-    """What, such as client_forward, up_hidden or wait."""
-    start: float
-    """Seconds since the round began, without moving."""
-    end: float
-    """Likewise."""
-
-
 class RoundTimed(Stamped):
     """How long a round took on the simulated clock."""
 
@@ -333,13 +285,3 @@ Event = Annotated[
     Field(discriminator="event"),
 ]
 Listener = Callable[[Event], None]
-
-PRIVACY = {
-    "client": "Labels stay on the clients: the server sees hidden states and gradients, never token ids; "
-    "but the text can be read off both, unless noise hides it.",
-    "server": "Labels are on the server: it receives the token ids, so it can read the clients' text.",
-    "adapters": "The whole model is on every client: the server receives adapters, no hidden states "
-    "and no token ids.",
-    "nothing": "Every client trains alone: the server receives no text, no hidden states and no adapters.",
-    "text": "All text lies in one place: whoever trains there can read it.",
-}
