@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Condition
 
 from splitft.deploy.envelope import Envelope, Repeats
@@ -201,12 +201,8 @@ class Desk:
 
     def _outside(self, data: bytes, error: WireError) -> bytes:
         """A refusal of what is no due message, under the number that it claims, if it has one."""
-        frame = self._terms.to_bytes(_refusal(error))
-        try:
-            claimed = Envelope.from_bytes(data, self._link, len(data))
-        except WireError:
-            return Envelope(self._link, 0, 0, frame).to_bytes()
-        return Envelope(self._link, claimed.lane, claimed.number, frame).to_bytes()
+        claimed = Envelope.claimed(data, self._link)
+        return replace(claimed, frame=self._terms.to_bytes(_refusal(error))).to_bytes()
 
     # --- the server's thread ----------------------------------------------------------------------
 

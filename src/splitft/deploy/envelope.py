@@ -66,6 +66,14 @@ class Envelope:
             raise WireError(f"lane {lane} of a client; there are {LANES}")
         return cls(link, lane, number, data[_HEAD.size :])
 
+    @classmethod
+    def claimed(cls, data: bytes, link: bytes) -> Envelope:
+        """An empty one in the place that a message claims; in the first place if it claims none."""
+        try:
+            return cls.from_bytes(data[: _HEAD.size], link, 0)
+        except WireError:
+            return cls(link, 0, 0, b"")
+
 
 class Lane:
     """The client's side of one lane: asks until it is answered."""
