@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import tempfile
+import time
 
 import psutil
 import pytest
@@ -12,8 +14,9 @@ from safetensors.torch import load_file
 
 import splitft
 from laws.federations import largest_relative_difference
-from runs import settings_file
+from runs import invoke, settings_file, started
 from splitft.config import load
+from splitft.deploy.flare.kits import party_of
 from splitft.deploy.flare.poc import run_poc
 from splitft.tracking.log import read_events
 
@@ -80,3 +83,42 @@ def test_it_leaves_no_process_and_says_how_its_links_began_and_ended(both):
     scratch = deployed.folder.parent / "scratch"
     assert not list(scratch.iterdir())
     assert not lines_with(str(scratch))
+
+
+def test_ctrl_c_ends_every_process_and_says_how_to_go_on(tmp_path, tiny_llama):
+    (tmp_path / "scratch").mkdir()
+    file = settings_file(tmp_path, tiny_llama, training={"rounds": 50, "steps": 100})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path / "scratch"))
+        command = started("deploy", "poc", file, "--out", tmp_path / "run")
+    until = time.monotonic() + 100
+    while not len(lines_with(str(tmp_path / "scratch"))) >= 4 and time.monotonic() < until:
+        time.sleep(0.5)
+    command.send_signal(signal.SIGINT)
+    _, errors = command.communicate(timeout=60)
+    assert command.returncode == 130, errors
+    assert "--resume" in errors
+    assert not lines_with(str(tmp_path / "scratch"))
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_what_cannot_be_deployed_is_said_before_anything_is_started(tmp_path, tiny_llama):
+    file = settings_file(tmp_path, tiny_llama, aggregate={"rule": "stack"})
+    done = invoke("deploy", "poc", file, "--out", tmp_path / "run")
+    assert done.exit_code == 2
+    assert "aggregate.rule" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_kits_are_made_for_every_party_and_never_over_others(tmp_path, tiny_llama):
+    sites = {"sites": ["north", "south", "west"], "server": "fl.example.org"}
+    file = settings_file(tmp_path, tiny_llama, deploy=sites)
+    done = invoke("deploy", "provision", file, "--to", tmp_path / "kits")
+    assert done.exit_code == 0, done.stderr
+    parties = {path.name for path in (tmp_path / "kits").iterdir()}
+    assert parties == {"fl.example.org", "north", "south", "west", "admin@splitft.local", ".authority"}
+    assert [party_of(tmp_path / "kits" / name) for name in sites["sites"]] == sites["sites"]
+    for name in sites["sites"]:
+        assert (tmp_path / "kits" / name / "startup" / "client.key").stat().st_mode & 0o077 == 0
+    again = invoke("deploy", "provision", file, "--to", tmp_path / "kits")
+    assert (again.exit_code, "not empty" in again.stderr) == (2, True)

@@ -1,0 +1,92 @@
+"""Parties of a run over FLARE are killed with SIGKILL, and the run ends as it should."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+
+import psutil
+import pytest
+
+from runs import settings_file
+from splitft.config import load
+from splitft.deploy.flare import poc
+from splitft.tracking.events import StepDone
+from splitft.tracking.log import read_events, settled
+
+pytest.importorskip("nvflare")
+pytestmark = pytest.mark.slow
+EVERYONE = ("client-1", "client-2", "client-3")
+
+
+@pytest.fixture
+def run(tmp_path, tiny_llama, monkeypatch):
+    """Runs a federation, and calls the test at the first step of a round."""
+
+    def play(kill, in_round: int, **deploy):
+        (tmp_path / "scratch").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+        training = {"rounds": 6, "steps": 120, "batch_size": 2}
+        file = settings_file(tmp_path, tiny_llama, training=training, deploy={"silence_s": 6, **deploy})
+        done = []
+
+        def listener(event):
+            if isinstance(event, StepDone) and event.round == in_round and not done:
+                done.append(kill(tmp_path / "scratch"))
+
+        ended = poc.run_poc(load(file, []), tmp_path / "run", listeners=[listener], say=print)
+        assert done
+        return ended, settled(read_events(ended.folder / "events.jsonl"))
+
+    return play
+
+
+def kill(folder, *words: str) -> int:
+    """SIGKILL every process of a federation whose command line has these words; returns how many."""
+    killed = 0
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            if str(folder) in line and all(word in line for word in words):
+                os.kill(process.pid, signal.SIGKILL)
+                killed += 1
+    assert killed
+    return killed
+
+
+def of(events, kind: str) -> list:
+    return [event for event in events if event.event == kind]
+
+
+def test_a_job_process_that_is_killed_costs_its_round_once_more_and_nothing_else(run):
+    ended, events = run(lambda folder: kill(folder, "client.worker_process", "kits/client-2"), 2)
+    assert [link.sites for link in of(events, "LinkStarted")] == [EVERYONE, EVERYONE]
+    assert [event.participants for event in of(events, "RoundDone")] == [EVERYONE] * 6
+    steps = [event.step for event in of(events, "StepDone") if event.client == "client-2"]
+    assert steps == list(range(6 * 120))
+    assert ended.summary["finished"]
+
+
+def test_a_site_that_is_killed_as_a_whole_is_back_in_the_next_link(run):
+    ended, events = run(lambda folder: kill(folder, "kits/client-2"), 2)
+    lost, links = of(events, "SiteChanged"), of(events, "LinkStarted")
+    assert [(event.site, event.state) for event in lost] == [("client-2", "lost")]
+    participants = [event.participants for event in of(events, "RoundDone")]
+    assert ("client-1", "client-3") in participants
+    assert [link.sites for link in links] == [EVERYONE, EVERYONE]
+    assert links[1].round - lost[0].round <= 3
+    assert participants[-1] == EVERYONE
+    assert len(participants) == 6
+    assert ended.summary["finished"]
+
+
+def test_a_run_survives_the_death_of_the_whole_server(run):
+    ended, events = run(lambda folder: kill(folder, "kits/localhost"), 3)
+    assert len(of(events, "LinkStarted")) == 2
+    assert [event.round for event in of(events, "RoundDone")] == [1, 2, 3, 4, 5, 6]
+    assert [event.participants for event in of(events, "RoundDone")][-1] == EVERYONE
+    steps = [event.step for event in of(events, "StepDone") if event.client == "client-1"]
+    assert steps == list(range(6 * 120))
+    assert ended.summary["finished"]
