@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Event as Flag
@@ -221,14 +221,3 @@ class ServerLink:
             yield
         finally:
             self.desk.close("the link has ended")
-
-
-def last_ending(folder: Path) -> Mapping[str, object] | None:
-    """How the last link in a run folder ended, if it says so."""
-    from splitft.tracking.log import read_events
-
-    if not (folder / "events.jsonl").is_file():
-        return None
-    events = read_events(folder / "events.jsonl")
-    last = events[-1] if events else None
-    return last.model_dump() if isinstance(last, LinkEnded) else None

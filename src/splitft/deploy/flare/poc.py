@@ -12,14 +12,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from splitft.assemble.folder import Run, find_snapshot
@@ -29,7 +27,7 @@ from splitft.deploy.flare.console import Console
 from splitft.deploy.flare.federation import FlareFederation, Follower, explain_away
 from splitft.deploy.flare.job import RUNS
 from splitft.deploy.flare.kits import Kits, provision
-from splitft.deploy.flare.service import CONSOLE, Service
+from splitft.deploy.flare.service import CONSOLE, Service, ending_on_signals
 from splitft.deploy.flare.times import START_S
 from splitft.deploy.parties import common_of, site_names
 from splitft.errors import DeployError
@@ -109,7 +107,7 @@ def run_poc(
     sites = site_names(config)
     common_of(config)  # what cannot be is said before anything is started
     find_snapshot(out, config, resume)
-    with _ending_on_signals(), tempfile.TemporaryDirectory(prefix="splitft-poc-") as scratch:
+    with ending_on_signals(), tempfile.TemporaryDirectory(prefix="splitft-poc-") as scratch:
         folder = Path(scratch)
         poc = Poc(folder, sites, out.parent)
         follower = Follower(out / "events.jsonl", listeners)
@@ -147,20 +145,3 @@ def _as_others_read_it(config: RunConfig) -> RunConfig:
     if Path(data.source).exists():
         data = data.model_copy(update={"source": str(Path(data.source).resolve())})
     return config.model_copy(update={"model": model, "data": data})
-
-
-@contextlib.contextmanager
-def _ending_on_signals() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does, so that no process is left."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

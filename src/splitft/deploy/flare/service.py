@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -107,13 +111,31 @@ def keep_running(kit: Path) -> None:
     service = Service(kit)
     if processes_of(service.kit):
         raise DeployError(f"{kit} is running already")
-    service.start()
+    with ending_on_signals():
+        service.start()
+        try:
+            while True:
+                service.tend()
+                time.sleep(1.0)
+        finally:
+            service.stop()
+
+
+@contextlib.contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Let SIGTERM end what is done here as Ctrl-C does, so that no process is left."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        while True:
-            service.tend()
-            time.sleep(1.0)
+        yield
     finally:
-        service.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(processes: list[psutil.Process], grace_s: float) -> None:

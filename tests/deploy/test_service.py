@@ -1,0 +1,51 @@
+"""A kit's process is kept running, and ended with all that it started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from runs import started
+from splitft.deploy.flare.kits import provision, settle
+from splitft.deploy.flare.poc import free_port
+from splitft.deploy.flare.service import processes_of
+from splitft.errors import DeployError
+
+pytest.importorskip("nvflare")
+
+
+def until(true, seconds=40):
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.2)
+    assert true()
+
+
+def test_a_process_that_dies_is_started_again_and_sigterm_ends_all(tmp_path):
+    kit = provision(tmp_path / "kits", "localhost", free_port(), ["north"]).of("localhost")
+    command = started("deploy", "start", kit)
+    until(lambda: processes_of(kit))
+    first = processes_of(kit)[0].pid
+    os.kill(first, signal.SIGKILL)
+    until(lambda: any(one.pid != first for one in processes_of(kit)))
+    command.terminate()
+    command.communicate(timeout=40)
+    assert command.returncode == 130
+    assert not processes_of(kit)
+
+
+def test_what_is_no_kit_is_said(tmp_path):
+    with pytest.raises(DeployError, match="no startup kit"):
+        settle(tmp_path)
+
+
+def test_a_server_s_kit_keeps_its_jobs_to_itself(tmp_path):
+    kit = provision(tmp_path / "kits", "localhost", free_port(), ["north"]).of("localhost")
+    assert settle(kit) == "server"
+    resources = (kit / "local" / "resources.json").read_text()
+    assert "/tmp/nvflare" not in resources
+    assert "splitft.deploy.flare.job." in resources
+    assert '"*"' not in resources
