@@ -73,6 +73,7 @@ VARIANTS = {
     "default": {},
     "moments kept": KEPT,
     "moments kept, equal ranks": {**KEPT, "lora": {"rank_at_cut": None}, "aggregate": {"rule": "factors"}},
+    "magnitudes, moments kept": {**KEPT, "lora": {"method": "dora"}},
     "participation": {"training": {"participation": 0.5}},
     "participation, moments kept": {**KEPT, "training": {"optimizer_state": "keep", "participation": 0.5}},
     "labels on the server": {"split": {"labels": "server"}},

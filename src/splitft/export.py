@@ -3,13 +3,15 @@
     AdapterState --write_peft--> adapter_config.json, adapter_model.safetensors --write_merged--> model folder
 
 Every layer's update is (alpha / rank) B A with one scale for the run, whatever rank the layer carries. peft
-divides by the layer's own rank, so `alpha_pattern` gives a layer of rank r the alpha of scale * r.
+divides by the layer's own rank, so `alpha_pattern` gives a layer of rank r the alpha of scale * r. Magnitudes
+(DoRA) are kept as changes; peft wants them whole, so the norms of the base weight's rows are added.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from splitft.adapters import AdapterState
+from splitft.adapters import AdapterState, Factors
+from splitft.adapters.dora import oriented, whole_magnitudes
 from splitft.adapters.lora import is_linear
 from splitft.errors import ModelError, RunError
 from splitft.model import Model
@@ -48,6 +51,7 @@ def write_peft(state: AdapterState, model: Model, scale: float, folder: Path, rs
         base_model_name_or_path=model.path,
         r=usual,
         use_rslora=rslora,
+        use_dora=any(factors.magnitude is not None for factors in layers.values()),
         lora_alpha=alpha(usual),
         rank_pattern=others,
         alpha_pattern={name: alpha(rank) for name, rank in others.items()},
@@ -61,6 +65,8 @@ def write_peft(state: AdapterState, model: Model, scale: float, folder: Path, rs
     for name, factors in layers.items():
         tensors[f"{WEIGHTS_PREFIX}{name}.lora_A.weight"] = factors.A.contiguous()
         tensors[f"{WEIGHTS_PREFIX}{name}.lora_B.weight"] = factors.B.contiguous()
+    for name, magnitude in whole_magnitudes(layers, _base_weights(layers, model, modules)).items():
+        tensors[f"{WEIGHTS_PREFIX}{name}.lora_magnitude_vector"] = magnitude
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     # written by us, since save_file makes files that only their owner can read
@@ -91,6 +97,15 @@ def write_merged(adapter: Path, model: Model, folder: Path) -> Path:
     merged.save_pretrained(str(folder))
     model.tokenizer().save_pretrained(str(folder))
     return folder
+
+
+def _base_weights(
+    layers: Mapping[str, Factors], model: Model, modules: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights (out, in) of the layers that have magnitudes, one by one, as the model computes with them."""
+    for name in (name for name, factors in layers.items() if factors.magnitude is not None):
+        weight = model.checkpoint.read([f"{name}.weight"])[f"{name}.weight"].to(model.dtype)
+        yield name, oriented(modules[name], weight)
 
 
 def _shortest_names(state: AdapterState, layers: dict[str, Any], modules: dict[str, nn.Module]) -> list[str]:

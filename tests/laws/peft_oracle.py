@@ -1,6 +1,7 @@
 """Federated LoRA as one would write it with peft: every client trains the whole model; factors are averaged.
 
-Shares no code with splitft. It is given numbers only: initial factors, and each client's batches.
+Shares no code with splitft. It is given numbers only: initial factors, and each client's batches; magnitudes
+of DoRA begin as peft begins them.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ def train(
     rank: int,
     alpha: float,
     lr: float,
+    dora: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Factors by peft's names after the rounds. `batches`: by round, then client, then step."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_dora=dora)
     model: Any = get_peft_model(base, lora, autocast_adapter_dtype=False).eval()
     parameters = {name: p for name, p in model.named_parameters() if "lora_" in name}
-    factors = {name: initial[name.replace(".default", "")] for name in parameters}
+    factors = {n: initial.get(n.replace(".default", ""), p.detach().clone()) for n, p in parameters.items()}
     for clients in batches:
         total = {name: torch.zeros_like(value) for name, value in factors.items()}
         tokens_of_all = 0

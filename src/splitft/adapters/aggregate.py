@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -103,7 +103,7 @@ def fit(key: Key, factors: Factors, rank: int, rule: str, fresh: Fresh) -> Facto
     if factors.rank < rank:
         return fresh.grown(key, factors, rank)
     if factors.rank > rank:
-        return Factors(factors.A[:rank].clone(), factors.B[:, :rank].clone())
+        return replace(factors, A=factors.A[:rank].clone(), B=factors.B[:, :rank].clone())
     return factors
 
 

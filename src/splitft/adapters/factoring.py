@@ -41,7 +41,7 @@ def refactored(
     kept = carrying if rank is None else min(rank, carrying)
     B = (Qb @ (U[:, :kept] * S[:kept])) / A_ROW_NORM
     A = (Vh[:kept] @ Qa.T) * A_ROW_NORM
-    return Factors(A.to(dtype), B.to(dtype))
+    return Factors(A.to(dtype), B.to(dtype), factors.magnitude)
 
 
 def product_norm(factors: Factors) -> float:

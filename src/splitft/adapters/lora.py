@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from splitft.adapters.dora import rescaled
 from splitft.adapters.state import AdapterState, Factors, Key
 from splitft.errors import AdapterError
 
@@ -55,6 +56,8 @@ class _Held:
     """Beside the base, at its own rank."""
     gain: float = 1.0
     """Scale of what is trained over that of all other factors (rsLoRA)."""
+    magnitude: nn.Parameter | None = None
+    """(1, out): change of the rows' magnitudes (DoRA)."""
 
     def own(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B in the scale of all."""
@@ -104,7 +107,11 @@ class LoraLayer(nn.Module):
         return torch.bmm(small, B.mT)
 
     def _adapted(self, x: torch.Tensor, y: torch.Tensor, held: _Held) -> torch.Tensor:
-        y = y + self._product(x, *held.all_rows())
+        A, B = held.all_rows()
+        if held.magnitude is not None:
+            update = self._product(x, A, B)
+            return rescaled(self.base, y, update, A, B * self.scale, held.magnitude)
+        y = y + self._product(x, A, B)
         return y if held.folded is None else y + self._product(x, held.folded.A, held.folded.B)
 
     def _product(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -123,9 +130,10 @@ class LoraLayer(nn.Module):
 
 
 def _alike(held: Sequence[_Held]) -> bool:
-    """Whether their products can be batched: equal ranks, and the same part beside the base."""
+    """Whether their products can be batched: equal ranks, the same part beside the base, no magnitudes."""
     ranks = {one.A.shape[0] + (one.rest.rank if one.rest else 0) for one in held}
-    return len(ranks) == 1 and all(one.folded is held[0].folded for one in held)
+    plain = all(one.magnitude is None and one.folded is held[0].folded for one in held)
+    return plain and len(ranks) == 1
 
 
 class AdapterBank:
@@ -171,21 +179,26 @@ class AdapterBank:
             A, B = (f.detach().to(self._dtype, copy=True) for f in (factors.A, factors.B))
             gain = self._gain(factors.rank) if factors.rank else 1.0
             B = B if gain == 1 else B / gain
+            change = factors.magnitude
+            magnitude = None if change is None else nn.Parameter(change.detach().to(self._dtype, copy=True))
             layer.slots[slot] = _Held(
                 nn.Parameter(A, requires_grad="A" in trains),
                 nn.Parameter(B, requires_grad="B" in trains),
                 carried,
                 beside,
                 gain,
+                magnitude,
             )
 
     def take(self, slot: str, whole: bool = False) -> AdapterState:
         """A copy of a slot's factors; `whole` with the rows that it carries and does not train."""
         held = {key: layer.slots[slot] for key, layer in self._layers.items() if slot in layer.slots}
-        pairs = {key: one.all_rows() if whole else one.own() for key, one in held.items()}
-        return AdapterState({
-            key: Factors(A.detach().clone(), B.detach().clone()) for key, (A, B) in pairs.items()
-        })  # fmt: skip
+        factors = {}
+        for key, one in held.items():
+            A, B = one.all_rows() if whole else one.own()
+            magnitude = None if one.magnitude is None else one.magnitude.detach().clone()
+            factors[key] = Factors(A.detach().clone(), B.detach().clone(), magnitude)
+        return AdapterState(factors)
 
     def drop(self, slot: str) -> None:
         """Forget a slot."""
@@ -193,13 +206,15 @@ class AdapterBank:
             layer.slots.pop(slot, None)
 
     def parameters(self, slot: str) -> dict[tuple[int, str, str], nn.Parameter]:
-        """A slot's trainable tensors by (block, target, "A" or "B")."""
+        """A slot's trainable tensors by (block, target, "A", "B" or "M")."""
         held: dict[tuple[int, str, str], nn.Parameter] = {}
         for (block, target), layer in self._layers.items():
             if slot in layer.slots:
                 one = layer.slots[slot]
-                pair = {"A": one.A, "B": one.B}
-                held.update({(block, target, half): p for half, p in pair.items() if p.requires_grad})
+                parts = {"A": one.A, "B": one.B, "M": one.magnitude}
+                held.update({
+                    (block, target, part): p for part, p in parts.items() if p is not None and p.requires_grad
+                })  # fmt: skip
         return held
 
     @contextmanager

@@ -22,7 +22,7 @@ from splitft.geometry import Span
 from splitft.specs import TrainingSpec
 
 ParameterKey = tuple[int, str, str]
-"""(block, target, "A" or "B")."""
+"""(block, target, "A", "B" or "M")."""
 Moments = dict[str, torch.Tensor]
 """Flat names -> tensors: `7.self_attn.q_proj.A.exp_avg`; empty for an optimizer without state."""
 
@@ -43,8 +43,8 @@ class LocalOptimizer:
         self._taken = (round - 1) * spec.steps
         tensors: list[Any] = list(self._parameters.values())
         if lr_ratio != 1 and tensors:
-            halves = {half: [p for key, p in self._parameters.items() if key[2] == half] for half in "AB"}
-            rates = {"A": spec.lr, "B": spec.lr * lr_ratio}
+            halves = {half: [p for key, p in self._parameters.items() if key[2] == half] for half in "ABM"}
+            rates = {"A": spec.lr, "B": spec.lr * lr_ratio, "M": spec.lr}
             tensors = [{"params": held, "lr": rates[half]} for half, held in halves.items() if held]
         options: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay}
         self._optimizer: torch.optim.Optimizer | None = None

@@ -16,6 +16,12 @@ every party holds it beside the base, for its own blocks, as one more pair of fa
 a bfloat16 base most of a small update would be lost to rounding, and a server that works for many clients
 shares its base with them.
 
+DoRA's magnitudes (`adapters.dora`) are averaged, sum w_i m_i, beside what `factors`, `zero-pad` or `svd` make
+of A and B. The other rules are refused with them: what is folded into the base would change the very weight
+whose rows the magnitudes rescale, and with A or B alone on the way a magnitude would belong to another
+direction than its own. W' is not linear in m and B A, so that this is no mean of the weights in use; the
+error that is reported is that of B A.
+
 `stack`, `exact`, `ffa` and `fedsa` keep the global factors at the full rank R. A client of lower rank trains
 their first rows and carries the others frozen, so that no lowered rank drops what others have learnt.
 """
@@ -24,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,7 +56,7 @@ class Fresh:
             return factors
         A, B = factors.A, factors.B
         rows = fresh_rows(key, extra, A.shape[1], self.seed, salt=self.salt, dtype=A.dtype).to(A.device)
-        return Factors(torch.cat([A, rows]), torch.cat([B, B.new_zeros(B.shape[0], extra)], 1))
+        return replace(factors, A=torch.cat([A, rows]), B=torch.cat([B, B.new_zeros(B.shape[0], extra)], 1))
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def best_products(key: Key, members: Weighted, rank: int, fresh: Fresh) -> Unite
         return United(_mean([(weight, padded(factors, rank)) for weight, factors in members]))
     B = torch.cat([math.sqrt(weight) * factors.B for weight, factors in members], 1)
     A = torch.cat([math.sqrt(weight) * factors.A for weight, factors in members])
-    return United(refactored(Factors(A, B), rank))
+    return United(refactored(Factors(A, B, _mean_magnitude(members)), rank))
 
 
 def stack_factors(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
@@ -177,7 +183,7 @@ def padded(factors: Factors, rank: int) -> Factors:
     if short <= 0:
         return factors.first(rank)
     pad = torch.nn.functional.pad
-    return Factors(pad(factors.A, (0, 0, 0, short)), pad(factors.B, (0, short)))
+    return replace(factors, A=pad(factors.A, (0, 0, 0, short)), B=pad(factors.B, (0, short)))
 
 
 def _padded_mean(members: Weighted) -> Factors:
@@ -190,7 +196,20 @@ def _mean(members: Weighted) -> Factors:
     A, B = first_weight * first.A, first_weight * first.B
     for weight, factors in members[1:]:
         A, B = A + weight * factors.A, B + weight * factors.B
-    return Factors(A, B)
+    return Factors(A, B, _mean_magnitude(members))
+
+
+def _mean_magnitude(members: Weighted) -> torch.Tensor | None:
+    """sum w_i m_i of DoRA's magnitudes, as changes from those of the base that all share; None for LoRA."""
+    known = [(weight, factors.magnitude) for weight, factors in members if factors.magnitude is not None]
+    if not known:
+        return None
+    if len(known) < len(members):
+        raise AdapterError("some adapter sets have magnitudes (DoRA) and others have none")
+    total = torch.zeros_like(known[0][1])
+    for weight, magnitude in known:
+        total = total + weight * magnitude
+    return total
 
 
 def _folded(whole: Factors, members: Weighted) -> Factors | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,10 +33,15 @@ class Factors:
     """(R, in)."""
     B: torch.Tensor
     """(out, R)."""
+    magnitude: torch.Tensor | None = None
+    """(1, out): how far the rows' magnitudes are from the base weight's (DoRA); None for LoRA."""
 
     def __post_init__(self) -> None:
         if self.A.dim() != 2 or self.B.dim() != 2 or self.A.shape[0] != self.B.shape[1]:
             raise AdapterError(f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} are not two factors")
+        if self.magnitude is not None and self.magnitude.shape != (1, self.B.shape[0]):
+            found, out = tuple(self.magnitude.shape), self.B.shape[0]
+            raise AdapterError(f"a magnitude {found} does not fit a layer of {out} outputs")
 
     @property
     def rank(self) -> int:
@@ -55,16 +60,20 @@ class Factors:
     def only(self, halves: str) -> Factors:
         """One factor without the other, which keeps its rank and no numbers."""
         A = self.A if "A" in halves else self.A.new_empty(self.rank, 0)
-        return Factors(A, self.B if "B" in halves else self.B.new_empty(0, self.rank))
+        if "B" in halves:
+            return Factors(A, self.B, self.magnitude)
+        return Factors(A, self.B.new_empty(0, self.rank))
 
     def completed(self, other: Factors) -> Factors:
         """With the first rows of A or columns of B of `other` where this has none."""
         A = self.A if self.A.shape[1] else other.A[: self.rank]
-        return Factors(A, self.B if self.B.shape[0] else other.B[:, : self.rank])
+        if self.B.shape[0]:
+            return replace(self, A=A)
+        return Factors(A, other.B[:, : self.rank], other.magnitude)
 
     def first(self, rank: int) -> Factors:
         """The first rows of A and columns of B."""
-        return Factors(self.A[:rank], self.B[:, :rank])
+        return Factors(self.A[:rank], self.B[:, :rank], self.magnitude)
 
     def beyond(self, rank: int) -> Factors:
         """The others: B A is the sum of both."""
@@ -72,7 +81,7 @@ class Factors:
 
     def followed_by(self, other: Factors) -> Factors:
         """Stacked: the product is the sum of both products."""
-        return Factors(torch.cat([self.A, other.A]), torch.cat([self.B, other.B], 1))
+        return replace(self, A=torch.cat([self.A, other.A]), B=torch.cat([self.B, other.B], 1))
 
 
 class AdapterState(Mapping[Key, Factors]):
@@ -131,10 +140,12 @@ class AdapterState(Mapping[Key, Factors]):
         return ranks
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Flat names -> tensors: `7.self_attn.q_proj.A` and `.B`."""
+        """Flat names -> tensors: `7.self_attn.q_proj.A` and `.B`, with DoRA `.M`."""
         flat: dict[str, torch.Tensor] = {}
         for (block, target), factors in self.items():
             flat[f"{block}.{target}.A"], flat[f"{block}.{target}.B"] = factors.A, factors.B
+            if factors.magnitude is not None:
+                flat[f"{block}.{target}.M"] = factors.magnitude
         return flat
 
     @classmethod
@@ -144,13 +155,13 @@ class AdapterState(Mapping[Key, Factors]):
         for name, tensor in tensors.items():
             head, _, factor = name.rpartition(".")
             block, _, target = head.partition(".")
-            if factor not in ("A", "B") or not target or not _is_block(block):
+            if factor not in ("A", "B", "M") or not target or not _is_block(block):
                 raise AdapterError(f"{name!r} is not the name of an adapter factor")
             halves.setdefault((int(block), target), {})[factor] = tensor
         for key, pair in halves.items():
-            if pair.keys() != {"A", "B"}:
+            if pair.keys() - {"M"} != {"A", "B"}:
                 raise AdapterError(f"block {key[0]} {key[1]}: only factor {next(iter(pair))} is there")
-        return cls({key: Factors(pair["A"], pair["B"]) for key, pair in halves.items()})
+        return cls({key: Factors(pair["A"], pair["B"], pair.get("M")) for key, pair in halves.items()})
 
     def all_finite(self) -> bool:
         """Whether every number is finite."""
@@ -182,15 +193,17 @@ def initial_state(
     seed: int,
     dtype: torch.dtype,
     salt: int = 0,
+    dora: bool = False,
 ) -> AdapterState:
     """Adapters before training: A random, B zero, so that the model starts as the base model.
 
     `sizes` gives (in, out) of each adapted layer, `ranks` the rank of each block; another `salt` (the round)
-    gives other rows.
+    gives other rows. With `dora` each layer has a magnitude that is as yet the base weight's.
     """
     factors: dict[Key, Factors] = {}
     for key, (width_in, width_out) in sizes.items():
         rank = ranks[key[0]]
         A = fresh_rows(key, rank, width_in, seed, salt=salt, dtype=dtype)
-        factors[key] = Factors(A, torch.zeros(width_out, rank, dtype=dtype))
+        magnitude = torch.zeros(1, width_out, dtype=dtype) if dora else None
+        factors[key] = Factors(A, torch.zeros(width_out, rank, dtype=dtype), magnitude)
     return AdapterState(factors)

@@ -144,14 +144,16 @@ def exact_sizes(model: Model, ranks: Ranks) -> ModelSizes:
     embedding = sum(parameter.numel() for parameter in anatomy.embedding.parameters())
     whole = sum(parameter.numel() for parameter in skeleton.parameters())
     bank = attach(anatomy.block_list(), ranks.lora.targets, ranks.scale, model.dtype)
-    per_rank = sum(sum(size) for (index, _), size in bank.sizes.items() if index == 0)
-    return sizes_of(
+    layers = [size for (index, _), size in bank.sizes.items() if index == 0]
+    counted = sizes_of(
         model.shape,
         block_parameters=block_parameters,
         embedding_parameters=embedding,
         head_parameters=max(0, whole - embedding - model.shape.blocks * block_parameters),
-        adapter_parameters_per_rank=per_rank,
+        adapter_parameters_per_rank=sum(map(sum, layers)),
     )
+    dora = ranks.lora.method == "dora"
+    return replace(counted, magnitudes=sum(width_out for _, width_out in layers)) if dora else counted
 
 
 def _workload(config: RunConfig, stream: BatchStream) -> Workload:

@@ -128,6 +128,14 @@ def conflicts(config: RunConfig) -> list[Conflict]:
             "lora.rank_at_cut: null), zero-pad, ffa or fedsa"
         )
         found.append((("aggregate.server_optimizer", "aggregate.rule"), message))
+    if config.lora.method == "dora" and rule not in ("factors", "zero-pad", "svd"):
+        why = (
+            "folds updates into the base, whose rows' magnitudes dora has learnt"
+            if rule in ("stack", "exact")
+            else "lets A or B travel alone, but a magnitude belongs to both"
+        )
+        message = f"found dora, but aggregate.rule {rule} {why}; give the rule factors, zero-pad or svd"
+        found.append((("lora.method", "aggregate.rule"), message))
     total = config.training.rounds * config.training.steps
     if config.training.warmup > total:
         message = f"found {config.training.warmup}, but the run has {total} local steps; give at most that"
@@ -157,6 +165,12 @@ def _privacy_conflicts(config: RunConfig) -> list[Conflict]:
             "the mean of clipped factors; give factors (with lora.rank_at_cut: null), zero-pad or ffa"
         )
         found.append((("privacy.updates.clip_norm", "aggregate.rule"), message))
+    if updates.clip_norm is not None and config.lora.method == "dora":
+        message = (
+            f"found {updates.clip_norm:g}, but the bound is on A and B, and lora.method dora trains "
+            "magnitudes too; give lora.method: lora"
+        )
+        found.append((("privacy.updates.clip_norm", "lora.method"), message))
     if updates.clip_norm is not None and config.split.server_adapters == "shared":
         message = (
             f"found {updates.clip_norm:g}, but with split.server_adapters shared all clients train one set "

@@ -338,6 +338,8 @@ class Gathering:
             odd = min(adapters.keys() ^ own.keys())
             raise AdapterError(f"{site} sends other factors than those of blocks 0 to {cut - 1}: {odd}")
         for key, factors in adapters.items():
+            if (factors.magnitude is None) != (own[key].magnitude is None):
+                raise AdapterError(f"{site} and this run do not agree on magnitudes (lora.method) for {key}")
             due = ((ranks[key[0]], own[key].A.shape[1]), (own[key].B.shape[0], ranks[key[0]]))
             if (tuple(factors.A.shape), tuple(factors.B.shape)) != due:
                 shapes = (tuple(factors.A.shape), tuple(factors.B.shape))

@@ -56,7 +56,7 @@ KINDS: dict[str, type[Message]] = {**MESSAGES, **{kind.__name__: kind for kind i
 """Every message that may travel, by name."""
 EXACT = frozenset({"moments", "folded", "own"})
 """Those that travel as they are: rounding them would change the training, or undo what corrects a mean."""
-_MOMENT = re.compile(r"(0|[1-9]\d{0,5})\.[\w.]+\.[AB]\.\w+", re.ASCII)
+_MOMENT = re.compile(r"(0|[1-9]\d{0,5})\.[\w.]+\.[ABM]\.\w+", re.ASCII)
 """`7.self_attn.q_proj.A.exp_avg`"""
 
 Check = Callable[[Message], None]

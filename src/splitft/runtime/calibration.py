@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from splitft.adapters import LocalOptimizer, attach, initial_state
+from splitft.adapters import LocalOptimizer, attach
 from splitft.cache import cache_folder
 from splitft.errors import ScheduleError
 from splitft.geometry import Span
@@ -62,7 +62,7 @@ def calibrate(model: Model, sizes: ModelSizes, ranks: Ranks, training: TrainingS
     bank = attach(segment.blocks, ranks.lora.targets, ranks.scale, model.dtype)
     layers = {key: size for key, size in bank.sizes.items() if key[0] in span}
     dtype = torch.promote_types(model.dtype, torch.float32)
-    bank.put(SLOT, initial_state(layers, ranks.initial(), ranks.seed, dtype))
+    bank.put(SLOT, ranks.start(layers, dtype))
     optimizer = LocalOptimizer(bank.parameters(SLOT), training)
     generator = torch.Generator().manual_seed(ranks.seed)
     shapes = ((1, min(FEW, length)), (SEQUENCES, length))

@@ -68,7 +68,9 @@ class Ranks:
 
     def start(self, sizes: Mapping[Key, tuple[int, int]], dtype: torch.dtype, round: int = 0) -> AdapterState:
         """Factors that nobody has trained, as everybody can make them: A from seed and round, B zero."""
-        return initial_state(sizes, self.initial(), self.seed, dtype, salt=round)
+        return initial_state(
+            sizes, self.initial(), self.seed, dtype, salt=round, dora=self.lora.method == "dora"
+        )
 
     def of(self, cut: int, client: str = "") -> dict[int, int]:
         """Rank by block of a client with this cut."""
@@ -127,6 +129,9 @@ class Ranks:
                 f"{client} sends factors {tuple(sent.B.shape)} x {tuple(sent.A.shape)} for block {key[0]} "
                 f"{key[1]}; due was rank {rank} over {widths[1]} and {widths[0]}"
             )
+        if (sent.magnitude is None) != (due.magnitude is None):
+            which = "no magnitude" if sent.magnitude is None else "a magnitude"
+            raise ProtocolError(f"{client} sends {which} for block {key[0]} {key[1]}; see lora.method")
         if not self.sharing.full_rank:
             return sent
         rest = before.beyond(rank)

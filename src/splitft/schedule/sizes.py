@@ -22,7 +22,9 @@ from splitft.geometry import ModelShape
 PLAIN_MLP = frozenset({"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "mpt", "phi"})
 """Families whose feed-forward layer has two matrices; all others have a gate, hence three."""
 
-MAY_BE_ZERO = frozenset({"head_parameters", "adapter_parameters_per_rank", "kept_wide_elements_per_token"})
+MAY_BE_ZERO = frozenset({
+    "head_parameters", "adapter_parameters_per_rank", "kept_wide_elements_per_token", "magnitudes",
+})  # fmt: skip
 """Sizes that a model may lack."""
 
 Targets = Literal["attention", "all-linear"]
@@ -54,6 +56,9 @@ class ModelSizes:
     kept_wide_elements_per_token: int = 0
     """Those that it keeps in float32, whatever the weights are: inputs of norms, and attention's."""
 
+    magnitudes: int = 0
+    """Outputs of a block's adapted layers, each of which has a magnitude with DoRA; 0 without."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
@@ -80,7 +85,7 @@ class ModelSizes:
 
     def adapter_parameters(self, ranks: Sequence[int]) -> int:
         """Parameters of the adapters of blocks with these LoRA ranks."""
-        return self.adapter_parameters_per_rank * sum(ranks)
+        return self.adapter_parameters_per_rank * sum(ranks) + self.magnitudes * sum(map(bool, ranks))
 
 
 def sizes_of(

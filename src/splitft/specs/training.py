@@ -25,6 +25,9 @@ class LoraSpec(Spec):
     in turn); null for `rank` everywhere."""
     alpha: float = Field(32.0, gt=0)
     """The update of a layer is (alpha / rank) B A, whatever rank the layer itself carries."""
+    method: Literal["lora", "dora"] = "lora"
+    """`lora`: W + scale B A; `dora`: that direction, and the magnitude of each row trained beside it (arXiv
+    2402.09353); with aggregate.rule factors, zero-pad or svd."""
     scaling: Literal["lora", "rslora"] = "lora"
     """`lora`: alpha / rank for all; `rslora`: a layer that is trained at rank r is scaled alpha / sqrt(r), so
     that steps are stable at every rank (arXiv 2312.03732)."""
