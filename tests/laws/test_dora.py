@@ -131,3 +131,26 @@ def test_the_schedule_counts_the_magnitudes(tiny_llama, text):
     numbers = sum(tensor.numel() for tensor in prepared.initial().adapters.tensors().values())
     sizes = prepared.pace.fleet.job.sizes
     assert sizes.adapter_parameters(list(prepared.ranks.of(2).values())) == numbers
+
+
+def test_the_schedule_foresees_what_a_layer_keeps_for_its_backward_pass():
+    from torch import nn
+
+    from splitft.adapters import AdapterState, Factors, attach
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(6, 10, bias=False).requires_grad_(False)
+
+    def kept(magnitude) -> int:
+        block, sizes = Block(), []
+        bank = attach([block], ["proj"], 1.0, torch.float32)
+        bank.put("a", AdapterState({(0, "proj"): Factors(torch.ones(2, 6), torch.ones(10, 2), magnitude)}))
+        x = torch.ones(1, 400, 6, requires_grad=True)
+        seen = lambda tensor: sizes.append(tensor.numel()) or tensor  # noqa: E731
+        with bank.routed([("a", 1)]), torch.autograd.graph.saved_tensors_hooks(seen, lambda one: one):
+            block.proj(x)
+        return sum(size for size in sizes if size >= 400)
+
+    assert kept(torch.zeros(1, 10)) - kept(None) == 2 * 10 * 400

@@ -152,8 +152,11 @@ def exact_sizes(model: Model, ranks: Ranks) -> ModelSizes:
         head_parameters=max(0, whole - embedding - model.shape.blocks * block_parameters),
         adapter_parameters_per_rank=sum(map(sum, layers)),
     )
-    dora = ranks.lora.method == "dora"
-    return replace(counted, magnitudes=sum(width_out for _, width_out in layers)) if dora else counted
+    if ranks.lora.method != "dora":
+        return counted
+    outputs = sum(width_out for _, width_out in layers)  # each kept twice: from the base, and from B A
+    kept = counted.kept_elements_per_token + 2 * outputs
+    return replace(counted, magnitudes=outputs, kept_elements_per_token=kept)
 
 
 def _workload(config: RunConfig, stream: BatchStream) -> Workload:

@@ -134,7 +134,8 @@ def _key(model: Model, ranks: Ranks) -> str:
     """Whatever the seconds depend on, as a file name."""
     facts = (
         FEW, SEQUENCES, LENGTH,
-        model.path, model.spec.dtype, model.spec.attention, ranks.lora.targets, ranks.lora.rank,
+        model.path, model.spec.dtype, model.spec.attention,
+        ranks.lora.targets, ranks.lora.rank, ranks.lora.method,
         platform.node(), _machine(), torch.__version__,
     )  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
