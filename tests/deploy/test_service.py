@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import ssl
 import time
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from runs import started
 from splitft.deploy.flare.kits import provision, settle
 from splitft.deploy.flare.poc import free_port
-from splitft.deploy.flare.service import processes_of
+from splitft.deploy.flare.service import Service, processes_of
 from splitft.errors import DeployError
 
 pytest.importorskip("nvflare")
@@ -49,3 +51,41 @@ def test_a_server_s_kit_keeps_its_jobs_to_itself(tmp_path):
     assert "/tmp/nvflare" not in resources
     assert "splitft.deploy.flare.job." in resources
     assert '"*"' not in resources
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A running server of one federation, and the kits of another; its port."""
+    port = free_port()
+    ours = provision(tmp_path / "kits", "localhost", port, ["north"])
+    theirs = provision(tmp_path / "other", "localhost", free_port(), ["north"])
+    service = Service(ours.of("localhost"))
+    service.start()
+    try:
+        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        yield ours, theirs, port
+    finally:
+        service.stop()
+
+
+def answers(root, port, kit=None) -> bool:
+    """Whether the server keeps a TLS connection with this kit's certificate."""
+    context = ssl.create_default_context(cafile=root.of("localhost") / "startup" / "rootCA.pem")
+    if kit is not None:
+        context.load_cert_chain(kit / "startup" / "client.crt", kit / "startup" / "client.key")
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as plain:
+            with context.wrap_socket(plain, server_hostname="localhost") as line:
+                line.settimeout(2)
+                return bool(line.recv(1))
+    except TimeoutError:
+        return True  # it waits for us to speak
+    except (ssl.SSLError, ConnectionError):
+        return False
+
+
+def test_without_a_certificate_of_the_federation_nothing_is_answered(server):
+    ours, theirs, port = server
+    assert answers(ours, port, ours.of("north"))
+    assert not answers(ours, port)
+    assert not answers(ours, port, theirs.of("north"))
