@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import time
 
 import pytest
 import yaml
 
-from runs import COMMAND, invoke
+from runs import COMMAND, invoke, started
 from splitft.deploy.site import load_site
 from splitft.specs import SiteSpec
 
@@ -96,3 +98,17 @@ def test_kits_are_never_made_over_others(provisioned):
     again = invoke("deploy", "provision", folder / "run.yaml", "--to", folder / "kits")
     assert again.exit_code == 2
     assert "exists and is not empty" in again.stderr
+
+
+def test_a_service_that_is_told_to_end_leaves_no_process(provisioned):
+    from splitft.deploy.flare.service import processes_of
+
+    kit = provisioned[0] / "kits" / SITES[0]
+    service = started("deploy", "start", kit)
+    until = time.monotonic() + 60
+    while not processes_of(kit) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert processes_of(kit)
+    service.send_signal(signal.SIGTERM)
+    assert service.wait(60) == 130
+    assert processes_of(kit) == []

@@ -1,0 +1,70 @@
+"""A TCP proxy on loopback that makes a line long and narrow, for `deployment.py`.
+
+    site --> proxy: a chunk leaves half a round trip after it came, and not faster than the rate --> server
+
+Delay is exact per chunk; the rate is that of one connection each way. Loss and jitter are not emulated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+
+CHUNK = 2**16
+
+
+class SlowLine:
+    """Listens on a port of its own and forwards to another."""
+
+    def __init__(self, to_port: int) -> None:
+        self._to, self.round_trip_s, self.bytes_per_s = to_port, 0.0, float("inf")
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._socket.getsockname()[1])
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(asyncio.start_server(self._connect, sock=self._socket))
+        self._loop.run_forever()
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", self._to)
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(self._pump(reader, back), self._pump(there, writer), return_exceptions=True)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+
+        async def take() -> None:
+            free = 0.0
+            with contextlib.suppress(OSError):
+                while data := await reader.read(CHUNK):
+                    now = self._loop.time()
+                    free = max(now, free) + len(data) / self.bytes_per_s
+                    await queue.put((free + self.round_trip_s / 2, data))
+            await queue.put((0.0, b""))
+
+        taking = asyncio.ensure_future(take())
+        with contextlib.suppress(OSError):
+            while True:
+                due, data = await queue.get()
+                if not data:
+                    break
+                if (wait := due - self._loop.time()) > 0:
+                    await asyncio.sleep(wait)
+                writer.write(data)
+                await writer.drain()
+        taking.cancel()
+        writer.close()
