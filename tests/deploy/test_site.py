@@ -22,6 +22,9 @@ from splitft.specs.wire import ADAPTER_CODECS, OPTIONS
 CUTS = [1, 2, 3]
 NAMES = ("client-1", "client-2", "client-3")
 BOUNDED = {"bounded": "bounded:rel=0.01"}
+PHONE = {
+    "block_forward_ms_per_token": 1.0, "block_backward_ms_per_token": 2.0, "head_ms_per_token": 1.0,
+}  # fmt: skip
 CODECS = sorted(set(OPTIONS) - {"temporal"})
 
 
@@ -182,6 +185,10 @@ def test_the_server_plans_with_what_sites_tell(config, text):
 def test_a_site_whose_shallowest_cut_is_deeper_than_the_run_goes_stops_nobody_else(config, text):
     hello = open_site(config, "client-2", site(text={"source": str(text)})).hello
     assert unfit(config, 4, "client-2", hello) is None
+    for device in ({"memory_gb": 1.0}, {"speed": 2.0}, {**PHONE, "memory_gb": 1e300}):
+        assert "it tells of a machine" in str(
+            unfit(config, 4, "client-2", hello.model_copy(update={"device": device}))
+        )
     deeper = hello.model_copy(update={"min_cut": 3})
     assert "from 3 on, and this run goes to 2" in str(unfit(config, 4, "client-2", deeper))
 

@@ -105,8 +105,8 @@ def verify(
         own = described(model, name)
         if own != theirs[name]:
             raise ForbiddenError(
-                f"{name} of {model.path} is not the server's: {own.size} bytes with SHA-256 "
-                f"{own.sha256[:12]}... here, {theirs[name].size} bytes with {theirs[name].sha256[:12]}... "
+                f"{name} of the base model here is not the server's: {own.size} bytes with SHA-256 "
+                f"{own.sha256[:12]}..., {theirs[name].size} bytes with {theirs[name].sha256[:12]}... "
                 "there; get the same model on both sides"
             )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from pydantic import ValidationError
 
 from splitft.assemble.defending import defence_of, public_text
 from splitft.assemble.fleet import exact_sizes, fleet_of
@@ -41,7 +42,7 @@ LEARNING = ("temporal", "principal")
 HEADER_BYTES = 2**21
 """Room for the headers of a message."""
 MOST_MEMORY_GB = 1e9
-"""What a machine is said to have of which nobody said anything."""
+"""What a machine is said to have of which nobody said anything; no number of a machine is above it."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,13 @@ def _told(device: Device, budget_gb: float | None) -> dict[str, float]:
 
 
 def unfit(config: RunConfig, blocks: int, name: str, hello: Hello) -> str | None:
-    """Why a site that has said Hello cannot take part, if its data owner's shallowest cut rules it out."""
+    """Why a site that has said Hello cannot take part, if what it tells of itself rules it out."""
+    try:
+        machine = DeviceSpec.model_validate(hello.device) if hello.device else None
+    except ValidationError as error:
+        return f"it tells of a machine that cannot be: {error.errors()[0]['msg']}"
+    if machine and max(machine.model_dump().values()) > MOST_MEMORY_GB:
+        return f"it tells of a machine with numbers above {MOST_MEMORY_GB:g}"
     place = site_names(config).index(name)
     if config.cuts and config.schedule.controller == "fixed":
         deepest, key = config.cuts[place], "clients.cuts"
