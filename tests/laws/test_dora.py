@@ -107,7 +107,8 @@ def test_peft_loads_it_as_dora_with_the_loss_that_was_evaluated(rule, family, ti
     from splitft.assemble import prepare
     from test_rules_end_to_end import _loss
 
-    sections = {"lora": DORA, "aggregate": {"rule": rule}, "wire": {"hidden": "fp32"}}
+    lora = {**DORA, "scaling": "rslora" if rule == "svd" else "lora"}
+    sections = {"lora": lora, "aggregate": {"rule": rule}, "wire": {"hidden": "fp32"}}
     once = from_mapping(settings(tiny_folders[family], text, **sections))
     run = splitft.train(once, tmp_path / "run")
     assert json.loads((run.adapter_dir / "adapter_config.json").read_text())["use_dora"]
