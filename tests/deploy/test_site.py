@@ -211,7 +211,7 @@ def test_a_site_that_declines_is_out_and_the_others_finish(tiny_llama, text, cap
     assert outcome.states("client-2") == ["declined"]
     assert "cut 2 was asked for; this site takes part from 3 on" in outcome.reasons("client-2")
     said = [(record.name, record.getMessage()) for record in caplog.records]
-    for side in ("splitft.deploy.visit", "splitft.deploy.gathering"):
+    for side in ("splitft.deploy.visit", "splitft.deploy.attendance"):
         assert any(name == side and "client-2 declines" in line for name, line in said)
 
 

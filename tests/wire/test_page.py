@@ -20,7 +20,10 @@ from splitft.wire.rows import rotated
 from wire.plain_reader import decode, read_frame, version
 
 PAGE = (Path(__file__).parents[2] / "docs/wire-format.md").read_text(encoding="utf-8")
-UP = {"RoundReady", "Activations", "HeadGradient", "AdapterUpload", "Evaluation", "Hello", "Next", "Alive"}
+UP = {
+    "RoundReady", "Activations", "HeadGradient", "AdapterUpload", "Evaluation", "Hello", "Declined", "Next",
+    "Alive",
+}  # fmt: skip
 DUMPED = LastHidden(step=5, hidden=torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.25, -1.0, 8.0, -0.125]]))
 TERMS = Terms(4, torch.float32, torch.float32, WireSpec())
 
