@@ -263,7 +263,7 @@ def main() -> None:
             "speed in laptops "
             f"(alpha 0.5, seed {SEEDS[0]}):",
             table(("fleet", *(f"{capacity}" for capacity in CAPACITIES)), mapped),
-            "With equal ranks the cuts do not change the losses beyond the rounding of bfloat16 (held-out loss "
+            "With equal ranks cuts change no loss beyond the rounding of bfloat16 (held-out loss "
             "before training and "
             "after each round):",
             table(("cuts", *(f"round {r}" for r in range(ROUNDS + 1))), same),

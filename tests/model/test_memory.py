@@ -75,3 +75,37 @@ def test_the_real_model_split_says_what_it_says_whole(real_model):
     whole = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.bfloat16).eval()
     assert torch.equal(logits, whole(tokens).logits[0])
     assert model.tokenizer().decode(logits[-1].argmax()) == " Paris"
+
+
+MOVE = """
+import json, re, sys
+import torch
+from pathlib import Path
+from splitft.geometry import Span
+from splitft.model import open_model
+from splitft.specs import ModelSpec
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+torch.set_num_threads(1)
+segment = open_model(ModelSpec(name=sys.argv[2])).segment(Span(0, 2), embedding=True, head=True)
+found = []
+for cut in (2, 15, 29, 15, 2):
+    segment.resize(Span(0, cut))
+    with torch.no_grad():
+        segment.run(torch.arange(8)[None], Span(0, cut))
+    found.append(resident())
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+def test_blocks_that_a_client_gives_up_leave_its_memory(real_model):
+    command = [sys.executable, "-c", MOVE, "move", str(real_model)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    shallow, middle, deep, middle_again, shallow_again = json.loads(run.stdout.splitlines()[-1])
+    print(f"MiB at cuts 2, 15, 29, 15, 2: {run.stdout.splitlines()[-1]}")
+    assert deep - middle > 80  # 14 blocks of 6.75 MiB
+    assert abs(middle_again - middle) < 10
+    assert abs(shallow_again - shallow) < 10
