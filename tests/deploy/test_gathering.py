@@ -110,6 +110,16 @@ def test_a_federation_on_threads_equals_its_simulation(parties, simulated):
     assert outcome.state.losses == pytest.approx(simulated.losses, rel=1e-6)
 
 
+def test_magnitudes_travel_as_in_the_simulation(tiny_llama, text):
+    sections = {"lora": {"method": "dora"}, "training": {"rounds": 2, "steps": 2}}
+    alone, _ = play(federation(tiny_llama, text, CUTS, **sections))
+    outcome = deployed(federation(tiny_llama, text, CUTS, **sections))
+    assert outcome.error is None
+    assert any(name.endswith(".M") for name in alone.adapters.tensors())
+    found = outcome.state.adapters.tensors()
+    assert largest_relative_difference(found, alone.adapters.tensors()) < 1e-9
+
+
 def test_lost_and_repeated_messages_change_nothing(parties, simulated):
     made = []
 
