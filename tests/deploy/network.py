@@ -92,6 +92,7 @@ def deployed(
                 hello(client.name), carrier, LINK, prepared.terms, LIMIT,
                 lambda cut, client=client: client, Keeping(None), patience_s=30, alive_every_s=0.3,
                 guard=(guards or {}).get(client.name),
+                in_flight=min(prepared.config.training.in_flight, prepared.config.training.micro_batches),
             )  # fmt: skip
             target, arguments = _dying_quietly(visit.run), ()
         threads.append(threading.Thread(target=target, args=arguments, daemon=True))

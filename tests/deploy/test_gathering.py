@@ -201,3 +201,59 @@ def test_with_too_few_sites_left_the_run_pauses(parties):
     outcome = deployed(parties(), {"client-2": lambda carrier: Dying(carrier, "HeadGradient", 3)}, spec)
     assert isinstance(outcome.error, PausedError)
     assert outcome.participants() == []
+
+
+# --- several micro-batches of a client underway at once ---------------------------------------------
+
+PARTS = {"micro_batches": 3, "in_flight": 2, "batch_size": 3}
+
+
+class Counting:
+    """Counts how many steps' messages are underway at once; each takes its time."""
+
+    def __init__(self, carrier, counts):
+        self._carrier, self._counts, self._underway = carrier, counts, 0
+
+    def ask(self, data, within_s):
+        if kind_of(data) not in ("Activations", "HeadGradient"):
+            return self._carrier.ask(data, within_s)
+        self._underway += 1
+        self._counts.append(self._underway)
+        try:
+            time.sleep(0.01)
+            return self._carrier.ask(data, within_s)
+        finally:
+            self._underway -= 1
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_so_many_micro_batches_are_underway_at_once_and_nothing_changes(parties, simulated, in_flight):
+    counts = []
+    outcome = deployed(
+        parties(**PARTS | {"in_flight": in_flight}), {"client-1": lambda carrier: Counting(carrier, counts)}
+    )
+    assert outcome.error is None
+    assert not outcome.of("SiteChanged")
+    assert difference(outcome.state, simulated) < 1e-6
+    assert max(counts) == in_flight
+    assert [event.step for event in outcome.of("StepDone") if event.client == "client-1"] == list(range(8))
+
+
+def test_lost_and_repeated_messages_of_several_micro_batches_change_nothing(parties, simulated):
+    carriers = {
+        name: (lambda carrier, seed=seed: Faulty(carrier, seed)) for seed, name in enumerate(EVERYONE)
+    }
+    outcome = deployed(parties(**PARTS), carriers)
+    assert outcome.error is None
+    assert difference(outcome.state, simulated) < 1e-6
+
+
+def test_a_site_that_is_stopped_in_the_middle_of_a_divided_step_keeps_its_whole_steps(parties):
+    spec = SPEC.model_copy(update={"slack": 1.0, "patience_s": 1.0})
+    outcome = deployed(parties(steps=12, **PARTS), {"client-2": lambda carrier: Slow(carrier, 0.1)}, spec)
+    assert outcome.error is None
+    assert outcome.states("client-2") == ["late", "late"]
+    assert outcome.participants() == [EVERYONE, EVERYONE]
+    steps = [event.step for event in outcome.of("StepDone") if event.client == "client-2"]
+    assert 0 < len(steps) < 24
+    assert steps == list(range(len(steps)))

@@ -46,9 +46,9 @@ def test_one_step_has_the_loss_and_the_gradient_at_the_cut_of_the_unsplit_model(
     torch.testing.assert_close(reply.gradient / scale, whole_gradient / scale, rtol=0, atol=2e-5)
 
 
-def _unsplit(folder, batch, cut):
+def _unsplit(folder, batch, cut, dtype=torch.float32):
     """Mean loss, and its gradient at the input of block `cut`, packed (N, D)."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     trunk = model.base_model
     trunk = getattr(trunk, "decoder", trunk)
     blocks = next(getattr(trunk, name) for name in ("layers", "h") if hasattr(trunk, name))

@@ -103,6 +103,8 @@ def fleet_of(
         handed_on=config.training.order == "in-turn",
         weight_bytes=model.dtype.itemsize,
         moments=2 if config.training.optimizer == "adamw" else 0,
+        micro_batches=config.training.micro_batches,
+        in_flight=config.training.in_flight,
         exchange=_exchange(config, model, ranks),
     )  # fmt: skip
     return Fleet(job, clients, schedule.changes)

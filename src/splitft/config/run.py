@@ -140,6 +140,16 @@ def conflicts(config: RunConfig) -> list[Conflict]:
     if config.training.warmup > total:
         message = f"found {config.training.warmup}, but the run has {total} local steps; give at most that"
         found.append((("training.warmup", "training.rounds", "training.steps"), message))
+    parts, training = config.training.micro_batches, config.training
+    if training.batch_tokens is None and parts > training.batch_size:
+        message = f"found {parts} parts of a batch of {training.batch_size} sequences; give at most that"
+        found.append((("training.micro_batches", "training.batch_size"), message))
+    if parts > 1 and config.split.server_adapters == "shared-in-turn":
+        message = (
+            f"found {parts}, but with split.server_adapters shared-in-turn the server steps after each batch "
+            "and would mix the gradients of several clients' parts; give 1, or shared or per-client"
+        )
+        found.append((("training.micro_batches", "split.server_adapters"), message))
     if rule == "fedsa" and config.split.server_adapters != "per-client":
         message = (
             "found fedsa, which leaves each client its own B, but split.server_adapters is shared: all train "

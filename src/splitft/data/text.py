@@ -112,6 +112,22 @@ class Batch:
         rows, columns = self.positions()
         return self.tokens[rows, columns + 1]
 
+    def divided(self, parts: int) -> tuple[Batch, ...]:
+        """Its sequences in this many batches, as even as can be; no more than there are sequences.
+
+        A sequence keeps its tokens and its labels; a part is padded to its own longest only.
+        """
+        rows = len(self.lengths)
+        if min(parts, rows) == 1:
+            return (self,)
+        found = []
+        for part in np.array_split(np.arange(rows), min(parts, rows)):
+            own = slice(int(part[0]), int(part[-1]) + 1)
+            lengths = self.lengths[own]
+            tokens = self.tokens[own, : max(lengths)]
+            found.append(Batch(tokens, lengths, self.labelled_from[own], self.numbers[own]))
+        return tuple(found)
+
     @property
     def real_tokens(self) -> int:
         """Tokens without padding."""

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
-from threading import Condition
+from threading import Condition, Lock
 
 from splitft.deploy.envelope import Envelope, Repeats
 from splitft.errors import CarrierError, ProtocolError, SplitftError, WireError
@@ -90,6 +90,8 @@ class _Site:
     meter: Meter = field(default_factory=Meter)
     heard: float | None = None
     streams: Streams = field(default_factory=Streams)
+    coding: Lock = field(default_factory=Lock)
+    """Held while its streams are read or written: its lanes have threads of their own."""
 
 
 class Desk:
@@ -133,9 +135,10 @@ class Desk:
     def _work(self, site: str, frame: bytes) -> bytes:
         """Read a new message, hand it over, wait for its answer."""
         try:
-            message = self._terms.from_bytes(
-                frame, self._limit, lambda outline: self._check(site, outline), self._sites[site].streams
-            )
+            with self._sites[site].coding:
+                message = self._terms.from_bytes(
+                    frame, self._limit, lambda outline: self._check(site, outline), self._sites[site].streams
+                )
         except WireError as error:
             self._report(site, error)
             return self._terms.to_bytes(_refusal(error))
@@ -143,7 +146,8 @@ class Desk:
             self._sites[site].heard = time.monotonic()
             self._sites[site].meter.count("up", message, _payload(frame), len(frame))
         reply = self._reply_to(site, message)
-        data = self._terms.to_bytes(reply, self._sites[site].streams)
+        with self._sites[site].coding:
+            data = self._terms.to_bytes(reply, self._sites[site].streams)
         with self._changed:
             self._sites[site].meter.count("down", reply, _payload(data), len(data))
             self._sites[site].heard = time.monotonic()

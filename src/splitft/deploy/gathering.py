@@ -115,7 +115,7 @@ class Gathering:
         def check(site: str, message: Message) -> AdapterUpload:
             expect(message, AdapterUpload, round=number)
             assert isinstance(message, AdapterUpload)
-            if site in self._stepping.underway:
+            if self._stepping.pending(site):
                 raise ProtocolError(f"{site} sends its adapters, but its gradient was due")
             cut = self._moving[site]
             own = self._global.within(Span(0, cut))

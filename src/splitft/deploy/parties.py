@@ -34,6 +34,8 @@ from splitft.schedule.memory import client_memory
 from splitft.schedule.profile import GB, Device
 from splitft.specs import DeviceSpec, SiteSpec
 from splitft.tracking.events import ClientFacts
+from splitft.wire import codec_of
+from splitft.wire.feedback import Feedback
 
 RULES = ("factors", "zero-pad", "svd")
 """Aggregation rules after which the global factors are all that a site must know."""
@@ -118,6 +120,14 @@ def common_of(config: RunConfig) -> Common:
                 f"wire.{role}: {codec} learns on both ends of a line, and a site that comes back knows "
                 "nothing of what was learnt; give another codec"
             )
+    if config.training.micro_batches > 1 and config.training.in_flight > 1:
+        for role in ("hidden", "gradient"):
+            if isinstance(codec_of(getattr(config.wire, role)), Feedback):
+                raise DeployError(
+                    f"wire.{role}: {getattr(config.wire, role)} makes good in a message what it left out "
+                    "of the last, and messages of several micro-batches in flight have no order; give "
+                    "training.in_flight: 1, or another codec"
+                )
     if config.privacy.private_blocks:
         raise DeployError(
             "privacy.private_blocks: a site of a deployed run keeps no blocks of its own from one link to "

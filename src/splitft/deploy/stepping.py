@@ -3,31 +3,24 @@
     Activations ---accept--> server.forward, in groups of like lengths  --> LastHidden or CutGradient
     HeadGradient --accept--> server.backward, as they were grouped      --> CutGradient, and StepDone
 
-A step counts for a site once the server has taken it (`done`), and for the run once its adapters are in
-(`settle`); of a site that was stopped or lost the step underway is forgotten.
+A step may come in micro-batches, several of them underway at once; to the run it is one step. It counts for
+a site once the server has taken it (`done`), and for the run once its adapters are in (`settle`); of a site
+that was stopped or lost the step underway is forgotten.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 
 from splitft.adapters import AdapterState
 from splitft.deploy.desk import Arrival, Desk
 from splitft.errors import AdapterError, ProtocolError, SplitftError
 from splitft.protocol import Activations, CutGradient, HeadGradient, Refused, Stop, expect
 from splitft.runtime.server import Server
+from splitft.runtime.underway import Tally
 from splitft.tracking.events import StepDone
-
-
-@dataclass
-class _Underway:
-    """One site's step between its hidden states and its gradient."""
-
-    message: Activations
-    began: float
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Stepping:
@@ -46,12 +39,18 @@ class Stepping:
         """Optimizer steps of each site that count."""
         self.done: dict[str, int] = {}
         """Steps finished in this round."""
-        self.underway: dict[str, _Underway] = {}
-        """Between hidden states and gradient."""
+        self._underway: dict[tuple[str, int], Activations] = {}  # by site and micro-batch
+        self._tallies: dict[str, Tally] = {}  # of steps of which some micro-batches are done
+        self._seconds: dict[str, dict[str, float]] = {}  # by leg, of steps that have begun
 
     def begin(self, participants: Iterable[str]) -> None:
         """A round of training begins."""
-        self.done, self.underway = dict.fromkeys(participants, 0), {}
+        self.done = dict.fromkeys(participants, 0)
+        self._underway, self._tallies, self._seconds = {}, {}, {}
+
+    def pending(self, site: str) -> bool:
+        """Whether a step of the site has begun and is not whole."""
+        return site in self._tallies or any(key[0] == site for key in self._underway)
 
     def settle(self, sites: Iterable[str]) -> None:
         """What these have trained is in."""
@@ -60,7 +59,10 @@ class Stepping:
 
     def forget(self, site: str) -> None:
         """Give up the step that is underway."""
-        self.underway.pop(site, None)
+        for key in [key for key in self._underway if key[0] == site]:
+            del self._underway[key]
+        self._tallies.pop(site, None)
+        self._seconds.pop(site, None)
 
     def stop(self, arrival: Arrival, number: int) -> None:
         """The round's time is up for this site; its step underway is forgotten on both sides."""
@@ -69,7 +71,11 @@ class Stepping:
         arrival.reply(Stop(round=number))
 
     def work(self, arrivals: list[Arrival], listener: Callable[[StepDone], None]) -> None:
-        """All steps that have come: forwards in groups of like lengths, backwards as they were grouped."""
+        """All that has come: forwards in groups of like lengths, backwards as they were grouped."""
+        for wave in _one_a_site(arrivals):
+            self._work(wave, listener)
+
+    def _work(self, arrivals: list[Arrival], listener: Callable[[StepDone], None]) -> None:
         here = {one.site: one for one in arrivals if self._accept(one)}
         forwards = [one.message for one in here.values() if isinstance(one.message, Activations)]
         backwards = [one.message for one in here.values() if isinstance(one.message, HeadGradient)]
@@ -78,33 +84,42 @@ class Stepping:
             replies = self._server.forward(group)
             share = (time.monotonic() - began) / len(group)
             for message in group:
-                step = self.underway[message.client] = _Underway(message, began)
-                step.seconds["server_forward"] = share
-                reply = replies[message.client]
+                site = message.client
+                self._underway[site, message.micro_batch] = message
+                self._spent(site, "server_forward", share)
+                reply = replies[site]
                 if isinstance(reply, CutGradient):
-                    self._finish(message.client, reply.loss or 0.0, listener)
+                    self._finish(site, message.micro_batch, reply.loss or 0.0, listener)
                 here[message.client].reply(reply)
         for gradients in self._server.together(backwards):
             began = time.monotonic()
             at_cuts = self._server.backward(gradients)
             share = (time.monotonic() - began) / len(gradients)
             for gradient in gradients:
-                self.underway[gradient.client].seconds["server_backward"] = share
-                self._finish(gradient.client, gradient.loss, listener)
+                self._spent(gradient.client, "server_backward", share)
+                self._finish(gradient.client, gradient.micro_batch, gradient.loss, listener)
                 here[gradient.client].reply(at_cuts[gradient.client])
 
-    def _finish(self, site: str, loss: float, listener: Callable[[StepDone], None]) -> None:
-        """A step is taken on the server's side; the site takes it when it has the answer."""
-        step = self.underway.pop(site)
+    def _spent(self, site: str, leg: str, seconds: float) -> None:
+        legs = self._seconds.setdefault(site, {})
+        legs[leg] = legs.get(leg, 0.0) + seconds
+
+    def _finish(self, site: str, number: int, loss: float, listener: Callable[[StepDone], None]) -> None:
+        """A micro-batch is done here, and the step if it was the last; the site has it with the answer."""
+        message = self._underway.pop((site, number))
+        tally = self._tallies.setdefault(site, Tally())
+        if not tally.add(message, loss):
+            return
+        del self._tallies[site]
         listener(
             StepDone(
-                round=step.message.round,
-                step=step.message.step,
+                round=message.round,
+                step=message.step,
                 client=site,
-                loss=loss,
-                tokens=step.message.labelled_tokens,
-                examples=len(step.message.lengths),
-                seconds={leg: round(spent, 6) for leg, spent in step.seconds.items()},
+                loss=tally.loss,
+                tokens=tally.tokens,
+                examples=tally.examples,
+                seconds={leg: round(spent, 6) for leg, spent in self._seconds.pop(site, {}).items()},
                 traffic=self._desk.traffic_of(site),
             )
         )
@@ -112,6 +127,10 @@ class Stepping:
 
     def try_out(self, arrivals: list[Arrival]) -> None:
         """Held-out batches."""
+        for wave in _one_a_site(arrivals):
+            self._try_out(wave)
+
+    def _try_out(self, arrivals: list[Arrival]) -> None:
         here = {one.site: one for one in arrivals if self._accept(one, training=False)}
         messages = [one.message for one in here.values() if isinstance(one.message, Activations)]
         for group in self._server.groups(messages):
@@ -136,6 +155,18 @@ class Stepping:
             self._refuse(site, error)
             return False
         return True
+
+
+def _one_a_site(arrivals: Iterable[Arrival]) -> list[list[Arrival]]:
+    """In waves, none with two of one site: each is judged by what those before it have changed."""
+    waves: list[list[Arrival]] = []
+    seen: Counter[str] = Counter()
+    for arrival in arrivals:
+        if seen[arrival.site] == len(waves):
+            waves.append([])
+        waves[seen[arrival.site]].append(arrival)
+        seen[arrival.site] += 1
+    return waves
 
 
 def answer_refused(arrival: Arrival, error: SplitftError) -> None:

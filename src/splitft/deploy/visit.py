@@ -2,9 +2,10 @@
 
     Hello -> Join -> [ RoundStart -> Train: steps -> AdapterUpload -> GlobalAdapters -> Evaluate ] -> Leave
 
-The client is the same object as in simulation. What it needs beyond one link of the job chain, the moments of
-its optimizer, it keeps on its own disk. A refusal or a fault of its own in a round costs it that round: it
-goes on asking, and is told where the run is when the next one begins.
+Of a step in micro-batches, `in_flight` are underway at once: while one is at the server, the client works on
+another. The client is the same object as in simulation. What it needs beyond one link of the job chain, the
+moments of its optimizer, it keeps on its own disk. A refusal or a fault of its own in a round costs it that
+round: it goes on asking, and is told where the run is when the next one begins.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import NoReturn
 
 from splitft.deploy.carrier import Carrier
 from splitft.deploy.envelope import LANES, Lane
+from splitft.deploy.flight import Flight
 from splitft.deploy.keeping import Keeping
 from splitft.deploy.site import Guard
 from splitft.errors import CarrierError, ForbiddenError, ProtocolError, SplitftError
@@ -28,6 +30,7 @@ from splitft.protocol import (
     GlobalAdapters,
     Hello,
     Join,
+    LastHidden,
     Leave,
     Message,
     Next,
@@ -82,16 +85,19 @@ class Visit:
         alive_every_s: float | None = None,
         seed: int = 0,
         guard: Guard | None = None,
+        in_flight: int = 1,
     ) -> None:
         """`open_client` makes the client at a cut; after `patience_s` without answer the server is gone.
 
-        `guard` holds what its data owner forbids.
+        `guard` holds what its data owner forbids; `in_flight` micro-batches are underway at once.
         """
         self._guard = guard
         self._hello, self._terms, self._open = hello, terms, open_client
         self._name, self._keeping, self._patience_s = hello.client, keeping, patience_s
         self._alive_every_s = alive_every_s
         self._lane = Lane(carrier, link, 0, frame_limit)
+        others = [Lane(carrier, link, number, frame_limit) for number in range(1, in_flight)]
+        self._flight = Flight((self._lane, *others), patience_s)
         self._alive = Lane(carrier, link, ALIVE_LANE, frame_limit)
         self._client: Client | None = None
         self._streams = Streams(seed, self._name)
@@ -103,6 +109,8 @@ class Visit:
                 self._take_part()
             except _LeftError as left:
                 return str(left)
+            finally:
+                self._flight.close()
 
     def _take_part(self) -> NoReturn:
         order = self._ask(self._hello)
@@ -166,26 +174,33 @@ class Visit:
         logger.info("%s joins after round %d with cut %d", self._name, order.round, order.cut)
 
     def _step(self, client: Client) -> None:
-        reply = self._reply(client.forward())
-        if client.plan.labels == "client":
-            reply = self._reply(client.head(reply))
-        client.backward(reply)
+        """One step: the next micro-batch leaves whenever a lane is free, and the oldest answer is next."""
+        try:
+            self._send(client.forward())
+            while self._flight:
+                while client.unsent and not self._flight.full:
+                    self._send(client.forward())
+                reply = _step_of(self._read(self._flight.answer()))
+                if isinstance(reply, LastHidden):
+                    self._send(client.head(reply))
+                else:
+                    client.backward(reply)
+        finally:
+            self._flight.settle()
+
+    def _send(self, message: Message) -> None:
+        self._flight.ask(self._terms.to_bytes(message, self._streams))
 
     def _reply(self, message: Message) -> Message:
-        """The answer to a step; raises if there is none."""
-        reply = self._ask(message)
-        if isinstance(reply, Stop):
-            raise _StoppedError
-        if isinstance(reply, Refused):
-            raise RefusedError(f"{reply.error}: {reply.reason}")
-        return reply
+        """The answer to a held-out batch; raises if there is none."""
+        return _step_of(self._ask(message))
 
     def _ask(self, message: Message) -> Message:
         """The answer to a message. Raises _LeftError if it is that the link has ended."""
-        answer = self._terms.from_bytes(
-            self._lane.ask(self._terms.to_bytes(message, self._streams), self._patience_s),
-            streams=self._streams,
-        )
+        return self._read(self._lane.ask(self._terms.to_bytes(message, self._streams), self._patience_s))
+
+    def _read(self, data: bytes) -> Message:
+        answer = self._terms.from_bytes(data, streams=self._streams)
         if isinstance(answer, Leave):
             raise _LeftError(answer.reason)
         return answer
@@ -216,3 +231,12 @@ class Visit:
             yield
         finally:
             done.set()
+
+
+def _step_of(reply: Message) -> Message:
+    """The answer to a step; raises if there is none."""
+    if isinstance(reply, Stop):
+        raise _StoppedError
+    if isinstance(reply, Refused):
+        raise RefusedError(f"{reply.error}: {reply.reason}")
+    return reply

@@ -8,6 +8,7 @@
       LastHidden      (M, D)            ---->                  head and loss on the client
                                         <----  HeadGradient    (M, D)
       CutGradient     (N, D)            ---->
+   (a step may be divided into micro-batches, of which some are underway at once: the same for each of them)
    then:
                                         <----  AdapterUpload   factors of blocks [0, k)
       GlobalAdapters  after aggregation ---->
@@ -31,12 +32,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from splitft.adapters import AdapterState
 from splitft.errors import ProtocolError
+from splitft.specs.training import MOST_MICRO_BATCHES
 from splitft.tracking.events import Role
 
 Count = Annotated[int, Field(ge=0)]
 Length = Annotated[int, Field(ge=1)]
 Loss = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
+MicroBatch = Annotated[int, Field(ge=0, lt=MOST_MICRO_BATCHES)]
 
 
 class Message(BaseModel):
@@ -46,6 +49,8 @@ class Message(BaseModel):
 
     ROLES: ClassVar[Mapping[str, Role]] = {}
     """Role of each field that holds tensors; the first is also charged with the frame's overhead."""
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset()
+    """Plain fields that a frame does not carry where they have their default."""
 
     @property
     def main_role(self) -> Role:
@@ -92,16 +97,28 @@ class Activations(Message):
     """Positions [start, stop) of each sequence that carry a label."""
     examples: tuple[Count, ...] = ()
     """The client's number for each sequence, only where a codec compares epochs."""
+    micro_batch: MicroBatch = 0
+    """Which part of its step this is."""
+    micro_batches: Annotated[int, Field(ge=1, le=MOST_MICRO_BATCHES)] = 1
+    """Parts of the step."""
+    step_labelled: Length | None = None
+    """Labelled tokens of all parts of the step; left out for a step of one part, whose M it is."""
     hidden: torch.Tensor
     """(N, D)."""
     labels: torch.Tensor | None = None
     """(M,) token ids; only with `labels: server`."""
     ROLES = {"hidden": "hidden", "labels": "label"}
+    LEFT_OUT = frozenset({"micro_batch", "micro_batches", "step_labelled"})
 
     @property
     def labelled_tokens(self) -> int:
         """M."""
         return sum(stop - start for start, stop in self.labelled)
+
+    @property
+    def step_tokens(self) -> int:
+        """Labelled tokens of the whole step."""
+        return self.labelled_tokens if self.step_labelled is None else self.step_labelled
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Activations:
@@ -116,6 +133,14 @@ class Activations(Message):
             raise ValueError(f"hidden {tuple(self.hidden.shape)} for {sum(self.lengths)} tokens")
         if self.labels is not None and self.labels.shape != (self.labelled_tokens,):
             raise ValueError(f"labels {tuple(self.labels.shape)} for {self.labelled_tokens} positions")
+        if self.micro_batch >= self.micro_batches:
+            raise ValueError(f"micro-batch {self.micro_batch} of a step of {self.micro_batches}")
+        if self.micro_batches > 1 and self.step_tokens < self.labelled_tokens + self.micro_batches - 1:
+            raise ValueError(
+                f"{self.labelled_tokens} labelled tokens of {self.step_tokens} in {self.micro_batches} parts"
+            )
+        if self.micro_batches == 1 and self.step_labelled is not None:
+            raise ValueError("step_labelled of a step of one part")
         return self
 
 
@@ -123,33 +148,39 @@ class LastHidden(Message):
     """Server: hidden states after the last block at the labelled positions."""
 
     step: Count
+    micro_batch: MicroBatch = 0
     hidden: torch.Tensor
     """(M, D)."""
     ROLES = {"hidden": "hidden"}
+    LEFT_OUT = frozenset({"micro_batch"})
 
 
 class HeadGradient(Message):
-    """Client: gradient of its mean loss at LastHidden."""
+    """Client: gradient of its step's mean loss at LastHidden."""
 
     client: Name
     round: Count
     step: Count
+    micro_batch: MicroBatch = 0
     loss: Loss
-    """Mean loss of the batch in nats, for the record."""
+    """Mean loss over these M positions in nats, for the record."""
     gradient: torch.Tensor
     """(M, D)."""
     ROLES = {"gradient": "gradient"}
+    LEFT_OUT = frozenset({"micro_batch"})
 
 
 class CutGradient(Message):
-    """Server: gradient of the client's mean loss at the cut."""
+    """Server: gradient of the mean loss of the client's step at the cut."""
 
     step: Count
+    micro_batch: MicroBatch = 0
     gradient: torch.Tensor
     """(N, D)."""
     loss: Loss | None = None
-    """Mean loss in nats, with `labels: server`."""
+    """Mean loss over these M positions in nats, with `labels: server`."""
     ROLES = {"gradient": "gradient"}
+    LEFT_OUT = frozenset({"micro_batch"})
 
 
 class AdapterUpload(Message):

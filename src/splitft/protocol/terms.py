@@ -121,10 +121,12 @@ class Terms:
         for name in type(message).model_fields:
             value = getattr(message, name)
             if name not in message.ROLES:
-                fields[name] = value
+                default = type(message).model_fields[name].default
+                if name not in message.LEFT_OUT or value != default:
+                    fields[name] = value
                 continue
             role = message.ROLES[name]
-            passage = streams.passage(kind, role, _number(vars(message)))
+            passage = streams.passage(kind, role, *_number(vars(message)))
             if isinstance(value, torch.Tensor):
                 if role == "label" and not self.labels_travel:
                     raise ProtocolError("labels were about to leave the client, whose labels stay at home")
@@ -147,7 +149,7 @@ class Terms:
         _begin(streams, frame.fields)
         number = _number(frame.fields)
         decoded = {
-            name: self._arrived(kind, name, one, streams.passage(frame.kind, one.role, number), streams)
+            name: self._arrived(kind, name, one, streams.passage(frame.kind, one.role, *number), streams)
             for name, one in frame.tensors.items()
         }
         return _message(kind, frame.fields, decoded)
@@ -341,12 +343,13 @@ def _begin(streams: Streams, values: Mapping[str, Any]) -> None:
     if "labelled" in values:
         names, lengths, labelled = values.get("examples", ()), values["lengths"], values["labelled"]
         counts = [stop - start for start, stop in labelled]
-        streams.begin(values["training"], list(zip(names, lengths, counts, strict=True)) if names else [])
+        examples = list(zip(names, lengths, counts, strict=True)) if names else []
+        streams.begin(values["training"], examples, values.get("micro_batch", 0))
 
 
-def _number(values: Mapping[str, Any]) -> int:
-    """The step of a message that has one."""
-    return int(values.get("step", 0))
+def _number(values: Mapping[str, Any]) -> tuple[int, int]:
+    """The step and the micro-batch of a message that has them."""
+    return int(values.get("step", 0)), int(values.get("micro_batch", 0))
 
 
 def _here() -> str:

@@ -3,7 +3,7 @@
     start(RoundStart) -> RoundReady
     forward() -> Activations                     tokens stay here, hidden states leave
     head(LastHidden) -> HeadGradient             labels stay here
-    backward(CutGradient)                        and the client's own optimizer steps
+    backward(CutGradient)                        after the last micro-batch, the client's own optimizer steps
     upload() -> AdapterUpload
     install(GlobalAdapters), held_out(i) -> Activations, held_out_head(...), evaluation() -> Evaluation
 
@@ -41,7 +41,7 @@ from splitft.protocol import (
 )
 from splitft.runtime.holding import Holding
 from splitft.runtime.ranks import Ranks
-from splitft.runtime.underway import Underway, check_finite
+from splitft.runtime.underway import Part, Underway, check_finite, mean_loss
 from splitft.specs import PrivacySpec, TrainingSpec
 
 
@@ -76,8 +76,10 @@ class Client:
         self.segment, self._bank = self._holding.segment, self._holding.bank
         self._moments: Moments = {}
         self._optimizer: LocalOptimizer | None = None
-        self._underway: Underway | None = None
-        self._graded = False  # whether the head has answered for the batch underway
+        self._step: tuple[Batch, ...] = ()  # micro-batches of the step that has begun
+        self._sent = self._taken = 0  # of these: have left, and are back
+        self._underway: dict[int, Underway] = {}  # those between, by number; in evaluation 0 alone
+        self._graded: set[int] = set()  # those for which the head has answered
         self._round = 0
         self._tokens = 0  # labelled, trained on in this round without a server
         self._evaluated = (0.0, 0)
@@ -104,29 +106,42 @@ class Client:
         given_up = moments_within(self._moments, before.minus(self.plan.client))
         kept = {} if self._training.order == "in-turn" else self._moments
         self._moments = moments_within({**kept, **message.moments}, self.plan.client)
-        self._round, self._underway, self._graded, self._tokens = message.round, None, False, 0
+        self._round, self._tokens = message.round, 0
+        self._end_step()
         parameters, ratio = self._holding.train(message.round), self._ranks.lora.lr_ratio
         self._optimizer = LocalOptimizer(parameters, self._training, self._moments, ratio, message.round)
         return RoundReady(client=self.name, round=message.round, moments=given_up, own=own)
 
+    @property
+    def unsent(self) -> int:
+        """Micro-batches of the step that has begun which have not left; 0 between steps."""
+        return len(self._step) - self._sent
+
     def forward(self) -> Activations:
-        """The next batch through the client's blocks."""
+        """The next micro-batch of this step, or the first of the next, through the client's blocks."""
         self._in_round()
-        batch = self._stream.batch(self.steps)
+        if not self._step:
+            self._step = self._divided()
+        if not self.unsent:
+            raise ProtocolError(f"{self.name}: all of step {self.steps} is underway; its gradient is due")
+        number, batch = self._sent, self._step[self._sent]
         with torch.enable_grad():
-            hidden = self._leaving(batch, "training", self._round, self.steps)
-        self._underway = Underway(batch, hidden)
-        return self._activations(self.steps, training=True)
+            hidden = self._leaving(batch, "training", self._round, self.steps, *_beyond_first(number))
+        labelled = sum(one.labelled_tokens for one in self._step)
+        self._underway[number] = Underway(batch, hidden, Part(number, len(self._step), labelled))
+        self._sent += 1
+        return self._activations(self.steps, number, training=True)
 
     def head(self, message: Message) -> HeadGradient:
-        """Loss of the batch underway, and its gradient at the last hidden states.
+        """Loss of a batch underway, and its gradient at the last hidden states.
 
         Raises RunError if the loss is not finite.
         """
-        batch = self._awaited().batch
+        underway = self._awaited(message)
+        batch, number = underway.batch, underway.part.number
         expect(message, LastHidden, step=self.steps)
         assert isinstance(message, LastHidden)
-        self._awaited().check_rows(self.name, message)
+        underway.check_rows(self.name, message)
         loss, gradient = loss_and_gradient(self.segment, message.hidden, batch.targets())
         check_finite(loss, self.name, self._round, self.steps)
         gradient = self._defence.gradient(
@@ -136,25 +151,37 @@ class Client:
             lambda rows, labels: loss_and_gradient(self.segment, rows, labels)[1],
             self._round,
             self.steps,
+            *_beyond_first(number),
         )
-        self._graded = True
+        self._graded.add(number)
         return HeadGradient(
-            client=self.name, round=self._round, step=self.steps, loss=loss, gradient=gradient
+            client=self.name,
+            round=self._round,
+            step=self.steps,
+            micro_batch=number,
+            loss=loss,
+            gradient=underway.part.weighted(gradient, batch.labelled_tokens),
         )
 
     def backward(self, message: Message) -> None:
-        """Gradient at the cut through the client's blocks, then one optimizer step."""
-        underway, optimizer = self._awaited(), self._in_round()
-        expect(message, CutGradient if self._graded or self.plan.labels == "server" else LastHidden)
+        """Gradient at the cut through the client's blocks; after the last of the step, one optimizer step."""
+        underway, optimizer = self._awaited(message), self._in_round()
+        number = underway.part.number
+        graded = number in self._graded or self.plan.labels == "server"
+        expect(message, CutGradient if graded else LastHidden)
         expect(message, CutGradient, step=self.steps)
         assert isinstance(message, CutGradient)
         if message.gradient.shape != underway.hidden.shape:
             raise ProtocolError(f"CutGradient {tuple(message.gradient.shape)} for {underway.hidden.shape}")
         if underway.hidden.requires_grad:  # it does not if no layer of these blocks is adapted
             torch.autograd.backward([underway.hidden], [message.gradient.to(underway.hidden.dtype)])
-        optimizer.step()
-        self._underway, self._graded = None, False
-        self.steps += 1
+        del self._underway[number]
+        self._graded.discard(number)
+        self._taken += 1
+        if self._taken == len(self._step):
+            optimizer.step()
+            self._end_step()
+            self.steps += 1
 
     def step_alone(self) -> tuple[float, Batch]:
         """One step of a client that holds all blocks and the head; returns its loss and its batch.
@@ -162,13 +189,17 @@ class Client:
         Raises RunError if the loss is not finite.
         """
         optimizer = self._in_round()
-        batch = self._stream.batch(self.steps)
-        with torch.enable_grad():
-            last = self._holding.run(batch)[batch.positions()]  # (M, D)
-        loss, gradient = loss_and_gradient(self.segment, last.detach(), batch.targets())
-        check_finite(loss, self.name, self._round, self.steps)
-        if last.requires_grad:
-            torch.autograd.backward([last], [gradient.to(last.dtype)])
+        batch, parts, losses = self._stream.batch(self.steps), self._divided(), []
+        for number, own in enumerate(parts):
+            with torch.enable_grad():
+                last = self._holding.run(own)[own.positions()]  # (M, D)
+            part_loss, gradient = loss_and_gradient(self.segment, last.detach(), own.targets())
+            check_finite(part_loss, self.name, self._round, self.steps)
+            losses.append((part_loss, own.labelled_tokens))
+            gradient = Part(number, len(parts), batch.labelled_tokens).weighted(gradient, own.labelled_tokens)
+            if last.requires_grad:
+                torch.autograd.backward([last], [gradient.to(last.dtype)])
+        loss = mean_loss(losses)
         optimizer.step()
         self.steps += 1
         self._tokens += batch.labelled_tokens
@@ -182,6 +213,7 @@ class Client:
         if self._training.optimizer_state == "keep" and not handed_on:
             self._moments = moments
         self._optimizer = None
+        self._end_step()
         return AdapterUpload(
             client=self.name,
             round=self._round,
@@ -209,8 +241,8 @@ class Client:
     def held_out(self, index: int) -> Activations:
         """One held-out batch through the client's blocks, without gradient."""
         batch = self._held_out[index]
-        self._underway = Underway(batch, self._leaving(batch, "evaluation", self._round, index))
-        return self._activations(index, training=False)
+        self._underway = {0: Underway(batch, self._leaving(batch, "evaluation", self._round, index))}
+        return self._activations(index, 0, training=False)
 
     @torch.no_grad()
     def held_out_alone(self, index: int) -> None:
@@ -229,7 +261,7 @@ class Client:
         else:
             assert isinstance(message, HeldOutLoss)
             self._add(message.loss, batch)
-        self._underway = None
+        self._underway = {}
 
     def held_out_gradient(self, message: LastHidden) -> torch.Tensor:
         """Gradient (M, D) of the held-out batch underway at its last hidden states, which changes nothing."""
@@ -280,9 +312,17 @@ class Client:
         hidden = pack(self._holding.run(batch), batch.lengths)
         return self._defence.hidden(hidden, self.plan.cut, base, *place)
 
-    def _activations(self, step: int, training: bool) -> Activations:
+    def _activations(self, step: int, number: int, training: bool) -> Activations:
         told = {"numbered": self._numbered, "with_labels": self.plan.labels == "server"}
-        return self._awaited().activations(self.name, self._round, step, training=training, **told)
+        return self._underway[number].activations(self.name, self._round, step, training=training, **told)
+
+    def _divided(self) -> tuple[Batch, ...]:
+        return self._stream.batch(self.steps).divided(self._training.micro_batches)
+
+    def _end_step(self) -> None:
+        """Nothing of a step is underway any more."""
+        self._step, self._sent, self._taken = (), 0, 0
+        self._underway, self._graded = {}, set()
 
     def _add(self, loss: float, batch: Batch) -> None:
         self._evaluated = (self._evaluated[0] + loss, self._evaluated[1] + batch.labelled_tokens)
@@ -292,7 +332,15 @@ class Client:
             raise ProtocolError(f"{self.name}: no round is underway; RoundStart is due first")
         return self._optimizer
 
-    def _awaited(self) -> Underway:
-        if self._underway is None:
+    def _awaited(self, message: Message | None = None) -> Underway:
+        number = getattr(message, "micro_batch", 0)
+        if not self._underway:
             raise ProtocolError(f"{self.name}: a reply came, but no batch is underway")
-        return self._underway
+        if number not in self._underway:
+            raise ProtocolError(f"{self.name}: a reply came to micro-batch {number}, which is not underway")
+        return self._underway[number]
+
+
+def _beyond_first(number: int) -> tuple[int, ...]:
+    """What tells a micro-batch apart in the seed of its noise; nothing for the first."""
+    return (number,) if number else ()

@@ -43,6 +43,13 @@ class Group:
             raise ProtocolError(f"{message.client}: gradient {tuple(message.gradient.shape)} does not fit")
 
 
+def of_step(message: Activations, gradient: torch.Tensor) -> torch.Tensor:
+    """From the gradient of a micro-batch's own mean loss to that of its step's mean loss."""
+    if message.micro_batches == 1:
+        return gradient
+    return gradient * (message.labelled_tokens / message.step_tokens)
+
+
 def like_lengths(messages: Sequence[Activations], group_tokens: int) -> list[list[Activations]]:
     """Neighbours in length together, up to `group_tokens` padded tokens and `MOST_PADDING`."""
     groups: list[list[Activations]] = []

@@ -10,12 +10,15 @@ With own factors, who else is in the batch changes nothing but rounding.
 
 With shared factors the loss is that of the concatenated batch, sum_i M_i loss_i / sum_i M_i over the clients
 of a step, and the one optimizer steps when all have been heard.
+
+A client's step may come in micro-batches, up to `training.in_flight` of them underway at once. Each brings
+the gradient of the whole step's mean loss at its own rows: gradients add up, and the optimizer steps after
+the last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -24,25 +27,15 @@ from splitft.errors import ProtocolError
 from splitft.geometry import Plan, Span
 from splitft.model import Model, Segment, loss_and_gradient, summed_loss
 from splitft.protocol import Activations, CutGradient, HeadGradient, HeldOutLoss, LastHidden, expect
-from splitft.runtime.grouping import Group, in_random_order, like_lengths
+from splitft.runtime.grouping import Group, in_random_order, like_lengths, of_step
 from splitft.runtime.kept import Kept
 from splitft.runtime.onramp import back, join
 from splitft.runtime.ranks import Ranks
+from splitft.runtime.seat import Seat
 from splitft.specs import SplitSpec, TrainingSpec
 
 GLOBAL, SHARED = "=global", "=shared"
 """Slots of the aggregated factors and of those that all clients train; no client's name begins with `=`."""
-
-
-@dataclass
-class _Seat:
-    """What the server keeps for one participant of the round."""
-
-    cut: int
-    step: int = 0
-    """Steps this client has finished in the round."""
-    tokens: int = 0
-    """Labelled tokens it has trained on in the round."""
 
 
 class Server:
@@ -57,9 +50,9 @@ class Server:
         self._bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype, ranks.gain)
         self._dtype = torch.promote_types(model.dtype, torch.float32)
         self._round = 0
-        self._seats: dict[str, _Seat] = {}
+        self._seats: dict[str, Seat] = {}
         self._cuts: dict[str, int] = {}
-        self._groups: dict[str, Group] = {}
+        self._groups: dict[tuple[str, int], Group] = {}  # by client and micro-batch
         self._optimizers: dict[str, LocalOptimizer] = {}
         self._heard: dict[str, int] = {}  # shared factors: labelled tokens of who was heard this step
         self.kept = Kept(per_client=not self._shared)
@@ -93,7 +86,7 @@ class Server:
     ) -> None:
         """Give every participant (or all together) the round's factors and a fresh optimizer."""
         blocks = self.segment.shape.blocks
-        self._seats = {name: _Seat(self._cuts[name]) for name in participants}
+        self._seats = {name: Seat(self._cuts[name]) for name in participants}
         self._round, self._groups, self._heard, self._optimizers = number, {}, {}, {}
         if self._shared:
             cuts = [self._cuts[name] for name in participants]
@@ -160,18 +153,21 @@ class Server:
         with torch.set_grad_enabled(training):
             group = join(self.segment, self._bank, self._cuts, slot, messages, training)
         if training:
-            self._groups.update(dict.fromkeys(group.messages, group))
+            for message in messages:
+                self._groups[message.client, message.micro_batch] = group
+                self._seat(message.client).take(message)
         if self._split.labels == "server":
             return dict(self._graded(group, training))
         return {
-            client: LastHidden(step=group.messages[client].step, hidden=output.detach())
+            client: LastHidden(step=message.step, micro_batch=message.micro_batch, hidden=output.detach())
             for client, output in group.outputs.items()
+            for message in (group.messages[client],)
         }
 
     def check(self, message: Activations | HeadGradient) -> None:
         """Raise ProtocolError for what may not come now. Changes nothing."""
         if isinstance(message, HeadGradient):
-            group = self._groups.get(message.client)
+            group = self._groups.get((message.client, message.micro_batch))
             if group is None:
                 raise ProtocolError(f"{message.client} sends a gradient, but no batch of it is underway here")
             group.check(message)
@@ -179,10 +175,9 @@ class Server:
         if message.client not in self._cuts:
             raise ProtocolError(f"{message.client} is no client of this run")
         if message.training:
-            self._seat(message.client)
+            seat = self._seat(message.client)
             expect(message, Activations, round=self._round)
-            if message.client in self._groups:
-                raise ProtocolError(f"{message.client} sends a batch, but its gradient was due")
+            seat.check(message, self._training)
         if self._split.labels == "server":
             self._check_labels(message)
 
@@ -190,7 +185,8 @@ class Server:
         """Those that answer one `forward` together, as `backward` takes them."""
         by_group: dict[int, list[HeadGradient]] = {}
         for message in messages:
-            by_group.setdefault(id(self._groups.get(message.client)), []).append(message)
+            group = self._groups.get((message.client, message.micro_batch))
+            by_group.setdefault(id(group), []).append(message)
         return list(by_group.values())
 
     def backward(self, messages: Sequence[HeadGradient]) -> dict[str, CutGradient]:
@@ -199,21 +195,28 @@ class Server:
         The messages answer one `forward`; who is missing from them may follow with a `backward` of its own,
         which costs another pass through the group, or `leave`.
         """
-        group = self._groups.get(messages[0].client)
+        group = self._groups.get((messages[0].client, messages[0].micro_batch))
         for message in messages:
             self.check(message)
-            if self._groups.get(message.client) is not group:
+            if self._groups.get((message.client, message.micro_batch)) is not group:
                 raise ProtocolError(f"{message.client} sends a gradient for another group")
         assert group is not None
         at_cuts = self._back(group, {message.client: message.gradient for message in messages})
         return {
-            message.client: CutGradient(step=message.step, gradient=at_cuts[message.client])
+            message.client: CutGradient(
+                step=message.step, micro_batch=message.micro_batch, gradient=at_cuts[message.client]
+            )
             for message in messages
         }
 
     def forget(self, client: str) -> None:
-        """Give up the step that is underway for a client."""
-        self._groups.pop(client, None)
+        """Give up the step that is underway for a client, with what its finished micro-batches added."""
+        for key in [key for key in self._groups if key[0] == client]:
+            del self._groups[key]
+        if client in self._seats:
+            self._seats[client].forget()
+        if client in self._optimizers:  # its own, with per-client adapters
+            self._optimizers[client].forget()
 
     def leave(self, client: str) -> None:
         """Give up what the round has for a client that takes no further part in it."""
@@ -238,7 +241,8 @@ class Server:
             assert message.labels is not None
             if training:
                 graded = loss_and_gradient(self.segment, group.outputs[client], message.labels)
-                losses[client], gradients[client] = graded
+                losses[client] = graded[0]
+                gradients[client] = of_step(message, graded[1])
             else:
                 losses[client] = summed_loss(self.segment, group.outputs[client], message.labels)
         if not training:
@@ -248,25 +252,32 @@ class Server:
             }
         at_cuts = self._back(group, gradients)
         return {
-            client: CutGradient(step=message.step, gradient=at_cuts[client], loss=losses[client])
+            client: CutGradient(
+                step=message.step,
+                micro_batch=message.micro_batch,
+                gradient=at_cuts[client],
+                loss=losses[client],
+            )
             for client, message in group.messages.items()
         }
 
     def _back(self, group: Group, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Backward through one group; returns gradients (N, D) at the cuts."""
         shared = self._split.server_adapters == "shared"  # one step on the loss of all
-        weights = {c: group.messages[c].labelled_tokens if shared else 1 for c in gradients}
-        awaited = [c for c in group.messages if c not in gradients and self._groups.get(c) is group]
+        weights = {client: group.messages[client].step_tokens if shared else 1 for client in gradients}
+        awaited = [
+            client
+            for client, message in group.messages.items()
+            if client not in gradients and self._groups.get((client, message.micro_batch)) is group
+        ]
         at_cuts = back(group, gradients, weights, again=bool(awaited))
         for client in gradients:
-            self._groups.pop(client, None)
-            self._seats[client].tokens += group.messages[client].labelled_tokens
-            self._seats[client].step += 1
-        self._step(weights)
+            self._groups.pop((client, group.messages[client].micro_batch), None)
+        self._step({client: weights[client] for client in gradients if self._seats[client].give_back()})
         return at_cuts
 
     def _step(self, weights: Mapping[str, int]) -> None:
-        """Optimizer steps: each client's own, or the shared one when all have been heard.
+        """Optimizer steps for clients whose step is whole: each client's own, or one when all were heard.
 
         Clients of the group that are still awaited got gradients of zero, to which theirs will be added.
         """
@@ -275,7 +286,8 @@ class Server:
                 self._optimizers[client].step()
             return
         if self._split.server_adapters == "shared-in-turn":
-            self._optimizers[SHARED].step()
+            if weights:
+                self._optimizers[SHARED].step()
             return
         self._heard.update(weights)
         if self._heard.keys() >= self._seats.keys():
@@ -293,7 +305,7 @@ class Server:
     def _evaluated(self, client: str) -> str:
         return f"{GLOBAL}/{client}" if self._ranks.keeps_own else GLOBAL
 
-    def _seat(self, client: str) -> _Seat:
+    def _seat(self, client: str) -> Seat:
         if client not in self._seats:
             raise ProtocolError(f"{client} does not take part in this round")
         return self._seats[client]

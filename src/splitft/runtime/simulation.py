@@ -2,7 +2,8 @@
 
 Each local step of all participants is played at once: all forward, the server in groups, all backward. Real
 federations need not be in step; results do not depend on it, since every client has its own
-factors on the server (with shared factors, in step is what the method means).
+factors on the server (with shared factors, in step is what the method means). A step's micro-batches are
+played one after the other: how many are underway at once is a matter of time, and the simulated clock's.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from splitft.protocol import (
 from splitft.runtime.client import Client
 from splitft.runtime.line import Line, Tap
 from splitft.runtime.server import Server
+from splitft.runtime.underway import Tally
 from splitft.tracking.events import Role, StepDone, Traffic
 
 K = TypeVar("K")
@@ -55,6 +57,7 @@ class Simulation:
             name: Line(name, terms if isinstance(terms, Terms) else terms[name], tap, seed)
             for name in self.clients
         }
+        self._tallies: dict[str, Tally] = {}  # of steps that have begun
         self._aside: dict[str, list[Traffic]] = {name: [] for name in self.clients}
         self._seconds: dict[str, defaultdict[str, float]] = {
             name: defaultdict(float) for name in self.clients
@@ -74,17 +77,20 @@ class Simulation:
         """Play the round's local steps; returns the clients' factors."""
         self._set_aside(participants)
         for _ in range(steps):
-            sent: list[Message] = []
             for name in participants:
                 if self.clients[name].whole:
                     listener(self._step_alone(number, name))
-                    continue
-                with self._timed("client_forward", [name]):
-                    activations = self.clients[name].forward()
-                sent.append(self._lines[name].up(activations))
-            for group in self._groups(list(_all(Activations, dict(enumerate(sent))).values())):
-                for step in self._step(number, group):
-                    listener(step)
+            due = [name for name in participants if not self.clients[name].whole]
+            while due:
+                sent: list[Message] = []
+                for name in due:
+                    with self._timed("client_forward", [name]):
+                        activations = self.clients[name].forward()
+                    sent.append(self._lines[name].up(activations))
+                for group in self._groups(list(_all(Activations, dict(enumerate(sent))).values())):
+                    for step in self._step(number, group):
+                        listener(step)
+                due = [name for name in due if self.clients[name].unsent]
         uploads = {name: self._lines[name].up(self.clients[name].upload()) for name in participants}
         return _all(AdapterUpload, uploads)
 
@@ -162,7 +168,7 @@ class Simulation:
         )
 
     def _step(self, number: int, group: Sequence[Activations]) -> Iterator[StepDone]:
-        """One step of the clients of one group, after their forward."""
+        """One micro-batch of the clients of one group, after their forward; their steps that are whole."""
         names = [message.client for message in group]
         steps = {name: self.clients[name].steps for name in names}
         losses: dict[str, float] = {}
@@ -184,13 +190,18 @@ class Simulation:
             assert isinstance(reply, CutGradient)
             with self._timed("client_backward", [name]):
                 self.clients[name].backward(reply)
+            loss = losses[name] if reply.loss is None else reply.loss
+            tally = self._tallies.setdefault(name, Tally())
+            if not tally.add(message, loss):
+                continue
+            del self._tallies[name]
             yield StepDone(
                 round=number,
                 step=steps[name],
                 client=name,
-                loss=losses[name] if reply.loss is None else reply.loss,
-                tokens=message.labelled_tokens,
-                examples=len(message.lengths),
+                loss=tally.loss,
+                tokens=tally.tokens,
+                examples=tally.examples,
                 seconds={leg: round(spent, 6) for leg, spent in self._seconds[name].items()},
                 traffic=self._lines[name].traffic(),
             )

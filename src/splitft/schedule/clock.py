@@ -7,13 +7,13 @@
 A discrete-event simulation over a heap: at each instant first everything that ends is handed on, then
 every free place (a client's processor, each direction of its link, the server) starts what waits for it,
 first come first served. The server works on one group at a time: all clients that wait for the same leg as
-the one that has waited longest, in order of arrival, while they have at most `group_tokens` padded tokens
-together. A group takes `group_overhead_s` plus the seconds of its members, and all of them wait for its end.
-Ties go to the client named first. The arithmetic has no randomness: equal input gives equal output, bit for
-bit.
+the one that has waited longest, in order of arrival, one micro-batch each, while they have at most
+`group_tokens` padded tokens together. A group takes `group_overhead_s` plus the seconds of its members, and
+all of them wait for its end. Ties go to the client named first. The arithmetic has no randomness: equal input
+gives equal output, bit for bit.
 
-A client's optimizer step is a barrier: the micro-batches of a step may be in flight together, those of
-the next step may not. The round ends when every client has sent its adapters.
+A client's optimizer step is a barrier: micro-batches of a step may be in flight together, up to `in_flight`,
+those of the next step may not. The round ends when every client has sent its adapters.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ class ClientRound:
     after: tuple[Leg, ...]
     """Legs after the last step: sending adapters."""
     micro_batches: int = 1
-    """Micro-batches of a step, all in flight together."""
+    """Micro-batches of a step."""
+    in_flight: int | None = None
+    """How many of them are underway at once; None for all."""
 
     @property
     def own_s(self) -> float:
@@ -123,12 +125,16 @@ class RoundTimeline:
         return self.round_s - self.busy_s(who)
 
 
-def client_round(job: Job, client: Client, cut: int, micro_batches: int = 1) -> ClientRound:
+def client_round(job: Job, client: Client, cut: int) -> ClientRound:
     """A client's round at this cut, with the legs that `cost` predicts."""
     before, after = exchange_legs(job, client, cut)
+    micro_batches = job.parts(client.workload)
     divided = replace(client, workload=client.workload.divided(micro_batches))
     legs = step_legs(job, divided, cut)
-    return ClientRound(client.name, before, legs, client.workload.steps, after, micro_batches)
+    steps, in_flight = client.workload.steps, job.in_flight
+    if cut == job.sizes.blocks:  # it works alone, on one part after the other
+        in_flight = 1
+    return ClientRound(client.name, before, legs, steps, after, micro_batches, in_flight)
 
 
 def simulate_round(clients: Sequence[ClientRound], server: Server) -> RoundTimeline:
@@ -187,6 +193,8 @@ class _Clock:
     """What waits for each place, in order of arrival."""
     busy: set[_Where] = field(default_factory=set)
     intervals: list[Interval] = field(default_factory=list)
+    queued: dict[int, list[tuple[Leg, ...]]] = field(default_factory=dict)
+    """Micro-batches of a client's step that begin when others are done."""
     number: int = 0
     """Of the next entry of the heap: entries of equal end come out as they went in."""
 
@@ -204,6 +212,9 @@ class _Clock:
                 if batch.done < len(batch.legs):
                     self.wait(batch, now_s)
                     continue
+                if queued := self.queued[batch.client]:
+                    self.wait(_Batch(batch.client, queued.pop()), now_s)
+                    continue
                 open_batches[batch.client] -= 1
                 if not open_batches[batch.client]:  # the barrier: on to the next step
                     stage = next(stages[batch.client], ())
@@ -213,10 +224,12 @@ class _Clock:
         return RoundTimeline(tuple(client.name for client in self.clients), tuple(ordered), now_s)
 
     def enter(self, chains: Sequence[tuple[Leg, ...]], client: int, now_s: float) -> int:
-        """Begin these chains of legs together; return how many there are."""
-        for legs in chains:
+        """Begin as many of these chains of legs as may be underway together; return how many."""
+        at_once = self.clients[client].in_flight or len(chains)
+        self.queued[client] = list(chains[at_once:])
+        for legs in chains[:at_once]:
             self.wait(_Batch(client, legs), now_s)
-        return len(chains)
+        return len(chains[:at_once])
 
     def wait(self, batch: _Batch, now_s: float) -> None:
         place = batch.leg.place
@@ -246,7 +259,7 @@ class _Clock:
         """The first in the queue, and the others that wait for the same leg while they fit together."""
         group, tokens = [queue[0]], queue[0].leg.tokens
         for batch in queue[1:]:
-            if batch.leg.name == group[0].leg.name:
+            if batch.leg.name == group[0].leg.name and all(batch.client != one.client for one in group):
                 tokens += batch.leg.tokens
                 if tokens > self.server.group_tokens:
                     break
@@ -288,10 +301,11 @@ def _check(clients: Sequence[ClientRound]) -> None:
     for client in clients:
         if names.count(client.name) > 1 or client.name == SERVER:
             raise ScheduleError(f"a client may not be called {client.name!r}: the name is taken")
-        if min(client.steps, client.micro_batches, len(client.step)) < 1:
+        in_flight = 1 if client.in_flight is None else client.in_flight
+        if min(client.steps, client.micro_batches, len(client.step), in_flight) < 1:
             raise ScheduleError(
                 f"client {client.name!r} has {client.steps} steps of {client.micro_batches} micro-batches of "
-                f"{len(client.step)} legs; give at least one of each"
+                f"{len(client.step)} legs, {in_flight} in flight; give at least one of each"
             )
         for leg in (*client.before, *client.step, *client.after):
             if not 0 <= leg.seconds < float("inf"):

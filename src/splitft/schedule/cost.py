@@ -155,6 +155,10 @@ class Job:
     """Bytes of a frozen weight and of a kept activation: 2 for bfloat16, 4 for float32."""
     moments: int = 2
     """Optimizer moments of a parameter: 2 for AdamW, 0 for SGD."""
+    micro_batches: int = 1
+    """Parts of a step, where its batch has so many sequences."""
+    in_flight: int = 1
+    """Of these, how many are underway at once."""
     exchange: Exchange = field(default_factory=Exchange)
     """What of the adapters travels."""
 
@@ -162,6 +166,16 @@ class Job:
     """Whether adapters travel at all."""
     handed_on: bool = False
     """Whether moments travel with them, from client to client."""
+
+    def parts(self, workload: Workload) -> int:
+        """Micro-batches of a step with this workload: none is less than a sequence."""
+        return max(1, min(self.micro_batches, int(workload.sequences + 1e-9)))
+
+    def share_underway(self, workload: Workload) -> float:
+        """Share of a batch whose activations are kept at once: its largest micro-batches in flight."""
+        parts, sequences = self.parts(workload), max(1, int(workload.sequences + 1e-9))
+        sizes = [sequences // parts + (part < sequences % parts) for part in range(parts)]
+        return sum(sizes[: self.in_flight]) / sequences
 
     def ranks(self, cut: int, rank: int | None = None) -> tuple[int, ...]:
         """LoRA rank of each block for a client with this cut, and with a rank of its own if it has one."""
@@ -308,10 +322,11 @@ def total_by_place(by_leg: Mapping[str, float], place: Place) -> float:
 
 
 def _round(job: Job, client: Client, cut: int) -> list[tuple[Leg, int]]:
-    """The legs of a round, and how often each runs."""
+    """The legs of a round, and how often each runs: those of a step for each of its micro-batches."""
     before, after = exchange_legs(job, client, cut)
-    steps = client.workload.steps
-    legs = step_legs(job, client, cut)
+    parts = job.parts(client.workload)
+    steps = client.workload.steps * parts
+    legs = step_legs(job, replace(client, workload=client.workload.divided(parts)), cut)
     return [*((leg, 1) for leg in before), *((leg, steps) for leg in legs), *((leg, 1) for leg in after)]
 
 

@@ -11,6 +11,8 @@
                   times: their logarithms and two gradients
       runtime     threads and kernels' work space             the same, once
 
+Of a step in micro-batches, activations are kept of those that are underway at once.
+
 The peak is their sum: the head runs while the activations of the blocks are kept. Activations take more than
 their bytes, since an allocator leaves holes between batches of unequal lengths. What libraries and text take
 is not in it; `Device.memory_bytes` is what remains for training. Checked in `benchmarks/cost_model.py`.
@@ -112,6 +114,7 @@ def server_peak_bytes(job: Job, clients: Sequence[Client], cuts: Sequence[int]) 
 def _trained(job: Job, client: Client, blocks: range, cut: int, weights: float, head: bool) -> Memory:
     """Memory of training these blocks for this client, with the head or without."""
     work, sizes = client.workload, job.sizes
+    tokens = work.peak_tokens * job.share_underway(work)
     ranks = job.ranks(cut, client.rank)
     adapters = float(sizes.adapter_parameters([ranks[block] for block in blocks]) * ADAPTER_BYTES)
     wide = sizes.kept_wide_elements_per_token * max(WIDE_BYTES, job.weight_bytes)
@@ -122,6 +125,6 @@ def _trained(job: Job, client: Client, blocks: range, cut: int, weights: float, 
         adapters=adapters,
         gradients=adapters,
         moments=job.moments * adapters,
-        activations=ALLOCATOR_SLACK * len(blocks) * work.peak_tokens * kept_bytes,
+        activations=ALLOCATOR_SLACK * len(blocks) * tokens * kept_bytes,
         logits=LOGITS_COPIES * chunk * sizes.vocab * 4 if head else 0.0,
     )

@@ -8,6 +8,11 @@ from pydantic import Field, model_validator
 
 from splitft.specs.base import Spec
 
+MOST_MICRO_BATCHES = 64
+"""A step is divided into so many at most."""
+MOST_IN_FLIGHT = 16
+"""So many of them are underway at once at most: each keeps its activations on both sides."""
+
 
 class LoraSpec(Spec):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
@@ -78,6 +83,11 @@ class TrainingSpec(Spec):
     """Sequences in a batch."""
     batch_tokens: int | None = Field(None, ge=1)
     """If given, a batch is filled with sequences up to this many padded tokens instead."""
+    micro_batches: int = Field(1, ge=1, le=MOST_MICRO_BATCHES)
+    """Parts that a step's batch is divided into, by sequences; their gradients add up to exactly the batch's,
+    and the optimizers step once for all. Client and server work on different parts at the same time."""
+    in_flight: int = Field(2, ge=1, le=MOST_IN_FLIGHT)
+    """Of these, how many are underway at once: sent, and not yet back. Costs memory, changes no result."""
     lr: float = Field(5.0e-4, gt=0)
     """Learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

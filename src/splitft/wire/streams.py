@@ -28,13 +28,14 @@ class Streams:
         self._memories: dict[str, Memory] = {}
         self.adapters = Holdings()
         """The client's factors that both ends hold."""
-        self._underway: tuple[tuple[int, int, int], ...] = ()
+        self._underway: dict[int, tuple[tuple[int, int, int], ...]] = {}  # by micro-batch
         self._training = True
         self._cut = 0  # 0: no round has begun
 
-    def begin(self, training: bool, examples: Sequence[tuple[int, int, int]]) -> None:
+    def begin(self, training: bool, examples: Sequence[tuple[int, int, int]], micro_batch: int = 0) -> None:
         """A batch is underway: (example, rows, labelled rows) of each sequence, where that is told."""
-        self._training, self._underway = training, tuple(examples)
+        self._training = training
+        self._underway[micro_batch] = tuple(examples)
 
     def at_cut(self, cut: int) -> None:
         """A round begins at this cut: what was learnt of another cut's tensors is forgotten."""
@@ -43,13 +44,15 @@ class Streams:
         self._cut = cut
         self.adapters.at_cut(cut)
 
-    def passage(self, kind: str, role: str, number: int) -> Passage:
-        """Of the message of this kind, the number-th of its round; `Activations` have all rows."""
+    def passage(self, kind: str, role: str, number: int, micro_batch: int = 0) -> Passage:
+        """Of the message of this kind and step, and its part of the step; `Activations` have all rows."""
         purpose = "train" if self._training else "evaluate"
         name = f"{kind}|{purpose}"
         whole = kind in ("Activations", "CutGradient")
-        examples = tuple((one, rows if whole else labelled) for one, rows, labelled in self._underway)
-        seed = zlib.crc32(f"{self._seed}/{self._client}/{name}/{number}".encode())
+        underway = self._underway.get(micro_batch, ())
+        examples = tuple((one, rows if whole else labelled) for one, rows, labelled in underway)
+        place = f"{number}.{micro_batch}" if micro_batch else str(number)
+        seed = zlib.crc32(f"{self._seed}/{self._client}/{name}/{place}".encode())
         return Passage(role, seed, self._memories.setdefault(name, {}), examples)
 
     def tensors(self) -> dict[str, torch.Tensor]:

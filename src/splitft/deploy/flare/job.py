@@ -161,6 +161,7 @@ class SiteJob(Executor):
                 alive_every_s=self._config.deploy.silence_s / 4,
                 seed=self._config.seed,
                 guard=party.guard,
+                in_flight=min(self._config.training.in_flight, self._config.training.micro_batches),
             )
             logger.info("%s leaves: %s", name, visit.run())
         except SplitftError as error:
