@@ -10,7 +10,7 @@ import torch
 from laws.federations import federation, write_text
 from splitft.adapters import AdapterState
 from splitft.errors import ProtocolError, RunError
-from splitft.protocol import CutGradient, GlobalAdapters, HeldOutLoss, LastHidden, RoundStart
+from splitft.protocol import CutGradient, GlobalAdapters, HeadGradient, HeldOutLoss, LastHidden, RoundStart
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,8 @@ def text(tmp_path_factory):
 def parties(tiny_llama, text):
     """A server in round 1, client a in it and client b not; `labels` says where labels live."""
 
-    def make(labels="client"):
-        prepared = federation(tiny_llama, text, [1, 2], split={"labels": labels})
+    def make(labels="client", **training):
+        prepared = federation(tiny_llama, text, [1, 2], split={"labels": labels}, training=training)
         a, b = prepared.clients
         state = prepared.initial()
         prepared.server.place(state.cuts)
@@ -197,3 +197,54 @@ def test_what_is_refused_changes_nothing(parties):
         state: AdapterState = p.a.upload().adapters.union(p.server.trained("client-1")[0])
         after.append(state.tensors())
     assert all(torch.equal(after[0][name], after[1][name]) for name in after[1])
+
+
+# --- steps in micro-batches -------------------------------------------------------------------------
+
+
+def test_the_server_takes_only_parts_of_a_step_that_add_up_to_what_each_of_them_tells(parties):
+    p = parties(micro_batches=3, in_flight=2)
+    first, second = p.a.forward(), p.a.forward()
+    assert (first.micro_batches, second.micro_batch) == (3, 1)
+    p.server.forward([first])
+    total = first.step_labelled
+    for change, words in [
+        ({"micro_batch": 0}, "its gradient was due"),
+        ({"micro_batches": 4}, "a step in 4 parts; 3 were agreed"),
+        ({"micro_batches": 2}, "micro_batches 2 came, 3 was due"),
+        ({"step": 1}, "step 1 came, 0 was due"),
+        ({"step_labelled": total + 1}, f"step_labelled {total + 1} came, {total} was due"),
+    ]:
+        with pytest.raises(ProtocolError, match=words):
+            p.server.forward([_changed(second, **change)])
+    p.server.forward([second])
+    third = p.a.forward()
+    with pytest.raises(ProtocolError, match="its gradient was due"):  # two are in flight
+        p.server.forward([third])
+    with pytest.raises(ProtocolError, match="all of step 0 is underway"):
+        p.a.forward()
+
+
+def test_parts_that_have_other_labels_than_they_told_are_no_step(parties):
+    p = parties(micro_batches=2, in_flight=2)
+    first, second = (_changed(p.a.forward(), step_labelled=500) for _ in range(2))
+    p.server.forward([first])
+    with pytest.raises(ProtocolError, match="in 2 of 2 parts of a step that has 500"):
+        p.server.forward([second])
+
+
+def test_a_step_given_up_in_the_middle_leaves_nothing_behind(parties):
+    """What its finished part had added to the gradients is gone, on the server too."""
+    p = parties(micro_batches=3, in_flight=2, optimizer="sgd", lr=0.1)
+    p.server.backward([p.a.head(p.server.forward([p.a.forward()])["client-1"])])
+    before = p.server.trained("client-1")[0].tensors()
+    p.server.forget("client-1")
+    with pytest.raises(ProtocolError, match="no batch of it is underway"):
+        p.server.backward(
+            [HeadGradient(client="client-1", round=1, step=0, loss=0, gradient=torch.zeros(1, 32))]
+        )
+    parameters = p.server._bank.parameters("client-1").values()
+    assert all(parameter.grad is None for parameter in parameters)
+    after, tokens = p.server.trained("client-1")
+    assert tokens == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.tensors().items())

@@ -13,6 +13,7 @@ from schedule.cases import SERVER, client, job
 from splitft.errors import ScheduleError
 from splitft.schedule.clock import WAIT, ClientRound, client_round, simulate_round
 from splitft.schedule.cost import Leg, pipelined_step_s, round_seconds
+from splitft.schedule.memory import client_memory
 from splitft.schedule.profile import Server
 
 STEP = ("client_forward", "up_hidden", "server_forward", "down_hidden", "head", "server_backward")
@@ -180,3 +181,35 @@ def test_what_cannot_be_simulated_is_refused():
             simulate_round(bad, SERVER)
     with pytest.raises(ScheduleError, match="'b' took no part"):
         simulate_round([one], SERVER).of("b")
+
+
+def test_only_so_many_micro_batches_of_a_step_are_underway_as_are_allowed():
+    step = (
+        Leg("client_forward", 1),
+        Leg("up_hidden", 1),
+        Leg("server_forward", 1),
+        Leg("client_backward", 1),
+    )
+    seconds = [
+        simulate_round(
+            [ClientRound("a", (), step, 1, (), micro_batches=4, in_flight=count)], Server(SERVER.device)
+        ).round_s
+        for count in (1, 2, 4, None)
+    ]
+    assert seconds[0] == 4 * 4  # one after the other
+    assert seconds[0] > seconds[1] >= seconds[2] == seconds[3]
+
+
+def test_a_job_in_micro_batches_hides_the_link_and_keeps_the_activations_of_those_in_flight():
+    one, plain = client(), job()
+    divided = job(micro_batches=2, in_flight=2)
+    assert divided.parts(one.workload) == 2
+    assert divided.share_underway(one.workload) == 1
+    in_turn = job(micro_batches=2, in_flight=1)
+    for each, share in ((plain, 1), (divided, 1), (in_turn, in_turn.share_underway(one.workload))):
+        kept = client_memory(each, one, 2).activations
+        assert kept == pytest.approx(share * client_memory(plain, one, 2).activations)
+    assert in_turn.share_underway(one.workload) < 1
+    rounds = [client_round(each, one, 2) for each in (in_turn, divided)]
+    apart, together = (simulate_round([each], plain.server).round_s for each in rounds)
+    assert together < apart

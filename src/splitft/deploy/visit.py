@@ -177,7 +177,7 @@ class Visit:
         """One step: the next micro-batch leaves whenever a lane is free, and the oldest answer is next."""
         try:
             self._send(client.forward())
-            while self._flight:
+            while self._flight or client.unsent:
                 while client.unsent and not self._flight.full:
                     self._send(client.forward())
                 reply = _step_of(self._read(self._flight.answer()))
