@@ -201,3 +201,12 @@ def test_there_must_be_a_run_to_resume(tmp_path, config):
         with pytest.raises(RunError, match="leave --resume out to start one"):
             splitft.train(config(), folder, resume=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_stopped_in_the_middle_of_divided_steps_ends_bit_for_bit(config, tmp_path):
+    divided = config(training={"rounds": 2, "steps": 4, "batch_size": 4, "micro_batches": 3})
+    with pytest.raises(StoppedError):
+        splitft.train(divided, tmp_path / "stopped", listeners=[stop_at(StepDone, round=2, count=4)])
+    resumed = splitft.train(divided, tmp_path / "stopped", resume=True)
+    whole = splitft.train(divided, tmp_path / "whole")
+    assert adapter_bytes(resumed.folder) == adapter_bytes(whole.folder)

@@ -28,7 +28,8 @@ EXACT = {"hidden": "fp32", "gradient": "fp32", "adapter": "fp32"}
 def both(tmp_path_factory, tiny_llama):
     """The same configuration, simulated and deployed."""
     folder = tmp_path_factory.mktemp("poc")
-    config = load(settings_file(folder, tiny_llama, training={"rounds": 2}, wire=EXACT), [])
+    training = {"rounds": 2, "micro_batches": 2}  # both in flight, over FLARE
+    config = load(settings_file(folder, tiny_llama, training=training, wire=EXACT), [])
     simulated = splitft.train(config, folder / "simulated")
     (folder / "scratch").mkdir()
     with pytest.MonkeyPatch.context() as patch:

@@ -54,8 +54,14 @@ class Recording:
 
 
 def recorded_config(config: RunConfig, cut: int, steps: int, batch_size: int) -> RunConfig:
-    """The run with one client at this cut, for so many steps of one round."""
-    training = {"rounds": 1, "steps": steps, "batch_size": batch_size, "participation": 1.0}
+    """The run with one client at this cut, for so many undivided steps of one round."""
+    training = {
+        "rounds": 1,
+        "steps": steps,
+        "batch_size": batch_size,
+        "participation": 1.0,
+        "micro_batches": 1,
+    }
     return config.model_copy(
         update={
             "method": "splitft",
