@@ -12,7 +12,7 @@ from schedule.cases import WORK, client, job, situations
 from splitft.schedule.clock import client_round, simulate_round
 from splitft.schedule.cuts import choose
 from splitft.schedule.makespan import best_cuts, predicted_round_s
-from splitft.schedule.rehearsal import FEW_STEPS, quickest, rehearsal
+from splitft.schedule.rehearsal import MOST_STEPS, quickest, rehearsal
 from splitft.schedule.situation import feasible, situation_of
 
 fleets = st.lists(st.floats(0.05, 20), min_size=1, max_size=4)
@@ -27,6 +27,18 @@ def _seen(speeds, cuts=None):
 
 def _on_the_clock(members, cuts):
     return simulate_round([client_round(job(), one, cuts[one.name]) for one in members], job().server).round_s
+
+
+@settings(max_examples=10)
+@given(fleets)
+def test_nor_in_a_long_round(speeds):
+    members = [
+        client(f"c{n}", speed, workload=replace(WORK, steps=MOST_STEPS)) for n, speed in enumerate(speeds)
+    ]
+    situation = situation_of(job(), members, [1] * len(members))
+    chosen = quickest(situation, feasible(situation), rehearsal(job(), members))
+    common = min(_on_the_clock(members, dict.fromkeys(chosen, cut)) for cut in range(1, 6))
+    assert _on_the_clock(members, chosen) <= common
 
 
 @settings(max_examples=40)
@@ -51,7 +63,7 @@ def test_with_constant_inputs_cuts_change_once_at_most(speeds):
 def test_where_the_clock_is_the_model_its_exact_answer_is_met(situation):
     allowed = feasible(situation)
 
-    def model(cuts):
+    def model(cuts, brief=False):
         return predicted_round_s(situation, cuts)
 
     chosen = quickest(situation, allowed, model)
@@ -60,7 +72,7 @@ def test_where_the_clock_is_the_model_its_exact_answer_is_met(situation):
 
 
 def test_a_long_round_is_prolonged_from_a_short_one():
-    steps = 10 * FEW_STEPS
+    steps = 3 * MOST_STEPS
     members = [client(f"c{n}", speed, workload=replace(WORK, steps=steps)) for n, speed in enumerate([1, 3])]
     cuts = {"c0": 2, "c1": 4}
     assert rehearsal(job(), members)(cuts) == pytest.approx(_on_the_clock(members, cuts), rel=0.02)

@@ -4,29 +4,34 @@
     the clock:        and clients wait for one another at the server, which can add a third
 
 Where a clock is at hand, the candidates are few and each is rehearsed: for a ladder of times every client's
-deepest cut within that time (the model's own answer is one rung), and every common cut. So the choice is
-never slower on the clock than the best common cut. The ladder keeps the model's order, on each rung a slower
-client has no deeper cut; but which rung is quickest is the clock's word, not monotone in a client's speed.
+deepest cut within that time (the model's own answer is one rung), and every common cut; of long rounds, only
+the best by a brief rehearsal in full. So the choice is not slower on the clock than the best common cut. On
+each rung a slower client has no deeper cut; but which rung is quickest is the clock's word, and not monotone
+in a client's speed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from splitft.schedule.clock import client_round, simulate_round
 from splitft.schedule.cost import Client, Job
 from splitft.schedule.makespan import best_cuts, deepest, fits_memory, prices_of
-from splitft.schedule.situation import Feasible, Situation
+from splitft.schedule.situation import Feasible, Rehearse, Situation
 
 RUNGS = 40
 """Times on the ladder, evenly among the clients' own times."""
 FEW_STEPS = 4
-"""A round of more than twice as many steps is rehearsed with these, and with twice these, and prolonged."""
+"""A brief rehearsal takes as many steps, and twice as many, and prolongs."""
+MOST_STEPS = 64
+"""A full one takes them all, or prolongs from here."""
+FINALISTS = 8
+"""Rungs, and common cuts, that are rehearsed in full."""
 
 
-def rehearsal(job: Job, clients: Sequence[Client]) -> Callable[[Mapping[str, int]], float]:
-    """Seconds of a round with given cuts, on the clock."""
+def rehearsal(job: Job, clients: Sequence[Client]) -> Rehearse:
+    """The clock, for these clients."""
 
     def seconds(cuts: Mapping[str, int], steps: int) -> float:
         shortened = [replace(one, workload=replace(one.workload, steps=steps)) for one in clients]
@@ -35,20 +40,17 @@ def rehearsal(job: Job, clients: Sequence[Client]) -> Callable[[Mapping[str, int
 
     steps = max(one.workload.steps for one in clients)
 
-    def rehearse(cuts: Mapping[str, int]) -> float:
-        if steps <= 2 * FEW_STEPS:
+    def rehearse(cuts: Mapping[str, int], brief: bool = False) -> float:
+        most = 2 * FEW_STEPS if brief else MOST_STEPS
+        if steps <= most:
             return seconds(cuts, steps)
-        few, more = seconds(cuts, FEW_STEPS), seconds(cuts, 2 * FEW_STEPS)
-        return more + (more - few) / FEW_STEPS * (steps - 2 * FEW_STEPS)
+        half, whole = seconds(cuts, most // 2), seconds(cuts, most)
+        return whole + (whole - half) / (most // 2) * (steps - most)
 
     return rehearse
 
 
-def quickest(
-    situation: Situation,
-    allowed: Mapping[str, Feasible],
-    rehearse: Callable[[Mapping[str, int]], float],
-) -> dict[str, int]:
+def quickest(situation: Situation, allowed: Mapping[str, Feasible], rehearse: Rehearse) -> dict[str, int]:
     """The candidate that is quickest on the clock; ties go to the deeper one.
 
     Raises ScheduleError if the server's memory does not suffice even with every client at its deepest cut.
@@ -58,9 +60,15 @@ def quickest(
     least_s = max(min(option.own_s for option in options) for options in prices.values())
     times = sorted({o.own_s for options in prices.values() for o in options if o.own_s >= least_s})
     ladder = [deepest(prices, times[i * (len(times) - 1) // RUNGS]) for i in range(RUNGS + 1)]
-    candidates = [model]
-    candidates += [{name: option.cut for name, option in rung.items()} for rung in ladder]
+    rungs = [{name: option.cut for name, option in rung.items()} for rung in ladder]
     common = set.intersection(*(set(found.cuts) for found in allowed.values()))
-    candidates += [dict.fromkeys(model, cut) for cut in sorted(common)]
-    fitting = {tuple(cuts.values()): cuts for cuts in candidates if fits_memory(situation, cuts)}
-    return min(fitting.values(), key=lambda cuts: (rehearse(cuts), -sum(cuts.values())))
+    shared = [dict.fromkeys(model, cut) for cut in sorted(common)]
+
+    def brief(cuts: Mapping[str, int]) -> float:
+        return rehearse(cuts, brief=True)
+
+    finalists = [model]
+    for kind in (rungs, shared):
+        fitting = {tuple(cuts.values()): cuts for cuts in kind if fits_memory(situation, cuts)}
+        finalists += sorted(fitting.values(), key=brief)[:FINALISTS]
+    return min(finalists, key=lambda cuts: (rehearse(cuts), -sum(cuts.values())))

@@ -12,8 +12,9 @@ have at all is one question, asked in one place: `feasible`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from splitft.errors import ScheduleError
 from splitft.schedule.cost import Client, Job, move_seconds, round_seconds, total_by_place
@@ -101,6 +102,13 @@ class ClientSituation:
         )
 
 
+class Rehearse(Protocol):
+    """A clock that tells how long a round would take (`rehearsal`)."""
+
+    def __call__(self, cuts: Mapping[str, int], brief: bool = False) -> float:
+        """Seconds of a round with these cuts; quicker to tell, and less exact, if brief."""
+
+
 @dataclass(frozen=True)
 class Situation:
     """All clients and the server before the next round: everything a controller decides from."""
@@ -117,8 +125,8 @@ class Situation:
     """Blocks that `paper` moves the client farthest from the mean."""
     client_blocks: int | None = None
     """Blocks on all clients together that `resources` distributes; None for the sum of the current cuts."""
-    rehearse: Callable[[Mapping[str, int]], float] | None = field(default=None, compare=False, repr=False)
-    """Seconds of a round with given cuts on a clock, where one is at hand (`rehearsal`)."""
+    rehearse: Rehearse | None = field(default=None, compare=False, repr=False)
+    """Seconds of a round with given cuts on a clock, where one is at hand."""
 
     def __post_init__(self) -> None:
         names = [client.name for client in self.clients]
