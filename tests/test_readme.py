@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = ["data.max_tokens=32", "data.eval_examples=2", "training.steps=1", "training.batch_size=1"]
 """Overrides that make a README run quick."""
+MINUTES = {"audit"}
+"""Verbs that take minutes on a real model; their own tests run them on tiny ones."""
 
 
 def blocks(language: str) -> list[str]:
@@ -40,7 +42,9 @@ def test_the_two_commands_are_targets_of_the_makefile():
 def test_the_tour_and_the_python_lines_run_as_written(tmp_path, monkeypatch, real_model):
     monkeypatch.chdir(tmp_path)
     for words in commands("splitft "):
-        overrides = SMALL if words[1] == "train" else []
+        if words[1] in MINUTES:
+            continue
+        overrides = {"train": SMALL, "compare": [*SMALL, "training.rounds=1"]}.get(words[1], [])
         result = CliRunner().invoke(app, [*words[1:], *overrides])
         assert result.exit_code == 0, f"{shlex.join(words)}: {result.output}"
     assert (tmp_path / "runs/a/report.html").is_file()
