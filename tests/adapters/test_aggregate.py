@@ -304,3 +304,20 @@ def test_a_client_of_weight_zero_counts_for_nothing(rule):
     done = aggregate(rule, [(3.0, state), (0.0, other)], ranks, FRESH)
     for key in KEYS:
         _close(done.product(key), state[key].product())
+
+
+@given(members(equal_ranks=True), st.integers(2, 5))
+def test_no_row_of_averaged_products_is_singled_out(found, rank):
+    """Rows of A have LoRA's norm, and the largest singular direction is shared among them."""
+    ranks = {0: rank, 1: rank}
+    done = aggregate("svd", found, ranks, FRESH)
+    for key in KEYS:
+        A, B = done.state[key].A.double(), done.state[key].B.double()
+        carrying = B.norm(dim=0) > 1e-6
+        torch.testing.assert_close(
+            A[carrying].norm(dim=1), torch.full((int(carrying.sum()),), A_ROW_NORM, dtype=torch.float64),
+            rtol=1e-5, atol=1e-5,
+        )  # fmt: skip
+        if int(carrying.sum()) > 1:
+            first = torch.linalg.svd(B @ A).Vh[0]
+            assert (A @ first).abs().max() < 0.999 * A_ROW_NORM

@@ -75,9 +75,13 @@ def averaged_products(
     whole: Whole, start: Factors, batches: Batches, lr: float, ranks: Sequence[Mapping[int, int]]
 ) -> Factors:
     """The mean of B A by full singular value decomposition; `ranks` by client and block."""
+
+    def mixed(factors: Factors) -> Factors:  # nothing is decomposed before the first round
+        return factors
+
     for clients in batches:
         trained = [
-            (_tokens(steps), alone(whole, _first(start, own), steps, lr))
+            (_tokens(steps), alone(whole, mixed(_first(start, own)), steps, lr))
             for steps, own in zip(clients, ranks, strict=True)
         ]
         total = sum(tokens for tokens, _ in trained)
@@ -87,9 +91,21 @@ def averaged_products(
             U, S, Vh = torch.linalg.svd(mean, full_matrices=False)
             rank = max(own[layer[0]] for own in ranks)
             # A's rows with the norm that LoRA starts with, 1 / sqrt(3)
-            united[layer] = (Vh[:rank] / math.sqrt(3), U[:, :rank] * S[:rank] * math.sqrt(3))
-        start = united
-    return start
+            A, B = Vh[:rank] / math.sqrt(3), U[:, :rank] * S[:rank] * math.sqrt(3)
+            flip = torch.stack([row[row.abs().argmax()].sign() for row in A])
+            united[layer] = (flip[:, None] * A, B * flip)
+        start, mixed = united, _mixed
+    return _mixed(start)
+
+
+def _mixed(factors: Factors) -> Factors:
+    """By the rule's orthogonal matrix, the same for all layers of one rank."""
+    done = Factors()
+    for layer, (A, B) in factors.items():
+        generator = torch.Generator().manual_seed(len(A))
+        Q = torch.linalg.qr(torch.randn(len(A), len(A), generator=generator, dtype=torch.float64)).Q.to(A)
+        done[layer] = (Q @ A, B @ Q.T)
+    return done
 
 
 def client_by_client(

@@ -41,7 +41,29 @@ def refactored(
     kept = carrying if rank is None else min(rank, carrying)
     B = (Qb @ (U[:, :kept] * S[:kept])) / A_ROW_NORM
     A = (Vh[:kept] @ Qa.T) * A_ROW_NORM
+    if rank is not None:  # they will be trained on
+        mix = _mixing(kept) * _signs(A)
+        A, B = mix @ A, B @ mix.T
     return Factors(A.to(dtype), B.to(dtype), factors.magnitude)
+
+
+def _signs(A: torch.Tensor) -> torch.Tensor:
+    """1 or -1 for each row of A: its largest element becomes positive, for a decomposition leaves it open."""
+    return A.gather(1, A.abs().argmax(1, keepdim=True)).squeeze(1).sign() if len(A) else A[:, 0]
+
+
+def _mixing(rank: int) -> torch.Tensor:
+    """A fixed random orthogonal matrix (rank, rank), which changes no product and no norm of a row of A.
+
+    The directions of a singular value decomposition come in order: the first row of A then reads nearly all
+    of what a layer's inputs have in common, and the others little. Adam's steps are as large for every
+    element of B, so those of the other rows would be spent on small activations, and training after each
+    aggregation was slower (SmolLM2-135M on E2E: 0.13 nats behind after two rounds, 0.02 when mixed).
+    LoRA's random rows share them evenly; so do mixed ones.
+    """
+    generator = torch.Generator().manual_seed(rank)
+    drawn = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(drawn).Q
 
 
 def product_norm(factors: Factors) -> float:
