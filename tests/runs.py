@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -51,8 +52,13 @@ def started(*arguments: object, **options: Any) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        **options,
+        **{"preexec_fn": interruptible, **options},
     )
+
+
+def interruptible() -> None:
+    """Let Ctrl-C through: a shell's background jobs ignore it, and so would their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def invoke(*arguments: object) -> Any:

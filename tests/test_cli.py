@@ -127,7 +127,7 @@ def test_a_fault_of_ours_says_so_and_debug_shows_it(tmp_path, file, monkeypatch)
 
 def test_ctrl_c_in_a_run_says_how_to_go_on_and_that_command_does(tmp_path, tiny_llama):
     file, out = settings_file(tmp_path, tiny_llama, training={"steps": 20}), tmp_path / "out"
-    process = started("train", file, "--out", out, preexec_fn=_interruptible)
+    process = started("train", file, "--out", out)
     log, deadline = out / "events.jsonl", time.monotonic() + 60
     while not (log.exists() and '"event":"StepDone","round":2' in log.read_text()):
         assert process.poll() is None, process.communicate()
@@ -143,10 +143,6 @@ def test_ctrl_c_in_a_run_says_how_to_go_on_and_that_command_does(tmp_path, tiny_
     assert resumed.exit_code == 0, resumed.stderr
     whole = splitft.train(file, tmp_path / "whole")
     assert adapter_bytes(out) == adapter_bytes(whole.folder)
-
-
-def _interruptible():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and their children
 
 
 def test_a_disk_that_fills_up_costs_no_finished_round(tmp_path, tiny_llama):
