@@ -63,7 +63,8 @@ def _mixing(rank: int) -> torch.Tensor:
     """
     generator = torch.Generator().manual_seed(rank)
     drawn = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(drawn).Q
+    mixing: torch.Tensor = torch.linalg.qr(drawn).Q
+    return mixing
 
 
 def product_norm(factors: Factors) -> float:
