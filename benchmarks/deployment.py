@@ -14,16 +14,14 @@ flight at least 1.6 times the messages of one.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from far_sites import ended, federation
 from measuring import Spread, begin, options, section, table
 
 SITES, FAR = ("site-1", "site-2", "site-3", "site-4"), "far"
@@ -35,50 +33,15 @@ OVERHEAD_GOAL, IN_FLIGHT_GOAL = 0.10, 1.6
 JOB_S = 240.0
 
 
-@contextlib.contextmanager
-def federation(folder: Path) -> Iterator[tuple[Any, Any]]:
-    """A server, four sites and one behind a slow line, each a process; its console, and the line."""
-    from slow_line import SlowLine
-    from splitft.deploy.flare.console import Console
-    from splitft.deploy.flare.poc import Poc
-
-    here = str(Path(__file__).resolve().parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    poc = Poc(folder, (*SITES, FAR), folder / "runs")
-    startup = poc.kits.of(FAR) / "startup" / "fed_client.json"
-    said = json.loads(startup.read_text(encoding="utf-8"))
-    host, port = said["servers"][0]["service"]["target"].split(":")
-    line = SlowLine(int(port))
-    said["servers"][0]["service"]["target"] = f"{host}:{line.port}"
-    startup.write_text(json.dumps(said), encoding="utf-8")
-    for service in poc.services:  # a kit starts no classes but those it lists
-        path = service.kit / "local" / "resources.json"
-        resources = json.loads(path.read_text(encoding="utf-8"))
-        resources["class_allow_list"].append("echo_job.")
-        path.write_text(json.dumps(resources), encoding="utf-8")
-    try:
-        with Console(poc.kits.admin) as console:
-            poc.start(console)
-            yield console, line
-    finally:
-        poc.stop()
-        line.close()
-
-
 def measured(console: Any, folder: Path, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The stages' results, by one FLARE job."""
     from echo_job import write_echo_job
 
     out = folder / f"{time.time_ns()}.json"
     job = console.submit(write_echo_job(folder / "job", stages, out))
-    until = time.monotonic() + JOB_S
-    while not out.is_file():
-        state = console.state(job)
-        if time.monotonic() > until or (state.startswith("FINISHED") and not out.is_file()):
-            raise SystemExit(f"the job {job} gave no result: {state}")
-        time.sleep(0.5)
-    while not console.state(job).startswith("FINISHED"):
-        time.sleep(0.5)
+    state = ended(console, job, JOB_S)
+    if not out.is_file():
+        raise SystemExit(f"the job {job} gave no result: {state}")
     found: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))
     return found
 

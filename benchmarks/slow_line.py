@@ -1,8 +1,10 @@
-"""A TCP proxy on loopback that makes a line long and narrow, for `deployment.py`.
+"""A TCP proxy on loopback that makes a line long and narrow, and cuts it, for `far_sites.py` and tests.
 
     site --> proxy: a chunk leaves half a round trip after it came, and not faster than the rate --> server
 
-Delay is exact per chunk; the rate is that of one connection each way. Loss and jitter are not emulated.
+Delay is exact per chunk; the rate is that of one connection each way. A cable that is pulled out: nothing
+passes, and nothing is lost, since TCP on both sides sends again what was underway. Loss and jitter are not
+emulated.
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ import asyncio
 import contextlib
 import socket
 import threading
+import time
+from collections.abc import Coroutine
+from typing import Any
 
 CHUNK = 2**16
 
@@ -20,29 +25,55 @@ class SlowLine:
 
     def __init__(self, to_port: int) -> None:
         self._to, self.round_trip_s, self.bytes_per_s = to_port, 0.0, float("inf")
+        self.cut_until = 0.0
+        """Until then, on the monotonic clock, nothing passes and nobody new gets through."""
+        self._writers: set[asyncio.StreamWriter] = set()
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._socket.getsockname()[1])
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    def pull(self, seconds: float) -> None:
+        """Pull the cable for so long: connections stay, and nothing passes."""
+        self.cut_until = time.monotonic() + seconds
+
+    def sever(self, seconds: float) -> None:
+        """The same, and every connection is broken: a router that starts anew."""
+        self.pull(seconds)
+        self._loop.call_soon_threadsafe(self._break)
+
     def close(self) -> None:
         """Stop listening."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+        self._socket.close()
+
+    # ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_until_complete(asyncio.start_server(self._connect, sock=self._socket))
         self._loop.run_forever()
 
+    def _break(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if time.monotonic() < self.cut_until:
+            writer.transport.abort()
+            return
         try:
             there, back = await asyncio.open_connection("127.0.0.1", self._to)
         except OSError:
             writer.close()
             return
-        await asyncio.gather(self._pump(reader, back), self._pump(there, writer), return_exceptions=True)
+        self._writers |= {writer, back}
+        try:
+            await _both(self._pump(reader, back), self._pump(there, writer))
+        finally:
+            self._writers -= {writer, back}
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
@@ -62,9 +93,13 @@ class SlowLine:
                 due, data = await queue.get()
                 if not data:
                     break
-                if (wait := due - self._loop.time()) > 0:
+                if (wait := max(due, self.cut_until) - self._loop.time()) > 0:
                     await asyncio.sleep(wait)
                 writer.write(data)
                 await writer.drain()
         taking.cancel()
         writer.close()
+
+
+async def _both(*ways: Coroutine[Any, Any, None]) -> None:
+    await asyncio.gather(*ways, return_exceptions=True)

@@ -11,7 +11,7 @@ import pytest
 import splitft
 from laws.federations import write_text
 from runs import StoppedError, adapter_bytes, settings, settings_file, started, stop_at
-from splitft.assemble import training as assembled
+from splitft.assemble import folder as run_folder
 from splitft.config import from_mapping
 from splitft.errors import RunError
 from splitft.tracking.events import Evaluated, RoundDone, RunResumed, StepDone
@@ -148,14 +148,14 @@ def test_a_run_may_stop_at_any_moment(tmp_path, config, moment):
 
 def test_a_stop_between_the_last_checkpoint_and_the_adapter_loses_nothing(tmp_path, config, monkeypatch):
     whole = splitft.train(config(), tmp_path / "whole")
-    written = assembled.write_peft
+    written = run_folder.write_peft
 
     def stop_in_round_3(state, *rest):
         if (tmp_path / "stopped/checkpoints/round-0003").exists():
             raise StoppedError
         return written(state, *rest)
 
-    monkeypatch.setattr(assembled, "write_peft", stop_in_round_3)
+    monkeypatch.setattr(run_folder, "write_peft", stop_in_round_3)
     with pytest.raises(StoppedError):
         splitft.train(config(), tmp_path / "stopped")
     monkeypatch.undo()

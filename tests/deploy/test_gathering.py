@@ -10,6 +10,7 @@ import pytest
 from deploy.network import SPEC, KilledError, deployed, kind_of
 from laws.federations import federation, largest_relative_difference, play, write_text
 from splitft.errors import CarrierError, PausedError
+from splitft.geometry import Span
 
 TRAINING = {"rounds": 2, "steps": 4}
 CUTS = [1, 2, 3]
@@ -120,6 +121,31 @@ def test_magnitudes_travel_as_in_the_simulation(tiny_llama, text):
     assert largest_relative_difference(found, alone.adapters.tensors()) < 1e-9
 
 
+@pytest.mark.parametrize("rule", ["zero-pad", "svd", "stack", "exact", "ffa"])
+def test_every_rule_that_shares_all_it_trains_learns_what_it_learns_in_simulation(tiny_llama, text, rule):
+    sections = {
+        "lora": {"rank_at_cut": 2, "client_ranks": [4, 2, 3] if rule == "zero-pad" else None},
+        "training": {"rounds": 3, "steps": 2},
+        "aggregate": {"rule": rule},
+    }
+    alone, _ = play(federation(tiny_llama, text, CUTS, **sections))
+    outcome = deployed(federation(tiny_llama, text, CUTS, **sections))
+    assert outcome.error is None
+    assert difference(outcome.state, alone) < 1e-6
+    folded, alone_folded = (one.folded.tensors() for one in (outcome.state, alone))
+    assert folded.keys() == alone_folded.keys()
+    assert bool(folded) == (rule in ("stack", "exact"))
+    assert outcome.state.losses == pytest.approx(alone.losses, rel=1e-6)
+
+
+def test_what_rounding_left_out_of_an_upload_is_made_good_as_in_simulation(tiny_llama, text):
+    sections = {"training": {"rounds": 3, "steps": 2}, "wire": {"adapter": "int8"}}
+    alone, _ = play(federation(tiny_llama, text, CUTS, **sections))
+    outcome = deployed(federation(tiny_llama, text, CUTS, **sections))
+    assert outcome.error is None
+    assert difference(outcome.state, alone) < 1e-6
+
+
 def test_lost_and_repeated_messages_change_nothing(parties, simulated):
     made = []
 
@@ -164,18 +190,29 @@ def test_who_dies_changes_nothing_of_what_the_others_learn(tiny_llama, text):
     assert difference(outcome.state, without) < 1e-6
 
 
-def test_whose_line_was_cut_is_told_where_the_run_is_and_takes_part_again(parties):
+@pytest.mark.parametrize("rule", ["factors", "stack", "exact"])
+def test_whose_line_was_cut_is_told_where_the_run_is_and_takes_part_again(tiny_llama, text, rule):
+    """Its loss on its own text is that of a client which is given the whole state from a checkpoint."""
     spec = SPEC.model_copy(update={"silence_s": 1.0})
+    sections = {"training": {"rounds": 5, "steps": 4}, "aggregate": {"rule": rule}}
 
     def cut(carrier):
         return Cut(carrier, "HeadGradient", 3, 2.5)
 
     slow = {name: (lambda carrier: Slow(carrier, 0.1)) for name in ("client-1", "client-3")}
-    outcome = deployed(parties(rounds=5), {"client-2": cut, **slow}, spec)
+    outcome = deployed(federation(tiny_llama, text, CUTS, **sections), {"client-2": cut, **slow}, spec)
     assert outcome.error is None
     assert outcome.states("client-2") == ["lost", "back"], outcome.reasons("client-2")
     assert outcome.participants()[0] == ("client-1", "client-3")
     assert outcome.participants()[-1] == EVERYONE
+    state, fresh = outcome.state, federation(tiny_llama, text, CUTS, **sections)
+    fresh.server.place(state.cuts)
+    fresh.server.install(state.adapters, state.folded)
+    for client, own in zip(fresh.clients, CUTS, strict=True):
+        span = Span(0, own)
+        client.restore(own, state.adapters.within(span), 0, {}, state.folded.within(span))
+    losses = {name: one.loss / one.tokens for name, one in fresh.simulation().evaluate().items()}
+    assert state.losses == pytest.approx(losses, rel=1e-6)
 
 
 def test_a_line_that_is_cut_for_less_than_the_silence_allowed_costs_no_step(parties, simulated):

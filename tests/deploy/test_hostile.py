@@ -66,8 +66,7 @@ class Hand:
         while not isinstance(order, Leave):
             answer = None
             if isinstance(order, Join):
-                self.client.restore(order.cut, order.adapters, order.steps, {})
-                self.client.install(GlobalAdapters(round=order.round, adapters=order.adapters))
+                self.client.join(order, {})
                 order = Next(client=EVIL)
             elif isinstance(order, RoundStart):
                 order = self.client.start(order)

@@ -93,6 +93,15 @@ def test_its_run_folder_is_that_of_a_simulation(both):
     assert deployed.config.training == simulated.config.training
 
 
+def test_the_server_is_told_counts_of_a_sites_text_and_nothing_made_of_it(both):
+    simulated, deployed = (
+        next(event for event in read_events(run.folder / "events.jsonl") if event.event == "RunStarted")
+        for run in both
+    )
+    assert all(one.trained_on for one in simulated.clients)
+    assert {(one.trained_on, one.held_out) for one in deployed.clients} == {("", "")}
+
+
 def test_hidden_states_take_as_many_bytes_as_in_simulation(both):
     simulated, deployed = (json.loads(json.dumps(run.summary["bytes"])) for run in both)
     for way in ("up", "down"):
@@ -128,7 +137,7 @@ def test_ctrl_c_ends_every_process_and_says_how_to_go_on(tmp_path, tiny_llama):
 
 
 def test_what_cannot_be_deployed_is_said_before_anything_is_started(tmp_path, tiny_llama):
-    file = settings_file(tmp_path, tiny_llama, aggregate={"rule": "stack"})
+    file = settings_file(tmp_path, tiny_llama, aggregate={"rule": "fedsa"})
     done = invoke("deploy", "poc", file, "--out", tmp_path / "run")
     assert done.exit_code == 2
     assert "aggregate.rule" in done.stderr

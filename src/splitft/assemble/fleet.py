@@ -77,7 +77,7 @@ class _Machines:
 
 
 def fleet_of(
-    config: RunConfig, model: Model, ranks: Ranks, names: Sequence[str], streams: Sequence[BatchStream]
+    config: RunConfig, model: Model, ranks: Ranks, names: Sequence[str], workloads: Sequence[Workload]
 ) -> Fleet:
     """The fleet of a run; a few seconds the first time if a machine is `measured`."""
     sizes = exact_sizes(model, ranks)
@@ -88,10 +88,10 @@ def fleet_of(
             name,
             machines.device(name, devices[i]),
             machines.link(name, links[i]),
-            _workload(config, stream),
+            workload,
             rank=ranks.by_client.get(name),
         )
-        for i, (name, stream) in enumerate(zip(names, streams, strict=True))
+        for i, (name, workload) in enumerate(zip(names, workloads, strict=True))
     )
     job = Job(
         sizes=sizes,
@@ -161,7 +161,7 @@ def exact_sizes(model: Model, ranks: Ranks) -> ModelSizes:
     return replace(counted, magnitudes=outputs, kept_elements_per_token=kept)
 
 
-def _workload(config: RunConfig, stream: BatchStream) -> Workload:
+def workload_of(config: RunConfig, stream: BatchStream) -> Workload:
     """Means over the batches of one epoch."""
     batches = stream.sizes()
     count = len(batches)

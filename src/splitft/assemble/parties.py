@@ -7,17 +7,16 @@ Cuts come between the two: what a client trains on, on which machine, is known b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from splitft.assemble.defending import check_accountant, defence_of, privacy_of, public_text
-from splitft.assemble.fleet import fleet_of, wire_costs
+from splitft.assemble.fleet import fleet_of, wire_costs, workload_of
 from splitft.assemble.one_place import in_one_place, pooled
 from splitft.assemble.pace import Pace
 from splitft.assemble.probing import choose_wires
 from splitft.assemble.sharing import divide_text
+from splitft.assemble.terms import terms_of
 from splitft.config import RunConfig
 from splitft.data.fingerprint import fingerprint, fingerprint_of_batches
 from splitft.data.text import Batch, BatchStream, eval_batches, held_out
@@ -32,7 +31,6 @@ from splitft.runtime.ranks import Ranks
 from splitft.schedule.fleet import Fleet
 from splitft.specs import WireSpec
 from splitft.tracking.events import ClientFacts, WireChosen
-from splitft.wire.changes import AXES_KEPT
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ class Gathered:
     def fleet(self) -> Fleet:
         """The clients' machines and links."""
         names = [client.name for client in self.clients]
-        streams = [client.stream for client in self.clients]
-        return fleet_of(self.config, self.model, self.ranks, names, streams)
+        work = [workload_of(self.config, client.stream) for client in self.clients]
+        return fleet_of(self.config, self.model, self.ranks, names, work)
 
 
 @dataclass(frozen=True)
@@ -120,10 +118,15 @@ def gather(config: RunConfig) -> Gathered:
             _client_text(config, text, part, index, name)
             for index, (name, part) in enumerate(zip(divided.names, divided.parts, strict=True))
         )
-    lora, names = config.lora, [client.name for client in clients]
-    by_client = {name: lora.rank_of(index) for index, name in enumerate(names)} if lora.client_ranks else {}
-    ranks = Ranks(lora, model.shape.blocks, config.aggregate.rule, config.seed, by_client)
+    ranks = ranks_of(config, model.shape.blocks, [client.name for client in clients])
     return Gathered(config, model, ranks, text, clients)
+
+
+def ranks_of(config: RunConfig, blocks: int, names: Sequence[str]) -> Ranks:
+    """The rank rule of a run with these clients."""
+    lora = config.lora
+    by_client = {name: lora.rank_of(index) for index, name in enumerate(names)} if lora.client_ranks else {}
+    return Ranks(lora, blocks, config.aggregate.rule, config.seed, by_client)
 
 
 def prepare(config: RunConfig, gathered: Gathered | None = None) -> Prepared:
@@ -159,24 +162,10 @@ def prepare(config: RunConfig, gathered: Gathered | None = None) -> Prepared:
     facts = tuple(one.facts.model_copy(update={"cut": cuts[one.name]}) for one in here)
     deepest = Span(min(cuts.values()), model.shape.blocks)
     server = Server(model, deepest, ranks, config.split, config.training)
-    terms = Terms(
-        width=model.shape.width,
-        dtype=model.dtype,
-        adapter_dtype=torch.promote_types(model.dtype, torch.float32),
-        wire=config.wire,
-        labels_travel=config.split.labels == "server",
-        most_rows=_most_rows(config),
-        feedback=config.aggregate.rule in AXES_KEPT,
-    )
+    terms = terms_of(config, model)
     wires, chosen = choose_wires(clients, server, terms) if config.wire.chooses else ({}, ())
     pace.take_wires({name: wire_costs(wire, model.shape.width) for name, wire in wires.items()})
     return Prepared(config, model, ranks, server, clients, facts, gathered.text, terms, pace, wires, chosen)
-
-
-def _most_rows(config: RunConfig) -> int:
-    """Tokens of the largest batch: one sequence may be longer than what a batch is filled to."""
-    longest, training = config.data.max_tokens, config.training
-    return max(longest, training.batch_tokens or training.batch_size * longest)
 
 
 def _check_cuts(config: RunConfig, blocks: int) -> None:

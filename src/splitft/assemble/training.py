@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,13 +13,12 @@ from safetensors import SafetensorError
 from splitft import __version__
 from splitft.adapters import AdapterState, Factors, with_folded
 from splitft.assemble.audited import audited_sentence
-from splitft.assemble.folder import Run, find_snapshot, is_finished, open_log
+from splitft.assemble.folder import Run, find_snapshot, is_finished, open_log, put_adapter
 from splitft.assemble.parties import Prepared, prepare
 from splitft.assemble.quiet import quiet
 from splitft.config import RunConfig, load
 from splitft.data.tokens import Tokenised
 from splitft.errors import RunError
-from splitft.export import write_peft
 from splitft.geometry import Span
 from splitft.privacy.defence import promises
 from splitft.runtime import RunState, Simulation, train_rounds
@@ -110,15 +107,16 @@ def stopping(folder: Path) -> Iterator[None]:
 
 def _write_adapters(prepared: Prepared, state: RunState, run: Run) -> None:
     """The global adapter, if there is one, and where a client has factors of its own, its adapter apart."""
+    model, ranks = prepared.model, prepared.ranks
     if prepared.config.aggregate.federated:
-        _write_adapter(prepared, _learnt(prepared, state), run.adapter_dir)
+        put_adapter(_learnt(prepared, state), model, ranks, run.adapter_dir)
     elif len(prepared.clients) == 1:  # what the only client learnt is all there is
-        _write_adapter(prepared, state.adapters.updated(prepared.clients[0].private()), run.adapter_dir)
+        put_adapter(state.adapters.updated(prepared.clients[0].private()), model, ranks, run.adapter_dir)
     own = _own(prepared, state)
     for client in prepared.clients:
         if client.name in own or client.private():
             mine = state.adapters.with_b_of(own.get(client.name, AdapterState())).updated(client.private())
-            _write_adapter(prepared, with_folded(mine, state.folded), run.folder / "personal" / client.name)
+            put_adapter(with_folded(mine, state.folded), model, ranks, run.folder / "personal" / client.name)
 
 
 def _promises(prepared: Prepared) -> list[str]:
@@ -135,16 +133,6 @@ def _promises(prepared: Prepared) -> list[str]:
     passes = max(training.rounds + 1, *(math.ceil(often) for often in seen.values()))
     longest = max(map(len, prepared.text.examples))
     return promises(config.privacy, prepared.model.shape.width, longest, passes)
-
-
-def _write_adapter(prepared: Prepared, adapters: AdapterState, folder: Path) -> None:
-    """An adapter as a PEFT folder, put in place when it is whole."""
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    rslora = prepared.config.lora.scaling == "rslora"
-    write_peft(adapters, prepared.model, prepared.ranks.scale, draft, rslora)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(draft, folder)
 
 
 def _learnt(prepared: Prepared, state: RunState) -> AdapterState:
@@ -235,8 +223,7 @@ def _arrived(prepared: Prepared, snapshot: Snapshot, simulation: Simulation) -> 
         private = snapshot.private.get(client.name, AdapterState())
         within = snapshot.state.adapters.within(Span(0, snapshot.state.cuts[client.name]))
         shared = AdapterState({key: one for key, one in within.items() if key not in private})
-        travels = prepared.ranks.sharing.down
-        sent[client.name] = shared.only(travels) if travels else AdapterState()
+        sent[client.name] = prepared.ranks.travelling(shared)
     return simulation.recall(snapshot.memories, sent)
 
 

@@ -71,7 +71,6 @@ class Gathering:
         self._manifest = manifest
         self._state = state
         self._moving: dict[str, int] = {}  # cuts of the round that is underway
-        self._global = state.adapters  # whose shapes every upload is held against
         self._there = Attendance(desk, spec.silence_s, state.round, listener, self._dropped)
         self._stepping = Stepping(desk, server, steps, self._there.refuse)
 
@@ -117,9 +116,7 @@ class Gathering:
             assert isinstance(message, AdapterUpload)
             if self._stepping.pending(site):
                 raise ProtocolError(f"{site} sends its adapters, but its gradient was due")
-            cut = self._moving[site]
-            own = self._global.within(Span(0, cut))
-            check_factors(site, message.adapters, own, self._ranks.of(cut, site))
+            check_factors(site, message.adapters, self._state.adapters, self._moving[site], self._ranks)
             others, tokens = self._server.trained(site)
             if not others.all_finite():
                 raise AdapterError(f"what the server trained for {site} is not finite")
@@ -133,13 +130,9 @@ class Gathering:
         order = [name for name in participants if name in uploads]
         return {name: uploads[name] for name in order}
 
-    def install(self, messages: Mapping[str, GlobalAdapters]) -> None:
+    def install(self, messages: Mapping[str, GlobalAdapters], state: RunState) -> None:
         """Hand out the aggregated factors; who is away gets them when it is back."""
-        whole = AdapterState()
-        for message in messages.values():
-            whole = whole.updated(message.adapters)
-        cuts = {**self._state.cuts, **self._moving}
-        self._state = RunState(self._there.number, cuts, self._state.adapters.updated(whole))
+        self._state = state
         for name, message in messages.items():
             if name not in self._there.stale:
                 self._desk.post(name, message)
@@ -246,15 +239,17 @@ class Gathering:
         """Tell a site where the run is, if it does not know."""
         if site not in self._there.stale:
             return
-        cut = self._state.cuts[site]
+        number, span = self._state.round, Span(0, self._state.cuts[site])
+        held = self._state.adapters.within(span)
         self._desk.withdraw(site)
         self._desk.post(
             site,
             Join(
-                round=self._state.round,
-                cut=cut,
+                round=number,
+                cut=span.stop,
                 steps=self.steps[site],
-                adapters=self._state.adapters.within(Span(0, cut)),
+                adapters=self._ranks.travelling(held) if number else AdapterState(),
+                folded=self._state.folded.within(span),
                 manifest=self._manifest,
             ),
         )

@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Event as Flag
 
 from splitft import __version__
+from splitft.adapters import with_folded
 from splitft.assemble.folder import Run, find_snapshot, is_finished, open_log, put_adapter
 from splitft.assemble.quiet import quiet
 from splitft.assemble.training import stopping
@@ -157,7 +158,8 @@ class ServerLink:
             whole = replace(state, cuts={**away, **state.cuts})
             moments = {slot: own for slot, own in party.server.moments.items() if own}
             path = save_snapshot(self._folder, Snapshot(whole, gathering.steps, {}, moments))
-            put_adapter(state.adapters, common.model, common.ranks, self._folder / "adapter")
+            learnt = with_folded(state.adapters, state.folded)
+            put_adapter(learnt, common.model, common.ranks, Run(self._folder).adapter_dir)
             listener(CheckpointSaved(round=state.round, path=str(path.relative_to(self._folder))))
             write_summary(self._folder)
             if self._back.is_set() and state.round < config.training.rounds:
@@ -194,9 +196,9 @@ class ServerLink:
         cuts = {name: old.cuts.get(name, cut) for name, cut in party.cuts.items()}
         party.server.moments.update(snapshot.server_moments)
         party.server.place(cuts)
-        party.server.install(old.adapters)
+        party.server.install(old.adapters, old.folded)
         losses = {name: loss for name, loss in old.losses.items() if name in cuts}
-        return RunState(old.round, cuts, old.adapters, losses, memory=old.memory)
+        return replace(old, cuts=cuts, losses=losses)
 
     def _rounds_done(self) -> int:
         return self.board.rounds_done

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from splitft.assemble.defending import defence_of, public_text
-from splitft.assemble.fleet import exact_sizes, fleet_of
+from splitft.assemble.fleet import exact_sizes, fleet_of, workload_of
 from splitft.assemble.pace import Pace
-from splitft.assemble.parties import gather
+from splitft.assemble.parties import gather, ranks_of
 from splitft.assemble.quiet import quiet
+from splitft.assemble.terms import most_rows, terms_of
 from splitft.config import RunConfig
-from splitft.data.text import BatchStream
+from splitft.deploy.deployable import check_deployable
 from splitft.deploy.manifest import manifest_of
 from splitft.deploy.site import Guard, at_site, refusals
 from splitft.errors import DeployError, ForbiddenError
@@ -30,17 +30,12 @@ from splitft.model import Model, open_model
 from splitft.protocol import BaseFile, Hello, Terms
 from splitft.runtime import Client, Server
 from splitft.runtime.ranks import Ranks
+from splitft.schedule.cost import Workload
 from splitft.schedule.memory import client_memory
 from splitft.schedule.profile import GB, Device
 from splitft.specs import DeviceSpec, SiteSpec
 from splitft.tracking.events import ClientFacts
-from splitft.wire import codec_of
-from splitft.wire.feedback import Feedback
 
-RULES = ("factors", "zero-pad", "svd")
-"""Aggregation rules after which the global factors are all that a site must know."""
-LEARNING = ("temporal", "principal")
-"""Codecs whose two ends must remember the same."""
 HEADER_BYTES = 2**21
 """Room for the headers of a message."""
 MOST_MEMORY_GB = 1e9
@@ -94,47 +89,9 @@ def site_names(config: RunConfig) -> tuple[str, ...]:
 
 def common_of(config: RunConfig) -> Common:
     """Open the model. Raises DeployError if the run cannot be deployed."""
-    if config.split.server_adapters == "shared":
-        raise DeployError(
-            "split.server_adapters: shared needs all clients in step, and a deployed run never waits for a "
-            "site that is away; give per-client"
-        )
-    if config.aggregate.rule not in RULES:
-        raise DeployError(
-            f"aggregate.rule: a deployed run does not carry what {config.aggregate.rule} keeps beside the "
-            f"factors yet; give {', '.join(RULES)}"
-        )
-    for found, what in (
-        (config.clients.pooled, "clients.pooled: the text of all clients in one place"),
-        (bool(config.lora.client_ranks), "lora.client_ranks"),
-        (not config.aggregate.federated, "aggregate: a run without federation"),
-        (config.training.order == "in-turn", "training.order: in-turn"),
-    ):
-        if found:
-            raise DeployError(f"{what} is for simulation; a deployed run has no such thing yet")
-    if config.wire.chooses:
-        raise DeployError("wire: auto tries codecs on all clients' text in one place; name the codecs here")
-    for role in ("hidden", "gradient", "adapter"):
-        if (codec := str(getattr(config.wire, role))).startswith(LEARNING):
-            raise DeployError(
-                f"wire.{role}: {codec} learns on both ends of a line, and a site that comes back knows "
-                "nothing of what was learnt; give another codec"
-            )
-    if config.training.micro_batches > 1 and config.training.in_flight > 1:
-        for role in ("hidden", "gradient"):
-            if isinstance(codec_of(getattr(config.wire, role)), Feedback):
-                raise DeployError(
-                    f"wire.{role}: {getattr(config.wire, role)} makes good in a message what it left out "
-                    "of the last, and messages of several micro-batches in flight have no order; give "
-                    "training.in_flight: 1, or another codec"
-                )
-    if config.privacy.private_blocks:
-        raise DeployError(
-            "privacy.private_blocks: a site of a deployed run keeps no blocks of its own from one link to "
-            "the next yet; give 0"
-        )
+    check_deployable(config)
     model = open_model(config.model)
-    ranks = Ranks(config.lora, model.shape.blocks, config.aggregate.rule, config.seed)
+    ranks = ranks_of(config, model.shape.blocks, site_names(config))
     return Common(
         config, model, ranks, terms_of(config, model), _frame_limit(config, model, ranks), most_rows(config)
     )
@@ -160,24 +117,23 @@ def open_site(config: RunConfig, name: str, site: SiteSpec | None = None) -> Sit
     with quiet():
         common, gathered = common_of(config), gather(config)
         own = gathered.clients[place]
-        machine, memory_at = _machine(config, name, common, own.stream, site)
+        work = workload_of(config, own.stream)
+        machine, memory_at = _machine(config, name, common, work, site)
     guard = Guard(site, common.model, config.split.labels == "client", memory_at)
     if fixed is None:
         guard.check_some_cut_fits()
     else:
         guard.check_memory(fixed)
-    sizes = own.stream.sizes()
-    sequences = sum(one.sequences for one in sizes)
     hello = Hello(
         client=name,
         train_examples=own.facts.train_examples,
         train_tokens=own.facts.train_tokens,
         eval_examples=own.facts.eval_examples,
         truncated=own.facts.truncated,
-        tokens_per_batch=sum(one.tokens for one in sizes) / len(sizes),
-        labelled_per_batch=sum(one.labelled for one in sizes) / len(sizes),
-        sequences_per_batch=sequences / len(sizes),
-        padded_length=sum(one.sequences * one.longest for one in sizes) / sequences,
+        tokens_per_batch=work.tokens,
+        labelled_per_batch=work.labelled_tokens,
+        sequences_per_batch=work.sequences,
+        padded_length=work.padded_length,
         min_cut=site.bounds.min_cut,
         device=machine,
     )
@@ -201,13 +157,13 @@ def open_site(config: RunConfig, name: str, site: SiteSpec | None = None) -> Sit
 
 
 def _machine(
-    config: RunConfig, name: str, common: Common, stream: BatchStream, site: SiteSpec
+    config: RunConfig, name: str, common: Common, work: Workload, site: SiteSpec
 ) -> tuple[dict[str, float], Callable[[int], float]]:
     """This machine for the server's schedule, where its owner says something of it, and its memory by cut."""
     if site.machine.device is None and site.machine.memory_gb is None:
         return {}, lambda cut: 0.0
     one = among(config, (name,)) if len(site_names(config)) > 1 else config
-    fleet = fleet_of(one, common.model, common.ranks, (name,), [stream])
+    fleet = fleet_of(one, common.model, common.ranks, (name,), [work])
     client = fleet.clients[0]
 
     def memory_at(cut: int) -> float:
@@ -248,7 +204,7 @@ def unfit(config: RunConfig, blocks: int, name: str, hello: Hello) -> str | None
 def open_server(common: Common, hellos: Mapping[str, Hello]) -> ServerParty:
     """The server for the sites that have said Hello, in the order of the run's sites."""
     config = _as_told(among(common.config, tuple(hellos)), hellos)
-    told = [cast(BatchStream, _Told(one)) for one in hellos.values()]
+    told = [_workload(config, one) for one in hellos.values()]
     with quiet():
         fleet = fleet_of(config, common.model, common.ranks, tuple(hellos), told)
         pace, cuts = Pace.begin(config, fleet, {name: one.min_cut for name, one in hellos.items()})
@@ -285,48 +241,16 @@ def _as_told(config: RunConfig, hellos: Mapping[str, Hello]) -> RunConfig:
     return config.model_copy(update={"schedule": schedule})
 
 
-@dataclass(frozen=True)
-class _Told:
-    """A site's batches as the schedule counts them, from what the site told: one that is their mean."""
-
-    hello: Hello
-
-    def sizes(self) -> list[_MeanSize]:
-        """One batch of mean size."""
-        one = self.hello
-        return [
-            _MeanSize(
-                one.sequences_per_batch, one.padded_length, one.tokens_per_batch, one.labelled_per_batch
-            )
-        ]
-
-
-@dataclass(frozen=True)
-class _MeanSize:
-    """`BatchSize`, of a mean."""
-
-    sequences: float
-    longest: float
-    tokens: float
-    labelled: float
-
-
-def terms_of(config: RunConfig, model: Model) -> Terms:
-    """What both sides agree on."""
-    return Terms(
-        width=model.shape.width,
-        dtype=model.dtype,
-        adapter_dtype=torch.promote_types(model.dtype, torch.float32),
-        wire=config.wire,
-        labels_travel=config.split.labels == "server",
-        most_rows=most_rows(config),
+def _workload(config: RunConfig, hello: Hello) -> Workload:
+    """A site's batches as the schedule counts them, from the means that the site told."""
+    return Workload(
+        tokens=hello.tokens_per_batch,
+        labelled_tokens=hello.labelled_per_batch,
+        sequences=hello.sequences_per_batch,
+        padded_length=hello.padded_length,
+        steps=config.training.steps,
+        largest_tokens=hello.sequences_per_batch * hello.padded_length,
     )
-
-
-def most_rows(config: RunConfig) -> int:
-    """Padded tokens of the largest batch."""
-    longest, training = config.data.max_tokens, config.training
-    return max(longest, training.batch_tokens or training.batch_size * longest)
 
 
 def among(config: RunConfig, names: Sequence[str]) -> RunConfig:

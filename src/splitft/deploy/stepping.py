@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable, Mapping
 from splitft.adapters import AdapterState
 from splitft.deploy.desk import Arrival, Desk
 from splitft.errors import AdapterError, ProtocolError, SplitftError
+from splitft.geometry import Span
 from splitft.protocol import Activations, CutGradient, HeadGradient, Refused, Stop, expect
+from splitft.runtime.ranks import Ranks
 from splitft.runtime.server import Server
 from splitft.runtime.underway import Tally
 from splitft.tracking.events import StepDone
@@ -174,15 +176,11 @@ def answer_refused(arrival: Arrival, error: SplitftError) -> None:
     arrival.reply(Refused(error=type(error).__name__, reason=str(error)[:2000]))
 
 
-def check_factors(site: str, adapters: AdapterState, own: AdapterState, ranks: Mapping[int, int]) -> None:
-    """Raise AdapterError unless these are factors of the layers of `own`, at these ranks by block."""
-    if adapters.keys() != own.keys():
-        odd = min(adapters.keys() ^ own.keys())
-        raise AdapterError(f"{site} sends other factors than those of its blocks: {odd}")
-    for key, factors in adapters.items():
-        if (factors.magnitude is None) != (own[key].magnitude is None):
-            raise AdapterError(f"{site} and this run do not agree on magnitudes (lora.method) for {key}")
-        due = ((ranks[key[0]], own[key].A.shape[1]), (own[key].B.shape[0], ranks[key[0]]))
-        if (tuple(factors.A.shape), tuple(factors.B.shape)) != due:
-            shapes = (tuple(factors.A.shape), tuple(factors.B.shape))
-            raise AdapterError(f"{site} sends factors {shapes} for {key}; {due} were due")
+def check_factors(site: str, adapters: AdapterState, state: AdapterState, cut: int, ranks: Ranks) -> None:
+    """Raise AdapterError unless these are what a site of this cut owes, given the global factors."""
+    if odd := adapters.keys() ^ state.within(Span(0, cut)).keys():
+        raise AdapterError(f"{site} sends other factors than those of its blocks: {min(odd)}")
+    try:
+        ranks.brought(site, adapters, state, cut)
+    except ProtocolError as error:
+        raise AdapterError(str(error)) from error

@@ -169,8 +169,7 @@ class Visit:
         if self._client is None:
             self._client = self._open(order.cut)
         moments = self._keeping.moments_of(order.round, order.steps)
-        self._client.restore(order.cut, order.adapters, order.steps, moments)
-        self._client.install(GlobalAdapters(round=order.round, adapters=order.adapters))
+        self._client.join(order, moments)
         logger.info("%s joins after round %d with cut %d", self._name, order.round, order.cut)
 
     def _step(self, client: Client) -> None:

@@ -70,10 +70,12 @@ class Join(Message):
     steps: Count
     """Optimizer steps of yours that count."""
     adapters: AdapterState = AdapterState()
-    """Global factors of blocks [0, cut); none before the first round, when both sides make them alike."""
+    """Global factors of blocks [0, cut), as far as not everybody can make them: none before round 1."""
+    folded: AdapterState = AdapterState()
+    """What aggregation has folded into the base of these blocks."""
     manifest: tuple[BaseFile, ...] = ()
     """Files of the base model as the server has them; the site loads nothing that differs."""
-    ROLES = {"adapters": "adapter"}
+    ROLES = {"adapters": "adapter", "folded": "adapter"}
 
 
 class Next(Message):

@@ -33,6 +33,7 @@ from splitft.protocol import (
     GlobalAdapters,
     HeadGradient,
     HeldOutLoss,
+    Join,
     LastHidden,
     Message,
     RoundReady,
@@ -288,6 +289,14 @@ class Client:
     def own(self) -> AdapterState:
         """The factors B that never leave, by rules that have such."""
         return self._holding.own()
+
+    def join(self, message: Join, moments: Moments) -> None:
+        """Take part in a run that is underway, or again after having been away."""
+        self._defence.check_cut(message.cut)
+        self._holding.join(message.cut, message.round, message.adapters, message.folded)
+        self.steps, self._moments = message.steps, moments
+        self._round, self._optimizer, self._evaluated = message.round, None, (0.0, 0)
+        self._end_step()
 
     def restore(
         self,

@@ -86,6 +86,22 @@ class Holding:
         self._folded = merged(self._folded, folded)
         self.bank.put(SLOT, self._known, folded=self._folded)
 
+    def join(self, cut: int, round: int, adapters: AdapterState, folded: AdapterState) -> None:
+        """Hold the blocks before this cut as they are after a round, with what came of them.
+
+        What does not travel is made here: all factors before round 1, later those that the rule leaves out.
+        Raises ProtocolError if other factors came.
+        """
+        self.plan = Plan(cut, self.plan.blocks, self.plan.labels)
+        self.segment.resize(self.plan.client)
+        sizes = {key: size for key, size in self.bank.sizes.items() if key[0] in self.plan.client}
+        down = self._ranks.sharing.down if round else ""
+        made = self._ranks.start(sizes, self._dtype, 0 if self._ranks.sharing.down else round)
+        if set(adapters.keys()) != (set(sizes) if down else set()):
+            raise ProtocolError(f"{self.name}: the global adapters are not those of {self.plan.client}")
+        self._known, self._folded = made.updated(adapters.completed(made)), folded
+        self.bank.put(SLOT, self._known, folded=folded)
+
     def restore(self, cut: int, known: AdapterState, folded: AdapterState) -> None:
         """Hold what a checkpoint kept: the factors of the blocks before this cut, private ones too."""
         self.plan = Plan(cut, self.plan.blocks, self.plan.labels)

@@ -66,6 +66,10 @@ class Ranks:
         """Rank by block before the first round."""
         return dict.fromkeys(range(self.blocks), self.lora.rank)
 
+    def travelling(self, state: AdapterState) -> AdapterState:
+        """The part of global factors that a client is sent; what it does not get, it has or can make."""
+        return state.only(self.sharing.down) if self.sharing.down else AdapterState()
+
     def start(self, sizes: Mapping[Key, tuple[int, int]], dtype: torch.dtype, round: int = 0) -> AdapterState:
         """Factors that nobody has trained, as everybody can make them: A from seed and round, B zero."""
         return initial_state(

@@ -60,8 +60,8 @@ class Federation(Protocol):
     ) -> dict[str, AdapterUpload]:
         """Let them train; returns the blocks' factors of those whose training counts."""
 
-    def install(self, messages: Mapping[str, GlobalAdapters]) -> None:
-        """Hand out the aggregated factors."""
+    def install(self, messages: Mapping[str, GlobalAdapters], state: RunState) -> None:
+        """Hand out the aggregated factors; `state` is where the run is with them, for who is away."""
 
     def evaluate(self) -> dict[str, Evaluation]:
         """Held-out loss of every client."""
@@ -189,9 +189,9 @@ def _round(
     adapters = state.adapters.updated(shared)  # blocks that clients keep private stay as they began
     folded = merged(state.folded, result.folded)
     server.install(adapters, folded)
-    federation.install({
-        name: _for_client(number, Span(0, cuts[name]), ranks, shared, result.folded) for name in clients
-    })  # fmt: skip
+    after = RunState(number, cuts, adapters, folded=folded, memory=memory)
+    lacking = {name: _lacking(number, Span(0, cuts[name]), ranks, shared, result.folded) for name in clients}
+    federation.install(lacking, after)
     if spent := bounds.spent(number):
         listener(spent)
     listener(
@@ -202,15 +202,14 @@ def _round(
             traffic=federation.traffic(),
         )
     )
-    return RunState(number, cuts, adapters, folded=folded, memory=memory), list(uploads)
+    return after, list(uploads)
 
 
-def _for_client(
+def _lacking(
     number: int, span: Span, ranks: Ranks, adapters: AdapterState, folded: AdapterState
 ) -> GlobalAdapters:
     """What a client of these blocks lacks of the round's result."""
-    travels = ranks.sharing.down
-    sent = adapters.within(span).only(travels) if travels else AdapterState()
+    sent = ranks.travelling(adapters.within(span))
     return GlobalAdapters(round=number, adapters=sent, folded=folded.within(span))
 
 
@@ -256,12 +255,14 @@ def _round_in_turn(
         server.moments.clear()
     server.install(adapters)
     traffic = federation.traffic()  # what follows is for evaluation only: the model has been handed on
-    federation.install({
+    after = RunState(number, cuts, adapters)
+    whole = {
         name: GlobalAdapters(round=number, adapters=adapters.within(Span(0, cut)))
         for name, cut in cuts.items()
-    })  # fmt: skip
+    }
+    federation.install(whole, after)
     listener(RoundDone(round=number, participants=tuple(finished), aggregation_error=0.0, traffic=traffic))
-    return RunState(number, cuts, adapters), finished
+    return after, finished
 
 
 def _evaluated(number: int, federation: Federation) -> Evaluated:

@@ -31,6 +31,7 @@ from splitft.protocol import (
 )
 from splitft.runtime.client import Client
 from splitft.runtime.line import Line, Tap
+from splitft.runtime.rounds import RunState
 from splitft.runtime.server import Server
 from splitft.runtime.underway import Tally
 from splitft.tracking.events import Role, StepDone, Traffic
@@ -94,7 +95,7 @@ class Simulation:
         uploads = {name: self._lines[name].up(self.clients[name].upload()) for name in participants}
         return _all(AdapterUpload, uploads)
 
-    def install(self, messages: Mapping[str, GlobalAdapters]) -> None:
+    def install(self, messages: Mapping[str, GlobalAdapters], state: RunState) -> None:
         """Hand every client the aggregated factors of its blocks."""
         for name, message in messages.items():
             self.clients[name].install(self._lines[name].down(message))

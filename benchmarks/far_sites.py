@@ -1,0 +1,87 @@
+"""A federation of real processes on this machine, some of its sites behind lines of our making.
+
+    site --> SlowLine: length, width, cuts --> server        near sites go there directly
+
+Certificates, transport and processes are those of `splitft deploy poc`; only the port in the kit of a far
+site is another. For `deployment.py`, `in_flight.py` and `throughput.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slow_line import SlowLine
+
+RUNS = "runs"
+"""Where the server keeps its runs, in the federation's folder."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A running federation."""
+
+    folder: Path
+    console: Any
+    poc: Any
+    lines: dict[str, SlowLine] = field(default_factory=dict)
+    """Of the far sites."""
+
+    @property
+    def runs(self) -> Path:
+        """The run folders."""
+        return self.folder / RUNS
+
+
+@contextlib.contextmanager
+def federation(
+    folder: Path, near: Sequence[str], far: Sequence[str] = (), classes: Sequence[str] = ()
+) -> Iterator[Ground]:
+    """Start it, and end every process; `classes` are prefixes that jobs may start beside our own."""
+    from splitft.deploy.flare.console import Console
+    from splitft.deploy.flare.poc import Poc
+
+    here = str(Path(__file__).resolve().parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    poc = Poc(folder, (*near, *far), folder / RUNS)
+    lines = {name: _behind_a_line(poc.kits.of(name)) for name in far}
+    for service in poc.services if classes else ():
+        path = service.kit / "local" / "resources.json"
+        resources = json.loads(path.read_text(encoding="utf-8"))
+        resources["class_allow_list"].extend(classes)
+        path.write_text(json.dumps(resources), encoding="utf-8")
+    try:
+        with Console(poc.kits.admin) as console:
+            poc.start(console)
+            yield Ground(folder, console, poc, lines)
+    finally:
+        poc.stop()
+        for line in lines.values():
+            line.close()
+
+
+def _behind_a_line(kit: Path) -> SlowLine:
+    """Let a site reach the server over a line."""
+    startup = kit / "startup" / "fed_client.json"
+    said = json.loads(startup.read_text(encoding="utf-8"))
+    host, port = said["servers"][0]["service"]["target"].split(":")
+    line = SlowLine(int(port))
+    said["servers"][0]["service"]["target"] = f"{host}:{line.port}"
+    startup.write_text(json.dumps(said), encoding="utf-8")
+    return line
+
+
+def ended(console: Any, job: str, within_s: float) -> str:
+    """FLARE's word for how a job ended. Raises SystemExit if it does not in this time."""
+    until = time.monotonic() + within_s
+    while not (state := console.state(job)).startswith("FINISHED"):
+        if time.monotonic() > until:
+            raise SystemExit(f"the job {job} does not end: {state}")
+        time.sleep(0.3)
+    return str(state)
