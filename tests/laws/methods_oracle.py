@@ -76,36 +76,44 @@ def averaged_products(
 ) -> Factors:
     """The mean of B A by full singular value decomposition; `ranks` by client and block."""
 
-    def mixed(factors: Factors) -> Factors:  # nothing is decomposed before the first round
-        return factors
-
     for clients in batches:
+        starts = [_cut_down(start, own) for own in ranks]
         trained = [
-            (_tokens(steps), alone(whole, mixed(_first(start, own)), steps, lr))
-            for steps, own in zip(clients, ranks, strict=True)
+            (_tokens(steps), alone(whole, one, steps, lr)) for steps, one in zip(clients, starts, strict=True)
         ]
-        total = sum(tokens for tokens, _ in trained)
-        united = Factors()
-        for layer in start:
-            mean = sum(tokens / total * (one[layer][1] @ one[layer][0]) for tokens, one in trained)
-            U, S, Vh = torch.linalg.svd(mean, full_matrices=False)
-            rank = max(own[layer[0]] for own in ranks)
-            # A's rows with the norm that LoRA starts with, 1 / sqrt(3)
-            A, B = Vh[:rank] / math.sqrt(3), U[:, :rank] * S[:rank] * math.sqrt(3)
-            flip = torch.stack([row[row.abs().argmax()].sign() for row in A])
-            united[layer] = (flip[:, None] * A, B * flip)
-        start, mixed = united, _mixed
-    return _mixed(start)
+        start = Factors({layer: _united_products(trained, layer) for layer in start})
+    return start
 
 
-def _mixed(factors: Factors) -> Factors:
-    """By the rule's orthogonal matrix, the same for all layers of one rank."""
-    done = Factors()
-    for layer, (A, B) in factors.items():
-        generator = torch.Generator().manual_seed(len(A))
-        Q = torch.linalg.qr(torch.randn(len(A), len(A), generator=generator, dtype=torch.float64)).Q.to(A)
-        done[layer] = (Q @ A, B @ Q.T)
-    return done
+def _united_products(
+    trained: Sequence[tuple[int, Factors]], layer: Layer
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of the mean product cut down to the largest rank, near the mean of the rows of A."""
+    total = sum(tokens for tokens, _ in trained)
+    mean = sum(tokens / total * (one[layer][1] @ one[layer][0]) for tokens, one in trained)
+    rows = []
+    for row in range(max(len(one[layer][0]) for _, one in trained)):
+        having = [(tokens, one[layer][0][row]) for tokens, one in trained if row < len(one[layer][0])]
+        rows.append(sum(tokens * A for tokens, A in having) / sum(tokens for tokens, _ in having))
+    return _near(mean, torch.stack(rows))
+
+
+def _near(product: torch.Tensor, frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A = clamped(frame V) V^T, and B from the product by the pseudo-inverse of A."""
+    _, S, Vh = torch.linalg.svd(product, full_matrices=False)
+    rank = min(len(frame), int((S[0] * torch.finfo(torch.float64).eps < S).sum()))
+    u, s, vh = torch.linalg.svd(frame[:rank] @ Vh[:rank].T)
+    A = u @ torch.diag(torch.clamp(s, min=0.3 / math.sqrt(3))) @ vh @ Vh[:rank]
+    return A, product @ torch.linalg.pinv(A)
+
+
+def _cut_down(factors: Factors, ranks: Mapping[int, int]) -> Factors:
+    """To a client's ranks; nothing is decomposed before the first round, when B is 0."""
+    return {
+        (block, name): _near(B @ A, A[: ranks[block]]) if B.any() and len(A) > ranks[block]
+        else (A[: ranks[block]], B[:, : ranks[block]])
+        for (block, name), (A, B) in factors.items()
+    }  # fmt: skip
 
 
 def client_by_client(
@@ -188,13 +196,6 @@ def _mean(trained: Sequence[tuple[int, Factors]]) -> Factors:
             sum(tokens / total * factors[layer][place] for tokens, factors in trained) for place in (0, 1)
         )
         for layer in trained[0][1]
-    }
-
-
-def _first(factors: Factors, ranks: Mapping[int, int]) -> Factors:
-    return {
-        (block, target): (A[: ranks[block]], B[:, : ranks[block]])
-        for (block, target), (A, B) in factors.items()
     }
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from splitft.adapters.factoring import product_norm, refactored, stacked
+from splitft.adapters.factoring import in_frame, product_norm, stacked
 from splitft.adapters.rules import AGGREGATORS, Fresh, United, Weighted
 from splitft.adapters.state import AdapterState, Factors, Key
 from splitft.errors import AdapterError
@@ -96,10 +96,11 @@ def _check(members: Sequence[tuple[float, AdapterState]]) -> None:
 def fit(key: Key, factors: Factors, rank: int, rule: str, fresh: Fresh) -> Factors:
     """A layer's factors at another rank, as the rule does it: cut down, or grown without changing B A.
 
-    `svd` keeps the best approximation; the others keep the first rows (HetLoRA's truncation).
+    `svd` keeps the best approximation, near the first rows of A; the others keep the first rows (HetLoRA's
+    truncation).
     """
     if factors.rank > rank and rule == "svd" and torch.count_nonzero(factors.B):
-        factors = refactored(factors, rank)
+        factors = in_frame(factors, rank, factors.A)
     if factors.rank < rank:
         return fresh.grown(key, factors, rank)
     if factors.rank > rank:

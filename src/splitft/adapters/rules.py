@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from splitft.adapters.factoring import product_norm, refactored, stacked
+from splitft.adapters.factoring import in_frame, product_norm, refactored, stacked
 from splitft.adapters.state import Factors, Key, fresh_rows
 from splitft.errors import AdapterError
 
@@ -89,13 +89,16 @@ def zero_pad(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
 
 
 def best_products(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
-    """FlexLoRA (2402.11505), HLoRA (2503.00813): the best rank-R approximation of sum w_i B_i A_i."""
+    """FlexLoRA (2402.11505), HLoRA (2503.00813): the best rank-R approximation of sum w_i B_i A_i.
+
+    Of all factors of it, those near the members' mean A: what one client trains comes back as it was.
+    """
     if not any(torch.count_nonzero(factors.B) for weight, factors in members if weight):
         # nothing learnt yet: keep the directions that A starts with
         return United(_mean([(weight, padded(factors, rank)) for weight, factors in members]))
     B = torch.cat([math.sqrt(weight) * factors.B for weight, factors in members], 1)
     A = torch.cat([math.sqrt(weight) * factors.A for weight, factors in members])
-    return United(refactored(Factors(A, B, _mean_magnitude(members)), rank))
+    return United(in_frame(Factors(A, B, _mean_magnitude(members)), rank, _mean_rows(members, rank)))
 
 
 def stack_factors(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
@@ -134,16 +137,9 @@ def average_a(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
     A row of A is averaged over the members that have it. B is given as sum w_i B_i where all are known: what
     the clients' own updates B_i A are on average, and so what the reported error compares with mean(BA).
     """
-    _, widest = max(members, key=lambda member: member[1].rank)
-    weights = widest.A.new_zeros(widest.rank)
-    total = torch.zeros_like(widest.A)
-    for weight, factors in members:
-        weights[: factors.rank] += weight
-        total[: factors.rank] += weight * factors.A
-    heard = (weights > 0)[:, None]
-    A = torch.where(heard, total / torch.where(heard, weights[:, None], 1.0), widest.A)
+    A = _mean_rows(members, max(factors.rank for _, factors in members))
     complete = all(factors.halves == "AB" for _, factors in members)
-    return United(Factors(A, _padded_mean(members).B if complete else widest.B.new_empty(0, widest.rank)))
+    return United(Factors(A, _padded_mean(members).B if complete else A.new_empty(0, len(A))))
 
 
 @dataclass(frozen=True)
@@ -184,6 +180,19 @@ def padded(factors: Factors, rank: int) -> Factors:
         return factors.first(rank)
     pad = torch.nn.functional.pad
     return replace(factors, A=pad(factors.A, (0, 0, 0, short)), B=pad(factors.B, (0, short)))
+
+
+def _mean_rows(members: Weighted, rank: int) -> torch.Tensor:
+    """(rank, in): each row of A over the members that have it; as the first of them has it if none counts."""
+    _, widest = max(members, key=lambda member: member[1].rank)
+    rows = padded(widest, rank).A
+    weights, total = rows.new_zeros(rank), torch.zeros_like(rows)
+    for weight, factors in members:
+        here = min(factors.rank, rank)
+        weights[:here] += weight
+        total[:here] += weight * factors.A[:here]
+    heard = (weights > 0)[:, None]
+    return torch.where(heard, total / torch.where(heard, weights[:, None], 1.0), rows)
 
 
 def _padded_mean(members: Weighted) -> Factors:
