@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -83,6 +86,18 @@ def section(title: str, facts: Mapping[str, object], *parts: str) -> str:
         *(f"- {name}: {fact}" for name, fact in environment().items()),
     ]
     return "\n".join(lines) + "\n\n" + "\n\n".join(parts) + "\n"
+
+
+def kept(work: Path, name: str, make: Callable[[], Any]) -> Any:
+    """A part as plain data, made once and kept in the folder, so that a stopped benchmark goes on."""
+    file = work / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', name).strip('-')}.json"
+    if not file.is_file():
+        told = json.dumps(make(), indent=1)
+        work.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(".draft")
+        draft.write_text(told + "\n", encoding="utf-8")
+        draft.replace(file)
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def environment() -> dict[str, str]:

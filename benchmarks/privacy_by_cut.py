@@ -7,28 +7,35 @@ The attacker is a server that follows the protocol, holds the public model and t
 every setting. `--known FILE` writes the strongest attack's figures as the table that `splitft train` reads
 its sentence from. Goals: matching reads at least 95 % without noise at cuts up to 4 (else it is too weak to
 judge a defence by); and a defence that brings all attacks under 30 % at the default cut for at most 5 %
-perplexity.
+perplexity (here before training; `defences.py` has it after training).
+
+Each setting is a part, kept as JSON in the work folder: a stopped benchmark goes on where it was, and
+`--parts N` makes at most so many more and stops.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measuring import REPOSITORY, begin, environment, options, section, table
+from drawing import lines
+from measuring import REPOSITORY, begin, environment, kept, options, section, table
 from splitft.assemble.auditing import FULL, Depth, audit
-from splitft.config import from_mapping
-from splitft.privacy.attacks import ATTACKS, Effort
-from splitft.privacy.findings import Outcome, Setting
+from splitft.config import RunConfig, from_mapping
+from splitft.privacy.attacks import ATTACKS, HIDDEN_ATTACKS, Effort
+from splitft.privacy.findings import Setting, table_rows, verdict
 from splitft.privacy.known import to_known
 from splitft.tracking.leaks import HEADINGS, leak_rows
 from splitft.wire import CODECS
 
-CUTS = (1, 2, 4, 8, 15)
+CUTS = (1, 2, 4, 8, 15, 29)
 DEFAULT_CUT = 2
-NOISES = (0.05, 0.2, 1.0, 4.0)
+NOISES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
+DEEP_CUT, DEEP_NOISES = 15, (0.1, 0.5, 1.0)
 OTHER_CODECS = ("int8", "int4")
 GOAL_RECOVERED, GOAL_HIDDEN, GOAL_COST = 0.95, 0.30, 0.05
 
@@ -38,16 +45,19 @@ BY_CUT: Depth = replace(
     FULL, texts=3, tokens=64, public=16_384, inverter_steps=80, attacks=tuple(ATTACKS), effort=EFFORT
 )
 """Every attack, without noise."""
-BY_NOISE: Depth = replace(BY_CUT, attacks=("nearest", "linear", "matching", "head gradient"))
+BY_NOISE: Depth = replace(BY_CUT, attacks=("nearest", "linear", "matching", "prediction", "head gradient"))
 """The attacks that matter, under noise and codecs."""
+
+Part = Mapping[str, Any]
+"""One setting: rows of the table, verdict, entries of the known table, seconds."""
 
 
 def plain(cut: int) -> Setting:
     return Setting(cut, "bf16", 0.0, 0.0)
 
 
-def noisy(noise: float) -> Setting:
-    return Setting(DEFAULT_CUT, "bf16", noise, noise)
+def noisy(noise: float, cut: int = DEFAULT_CUT) -> Setting:
+    return Setting(cut, "bf16", noise, noise)
 
 
 def configuration(data: Path, seed: int) -> dict[str, Any]:
@@ -56,50 +66,77 @@ def configuration(data: Path, seed: int) -> dict[str, Any]:
     return {"data": {**text, "max_tokens": 64}, "clients": {"count": 1, "cuts": DEFAULT_CUT}, "seed": seed}
 
 
-def recovered(outcomes: tuple[Outcome, ...], setting: Setting, attack: str | None = None) -> float:
+def part(config: RunConfig, depth: Depth, public: str | None, setting: Setting) -> Part:
+    """Record and attack one setting."""
+    done = audit(config, depth, public, [setting])
+    known = to_known(done.outcomes, {"model": done.model})["models"][done.model]
+    return {
+        "rows": table_rows(done.outcomes),
+        "verdict": verdict(done.outcomes[0]),
+        "known": known,
+        "public": done.public,
+        "seconds": done.seconds,
+    }
+
+
+def strongest(one: Part, attack: str | None = None) -> float:
     """The share of tokens read in a setting, by one attack or the strongest."""
-    found = [
-        one.recovery.tokens
-        for outcome in outcomes
-        if outcome.setting == setting
-        for one in outcome.findings
-        if attack in (None, one.attack)
-    ]
-    return max(found)
+    found: float = max(row["tokens"] for row in one["rows"] if attack in (None, row["attack"]))
+    return found
 
 
-def goals(outcomes: tuple[Outcome, ...]) -> dict[str, str]:
+def goals(found: Mapping[Setting, Part]) -> dict[str, str]:
     """Both goals, in words."""
     matched = {
-        one.setting.cut: recovered(outcomes, one.setting, "matching")
-        for one in outcomes
-        if one.setting == plain(one.setting.cut) and one.setting.cut <= 4
+        setting.cut: strongest(one, "matching")
+        for setting, one in found.items()
+        if setting == plain(setting.cut) and setting.cut <= 4
     }
     strong = all(share >= GOAL_RECOVERED for share in matched.values())
-    hiding = [
-        one
-        for one in outcomes
-        if one.setting.cut == DEFAULT_CUT
-        and one.perplexity_cost <= GOAL_COST
-        and recovered(outcomes, one.setting) < GOAL_HIDDEN
-    ]
-    least = min(
-        (one for one in outcomes if one.setting.cut == DEFAULT_CUT and one.perplexity_cost <= GOAL_COST),
-        key=lambda one: recovered(outcomes, one.setting),
-    )
-    found = (
-        "met: " + ", ".join(f"{one.setting.codec} noise {one.setting.noise:g}" for one in hiding)
+    cheap = {
+        setting: strongest(one)
+        for setting, one in found.items()
+        if setting.cut == DEFAULT_CUT and one["rows"][0]["perplexity_cost"] <= GOAL_COST
+    }
+    hiding = [setting for setting, share in cheap.items() if share < GOAL_HIDDEN]
+    least = min(cheap, key=lambda setting: cheap[setting])
+    told = (
+        "met: " + ", ".join(f"{one.codec} noise {one.noise:g}" for one in hiding)
         if hiding
-        else f"missed: no defence tried does; within that cost the strongest attack still reads "
-        f"{recovered(outcomes, least.setting):.0%} ({least.setting.codec}, noise {least.setting.noise:g})"
+        else f"missed: no noise or codec here does; within that cost the strongest attack still reads "
+        f"{cheap[least]:.0%} ({least.codec}, noise {least.noise:g})"
     )
     shares = ", ".join(f"{share:.1%} at cut {cut}" for cut, share in matched.items())
     return {
         f"goal, matching reads at least {GOAL_RECOVERED:.0%} at cuts up to 4": (
             f"{shares}: {'met' if strong else 'missed'}"
         ),
-        f"goal, all attacks under {GOAL_HIDDEN:.0%} at cut {DEFAULT_CUT} for at most {GOAL_COST:.0%}": found,
+        f"goal, all attacks under {GOAL_HIDDEN:.0%} at cut {DEFAULT_CUT} for at most {GOAL_COST:.0%}": told,
     }
+
+
+def draw(path: Path, found: Mapping[Setting, Part]) -> None:
+    """Tokens read by cut without noise, one line an attack."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for setting, one in found.items():
+        if setting != plain(setting.cut):
+            continue
+        for row in one["rows"]:
+            if row["attack"] in (*HIDDEN_ATTACKS, "head gradient", "prediction"):
+                series.setdefault(row["attack"], []).append((setting.cut, 100 * row["tokens"]))
+    lines(path, "What the server reads, without noise", "cut", "tokens read, %", series)
+
+
+def wanted(quick: bool) -> tuple[Sequence[Setting], Sequence[Setting], Depth, Depth]:
+    """Settings for all attacks and for those that matter, and how far each goes."""
+    if quick:
+        small = {"texts": 2, "tokens": 48, "public": 16_384, "inverter_steps": 20, "effort": Effort()}
+        depth = replace(BY_NOISE, **small)
+        return [plain(cut) for cut in (1, 2, 4)], [noisy(noise) for noise in (0.1, 1.0)], depth, depth
+    settings = [noisy(noise) for noise in NOISES]
+    settings += [Setting(DEFAULT_CUT, codec, 0.0, 0.0) for codec in OTHER_CODECS if codec in CODECS]
+    settings += [noisy(noise, DEEP_CUT) for noise in DEEP_NOISES]
+    return [plain(cut) for cut in CUTS], settings, BY_CUT, BY_NOISE
 
 
 def main() -> None:
@@ -108,42 +145,60 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=shared / "e2e/devset.csv", help="text that is attacked")
     parser.add_argument("--public", type=Path, default=shared / "wikitext2/valid.txt", help="attacker's text")
     parser.add_argument("--known", type=Path, help="write the table of known figures to this file")
+    parser.add_argument("--plot", type=Path, help="draw recovery by cut to this SVG file")
+    parser.add_argument("--work", type=Path, default=Path("runs/privacy-by-cut"), help="parts are kept here")
+    parser.add_argument("--parts", type=int, help="make at most so many parts that are missing, then stop")
     chosen = parser.parse_args()
     begin(chosen.seed, chosen.threads)
     config = from_mapping(configuration(chosen.data, chosen.seed))
     public = str(chosen.public) if chosen.public.is_file() else None
-    by_cut, by_noise, cuts, noises, codecs = BY_CUT, BY_NOISE, CUTS, NOISES, OTHER_CODECS
-    if chosen.quick:
-        small = {"texts": 2, "tokens": 48, "public": 16_384, "inverter_steps": 20, "effort": Effort()}
-        by_cut, by_noise = replace(BY_NOISE, **small), replace(BY_NOISE, **small)
-        cuts, noises, codecs = (1, 2, 4), (0.1, 1.0), ()
-    first = audit(config, by_cut, public, [plain(cut) for cut in cuts])
-    settings = [noisy(noise) for noise in noises]
-    settings += [Setting(DEFAULT_CUT, codec, 0.0, 0.0) for codec in codecs if codec in CODECS]
-    second = audit(config, by_noise, public, settings)
-    both = replace(first, outcomes=first.outcomes + second.outcomes, seconds=first.seconds + second.seconds)
-    told = both.to_json()
-    tokens = both.outcomes[0].findings[0].recovery.count
+    first, second, by_cut, by_noise = wanted(chosen.quick)
+    found: dict[Setting, Part] = {}
+    made = 0
+    for setting in (*first, *second):
+        depth = by_cut if setting in first else by_noise
+        name = (
+            f"{'quick' if chosen.quick else 'full'} seed {chosen.seed} cut {setting.cut} {setting.codec} "
+            f"noise {setting.noise:g}"
+        )
+
+        def make(setting: Setting = setting, depth: Depth = depth) -> Part:
+            nonlocal made
+            if made == chosen.parts:
+                print(f"stopped before {setting}; the same command goes on")
+                sys.exit(0)
+            made += 1
+            return part(config, depth, public, setting)
+
+        found[setting] = kept(chosen.work, name, make)
+    told = {"rows": [row for one in found.values() for row in one["rows"]]}
     text = chosen.data.name if chosen.data.is_file() else "python-docs (embedded)"
+    source = next(iter(found.values()))["public"]
     if chosen.known is not None:
         command = f"python benchmarks/privacy_by_cut.py --known FILE{' --quick' if chosen.quick else ''}"
-        story = {"model": both.model, "command": command, "text": text, "public": both.public}
-        known = to_known(both.outcomes, {**story, **environment()})
+        story = {"model": config.model.name, "command": command, "text": text, "public": source}
+        entries = [entry for one in found.values() for entry in one["known"]]
+        known = {"models": {config.model.name: entries}, "story": {**story, **environment()}}
         chosen.known.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    if chosen.plot is not None:
+        draw(chosen.plot, found)
+    counts = {row["way"]: row["count"] for row in told["rows"]}
     print(
         section(
             "What a split gives away, by cut, codec and noise",
             {
-                "config": f"{both.model}, first round, two local steps of batch {by_cut.texts} recorded; "
-                "noise on hidden states and on returning gradients alike",
-                "text": f"{text}: {tokens} tokens attacked in each setting; the attacker learnt on "
-                f"{both.public}",
+                "config": f"{config.model.name}, bfloat16, first round, two local steps of batch "
+                f"{by_cut.texts} recorded; noise on hidden states and on returning gradients alike",
+                "text": f"{text}: {counts['hidden']} tokens attacked in each setting, {counts['labels']} of "
+                f"them labelled; the attacker learnt on {source}",
                 "seed": chosen.seed,
                 "spread": "standard error of a share over the attacked tokens",
-                "wall time": f"{both.seconds:.0f} s",
-                **goals(both.outcomes),
+                "wall time": f"{sum(one['seconds'] for one in found.values()):.0f} s for all parts",
+                **goals(found),
             },
-            table(HEADINGS, leak_rows(told)) + "\n" + "\n".join(f"- {one}" for one in told["verdicts"]),
+            table(HEADINGS, leak_rows(told))
+            + "\n\n"
+            + "\n".join(f"- {one['verdict']}" for one in found.values()),
         )
     )
 

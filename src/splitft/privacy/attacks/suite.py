@@ -6,11 +6,14 @@
     linear           a linear inverter learnt on public text
     transformer      a small transformer learnt on public text
     matching         candidates run through the public model, left to right
+    prediction       the likeliest label by the server's own last hidden state: reads no gradient at all
     head gradient    labels off the gradient that the client returns (`labels: client`)
     cut gradient     labels off the gradient at the cut alone, learnt on public text
     labels           read as they are (`labels: server`)
 
-The first four read all tokens of a text, from its hidden states; the others read the labels.
+The first four read all tokens of a text, from its hidden states; the others read the labels. `prediction` is
+the floor of those: what is done to gradients and labels cannot bring an attacker below what a model that was
+worth training says by itself.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ from splitft.privacy.attacks.seen import Seen
 
 TOGETHER = 16
 """Public texts run at one time."""
+PREDICTED = 128
+"""Positions whose logits exist at one time."""
 
 
 @dataclass
@@ -167,6 +172,19 @@ def by_matching(attacker: Attacker, seen: Sequence[Seen]) -> Read:
     )
 
 
+def by_prediction(attacker: Attacker, seen: Sequence[Seen]) -> Read | None:
+    """What the model expects, at the last hidden states that the server itself has made."""
+    found: Read = []
+    for batch in seen:
+        if batch.last is None:
+            return None
+        rows = torch.split(batch.last, PREDICTED)
+        with torch.no_grad():
+            labels = torch.cat([attacker.replica.segment.logits(part).argmax(-1) for part in rows])
+        found += batch.by_sequence(labels)
+    return found
+
+
 def by_head_gradient(attacker: Attacker, seen: Sequence[Seen]) -> Read | None:
     """Labels off what the client returns."""
     found: Read = []
@@ -207,6 +225,7 @@ HIDDEN_ATTACKS: Mapping[str, Attack] = {
 }
 """Attacks on hidden states at the cut; each reads whole texts."""
 LABEL_ATTACKS: Mapping[str, Attack] = {
+    "prediction": by_prediction,
     "head gradient": by_head_gradient,
     "cut gradient": by_cut_gradient,
     "labels": by_labels,
