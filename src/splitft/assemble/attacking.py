@@ -65,9 +65,10 @@ def attacker_of(
 def _gradient_channel(
     defence: Defence, privacy: PrivacySpec, replica: Replica, seen: Seen
 ) -> GradientChannel:
-    last = seen.last
+    last, labels = seen.last, privacy.labels
+    epsilon = None if labels.defence == "none" else labels.epsilon
     if privacy.gradient.defence == "none" or last is None:
-        return GradientChannel()
+        return GradientChannel(epsilon=epsilon)
     head = replica.segment
     norms: list[float] = []
 
@@ -82,7 +83,8 @@ def _gradient_channel(
         return rows * torch.clamp(norms[0] / lengths.clamp_min(1e-30), max=1.0)
 
     clipped(torch.zeros(1, last.shape[-1]))
-    return GradientChannel(deviation(norms[0], privacy.gradient.noise, last.shape[-1]), clipped)
+    spread = deviation(norms[0], privacy.gradient.noise, last.shape[-1])
+    return GradientChannel(spread, clipped, epsilon)
 
 
 def with_noise(privacy: PrivacySpec, setting: Setting) -> PrivacySpec:

@@ -19,7 +19,7 @@ def recovery_of(config: RunConfig) -> Mapping[int, float]:
     if config.schedule.recovery:
         return config.schedule.recovery
     hidden, gradient = config.privacy.hidden, config.privacy.gradient
-    if config.split.labels == "client" and hidden.defence != "laplace" and gradient.defence != "laplace":
+    if config.split.labels == "client" and _stored(config):
         codec = str(config.wire.hidden)
         if known := recoveries(config.model.name, codec, hidden.noise, gradient.noise):
             return known
@@ -33,5 +33,14 @@ def recovery_of(config: RunConfig) -> Mapping[int, float]:
 def audited_sentence(config: RunConfig, cuts: Iterable[int]) -> str:
     """What the server can read at the shallowest of these cuts, from stored audits; or "not audited"."""
     privacy = config.privacy
+    if not _stored(config):
+        return f"At cut {min(cuts)} with these defences: not audited."
     setting = Setting(min(cuts), str(config.wire.hidden), privacy.hidden.noise, privacy.gradient.noise)
     return known_sentence(config.model.name, setting, config.split.labels == "server")
+
+
+def _stored(config: RunConfig) -> bool:
+    """Whether stored audits are of this run's defences: Gaussian noise, or none."""
+    privacy = config.privacy
+    rows = (privacy.hidden.defence, privacy.gradient.defence)
+    return privacy.labels.defence == "none" and all(one in ("none", "gaussian") for one in rows)

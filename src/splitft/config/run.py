@@ -187,7 +187,7 @@ def _privacy_conflicts(config: RunConfig) -> list[Conflict]:
             "of factors, so no client has an update to bound; give per-client"
         )
         found.append((("privacy.updates.clip_norm", "split.server_adapters"), message))
-    for role in ("hidden", "gradient"):
+    for role in ("hidden", "gradient", "labels"):
         if config.split.labels == "server" and getattr(config.privacy, role).defence != "none":
             message = (
                 "protects nothing with split.labels server, which sends the text itself; give labels client"

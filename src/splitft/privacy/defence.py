@@ -1,6 +1,7 @@
 """What one client does to its messages before they leave, as its run and its site have it.
 
     hidden (N, D) at the cut --------- DEFENCES[privacy.hidden.defence] ---> Activations
+    labels (M,) behind the gradient -- randomised, by privacy.labels
     gradient (M, D) of last hidden --- DEFENCES[privacy.gradient.defence] -> HeadGradient
 
 Clipping norms that are `public` come from what the server knows anyway, so that they reveal nothing:
@@ -23,10 +24,14 @@ from splitft.data.text import Batch
 from splitft.errors import ProtocolError
 from splitft.privacy.accounting import row_epsilon
 from splitft.privacy.noise import DEFENCES, Noise, typical_norm
+from splitft.privacy.randomised import randomised
 from splitft.specs import PrivacySpec, RowDefenceSpec, SiteBoundsSpec
 
 SAMPLED_ROWS = 64
 """Rows of random labels whose gradients set a public clipping norm; the head is dear."""
+
+LABELS_AT_ONCE = 128
+"""Labels whose logits exist at one time."""
 
 
 class Defence:
@@ -68,6 +73,26 @@ class Defence:
                     self._norms[cut] = typical_norm(base(self._public))
             norm = self._norms[cut]
         return self._treated(spec, rows, norm, "hidden", *place)
+
+    def labels(
+        self,
+        labels: torch.Tensor,
+        last: torch.Tensor,
+        logits: Callable[[torch.Tensor], torch.Tensor],
+        *place: object,
+    ) -> torch.Tensor:
+        """Labels (M,) that the loss may be of; `logits` is the head, of last hidden states (M, D)."""
+        spec = self.privacy.labels
+        if spec.defence == "none":
+            return labels
+        generator = self._noise.generator("labels", *place)
+        with torch.no_grad():
+            return torch.cat([
+                randomised(logits(rows), own, spec.epsilon, generator)
+                for rows, own in zip(
+                    torch.split(last, LABELS_AT_ONCE), torch.split(labels, LABELS_AT_ONCE), strict=True
+                )
+            ])  # fmt: skip
 
     def gradient(
         self,
@@ -127,6 +152,13 @@ def promises(privacy: PrivacySpec, width: int, tokens: int, passes: float) -> li
             f"differential privacy with epsilon {one:,.3g} for one row{at}, {whole:,.3g} for a text "
             f"of {tokens} tokens over the whole run"
             + (f"{meaning(one)}." if what == "hidden states" else f", of its labels alone{meaning(one)}.")
+        )
+    if privacy.labels.defence == "randomised":
+        epsilon = privacy.labels.epsilon
+        said.append(
+            "Labels are randomised before the loss: local differential privacy with epsilon "
+            f"{epsilon:,.3g} for one label in one pass, {epsilon * passes:,.3g} over the whole run"
+            f"{meaning(epsilon * passes)}, as far as gradients tell it; tokens stand in hidden states too."
         )
     updates = privacy.updates
     if updates.clip_norm is not None and not updates.noise_multiplier:

@@ -143,16 +143,16 @@ class Client:
         expect(message, LastHidden, step=self.steps)
         assert isinstance(message, LastHidden)
         underway.check_rows(self.name, message)
-        loss, gradient = loss_and_gradient(self.segment, message.hidden, batch.targets())
+        place = (self._round, self.steps, *_beyond_first(number))
+        labels = self._defence.labels(batch.targets(), message.hidden, self.segment.logits, *place)
+        loss, gradient = loss_and_gradient(self.segment, message.hidden, labels)
         check_finite(loss, self.name, self._round, self.steps)
         gradient = self._defence.gradient(
             gradient,
             message.hidden,
             self.segment.shape.vocab,
             lambda rows, labels: loss_and_gradient(self.segment, rows, labels)[1],
-            self._round,
-            self.steps,
-            *_beyond_first(number),
+            *place,
         )
         self._graded.add(number)
         return HeadGradient(

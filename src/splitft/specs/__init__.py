@@ -7,7 +7,7 @@ Unknown keys are refused, so that a typo is never silently ignored. No torch her
 from splitft.specs.base import Spec, field_docs
 from splitft.specs.data import ClientsSpec, DataSpec, ModelSpec, SharesSpec
 from splitft.specs.deploy import DeploySpec
-from splitft.specs.privacy import PrivacySpec, RowDefenceSpec, SiteBoundsSpec, UpdatesSpec
+from splitft.specs.privacy import LabelsSpec, PrivacySpec, RowDefenceSpec, SiteBoundsSpec, UpdatesSpec
 from splitft.specs.schedule import ChangeSpec, DeviceName, DeviceSpec, LinkName, LinkSpec, ScheduleSpec
 from splitft.specs.site import SiteAllowsSpec, SiteMachineSpec, SiteModelSpec, SiteSpec, SiteTextSpec
 from splitft.specs.training import AggregateSpec, LoraSpec, SplitSpec, TrainingSpec
@@ -22,6 +22,7 @@ __all__ = [
     "DeploySpec",
     "DeviceName",
     "DeviceSpec",
+    "LabelsSpec",
     "LinkName",
     "LinkSpec",
     "LoraSpec",

@@ -38,6 +38,25 @@ class RowDefenceSpec(Spec):
         return self
 
 
+class LabelsSpec(Spec):
+    """What label a client's loss is of, before its gradient returns to the server."""
+
+    defence: Literal["none", "randomised"] = "none"
+    """`randomised`: one of the tokens that the model expects, most likely the true one if it is among them
+    (local differential privacy of a label)."""
+    epsilon: float = Field(0.0, ge=0, le=100)
+    """What one pass over a label may tell of it; 3 keeps most of the labels that the model expects."""
+
+    @model_validator(mode="after")
+    def _a_promise_has_a_size(self) -> LabelsSpec:
+        if (self.defence == "randomised") != (self.epsilon > 0):
+            raise ValueError(
+                f"defence {self.defence} with epsilon {self.epsilon:g}: give randomised and an epsilon above "
+                "0, or neither"
+            )
+        return self
+
+
 class UpdatesSpec(Spec):
     """How each client's update of the adapters is bounded and hidden in the mean (DP-FedAvg, 1710.06963)."""
 
@@ -61,6 +80,8 @@ class PrivacySpec(Spec):
     """Hidden states at the cut, the last stop before they leave; on evaluation's as well."""
     gradient: RowDefenceSpec = RowDefenceSpec()
     """Gradients of the last hidden states that the client sends back; they depend on the labels."""
+    labels: LabelsSpec = LabelsSpec()
+    """Labels behind those gradients."""
     updates: UpdatesSpec = UpdatesSpec()
     """Updates of the adapters: protects clients from who gets the global adapter, not from the server."""
     private_blocks: int = Field(0, ge=0)

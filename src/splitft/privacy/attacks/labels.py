@@ -16,6 +16,8 @@ any case. With noise on g, of known size and after known clipping, the model's o
 
     log p(y | g, h) = -||g - clip(g_y)||^2 / (2 s^2) + log softmax(z)_y
 
+Where labels are randomised, this reads what was told, and Bayes' rule what it means (`randomised.believed`).
+
 The gradient at the cut (N, D) is made by the server itself from g, so it adds nothing to what the server
 knows. Who has only that, such as another party on the way, can still learn to read it: `CutReader`.
 
@@ -33,6 +35,7 @@ import torch
 from torch.nn import functional
 
 from splitft.model.segment import Segment
+from splitft.privacy.randomised import believed
 
 CANDIDATES = 6
 """Labels whose whole gradient is computed, by each way of proposing them."""
@@ -48,6 +51,8 @@ class GradientChannel:
     """Standard deviation of the noise on one coordinate of the mean loss's gradient."""
     repeated: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows
     """Clipping, (M, D) -> (M, D)."""
+    epsilon: float | None = None
+    """Of randomised labels; None where labels are told as they are."""
 
 
 def read_head_gradient(
@@ -93,7 +98,8 @@ def _chunk(
             distance = distance / (2 * channel.deviation**2) - prior.gather(1, column[:, None])[:, 0]
         merits.append(-distance)
     best = torch.stack(merits, 1).argmax(-1, keepdim=True)
-    return candidates.gather(1, best)[:, 0]
+    told = candidates.gather(1, best)[:, 0]
+    return told if channel.epsilon is None else believed(wide.detach(), told, channel.epsilon)
 
 
 def _squared_lengths(head: Segment, last: torch.Tensor) -> torch.Tensor:
