@@ -95,7 +95,11 @@ def fleet_of(
     )
     job = Job(
         sizes=sizes,
-        server=Server(machines.device("server", schedule.server), group_tokens=config.split.group_tokens),
+        server=Server(
+            machines.device("server", schedule.server),
+            group_tokens=config.split.group_tokens,
+            adapters=config.split.server_adapters,
+        ),
         lora=config.lora,
         wire=wire_costs(config.wire, sizes.width),
         labels=config.split.labels,

@@ -6,11 +6,11 @@
 
 A discrete-event simulation over a heap: at each instant first everything that ends is handed on, then
 every free place (a client's processor, each direction of its link, the server) starts what waits for it,
-first come first served. The server works on one group at a time: all clients that wait for the same leg as
-the one that has waited longest, in order of arrival, one micro-batch each, while they have at most
-`group_tokens` padded tokens together. A group takes `group_overhead_s` plus the seconds of its members, and
-all of them wait for its end. Ties go to the client named first. The arithmetic has no randomness: equal input
-gives equal output, bit for bit.
+first come first served. The server works on one group at a time (`turns` says which): with factors for each
+client, all that wait for the same leg as the one that has waited longest, one micro-batch each, while they
+have at most `group_tokens` padded tokens together. A group takes `group_overhead_s` plus the seconds of its
+members, and all of them wait for its end. Ties go to the client named first. The arithmetic has no
+randomness: equal input gives equal output, bit for bit.
 
 A client's optimizer step is a barrier: micro-batches of a step may be in flight together, up to `in_flight`,
 those of the next step may not. The round ends when every client has sent its adapters.
@@ -26,6 +26,7 @@ from operator import attrgetter
 from splitft.errors import ScheduleError
 from splitft.schedule.cost import Client, Job, Leg, Place, exchange_legs, step_legs
 from splitft.schedule.profile import Server
+from splitft.schedule.turns import Batch, Turns
 
 SERVER = "server"
 """Name of the server among those who do things; no client may be called so."""
@@ -143,6 +144,8 @@ def simulate_round(clients: Sequence[ClientRound], server: Server) -> RoundTimel
     Raises ScheduleError if a name appears twice, or if a client has no work or endless work.
     """
     _check(clients)
+    if server.adapters == "shared" and len({client.micro_batches for client in clients}) > 1:
+        raise ScheduleError("clients that share the server's factors need equal numbers of micro-batches")
     return _Clock(clients, server).run()
 
 
@@ -163,20 +166,6 @@ def simulate_in_turn(clients: Sequence[ClientRound], server: Server) -> RoundTim
     return RoundTimeline(tuple(client.name for client in clients), tuple(intervals), now_s)
 
 
-@dataclass(eq=False)
-class _Batch:
-    """One micro-batch (or an exchange of adapters) on its way through its legs; equal to itself alone."""
-
-    client: int
-    legs: tuple[Leg, ...]
-    done: int = 0
-    ready_s: float = 0.0
-
-    @property
-    def leg(self) -> Leg:
-        return self.legs[self.done]
-
-
 _Where = tuple[int, Place]
 """A place: a client's number and what of it; the server is (-1, "server")."""
 
@@ -187,18 +176,24 @@ class _Clock:
 
     clients: Sequence[ClientRound]
     server: Server
-    ends: list[tuple[float, int, _Where, list[_Batch]]] = field(default_factory=list)
+    ends: list[tuple[float, int, _Where, list[Batch]]] = field(default_factory=list)
     """Heap of what is under way: end, number, place, members."""
-    waiting: dict[_Where, list[_Batch]] = field(default_factory=dict)
+    waiting: dict[_Where, list[Batch]] = field(default_factory=dict)
     """What waits for each place, in order of arrival."""
     busy: set[_Where] = field(default_factory=set)
     intervals: list[Interval] = field(default_factory=list)
     queued: dict[int, list[tuple[Leg, ...]]] = field(default_factory=dict)
     """Micro-batches of a client's step that begin when others are done."""
+    stepping: set[int] = field(default_factory=set)
+    """Clients that still have steps at the server."""
     number: int = 0
     """Of the next entry of the heap: entries of equal end come out as they went in."""
 
+    def __post_init__(self) -> None:
+        self.turns = Turns(self.server)
+
     def run(self) -> RoundTimeline:
+        self.stepping = {i for i, one in enumerate(self.clients) if one.steps and _at_server([one.step])}
         stages = [_stages(client) for client in self.clients]
         open_batches = [0] * len(self.clients)
         for client in range(len(self.clients)):
@@ -213,11 +208,13 @@ class _Clock:
                     self.wait(batch, now_s)
                     continue
                 if queued := self.queued[batch.client]:
-                    self.wait(_Batch(batch.client, queued.pop()), now_s)
+                    self.wait(Batch(batch.client, queued.pop()), now_s)
                     continue
                 open_batches[batch.client] -= 1
                 if not open_batches[batch.client]:  # the barrier: on to the next step
                     stage = next(stages[batch.client], ())
+                    if not _at_server(stage):
+                        self.stepping.discard(batch.client)
                     open_batches[batch.client] = self.enter(stage, batch.client, now_s)
             self.start(now_s)
         ordered = sorted(self.intervals, key=lambda one: (one.start_s, one.end_s))  # stable
@@ -228,16 +225,16 @@ class _Clock:
         at_once = self.clients[client].in_flight or len(chains)
         self.queued[client] = list(chains[at_once:])
         for legs in chains[:at_once]:
-            self.wait(_Batch(client, legs), now_s)
+            self.wait(Batch(client, legs), now_s)
         return len(chains[:at_once])
 
-    def wait(self, batch: _Batch, now_s: float) -> None:
+    def wait(self, batch: Batch, now_s: float) -> None:
         place = batch.leg.place
         where: _Where = (-1, place) if place == "server" else (batch.client, place)
         batch.ready_s = now_s
         self.waiting.setdefault(where, []).append(batch)
 
-    def ended(self, now_s: float) -> Iterator[_Batch]:
+    def ended(self, now_s: float) -> Iterator[Batch]:
         """All batches whose leg ends now; their places are free again."""
         while self.ends and self.ends[0][0] == now_s:
             _, _, where, members = heapq.heappop(self.ends)
@@ -250,23 +247,13 @@ class _Clock:
             queue = self.waiting[where]
             if where in self.busy or not queue:
                 continue
-            group = self.group(queue) if where[1] == "server" else queue[:1]
+            group = self.turns.next(queue, self.stepping) if where[1] == "server" else queue[:1]
             for batch in group:
                 queue.remove(batch)
-            self.work(where, group, now_s)
+            if group:
+                self.work(where, group, now_s)
 
-    def group(self, queue: Sequence[_Batch]) -> list[_Batch]:
-        """The first in the queue, and the others that wait for the same leg while they fit together."""
-        group, tokens = [queue[0]], queue[0].leg.tokens
-        for batch in queue[1:]:
-            if batch.leg.name == group[0].leg.name and all(batch.client != one.client for one in group):
-                tokens += batch.leg.tokens
-                if tokens > self.server.group_tokens:
-                    break
-                group.append(batch)
-        return group
-
-    def work(self, where: _Where, group: list[_Batch], now_s: float) -> None:
+    def work(self, where: _Where, group: list[Batch], now_s: float) -> None:
         """Occupy a place with one leg of this group, and write it down."""
         seconds = sum(batch.leg.seconds for batch in group)
         if where[1] == "server":
@@ -283,6 +270,10 @@ class _Clock:
         self.busy.add(where)
         heapq.heappush(self.ends, (end_s, self.number, where, group))
         self.number += 1
+
+
+def _at_server(chains: Sequence[tuple[Leg, ...]]) -> bool:
+    return any(leg.place == "server" for legs in chains for leg in legs)
 
 
 def _stages(client: ClientRound) -> Iterator[Sequence[tuple[Leg, ...]]]:

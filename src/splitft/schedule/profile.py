@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from splitft.errors import ScheduleError
 from splitft.schedule.sizes import ModelSizes
@@ -134,6 +134,8 @@ class Server:
     """Seconds that a group takes however small it is."""
     group_tokens: float = 0.0
     """Clients are grouped while they have at most this many padded tokens together; 0: one at a time."""
+    adapters: Literal["per-client", "shared", "shared-in-turn"] = "per-client"
+    """Whose factors it trains, which decides who has to wait for whom (`turns`)."""
 
     def __post_init__(self) -> None:
         _check("server: group_overhead_s", self.group_overhead_s, least=0)
