@@ -123,12 +123,12 @@ def audit(
     """
     began = time.perf_counter()
     with quiet():
-        config, adapters = _target(target)
+        config, adapters, private = _target(target)
         config = _smaller(config, depth)
         gathered = gather(recorded_config(config, 1, STEPS, depth.texts))
         model = gathered.model
         tokens, source = public_tokens(model, public, config.data.source, depth.public)
-        auditor = _Auditor(config, gathered, adapters, depth, tokens)
+        auditor = _Auditor(config, gathered, adapters, private, depth, tokens)
         if settings is None:
             settings = settings_of(config, depth, model.shape.blocks)
         outcomes = []
@@ -159,12 +159,13 @@ class _Auditor:
         config: RunConfig,
         gathered: Gathered,
         adapters: AdapterState | None,
+        private: AdapterState | None,
         depth: Depth,
         public: torch.Tensor,
     ) -> None:
         self._config, self._gathered, self._depth, self._public = config, gathered, depth, public
         ranks = gathered.ranks
-        self._adapters = adapters
+        self._adapters, self._private = adapters, private
         self._replica = Replica(
             gathered.model, 1, adapters or AdapterState(), config.lora.targets, ranks.scale
         )
@@ -210,19 +211,21 @@ class _Auditor:
                 "wire": config.wire.model_copy(update={"hidden": setting.codec}),
             }
         )
-        return record(config, replace(self._gathered, config=config), self._adapters)
+        return record(config, replace(self._gathered, config=config), self._adapters, self._private)
 
 
-def _target(target: RunConfig | Path | str) -> tuple[RunConfig, AdapterState | None]:
-    """A configuration, and the global adapters if it is a run that has some."""
+def _target(target: RunConfig | Path | str) -> tuple[RunConfig, AdapterState | None, AdapterState | None]:
+    """A configuration; the global adapters, and what the first client keeps, if it is a run that has some."""
     if isinstance(target, RunConfig):
-        return target, None
+        return target, None, None
     path = Path(target)
     if not path.is_dir():
-        return load(path), None
-    run = Run(path)
-    number = latest(path)
-    return run.config, None if number is None else load_snapshot(path, number).state.adapters
+        return load(path), None, None
+    run, number = Run(path), latest(path)
+    if number is None:
+        return run.config, None, None
+    snapshot = load_snapshot(path, number)
+    return run.config, snapshot.state.adapters, next(iter(snapshot.private.values()), None)
 
 
 def _smaller(config: RunConfig, depth: Depth) -> RunConfig:

@@ -73,8 +73,16 @@ def recorded_config(config: RunConfig, cut: int, steps: int, batch_size: int) ->
     )
 
 
-def record(config: RunConfig, gathered: Gathered, adapters: AdapterState | None = None) -> Recording:
-    """Play and record a configuration of `recorded_config`, from these global adapters on."""
+def record(
+    config: RunConfig,
+    gathered: Gathered,
+    adapters: AdapterState | None = None,
+    private: AdapterState | None = None,
+) -> Recording:
+    """Play and record a configuration of `recorded_config`, from these global adapters on.
+
+    `private` are factors that the client alone has, by now other than the global ones of the same blocks.
+    """
     prepared = prepare(config, gathered)
     client, server = prepared.clients[0], prepared.server
     cut, steps = client.plan.cut, config.training.steps
@@ -83,7 +91,8 @@ def record(config: RunConfig, gathered: Gathered, adapters: AdapterState | None 
     simulation = prepared.simulation(lambda name, way, data: frames.append((name, way, data)))
     server.place({client.name: cut})
     server.install(start)
-    client.restore(cut, start.within(Span(0, cut)), 0, {})
+    own = start if private is None else start.updated(private)
+    client.restore(cut, own.within(Span(0, cut)), 0, {})
     result = simulation.evaluate()[client.name]
     simulation.start({client.name: RoundStart(round=1, cut=cut)})
     server.start(1, [client.name], start)
