@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,11 @@ def settings_file(folder: Path, model: Path, /, **sections: Mapping[str, Any]) -
     return file
 
 
-def started(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """The command in a process of its own, on one thread."""
+def started(*arguments: object, before: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
+    """The command in a process of its own, on one thread; `before` are words to put before it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
-        [*COMMAND, *map(str, arguments)],
+        [*before, *COMMAND, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -4,15 +4,15 @@
             plan | report | generate | export   looking.py
             shares | eval | compare    comparing.py
             audit                      auditing.py
-            deploy ...                 deploying.py
+            deploy ...                 deploying.py, operating.py
 
 Heavy imports are inside the verbs, so that `--help` is instant.
 """
 
-from splitft.cli import auditing, comparing, deploying, looking, training
+from splitft.cli import auditing, comparing, deploying, looking, operating, training
 from splitft.cli.ending import app
 
-__all__ = ["app", "auditing", "comparing", "deploying", "looking", "main", "training"]
+__all__ = ["app", "auditing", "comparing", "deploying", "looking", "main", "operating", "training"]
 
 
 def main() -> None:

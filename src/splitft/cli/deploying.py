@@ -1,4 +1,4 @@
-"""Verbs of a federation on real machines: splitft deploy poc, provision, site, start, submit and others."""
+"""Verbs of a federation on real machines: splitft deploy poc, provision, site, start, submit."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from splitft.cli.ending import INTERRUPTED, AsJson, ConfigFile, Verb, app, console, end, tidy
 from splitft.errors import DeployError, RunError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from splitft.deploy.flare.console import Console
 
 deploy = typer.Typer(
     help="The same run over NVIDIA FLARE: on this machine with real processes, or across organisations.",
@@ -29,7 +24,6 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as training.rounds=5")
 ]
 AdminKit = Annotated[Path, typer.Option("--kit", help="Admin's startup kit, as `provision` makes it.")]
-Job = Annotated[str | None, typer.Option(help="Job of FLARE [default: the newest].")]
 
 
 def deployed(function: Verb) -> Verb:
@@ -175,76 +169,15 @@ def submit(
     try:
         with tempfile.TemporaryDirectory() as scratch, Console(kit) as line:
             federation = FlareFederation(line, out.name, config, Path(scratch), out, fetch=True)
-            run_chain(federation, sites, spec.min_clients, spec.join_s, say, _rounds(say))
+            ending = run_chain(federation, sites, spec.min_clients, spec.join_s, say, _rounds(say))
     except KeyboardInterrupt:
         end("the run goes on; follow it with `status`, end it with `stop`, go on with `submit`", INTERRUPTED)
+    if ending.stopped:
+        say(f"stopped after round {ending.rounds}; the same `submit` goes on from there")
+        raise typer.Exit(INTERRUPTED)
     run = Run(out)
     screen.print(client_table(run.summary))
     say(f"\n{verdict(run.summary)}\nRun folder  {run.folder}")
-
-
-@deployed
-def status(kit: AdminKit, job: Job = None, as_json: AsJson = False, once: bool = False) -> None:
-    """Sites, cuts, rounds, losses, throughput and last-heard times of the running link, live."""
-    import time
-
-    from rich.live import Live
-
-    from splitft.deploy.flare.console import Console
-    from splitft.deploy.flare.job import STATUS
-
-    with Console(kit) as line:
-
-        def look() -> Mapping[str, Any]:
-            running = job or _newest(line)
-            answer = line.ask(running, STATUS) or {}
-            return {"job": running, "connected": sorted(line.connected()), **answer}
-
-        if as_json:
-            typer.echo(json.dumps(look(), indent=2))
-            return
-        screen = console()
-        if once or not screen.is_terminal:
-            screen.print(_table(look()))
-            return
-        with Live(_table(look()), console=screen) as live:
-            while True:
-                time.sleep(2.0)
-                live.update(_table(look()))
-
-
-@deployed
-def logs(
-    kit: AdminKit,
-    job: Job = None,
-    party: Annotated[str, typer.Option(help="`server`, a site, or `all`.")] = "server",
-) -> None:
-    """What a party has logged for a job, as far as the server has it."""
-    from splitft.deploy.flare.console import Console
-
-    with Console(kit) as line:
-        for name, text in line.logs(job or _newest(line), party).items():
-            for row in text.splitlines():
-                typer.echo(f"{name}: {row}")
-
-
-@deployed
-def stop(kit: AdminKit, job: Job = None) -> None:
-    """End the running link; the last finished round stays on the server, and `submit` goes on from it."""
-    from splitft.deploy.flare.console import Console
-
-    with Console(kit) as line:
-        running = job or _newest(line)
-        line.abort(running)
-        typer.echo(f"stopped {running}")
-
-
-def _newest(line: Console) -> str:
-    """The job submitted last."""
-    jobs = line.jobs()
-    if not jobs:
-        raise DeployError("no run has been submitted to this federation")
-    return str(jobs[0]["job_id"])
 
 
 def _rounds(say: Callable[[str], None]) -> Callable[[str, Mapping[str, Any]], None]:
@@ -260,29 +193,3 @@ def _rounds(say: Callable[[str], None]) -> Callable[[str, Mapping[str, Any]], No
             say(f"round {done} of {status.get('rounds')} is done{said}")
 
     return tell
-
-
-def _table(status: Mapping[str, Any]) -> Table:
-    """The live table."""
-    from rich.table import Table
-
-    loss = status.get("eval_loss")
-    title = (
-        f"{status.get('run', status['job'])}: round {status.get('round', 0)} of {status.get('rounds', '?')}"
-    )
-    title += f", held-out loss {loss:.3f}" if isinstance(loss, float) else ""
-    table = Table(title=title)
-    for heading in ("site", "connected", "state", "cut", "steps", "loss", "held out", "tokens/s", "heard"):
-        table.add_column(heading, justify="left" if heading in ("site", "state") else "right")
-    for site in status.get("sites", ()):
-        heard = site["heard_s_ago"]
-        table.add_row(
-            site["name"],
-            "yes" if site["name"] in status["connected"] else "no",
-            site["state"],
-            *("-" if site[key] is None else str(site[key]) for key in ("cut", "steps")),
-            *("-" if site[key] is None else f"{site[key]:.3f}" for key in ("loss", "held_out")),
-            f"{site['tokens_per_s']:.0f}",
-            "-" if heard is None else f"{heard:.0f} s ago",
-        )
-    return table

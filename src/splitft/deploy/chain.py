@@ -2,7 +2,7 @@
 
     enough sites there --submit--> link runs --------------------------> finished
         ^                           |  a site that was away is connected: make room, after this round
-        +---------------------------+  ended early, died, or the whole server did
+        +---------------------------+  ended early, died, or the whole server did     stopped by hand: no more
 
 What a link leaves is the last finished round, so the supervisor itself keeps nothing and may be started anew.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +26,18 @@ FRUITLESS = 5
 """Links without a finished round, one after the other, after which the run is given up."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What came of a link."""
+
+    rounds: int
+    """Rounds of the run that are safe."""
+    finished: bool = False
+    """Whether these are all."""
+    stopped: bool = False
+    """Whether whoever runs the federation has stopped the run."""
 
 
 class Federation(Protocol):
@@ -45,8 +58,8 @@ class Federation(Protocol):
     def give_up(self, link: str) -> None:
         """Stop it."""
 
-    def rounds_done(self, link: str) -> tuple[int, bool]:
-        """After its end: rounds that are safe, and whether these are all."""
+    def ending(self, link: str) -> Ending:
+        """After its end: what came of it."""
 
 
 def run_chain(
@@ -56,8 +69,8 @@ def run_chain(
     gather_s: float,
     say: Callable[[str], None],
     tell: Callable[[str, Mapping[str, Any]], None] | None = None,
-) -> int:
-    """Run links until all rounds are trained; returns how many it took.
+) -> Ending:
+    """Run links until all rounds are trained, or somebody stops the run; returns how the last one ended.
 
     Raises DeployError if link after link ends without a finished round.
     """
@@ -68,17 +81,17 @@ def run_chain(
         links += 1
         say(f"link {links}: {', '.join(sorted(present))}")
         _follow(federation, link, say, tell)
-        rounds, finished = _insist(partial(federation.rounds_done, link), "read what came out")
-        if finished:
-            return links
-        fruitless = fruitless + 1 if rounds <= done else 0
-        done = max(done, rounds)
-        say(f"link {links} ended after round {rounds}")
+        ending = _insist(partial(federation.ending, link), "read what came out")
+        if ending.finished or ending.stopped:
+            return ending
+        fruitless = fruitless + 1 if ending.rounds <= done else 0
+        done = max(done, ending.rounds)
+        say(f"link {links} ended after round {ending.rounds}")
         if fruitless >= FRUITLESS:
             raise DeployError(
                 f"{FRUITLESS} links in a row ended without a finished round; see the logs of the server and "
                 "the sites, mend what they say, and start the run again: it goes on after round "
-                f"{rounds}"
+                f"{ending.rounds}"
             )
 
 

@@ -64,16 +64,21 @@ class ServerLink:
             self._present, link, common.terms, common.frame_limit, common.batch_tokens, common.config.seed
         )
         self.board = Board(everyone, common.config.training.rounds)
-        self._back = Flag()
+        self._back, self._stopped = Flag(), Flag()
         self._declined: dict[str, str] = {}  # sites whose data owners forbid what is asked, and why
 
     def make_room(self) -> None:
         """End the link after the round that is underway, so that who is back can join the next."""
         self._back.set()
 
-    def stop(self, reason: str) -> None:
-        """Let everybody go now."""
-        self.desk.close(reason)
+    def stop(self) -> None:
+        """End the link and the run, since whoever runs the federation says so; it can go on later."""
+        self._stopped.set()
+        self.desk.close("the run was stopped")
+
+    def abort(self) -> None:
+        """Let everybody go: the engine ends the job. The next link goes on."""
+        self.desk.close("the job was stopped")
 
     def status(self) -> dict[str, object]:
         """Where the run is, as plain data."""
@@ -97,6 +102,8 @@ class ServerLink:
             if snapshot is not None and snapshot.state.round >= config.training.rounds:
                 return self._finish(listener, snapshot.state.round)
             hellos = self._greet()
+            if self.desk.closed:
+                return self._let_go(listener, 0 if snapshot is None else snapshot.state.round, "")
             if len(hellos) < config.deploy.min_clients:
                 done = 0 if snapshot is None else snapshot.state.round
                 self._tell_declined(listener, done)
@@ -105,7 +112,7 @@ class ServerLink:
             try:
                 state = self._train(party, tuple(hellos), snapshot, listener)
             except PausedError as error:
-                return self._end(listener, self._rounds_done(), "paused", str(error))
+                return self._let_go(listener, self._rounds_done(), str(error))
             except _BackError:
                 return self._end(listener, self._rounds_done(), "back", "somebody who was away can join")
             return self._finish(listener, state.round)
@@ -118,6 +125,8 @@ class ServerLink:
         config, blocks = self._common.config, self._common.model.shape.blocks
         until = time.monotonic() + self._common.config.deploy.join_s
         while len(found) + len(self._declined) < len(self._present) and time.monotonic() < until:
+            if self.desk.closed:
+                break
             for arrival in self.desk.take(0, 0.5):
                 if not isinstance(arrival, Arrival):
                     continue
@@ -209,6 +218,11 @@ class ServerLink:
         write_summary(self._folder)
         Run(self._folder).report()
         return self._end(listener, rounds, "finished", "")
+
+    def _let_go(self, listener: Listener, rounds: int, detail: str) -> LinkEnded:
+        """It ends before its time, for want of sites or since it was stopped."""
+        reason = "stopped" if self._stopped.is_set() else "paused"
+        return self._end(listener, rounds, reason, detail)
 
     def _end(self, listener: Listener, rounds: int, reason: str, detail: str) -> LinkEnded:
         ended = LinkEnded.model_validate({"round": rounds, "reason": reason, "detail": detail})

@@ -252,8 +252,9 @@ class LinkEnded(Stamped):
     event: Literal["LinkEnded"] = "LinkEnded"
     round: int
     """Rounds finished."""
-    reason: Literal["finished", "back", "paused"]
-    """All rounds are trained; a site that was away can join; too few sites are left."""
+    reason: Literal["finished", "back", "paused", "stopped"]
+    """All rounds are trained; a site that was away can join; too few sites are left, or the engine gave up;
+    whoever runs the federation has stopped the run."""
     detail: str = ""
     """In words."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from splitft.config import RunConfig
+from splitft.deploy.chain import Ending
 from splitft.deploy.flare.console import Console
 from splitft.deploy.flare.job import MAKE_ROOM, STATUS, write_job
 from splitft.errors import DeployError
@@ -50,7 +51,7 @@ class FlareFederation:
     def state(self, link: str) -> tuple[bool, Mapping[str, Any] | None]:
         """Whether it has ended, and else what it tells of itself."""
         self._tend()
-        if not self._fetch and self.rounds_done(link)[1]:  # what the engine tidies up now is of no interest
+        if not self._fetch and self.ending(link).finished:  # what the engine tidies up now is of no interest
             return True, None
         state = self._console.state(link)
         if state.startswith("FINISHED"):
@@ -65,17 +66,19 @@ class FlareFederation:
         """Stop it."""
         self._console.abort(link)
 
-    def rounds_done(self, link: str) -> tuple[int, bool]:
-        """Rounds that are safe, and whether these are all."""
+    def ending(self, link: str) -> Ending:
+        """What came of it."""
         if self._fetch:
             self._console.fetch(link, self._out)
         path = self._out / "events.jsonl"
         if not path.is_file():
-            return 0, False
+            return Ending(0)
         endings = [event for event in read_events(path) if isinstance(event, LinkEnded)]
-        if endings and endings[-1].reason == "finished":
-            return endings[-1].round, True
-        return (endings[-1].round if endings else 0) if self._fetch else latest(self._out) or 0, False
+        last = endings[-1] if endings else None
+        if last is not None and last.reason == "finished":
+            return Ending(last.round, finished=True)
+        rounds = (0 if last is None else last.round) if self._fetch else latest(self._out) or 0
+        return Ending(rounds, stopped=last is not None and last.reason == "stopped")
 
 
 class Follower:

@@ -39,7 +39,7 @@ from splitft.deploy.visit import Visit, decline
 from splitft.errors import ForbiddenError, SplitftError
 
 TASK = "splitft"
-STATUS, MAKE_ROOM = "splitft.status", "splitft.make_room"
+STATUS, MAKE_ROOM, STOP = "splitft.status", "splitft.make_room", "splitft.stop"
 """Commands that a running job answers."""
 RUNS = "SPLITFT_RUNS"
 """Environment variable of the server: where runs are kept, in place of `runs/` in its kit."""
@@ -65,6 +65,7 @@ class ServerJob(Controller):
         self._answers = FlareAnswers(fl_ctx)
         engine.register_app_command(STATUS, self._status)
         engine.register_app_command(MAKE_ROOM, self._make_room)
+        engine.register_app_command(STOP, self._stop)
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """One link, from the last finished round on."""
@@ -102,7 +103,7 @@ class ServerJob(Controller):
         """Let everybody go when the job is stopped from outside."""
         while not done.wait(0.5):
             if abort_signal.triggered and self._link is not None:
-                self._link.stop("the job was stopped")
+                self._link.abort()
                 return
 
     def _status(self, topic: str, data: Any, fl_ctx: FLContext, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -114,6 +115,11 @@ class ServerJob(Controller):
         if self._link is not None:
             self._link.make_room()
         return {"run": self._run}
+
+    def _stop(self, topic: str, data: Any, fl_ctx: FLContext, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if self._link is not None:
+            self._link.stop()
+        return {"run": self._run, "stopped": self._link is not None}
 
     def _collect(self, folder: Path, result: Path) -> None:
         """Put what the run has so far into the job's result, for whoever submitted it."""

@@ -37,10 +37,11 @@ class Service:
     """One kit's process."""
 
     def __init__(self, kit: Path, environment: dict[str, str] | None = None) -> None:
-        """Make the kit ready; `environment` is added to this process's own."""
+        """Make the kit ready."""
         self.kit = kit.resolve()
         self.kind, self.party = settle(self.kit), party_of(self.kit)
-        self._environment = environment or {}
+        self.environment = dict(environment or {})
+        """Added to this process's own when it is started."""
         self._process: subprocess.Popen[bytes] | None = None
         self._pause_s, self._again_at = FIRST_PAUSE_S, 0.0
 
@@ -56,7 +57,7 @@ class Service:
             self._process = subprocess.Popen(
                 arguments,
                 cwd=self.kit,
-                env={**os.environ, **self._environment},
+                env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
