@@ -50,7 +50,7 @@ def federation(
     here = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     poc = Poc(folder, (*near, *far), folder / RUNS)
-    lines = {name: _behind_a_line(poc.kits.of(name)) for name in far}
+    lines = {name: behind_a_line(poc.kits.of(name)) for name in far}
     for service in poc.services if classes else ():
         path = service.kit / "local" / "resources.json"
         resources = json.loads(path.read_text(encoding="utf-8"))
@@ -66,7 +66,7 @@ def federation(
             line.close()
 
 
-def _behind_a_line(kit: Path) -> SlowLine:
+def behind_a_line(kit: Path) -> SlowLine:
     """Let a site reach the server over a line."""
     startup = kit / "startup" / "fed_client.json"
     said = json.loads(startup.read_text(encoding="utf-8"))

