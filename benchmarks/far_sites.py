@@ -8,14 +8,18 @@ site is another. For `deployment.py`, `in_flight.py` and `throughput.py`.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from slow_line import SlowLine
 
@@ -85,3 +89,54 @@ def ended(console: Any, job: str, within_s: float) -> str:
             raise SystemExit(f"the job {job} does not end: {state}")
         time.sleep(0.3)
     return str(state)
+
+
+class Busy:
+    """Notes how much processor time each kind of process has taken, ten times a second."""
+
+    KINDS = ("FLARE's server process", "our server's job", "sites")
+
+    def __init__(self, ground: Ground) -> None:
+        self._server = str(ground.poc.server.kit)
+        self._all = [str(service.kit) for service in ground.poc.services]
+        self._notes: list[tuple[float, tuple[float, ...]]] = []
+        self._known: dict[int, tuple[psutil.Process, int]] = {}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """No more notes."""
+        self._done.set()
+        self._thread.join()
+
+    def cores(self, began: float, ended: float) -> dict[str, float]:
+        """Cores that each kind kept busy between these moments of `time.time()`."""
+        times = [when for when, _ in self._notes]
+        first, last = bisect.bisect_left(times, began), bisect.bisect_right(times, ended) - 1
+        (t0, before), (t1, after) = self._notes[first], self._notes[last]
+        return {kind: (b - a) / (t1 - t0) for kind, a, b in zip(self.KINDS, before, after, strict=True)}
+
+    def _watch(self) -> None:
+        looks = 0
+        while not self._done.wait(0.1):
+            if looks % 20 == 0:
+                self._find()
+            looks += 1
+            used = [0.0, 0.0, 0.0]
+            for process, kind in self._known.values():
+                with contextlib.suppress(psutil.Error):
+                    spent = process.cpu_times()
+                    used[kind] += spent.user + spent.system
+            self._notes.append((time.time(), tuple(used)))
+
+    def _find(self) -> None:
+        """Job processes come and go."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.pid in self._known:
+                    continue
+                line = process.cmdline()
+                if any("nvflare." in word for word in line) and any(kit in line for kit in self._all):
+                    job = any("runner_process" in word for word in line)
+                    self._known[process.pid] = (process, 2 if self._server not in line else int(job))
