@@ -27,6 +27,8 @@ class SlowLine:
         self._to, self.round_trip_s, self.bytes_per_s = to_port, 0.0, float("inf")
         self.cut_until = 0.0
         """Until then, on the monotonic clock, nothing passes and nobody new gets through."""
+        self.carried = 0
+        """Bytes so far, both ways."""
         self._writers: set[asyncio.StreamWriter] = set()
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._socket.getsockname()[1])
@@ -82,6 +84,7 @@ class SlowLine:
             free = 0.0
             with contextlib.suppress(OSError):
                 while data := await reader.read(CHUNK):
+                    self.carried += len(data)
                     now = self._loop.time()
                     free = max(now, free) + len(data) / self.bytes_per_s
                     await queue.put((free + self.round_trip_s / 2, data))

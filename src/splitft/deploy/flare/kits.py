@@ -109,6 +109,8 @@ def settle(kit: Path) -> str:
     _allow_our_classes(kit)
     path = kit / "local" / "resources.json"
     resources: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if kind == "client":  # a site's log is its own; FLARE's default is to send it to the server
+        resources["allow_log_streaming"] = False
     if kind == "server":  # FLARE's default is one place in /tmp for all federations of a machine
         storage = kit / "storage"
         resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(storage / "snapshots")
