@@ -16,16 +16,16 @@ makes at most so many more, and `--only WORD` tables those that have the word in
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import splitft
 from drawing import lines
-from measuring import REPOSITORY, begin, kept, options, section, table
+from measuring import REPOSITORY, Parts, begin, options, section, table
 from splitft.assemble.auditing import FULL, Depth, audit
 from splitft.config import RunConfig, from_mapping
 from splitft.privacy.accounting import row_epsilon
@@ -234,20 +234,11 @@ def main() -> None:
     }
     wanted = [one for one in defences() if chosen.only in one.name or one.name == "none"]
     found: dict[str, Any] = {}
-    made = 0
+    parts = Parts(chosen.work, chosen.parts)
     for one in wanted:
         config = from_mapping({**together(base, one.sections), "seed": chosen.seed})
-
-        def make(one: Defence = one, config: RunConfig = config) -> dict[str, Any]:
-            nonlocal made
-            if made == chosen.parts:
-                print(f"stopped before {one.name}; the same command goes on")
-                sys.exit(0)
-            made += 1
-            return measured(one, config, public, depth)
-
         name = f"{'quick' if chosen.quick else 'full'} seed {chosen.seed} {one.name}"
-        found[one.name] = kept(chosen.work, name, make)
+        found[one.name] = parts.of(name, partial(measured, one, config, public, depth))
     if chosen.plot is not None:
         draw(chosen.plot, found, wanted)
     counts = {row["way"]: row["count"] for row in found["none"]["rows"]}

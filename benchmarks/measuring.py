@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -88,16 +89,32 @@ def section(title: str, facts: Mapping[str, object], *parts: str) -> str:
     return "\n".join(lines) + "\n\n" + "\n\n".join(parts) + "\n"
 
 
-def kept(work: Path, name: str, make: Callable[[], Any]) -> Any:
-    """A part as plain data, made once and kept in the folder, so that a stopped benchmark goes on."""
-    file = work / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', name).strip('-')}.json"
-    if not file.is_file():
-        told = json.dumps(make(), indent=1)
-        work.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".draft")
-        draft.write_text(told + "\n", encoding="utf-8")
-        draft.replace(file)
-    return json.loads(file.read_text(encoding="utf-8"))
+class Parts:
+    """Parts of a benchmark as plain data, made once and kept in a folder, so that what was stopped goes on.
+
+    A part belongs to the code that made it: what another version of the package left in the folder is made
+    again, never published as this one's.
+    """
+
+    def __init__(self, work: Path, most: int | None = None) -> None:
+        self._work, self._most, self._made = work, most, 0
+        sources = sorted((REPOSITORY / "src/splitft").rglob("*.py"))
+        self._code = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:8]
+
+    def of(self, name: str, make: Callable[[], Any]) -> Any:
+        """The part of this name; the program ends instead when it has made `most` already."""
+        file = self._work / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', name).strip('-')}-{self._code}.json"
+        if not file.is_file():
+            if self._made == self._most:
+                print(f"stopped before {name}; the same command goes on")
+                sys.exit(0)
+            self._made += 1
+            told = json.dumps(make(), indent=1)
+            self._work.mkdir(parents=True, exist_ok=True)
+            draft = file.with_suffix(".draft")
+            draft.write_text(told + "\n", encoding="utf-8")
+            draft.replace(file)
+        return json.loads(file.read_text(encoding="utf-8"))
 
 
 def environment() -> dict[str, str]:

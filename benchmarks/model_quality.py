@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import statistics
 import tempfile
@@ -29,7 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from measuring import REPOSITORY, begin, options, section, table
+from measuring import REPOSITORY, Parts, begin, options, section, table
 from splitft.assemble import train
 from splitft.config import from_mapping
 
@@ -79,21 +78,21 @@ def config_of(
     })  # fmt: skip
 
 
-def run(config: Any, work: Path) -> dict[str, Any]:
+def run(config: Any, parts: Parts) -> dict[str, Any]:
     """The losses and simulated seconds of a run, trained once."""
-    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
-    kept = work / f"{config.method}-{digest}.json"
-    if not kept.is_file():
+
+    def make() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             summary = train(config, Path(folder) / "run").summary
-        told = {
+        return {
             "losses": summary["eval_loss"],
             "seconds": summary["simulated_seconds"],
             "cuts": [client["cut"][-1] for client in summary["clients"]],
             "steps": summary["steps"],
         }
-        kept.write_text(json.dumps(told), encoding="utf-8")
-    found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+
+    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
+    found: dict[str, Any] = parts.of(f"{config.method} {digest}", make)
     return found
 
 
@@ -148,7 +147,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     chosen = parser.parse_args()
     begin(chosen.seed, chosen.threads)
-    chosen.work.mkdir(parents=True, exist_ok=True)
+    runs = Parts(chosen.work)
     seeds = range(chosen.seed, chosen.seed + (1 if chosen.quick else chosen.seeds))
     alphas = [chosen.alpha] if chosen.alpha else list(ALPHAS[1:2] if chosen.quick else ALPHAS)
     names = [chosen.only] if chosen.only else list(TEXTS)[: 1 if chosen.quick else None]
@@ -159,7 +158,7 @@ def main() -> None:
         text = {"source": str(path), **columns} if path.is_file() else {"source": "python-docs"}
         for alpha in alphas:
             found = {
-                method: [run(config_of(text, method, alpha, seed, chosen), chosen.work) for seed in seeds]
+                method: [run(config_of(text, method, alpha, seed, chosen), runs) for seed in seeds]
                 for method in (*METHODS, RECIPE)
             }
             rows = [

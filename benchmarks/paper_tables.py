@@ -16,15 +16,13 @@ whose definition is not known.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measuring import REPOSITORY, begin, options, section, table
+from measuring import REPOSITORY, Parts, begin, options, section, table
 from splitft.assemble import train
 from splitft.config import from_mapping
 from splitft.geometry import ModelShape
@@ -106,11 +104,10 @@ def seconds(setting: Setting, tokens: float) -> float:
     return ROUNDS * simulate_round(rounds, job.server).round_s
 
 
-def loss_of(setting: Setting, data: dict[str, Any], seed: int, quick: bool, work: Path) -> Sequence[float]:
-    """Held-out loss before and after a real run; kept in the work folder, so that it is trained once."""
-    name = f"cut{setting.cut}-rank{setting.rank_at_cut}-{'-'.join(setting.sides) or 'nowhere'}-{seed}-{quick}"
-    kept = work / f"{name}.json"
-    if not kept.is_file():
+def loss_of(setting: Setting, data: dict[str, Any], seed: int, quick: bool, parts: Parts) -> list[float]:
+    """Held-out loss before and after a real run, trained once."""
+
+    def make() -> list[float]:
         config = from_mapping({
             "data": {"max_tokens": 64, "max_examples": 500, "eval_examples": 2 if quick else 6, **data},
             "clients": {
@@ -130,8 +127,11 @@ def loss_of(setting: Setting, data: dict[str, Any], seed: int, quick: bool, work
         })  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             losses = train(config, Path(folder) / "run").summary["eval_loss"]
-        kept.write_text(json.dumps([losses[0], losses[-1]]), encoding="utf-8")
-    found: list[float] = json.loads(kept.read_text(encoding="utf-8"))
+        return [losses[0], losses[-1]]
+
+    sides = "-".join(setting.sides) or "nowhere"
+    name = f"cut {setting.cut} rank {setting.rank_at_cut} {sides} seed {seed} {'quick' if quick else 'full'}"
+    found: list[float] = parts.of(name, make)
     return found
 
 
@@ -141,14 +141,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "splitft-paper-tables")
     chosen = parser.parse_args()
     begin(chosen.seed, chosen.threads)
-    chosen.work.mkdir(parents=True, exist_ok=True)
+    parts = Parts(chosen.work)
     text = {"source": str(chosen.data)} if chosen.data.is_file() else {"source": "python-docs"}
     tokens = fitted_tokens()
 
     def quality(setting: Setting) -> str:
         if chosen.quick and setting != Setting():
             return "-"
-        before, after = loss_of(setting, text, chosen.seed, chosen.quick, chosen.work)
+        before, after = loss_of(setting, text, chosen.seed, chosen.quick, parts)
         return f"{before:.3f} to {after:.3f} (perplexity {math.exp(after):.1f})"
 
     def line(name: str, setting: Setting, paper: tuple[float, float, float]) -> tuple[str, ...]:

@@ -16,14 +16,14 @@ Each setting is a part, kept as JSON in the work folder: a stopped benchmark goe
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from drawing import lines
-from measuring import REPOSITORY, begin, environment, kept, options, section, table
+from measuring import REPOSITORY, Parts, begin, environment, options, section, table
 from splitft.assemble.auditing import FULL, Depth, audit
 from splitft.config import RunConfig, from_mapping
 from splitft.privacy.attacks import ATTACKS, HIDDEN_ATTACKS, Effort
@@ -154,23 +154,14 @@ def main() -> None:
     public = str(chosen.public) if chosen.public.is_file() else None
     first, second, by_cut, by_noise = wanted(chosen.quick)
     found: dict[Setting, Part] = {}
-    made = 0
+    parts = Parts(chosen.work, chosen.parts)
     for setting in (*first, *second):
         depth = by_cut if setting in first else by_noise
         name = (
             f"{'quick' if chosen.quick else 'full'} seed {chosen.seed} cut {setting.cut} {setting.codec} "
             f"noise {setting.noise:g}"
         )
-
-        def make(setting: Setting = setting, depth: Depth = depth) -> Part:
-            nonlocal made
-            if made == chosen.parts:
-                print(f"stopped before {setting}; the same command goes on")
-                sys.exit(0)
-            made += 1
-            return part(config, depth, public, setting)
-
-        found[setting] = kept(chosen.work, name, make)
+        found[setting] = parts.of(name, partial(part, config, depth, public, setting))
     told = {"rows": [row for one in found.values() for row in one["rows"]]}
     text = chosen.data.name if chosen.data.is_file() else "python-docs (embedded)"
     source = next(iter(found.values()))["public"]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from measuring import REPOSITORY, begin, options, section, table
+from measuring import REPOSITORY, Parts, begin, options, section, table
 from model_quality import FLEET, TEXTS, mean, run
 from splitft.config import from_mapping
 
@@ -60,14 +60,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     chosen = parser.parse_args()
     begin(chosen.seed, chosen.threads)
-    chosen.work.mkdir(parents=True, exist_ok=True)
+    parts = Parts(chosen.work)
     file, columns = TEXTS["e2e"]
     path = chosen.data / file
     data = {"source": str(path), **columns} if path.is_file() else {"source": "python-docs"}
     seeds = range(chosen.seed, chosen.seed + (1 if chosen.quick else chosen.seeds))
     rounds = 1 if chosen.quick else chosen.rounds
     losses = {
-        name: [run(config_of(changes, data, seed, rounds), chosen.work)["losses"][-1] for seed in seeds]
+        name: [run(config_of(changes, data, seed, rounds), parts)["losses"][-1] for seed in seeds]
         for name, changes in VARIANTS.items()
     }
     rows, base = [], BASE

@@ -82,7 +82,7 @@ def test_a_recording_is_of_frames_and_a_run_s_own_adapters(config, tmp_path):
     fast = config.training.model_copy(update={"lr": 1e-2, "rounds": 1})
     run = splitft.train(config.model_copy(update={"training": fast}), tmp_path / "run")
     found = audit(run.folder, replace(TINY, attacks=("matching",)), settings=[PLAIN])
-    assert reads(found)["matching"] > 0.8  # in the second step the client's adapters have moved on
+    assert reads(found)["matching"] > 0.9  # in the second step the client's adapters have moved on
 
 
 def test_what_the_attacks_get_is_decoded_from_bytes(config):

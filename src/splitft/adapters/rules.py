@@ -183,7 +183,7 @@ def padded(factors: Factors, rank: int) -> Factors:
 
 
 def _mean_rows(members: Weighted, rank: int) -> torch.Tensor:
-    """(rank, in): each row of A over the members that have it; as the first of them has it if none counts."""
+    """(rank, in): each row of A over the members that have it; the widest's own if none of them counts."""
     _, widest = max(members, key=lambda member: member[1].rank)
     rows = padded(widest, rank).A
     weights, total = rows.new_zeros(rank), torch.zeros_like(rows)
