@@ -2,14 +2,17 @@
 
 Every method trains on half of a small corpus, long enough to overfit, so that there is something to find; the
 other half is held out by the same clients. Two attacks score every text: the loss under the adapter, and how
-much lower it is than under the base model. The AUC has a 95 % interval; "found" is the share of members found
-at one false alarm in twenty. Methods are configurations: one client for centralized, one rank everywhere for
-fedlora (a cut only says where blocks run, so it trains what fedlora trains), and splitft with its own cuts.
+much lower it is than under the base model. AUCs are of several runs, each with members of its own; "found" is
+the share of members found at one false alarm in twenty. Methods are configurations: one client for
+centralized, one rank everywhere for fedlora (a cut only says where blocks run, so it trains what fedlora
+trains), and splitft with its own cuts.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import splitft
-from measuring import REPOSITORY, begin, options, section, table
+from measuring import REPOSITORY, Parts, begin, options, section, table
 from splitft.assemble.sharing import divide_text
 from splitft.config import RunConfig, from_mapping
 from splitft.data.text import Example, held_out
@@ -28,6 +31,7 @@ from splitft.privacy.membership import Membership, by_gain, by_loss, losses
 
 MANY = {"clients": {"count": 4, "cuts": [2, 5, 10, 15], "shares": {"by": "iid"}}}
 SMALL = {"lora": {"rank": 1, "rank_at_cut": None}, "aggregate": {"rule": "zero-pad"}}
+BATCH = 4
 METHODS: dict[str, dict[str, Any]] = {
     "centralized": {"clients": {"count": 1, "cuts": 5, "shares": {"by": "iid"}}},
     "fedlora": {**MANY, "lora": {"rank": 16, "rank_at_cut": None}},
@@ -83,27 +87,27 @@ def sample(texts: Sequence[Example], most: int, seed: int) -> list[Example]:
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared/data/e2e/devset.csv")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of a method, each of its own members")
+    parser.add_argument("--work", type=Path, help="keep finished runs here and go on")
     chosen = parser.parse_args()
     begin(chosen.seed, chosen.threads)
     e2e = chosen.data.is_file()
     text = {"source": str(chosen.data), "prompt": "mr", "completion": "ref"} if e2e else {"max_tokens": 64}
-    examples, epochs, batch = (16, 1, 4) if chosen.quick else (96, 5, 4)
+    examples, epochs, seeds = (16, 1, 1) if chosen.quick else (96, 5, chosen.seeds)
     members = examples // 2
+    rounds = 1 if chosen.quick else 3
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, sections) in enumerate(METHODS.items()):
-            clients = sections["clients"]["count"]
-            rounds = 1 if chosen.quick else 3
-            steps = max(1, math.ceil(members * epochs / (batch * rounds * clients)))
-            config = configuration(text, sections, examples, rounds, steps, batch, chosen.seed)
-            run = splitft.train(config, Path(folder) / str(number))
-            loss, gain, known, unknown = judged(config, run, members)
-            spent = run.summary["privacy_spent"]
-            epsilon = spent[-1]["epsilon"] if spent else None
-            rows.append((
-                name, f"{known:.3f}", f"{unknown:.3f}", told(loss), told(gain),
-                f"{100 * gain.found:.0f} %", "-" if epsilon is None else f"{epsilon:,.0f}",
-            ))  # fmt: skip
+        parts = Parts(chosen.work or Path(folder))
+        for name, sections in METHODS.items():
+            steps = max(1, math.ceil(members * epochs / (BATCH * rounds * sections["clients"]["count"])))
+            drawn = []
+            for seed in range(chosen.seed, chosen.seed + seeds):
+                config = configuration(text, sections, examples, rounds, steps, seed)
+                make = functools.partial(measured, config, folder)
+                kept = f"{'quick' if chosen.quick else 'full'} seed {seed} {name}"
+                drawn.append(parts.of(kept, make))
+            rows.append(row(name, drawn))
     head = (
         "method",
         "loss of members",
@@ -118,16 +122,64 @@ def main() -> None:
             "Membership inference on the final adapter",
             {
                 "config": "smollm2-135m, bfloat16, LoRA rank 16 on attention unless said, cuts 2, 5, 10, 15; "
-                f"{epochs} epochs over {members} texts in batches of {batch}, lr 2e-3, for all",
-                "text": f"{'E2E (devset.csv)' if e2e else 'python-docs (embedded)'}: "
-                f"{members} members, {examples - members} others of the same clients",
-                "seed": chosen.seed,
-                "spread": "95 % interval of the AUC (Hanley and McNeil 1982); one run a method",
+                f"{epochs} epochs over the members in batches of {BATCH}, lr 2e-3, for all",
+                "text": f"{'E2E (devset.csv)' if e2e else 'python-docs (embedded)'}: {members} members, "
+                f"{examples - members} others of the same clients, drawn anew for each seed",
+                "seed": ", ".join(map(str, range(chosen.seed, chosen.seed + seeds))),
+                "spread": "mean and range over the seeds",
+                "chance": f"an AUC of 0.5 has a 95 % interval of {told(chance(examples))} in one run "
+                "(Hanley and McNeil 1982)",
                 "epsilon": "at delta 1e-5, zero-out neighbours, of a client against who gets the adapter",
             },
             table(head, rows),
         )
     )
+
+
+def measured(config: RunConfig, folder: str) -> dict[str, Any]:
+    """Train one method with one seed and attack its adapter, as plain data."""
+    with tempfile.TemporaryDirectory(dir=folder) as run_folder:
+        run = splitft.train(config, Path(run_folder) / "run")
+        loss, gain, known, unknown = judged(config, run, config.data.max_examples or 0)
+        spent = run.summary["privacy_spent"]
+    return {
+        "members": known,
+        "others": unknown,
+        "by_loss": loss.auc,
+        "by_gain": gain.auc,
+        "found": gain.found,
+        "epsilon": spent[-1]["epsilon"] if spent else None,
+    }
+
+
+def row(name: str, drawn: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A method's line of the table: means over its seeds."""
+
+    def of(key: str) -> list[float]:
+        return [run[key] for run in drawn]
+
+    epsilon = drawn[0]["epsilon"]
+    return [
+        name,
+        f"{statistics.mean(of('members')):.3f}",
+        f"{statistics.mean(of('others')):.3f}",
+        ranged(of("by_loss")),
+        ranged(of("by_gain")),
+        f"{100 * statistics.mean(of('found')):.0f}%",
+        "-" if epsilon is None else f"{epsilon:,.0f}",
+    ]
+
+
+def ranged(sample: Sequence[float]) -> str:
+    """A mean with its range."""
+    return f"{statistics.mean(sample):.2f} ({min(sample):.2f} to {max(sample):.2f})"
+
+
+def chance(examples: int) -> tuple[float, float]:
+    """The 95 % interval of an attack that guesses, of as many members as others."""
+    ranks = np.arange(examples // 2, dtype=np.float64)
+    guessed = by_loss(ranks, ranks)
+    return guessed.low, guessed.high
 
 
 def configuration(
@@ -136,21 +188,20 @@ def configuration(
     examples: int,
     rounds: int,
     steps: int,
-    batch: int,
     seed: int,
 ) -> RunConfig:
     """One method's run."""
     return from_mapping({
         "data": {**text, "max_examples": examples, "holdout": 0.5, "eval_examples": 2},
-        "training": {"rounds": rounds, "steps": steps, "batch_size": batch, "lr": 2e-3},
+        "training": {"rounds": rounds, "steps": steps, "batch_size": BATCH, "lr": 2e-3},
         "seed": seed,
         **sections,
     })  # fmt: skip
 
 
-def told(found: Membership) -> str:
-    """An AUC with its interval."""
-    return f"{found.auc:.2f} ({found.low:.2f} to {found.high:.2f})"
+def told(interval: tuple[float, float]) -> str:
+    """An interval in words."""
+    return f"{interval[0]:.2f} to {interval[1]:.2f}"
 
 
 if __name__ == "__main__":
