@@ -31,9 +31,12 @@ from splitft.config import RunConfig, from_mapping
 from splitft.privacy.accounting import row_epsilon
 from splitft.privacy.attacks import Effort
 from splitft.privacy.findings import Setting, table_rows
+from splitft.tracking.leaks import rise
 
 WIDTH = 576
 """D of the demo's model."""
+DIVERGED = math.log(49_152)
+"""Nats: a loss above this is worse than guessing among the demo's model's tokens; how much says nothing."""
 DELTA = 1e-5
 CUT = 2
 GOAL_HIDDEN, GOAL_COST = 0.30, 0.05
@@ -153,7 +156,12 @@ def measured(one: Defence, config: RunConfig, public: str | None, depth: Depth) 
 def cost(found: Mapping[str, Any], one: Defence) -> float:
     """Relative rise of perplexity after training."""
     losses = found[one.name]["losses"], found[one.against]["losses"]
-    return math.expm1(min(50.0, losses[0][-1] - losses[1][-1]))
+    return math.expm1(min(DIVERGED, losses[0][-1]) - losses[1][-1])
+
+
+def dear(found: Mapping[str, Any], one: Defence) -> str:
+    """The same in words."""
+    return "diverged" if found[one.name]["losses"][-1] > DIVERGED else rise(cost(found, one))
 
 
 def read_by(told: Mapping[str, Any], *attacks: str) -> float | None:
@@ -171,8 +179,8 @@ def row(one: Defence, found: Mapping[str, Any]) -> Sequence[object]:
     epsilon = told["epsilon"]
     return (
         one.name,
-        f"{math.exp(min(50.0, told['losses'][-1])):.2f}",
-        f"{cost(found, one):+.1%}",
+        f"{math.exp(told['losses'][-1]):,.2f}" if told["losses"][-1] <= DIVERGED else "diverged",
+        dear(found, one),
         f"{told['seconds'] / usual['seconds']:.2f}",
         *("-" if share is None else f"{share:.0%}" for share in shares),
         one.promise if epsilon is None else f"epsilon {epsilon:,.0f} for a client",
@@ -186,15 +194,16 @@ def goal(found: Mapping[str, Any], chosen: Sequence[Defence]) -> str:
         for one in chosen
         if found[one.name]["rows"]
     }
-    good = [name for name, (share, dear) in judged.items() if share < GOAL_HIDDEN and dear <= GOAL_COST]
+    good = [name for name, (share, paid) in judged.items() if share < GOAL_HIDDEN and paid <= GOAL_COST]
     if good:
         return "met: " + ", ".join(good)
-    cheap = {name: share for name, (share, dear) in judged.items() if dear <= GOAL_COST}
+    cheap = {name: share for name, (share, paid) in judged.items() if paid <= GOAL_COST}
     least = min(cheap, key=lambda name: cheap[name])
     hiding = min(judged, key=lambda name: judged[name][0])
+    price = dear(found, next(one for one in chosen if one.name == hiding))
     return (
         f"missed: within {GOAL_COST:.0%} the strongest attack reads at least {cheap[least]:.0%} ({least}); "
-        f"what hides most leaves it {judged[hiding][0]:.0%} for {judged[hiding][1]:+.0%} ({hiding})"
+        f"what hides most leaves it {judged[hiding][0]:.0%} ({hiding}: {price})"
     )
 
 
@@ -208,7 +217,9 @@ def draw(path: Path, found: Mapping[str, Any], chosen: Sequence[Defence]) -> Non
                 across = math.log10(1 + max(0.0, cost(found, one)))
                 series[way].append((across, 100 * share))
     title = "What the strongest attack reads under each defence"
-    lines(path, title, "log10 of perplexity over that without", "tokens read, %", series, dots=True)
+    diverged = any(dear(found, one) == "diverged" for one in chosen)
+    axis = f"log10 of perplexity over that without{' (right edge: diverged)' if diverged else ''}"
+    lines(path, title, axis, "tokens read, %", series, dots=True)
 
 
 def main() -> None:

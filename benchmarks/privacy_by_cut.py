@@ -27,7 +27,7 @@ from measuring import REPOSITORY, Parts, begin, environment, options, section, t
 from splitft.assemble.auditing import FULL, Depth, audit
 from splitft.config import RunConfig, from_mapping
 from splitft.privacy.attacks import ATTACKS, HIDDEN_ATTACKS, Effort
-from splitft.privacy.findings import Setting, table_rows, verdict
+from splitft.privacy.findings import Setting, table_rows
 from splitft.privacy.known import to_known
 from splitft.tracking.leaks import HEADINGS, leak_rows
 from splitft.wire import CODECS
@@ -49,7 +49,7 @@ BY_NOISE: Depth = replace(BY_CUT, attacks=("nearest", "linear", "matching", "pre
 """The attacks that matter, under noise and codecs."""
 
 Part = Mapping[str, Any]
-"""One setting: rows of the table, verdict, entries of the known table, seconds."""
+"""One setting: rows of the table, entries of the known table, seconds."""
 
 
 def plain(cut: int) -> Setting:
@@ -72,7 +72,6 @@ def part(config: RunConfig, depth: Depth, public: str | None, setting: Setting) 
     known = to_known(done.outcomes, {"model": done.model})["models"][done.model]
     return {
         "rows": table_rows(done.outcomes),
-        "verdict": verdict(done.outcomes[0]),
         "known": known,
         "public": done.public,
         "seconds": done.seconds,
@@ -163,8 +162,9 @@ def main() -> None:
         )
         found[setting] = parts.of(name, partial(part, config, depth, public, setting))
     told = {"rows": [row for one in found.values() for row in one["rows"]]}
-    text = chosen.data.name if chosen.data.is_file() else "python-docs (embedded)"
+    text = f"E2E ({chosen.data.name})" if chosen.data.is_file() else "python-docs (embedded)"
     source = next(iter(found.values()))["public"]
+    source = f"WikiText-2 ({source})" if public else source
     if chosen.known is not None:
         command = f"python benchmarks/privacy_by_cut.py --known FILE{' --quick' if chosen.quick else ''}"
         story = {"model": config.model.name, "command": command, "text": text, "public": source}
@@ -187,9 +187,7 @@ def main() -> None:
                 "wall time": f"{sum(one['seconds'] for one in found.values()):.0f} s for all parts",
                 **goals(found),
             },
-            table(HEADINGS, leak_rows(told))
-            + "\n\n"
-            + "\n".join(f"- {one['verdict']}" for one in found.values()),
+            table(HEADINGS, leak_rows(told)),
         )
     )
 
