@@ -142,7 +142,7 @@ class Segment:
 
         Token ids enter at block 0 only; hidden states enter anywhere, also at block 0 as embeddings with
         positions already added. With a `cache` of transformers that holds the keys and values of
-        earlier tokens, x continues them and is added to it; such a span begins at block 0.
+        earlier tokens in all blocks up to the span's end, x continues them and is added to it.
         Raises GeometryError for blocks that are not held.
         """
         through = self.span if through is None else through  # an empty span is asked for on purpose

@@ -35,12 +35,12 @@ class Replica:
         self._bank = attach(self.segment.blocks, targets, scale, model.dtype)
         self._bank.put(SLOT, adapters)
         self._slot = SLOT if adapters else None  # None runs the base model
+        self._tables: dict[int, torch.Tensor] = {}  # by cut, for this copy and all that `at` makes
 
     def at(self, cut: int) -> Replica:
         """The same copy of the model, looked at from another cut."""
         other = copy.copy(self)
         other.cut = cut
-        other.__dict__.pop("table", None)
         return other
 
     @cached_property
@@ -55,13 +55,22 @@ class Replica:
         with self._bank.routed([(self._slot, len(tokens))]):
             return self.segment.run(tokens, Span(0, self.cut if cut is None else cut))
 
-    @cached_property
+    @property
     def table(self) -> torch.Tensor:
-        """Hidden state at the cut of every token as the second of a text, (V, D); V tokens' worth of work."""
-        cache, first = self.new_cache(), torch.tensor([[FIRST]])
-        with torch.no_grad(), self._bank.routed([(self._slot, 1)]):
-            self.segment.run(first, Span(0, self.cut), cache)
-        return self.tried(torch.arange(self.shape.vocab)[None], cache)[0]
+        """Hidden state at the cut of every token as the second of a text, (V, D); V tokens' worth of work.
+
+        It goes on from the table of the deepest cut before, so that no block runs twice for all tokens.
+        """
+        if self.cut not in self._tables:
+            cache, first = self.new_cache(), torch.tensor([[FIRST]])
+            with torch.no_grad(), self._bank.routed([(self._slot, 1)]):
+                self.segment.run(first, Span(0, self.cut), cache)
+            before = max((cut for cut in self._tables if cut < self.cut), default=0)
+            tokens = torch.arange(self.shape.vocab)
+            entering = self._tables[before].to(self.model.dtype) if before else tokens
+            owners = torch.zeros_like(tokens)
+            self._tables[self.cut] = self._alone(entering[:, None], owners, cache, before)
+        return self._tables[self.cut]
 
     def from_cut(self, hidden: torch.Tensor) -> torch.Tensor:
         """The server's part, differentiable: (B, T, D) at the cut -> (B, T, D) after the last block."""
@@ -90,15 +99,8 @@ class Replica:
     def tried(self, candidates: torch.Tensor, cache: Any) -> torch.Tensor:
         """Hidden states at the cut of candidates (R, C), each alone after its prefix -> (R, C, D)."""
         rows, count = candidates.shape
-        found = torch.empty(rows * count, self.shape.width, dtype=torch.float32)
-        flat = candidates.reshape(-1)
         owners = torch.arange(rows).repeat_interleave(count)
-        for part in torch.split(torch.arange(len(flat)), ROWS_AT_ONCE):
-            copy = self._copied(cache, owners[part])
-            with self._bank.routed([(self._slot, len(part))]):
-                hidden = self.segment.run(flat[part][:, None], Span(0, self.cut), copy)
-            found[part] = hidden[:, 0].float()
-        return found.view(rows, count, -1)
+        return self._alone(candidates.reshape(-1, 1), owners, cache).view(rows, count, -1)
 
     def twice(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states at the cut of whole texts (B, T), computed together and token by token, (B T, D)."""
@@ -108,6 +110,22 @@ class Replica:
             with torch.no_grad(), self._bank.routed([(self._slot, len(column))]):
                 self.segment.run(column[:, None], Span(0, self.cut), cache)
         return self.hidden(tokens).float().flatten(0, 1), torch.stack(apart, 1).flatten(0, 1)
+
+    @torch.no_grad()
+    def _alone(
+        self, entering: torch.Tensor, owners: torch.Tensor, cache: Any, start: int = 0
+    ) -> torch.Tensor:
+        """What leaves the block before the cut, each alone after the prefix that owns it -> (N, D).
+
+        Tokens (N, 1) enter at block 0, hidden states (N, 1, D) at block `start`.
+        """
+        found = torch.empty(len(entering), self.shape.width, dtype=torch.float32)
+        for part in torch.split(torch.arange(len(entering)), ROWS_AT_ONCE):
+            copied = self._copied(cache, owners[part])
+            with self._bank.routed([(self._slot, len(part))]):
+                hidden = self.segment.run(entering[part], Span(start, self.cut), copied)
+            found[part] = hidden[:, 0].float()
+        return found
 
     def _copied(self, cache: Any, owners: torch.Tensor) -> Any:
         """Keys and values of these prefixes in the blocks before the cut."""
