@@ -43,6 +43,14 @@ def test_shares_are_told_in_tenths(share, words):
     assert in_ten(share) == words
 
 
+@pytest.mark.parametrize(
+    ("noise", "gradient_noise", "ending"),
+    [(0.2, 0.2, "that return."), (0.2, 0.0, "that return (noise 0)."), (0.0, 1.0, "that return (noise 1).")],
+)
+def test_noise_on_gradients_is_told_where_it_is_another(noise, gradient_noise, ending):
+    assert sentence(Setting(2, "bf16", noise, gradient_noise), 1.0, 1.0).endswith(ending)
+
+
 def test_what_was_not_attacked_is_not_audited():
     assert sentence(PLAIN, None, None) == "At cut 2 (bf16) without noise: not audited."
 

@@ -73,6 +73,13 @@ def test_a_run_says_what_is_known_of_its_setting():
     assert "every label" in known_sentence("large", Setting(4, "bf16", 0.0, 0.0), labels_travel=True)
 
 
+def test_a_setting_of_which_only_the_labels_are_known_is_not_told_as_a_whole():
+    assert known_sentence("small", Setting(3, "bf16", 0.0, 0.0)) == (
+        "At cut 3 (bf16) without noise, the server can read all labelled tokens from the gradients that "
+        "return. What it reads off the hidden states of this setting was not audited."
+    )
+
+
 def test_the_package_s_own_table_says_where_its_figures_come_from():
     stored = json.loads(files("splitft.privacy").joinpath("known.json").read_text(encoding="utf-8"))
     assert {"command", "commit", "date", "text", "public"} <= stored["story"].keys()

@@ -88,7 +88,8 @@ def sentence(setting: Setting, hidden: float | None, labels: float | None, direc
     if labels is not None and direct:
         parts.append("every label, since labels are sent to it")
     elif labels is not None:
-        returned = f" (noise {setting.gradient_noise:g})" if setting.gradient_noise else ""
+        other = setting.gradient_noise != setting.noise
+        returned = f" (noise {setting.gradient_noise:g})" if other else ""
         parts.append(f"{in_ten(labels)} labelled tokens from the gradients that return{returned}")
     return f"{at}, the server can read {' and '.join(parts)}." if parts else f"{at}: not audited."
 

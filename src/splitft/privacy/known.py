@@ -55,7 +55,10 @@ def known_sentence(model: str, setting: Setting, labels_travel: bool = False) ->
     """What the server can read in this setting, in one sentence; or that it was not audited."""
     hidden = recovery(model, setting.cut, setting.codec, setting.noise, way="hidden")
     labels = 1.0 if labels_travel else recovery(model, 0, gradient_noise=setting.gradient_noise, way="labels")
-    return sentence(setting, hidden, labels, direct=labels_travel)
+    said = sentence(setting, hidden, labels, direct=labels_travel)
+    if hidden is None and labels is not None:
+        return f"{said} What it reads off the hidden states of this setting was not audited."
+    return said
 
 
 def to_known(outcomes: Iterable[Outcome], story: Mapping[str, Any]) -> dict[str, Any]:
