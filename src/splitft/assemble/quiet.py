@@ -20,6 +20,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            warnings.filterwarnings("ignore", r"`past_key_values` is deprecated", FutureWarning)
             yield
     finally:
         logging.set_verbosity(verbosity)

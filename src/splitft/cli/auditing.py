@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,12 +21,14 @@ def audit(
         Path, typer.Argument(metavar="FILE|DIR", help="Configuration, or run folder with what it has learnt.")
     ],
     full: Annotated[
-        bool, typer.Option("--full", help="More cuts, codecs and noise, and every attack; far longer.")
+        bool, typer.Option("--full", help="More cuts, codecs and noise, and every attack: far longer.")
     ] = False,
     public: Annotated[
-        str | None, typer.Option(help="Text that the attacker learns on [default: text of Python itself]")
+        str | None, typer.Option(help="Text that the attacker learns on, instead of Python's own.")
     ] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page with plots to this file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with plots and all columns to this file.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack what the server would see, and say how much of the text it can read."""
@@ -50,5 +53,21 @@ def audit(
     screen.print(leaks.how_audited(told), highlight=False, markup=False, soft_wrap=True)
     screen.print()
     screen.print(leaks.leak_table(told))
-    if html is not None:
-        screen.print(f"Plots    {html}", highlight=False, markup=False, soft_wrap=True)
+    screen.print()
+    for line in next_steps(target, html):
+        screen.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def next_steps(target: Path, html: Path | None) -> list[str]:
+    """Where the plots are or how to get them, and what hides more."""
+    plots = (
+        str(html)
+        if html is not None
+        else shlex.join(["splitft", "audit", str(target), "--html", "leaks.html"])
+    )
+    return [
+        f"Plots    {plots}",
+        "Hide     privacy.hidden, privacy.gradient and privacy.labels add noise, which costs perplexity;",
+        "         a deeper cut slows an attacker down; `method: fedlora` sends no hidden states at all.",
+        "Insist   schedule.max_recovery: 0.3 refuses cuts at which more can be read.",
+    ]

@@ -2,8 +2,11 @@
 
 Audit.to_json() --leak_table--> rich table    --leaks_body--> the body of a self-contained page
 
- cut  codec  noise  attack         tokens  names, numbers  whole texts  ROUGE-L  perplexity
-   2  bf16       0  matching        100 %           100 %        100 %    1.000      +0.0 %
+ cut codec noise perplexity attack        of         tokens read   names, numbers whole texts
+   2 bf16      0      +0.0% matching      all tokens 100.0% ± 0.0%           100%        100%
+                            head gradient labels     100.0% ± 0.0%           100%        100%
+
+The page and `leak_rows` have function words and ROUGE-L besides; 80 columns have no room for them.
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ HEADINGS = (
     "ROUGE-L", "perplexity",
 )  # fmt: skip
 """Columns of `leak_rows`."""
+SHORT_HEADINGS = (
+    "cut", "codec", "noise", "perplexity", "attack", "of", "tokens read", "names,\nnumbers", "whole\ntexts",
+)  # fmt: skip
+"""Columns of `leak_table`."""
 LEAST_COST = 1e-3
 """Costs are drawn from here on, on a logarithmic axis: 0.1 %."""
 
@@ -54,13 +61,18 @@ def rise(cost: float) -> str:
 
 
 def leak_table(told: Mapping[str, Any]) -> Table:
-    """The rows; the strongest attack of each setting stands out."""
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in HEADINGS:
-        shown.add_column(heading, justify="left" if heading in ("codec", "attack", "reads") else "right")
-    strongest = _strongest(told["rows"])
+    """The rows in 80 columns, a setting told once; the strongest attack of each setting stands out."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for heading in SHORT_HEADINGS:
+        shown.add_column(heading, justify="left" if heading in ("codec", "attack", "of") else "right")
+    strongest, before = _strongest(told["rows"]), None
     for place, row in enumerate(leak_rows(told)):
-        shown.add_row(*map(escape, row), style="bold" if place in strongest else "")
+        cut, codec, noise, attack, reads, tokens, rare, _, whole, _, perplexity = map(escape, row)
+        setting = (cut, codec, noise, perplexity)
+        first = setting if setting != before else ("",) * len(setting)
+        style = "bold" if place in strongest else ""
+        shown.add_row(*first, attack, reads, tokens, rare, whole, style=style)
+        before = setting
     return shown
 
 
@@ -68,7 +80,8 @@ def how_audited(told: Mapping[str, Any]) -> str:
     """What was attacked and what the attacker had, in one sentence."""
     return (
         f"{told['model']} on {told['text']}: the attacker has the public model, the global adapters, "
-        f"{told['public']} to learn on, and the bytes that the server received; {told['seconds']:.0f} s."
+        f"{told['public']} to learn on, and the bytes that the server received; {told['seconds']:.0f} s. "
+        "Perplexity is that of the model before it is trained with the noise: training wins some of it back."
     )
 
 
