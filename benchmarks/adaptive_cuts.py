@@ -17,7 +17,9 @@ on the strongly unequal fleet, and is never slower than 1.02 times the best comm
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -25,7 +27,7 @@ from typing import Any
 
 import splitft
 from drawing import lines
-from measuring import REPOSITORY, Spread, begin, options, section, table
+from measuring import REPOSITORY, Parts, Spread, begin, options, section, table
 from splitft.assemble.pace import Pace
 from splitft.assemble.planning import fleet_for
 from splitft.config import RunConfig, from_mapping
@@ -45,32 +47,43 @@ LONGER = (2, 10, 50)
 """Local steps of a round for which the border is drawn too."""
 DROP = 0.8
 """The target is this share of the way from the first loss to the last."""
+WAYS = ("best common cut", "cut 2", "resources", "paper", "makespan")
+"""To choose cuts."""
 GOALS = {"best common cut": 1.5, "cut 2": 2.0, "equal": 1.02}
 
 
 def configuration(
-    data: Path, seed: int, alpha: float, rank_at_cut: int | None = None, **changes: Any
+    data: Path,
+    seed: int,
+    alpha: float,
+    rank_at_cut: int | None = None,
+    rounds: int = ROUNDS,
+    steps: int = STEPS,
+    **changes: Any,
 ) -> RunConfig:
-    """A run of 10 clients."""
+    """A run of 10 clients; changes are to its schedule, and its cuts."""
     text = {"source": str(data), "prompt": "mr", "completion": "ref"} if data.is_file() else {}
     return from_mapping({
         "data": {**text, "max_tokens": 96, "max_examples": 1200, "eval_examples": 8},
         "clients": {"count": 10, "cuts": changes.pop("cuts", 2), "shares": {"by": "length", "alpha": alpha}},
         "lora": {"rank": 16, "rank_at_cut": rank_at_cut},
-        "training": {"rounds": ROUNDS, "steps": STEPS, "batch_size": 4, "lr": 1e-3},
+        "training": {"rounds": rounds, "steps": steps, "batch_size": 4, "lr": 1e-3},
         "wire": {"in_process": "direct"},
         "schedule": {"server": SERVER, "links": LINKS} | changes,
         "seed": seed,
     })  # fmt: skip
 
 
-def trained(config: RunConfig, work: Path) -> dict[str, Any]:
+def trained(config: RunConfig, runs: Parts) -> dict[str, Any]:
     """The summary of a run, trained now or before."""
-    key = "-".join(str(part) for part in (
-        config.clients.shares.alpha, config.seed, config.lora.rank_at_cut, config.schedule.controller,
-        config.clients.cuts, "fleet" if isinstance(config.schedule.devices, tuple) else "any",
-    ))  # fmt: skip
-    return splitft.train(config, work / key, resume=(work / key).exists()).summary
+
+    def make() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            return splitft.train(config, Path(folder) / "run").summary
+
+    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
+    found: dict[str, Any] = runs.of(f"alpha {config.clients.shares.alpha} seed {config.seed} {digest}", make)
+    return found
 
 
 def replayed(config: RunConfig, fleet: Fleet, losses: list[dict[str, float]], rounds: int) -> list[float]:
@@ -100,28 +113,53 @@ def seconds_to(target: float, losses: list[float], clock: list[float]) -> float:
     return float("nan")
 
 
-def contenders(data: Path, seed: int, alpha: float, fleet_name: str, losses: list[dict[str, float]],
-               capacity: float | None = None, steps: int = STEPS) -> dict[str, list[float]]:  # fmt: skip
-    """The clock of every way to choose cuts, on one fleet."""
+def contenders(
+    data: Path,
+    seed: int,
+    alpha: float,
+    fleet_name: str,
+    losses: list[dict[str, float]],
+    capacity: float | None = None,
+    rounds: int = ROUNDS,
+    steps: int = STEPS,
+    controllers: tuple[str, ...] = ("resources", "paper", "makespan"),
+) -> dict[str, list[float]]:
+    """The clock of every way to choose cuts, on one fleet, with a server of `capacity` laptops or SERVER."""
     devices = FLEETS[fleet_name]
     fleet = _fleet(data, seed, alpha, fleet_name, SERVER)
     if capacity is not None:
         laptop = _fleet(data, seed, alpha, fleet_name, "laptop").job.server
         device = laptop.device.scaled(capacity, memory_bytes=float("inf"))
         fleet = replace(fleet, job=replace(fleet.job, server=replace(laptop, device=device)))
-        works = [replace(one, workload=replace(one.workload, steps=steps)) for one in fleet.clients]
-        fleet = replace(fleet, clients=tuple(works))
-    rounds = ROUNDS if capacity is None else 1
+    works = [replace(one, workload=replace(one.workload, steps=steps)) for one in fleet.clients]
+    fleet = replace(fleet, clients=tuple(works))
 
     def clock(**changes: Any) -> list[float]:
-        config = configuration(data, seed, alpha, devices=devices, **changes)
+        config = configuration(data, seed, alpha, rounds=rounds, steps=steps, devices=devices, **changes)
         return replayed(config, fleet, losses, rounds)
 
     common = {cut: clock(cuts=cut) for cut in range(1, fleet.job.sizes.blocks)}
     best = min(common, key=lambda cut: common[cut][-1])
     found = {f"best common cut ({best})": common[best], "cut 2": common[2]}
-    chosen = ("makespan",) if capacity is not None else ("resources", "paper", "makespan")
-    return found | {name: clock(cuts="auto", controller=name) for name in chosen}
+    return found | {name: clock(cuts="auto", controller=name) for name in controllers}
+
+
+def to_target(summary: dict[str, Any], clocks: dict[str, list[float]]) -> dict[str, float]:
+    """Simulated seconds to the target of every way to choose cuts, by its name without the cut."""
+    losses = summary["eval_loss"]
+    target = losses[0] - DROP * (losses[0] - losses[-1])
+    return {name.partition(" (")[0]: seconds_to(target, losses, clock) for name, clock in clocks.items()}
+
+
+def against_makespan(times: list[dict[str, float]]) -> dict[str, Spread]:
+    """How many times as long as `makespan` every way takes, from one run a seed."""
+    return {name: Spread.of([one[name] / one["makespan"] for one in times]) for name in times[0]}
+
+
+def cells(times: list[dict[str, float]]) -> list[str]:
+    """Of a table: mean seconds and ratio to `makespan`, by WAYS."""
+    ratios = against_makespan(times)
+    return [f"{mean(one[name] for one in times):.2f} s, {ratios[name]}" for name in WAYS]
 
 
 @functools.cache
@@ -136,28 +174,20 @@ def speedups(
     rows, judged = [], {}
     for fleet_name in FLEETS:
         for alpha in ALPHAS:
-            times: dict[str, list[float]] = {}
+            times = []
             for seed in SEEDS:
                 summary = summaries[alpha, seed]
-                losses, total = losses_by_client(summary), summary["eval_loss"]
-                target = total[0] - DROP * (total[0] - total[-1])
-                clocks = contenders(data, seed, alpha, fleet_name, losses)
-                for name, clock in clocks.items():
-                    times.setdefault(name.partition(" (")[0], []).append(seconds_to(target, total, clock))
+                clocks = contenders(data, seed, alpha, fleet_name, losses_by_client(summary))
+                times.append(to_target(summary, clocks))
                 if (alpha, seed) == (0.5, SEEDS[0]):
-                    slug = fleet_name.replace(" ", "-")
+                    slug, total = fleet_name.replace(" ", "-"), summary["eval_loss"]
                     curves = {name: list(zip(clock, total, strict=True)) for name, clock in clocks.items()}
                     lines(plots / f"adaptive-cuts-{slug}.svg", f"Held-out loss, {fleet_name} fleet",
                           "simulated seconds", "loss (nats)", curves)  # fmt: skip
-            ratios = {
-                name: Spread.of([a / b for a, b in zip(times[name], times["makespan"], strict=True)])
-                for name in times
-            }
+            ratios = against_makespan(times)
             for name in ("best common cut", "cut 2"):
                 judged.setdefault((fleet_name, name), []).append(ratios[name])
-            rows.append((fleet_name, alpha, *(
-                f"{mean(times[name]):.2f} s, {ratios[name]}"
-                for name in ("best common cut", "cut 2", "resources", "paper", "makespan"))))  # fmt: skip
+            rows.append((fleet_name, alpha, *cells(times)))
     return rows, judged
 
 
@@ -167,17 +197,19 @@ def border(data: Path, summary: dict[str, Any]) -> list[tuple[Any, ...]]:
     rows = []
     for fleet_name in FLEETS:
         for steps in LONGER:
-            cells = []
+            gains = []
             for capacity in CAPACITIES:
-                clocks = contenders(data, SEEDS[0], 0.5, fleet_name, losses, capacity, steps)
+                clocks = contenders(
+                    data, SEEDS[0], 0.5, fleet_name, losses, capacity, 1, steps, ("makespan",)
+                )
                 best = next(clock for name, clock in clocks.items() if name.startswith("best"))
                 ends = best[-1], clocks["cut 2"][-1], clocks["makespan"][-1]
-                cells.append(f"{ends[0] / ends[2]:.2f} / {ends[1] / ends[2]:.2f}")
-            rows.append((fleet_name, steps, *cells))
+                gains.append(f"{ends[0] / ends[2]:.2f} / {ends[1] / ends[2]:.2f}")
+            rows.append((fleet_name, steps, *gains))
     return rows
 
 
-def ranks_at_the_cut(data: Path, work: Path, seeds: tuple[int, ...]) -> list[tuple[Any, ...]]:
+def ranks_at_the_cut(data: Path, runs: Parts, seeds: tuple[int, ...]) -> list[tuple[Any, ...]]:
     """Final losses where the rank is 8 next to the cut and 16 elsewhere, by who chose the cuts."""
     devices = FLEETS["strongly unequal"]
     ways = {
@@ -187,16 +219,16 @@ def ranks_at_the_cut(data: Path, work: Path, seeds: tuple[int, ...]) -> list[tup
     }
     found: dict[str, list[float]] = {}
     for seed in seeds:
-        equal = trained(configuration(data, seed, 0.5), work)["eval_loss"][-1]
+        equal = trained(configuration(data, seed, 0.5), runs)["eval_loss"][-1]
         found.setdefault("rank 16 everywhere, any cuts", []).append(equal)
         for name, changes in ways.items():
             if name == "best common cut":
-                losses = losses_by_client(trained(configuration(data, seed, 0.5), work))
+                losses = losses_by_client(trained(configuration(data, seed, 0.5), runs))
                 names = contenders(data, seed, 0.5, "strongly unequal", losses)
                 best = next(one for one in names if one.startswith("best"))
                 changes = {"cuts": int(best.partition("(")[2].rstrip(")"))}
             config = configuration(data, seed, 0.5, rank_at_cut=8, devices=devices, **changes)
-            found.setdefault(f"rank 8 at the cut, {name}", []).append(trained(config, work)["eval_loss"][-1])
+            found.setdefault(f"rank 8 at the cut, {name}", []).append(trained(config, runs)["eval_loss"][-1])
     base = found["rank 16 everywhere, any cuts"]
     return [
         (name, f"{mean(losses):.4f}", Spread.of([a - b for a, b in zip(losses, base, strict=True)]))
@@ -204,16 +236,16 @@ def ranks_at_the_cut(data: Path, work: Path, seeds: tuple[int, ...]) -> list[tup
     ]
 
 
-def invariance(data: Path, work: Path) -> list[tuple[Any, ...]]:
+def invariance(data: Path, runs: Parts) -> list[tuple[Any, ...]]:
     """The losses of every round at alpha 0.5, seed 0, with cuts of 2 for all and with makespan's."""
     devices = FLEETS["strongly unequal"]
-    runs = {
+    ways = {
         "cut 2 for all": configuration(data, 0, 0.5),
         "makespan's cuts": configuration(data, 0, 0.5, devices=devices, cuts="auto", controller="makespan"),
     }
     return [
-        (name, *(f"{loss:.4f}" for loss in trained(config, work)["eval_loss"]))
-        for name, config in runs.items()
+        (name, *(f"{loss:.4f}" for loss in trained(config, runs)["eval_loss"]))
+        for name, config in ways.items()
     ]
 
 
@@ -228,15 +260,16 @@ def main() -> None:
     global ALPHAS, SEEDS
     if chosen.quick:
         ALPHAS, SEEDS = (0.5,), (0,)
+    runs = Parts(chosen.work)
     plots = REPOSITORY / "benchmarks/plots"
     summaries = {
-        (alpha, seed): trained(configuration(chosen.data, seed, alpha), chosen.work)
+        (alpha, seed): trained(configuration(chosen.data, seed, alpha), runs)
         for alpha in ALPHAS
         for seed in SEEDS
     }
     rows, judged = speedups(chosen.data, summaries, plots)
-    same = invariance(chosen.data, chosen.work)
-    lowered = ranks_at_the_cut(chosen.data, chosen.work, SEEDS)
+    same = invariance(chosen.data, runs)
+    lowered = ranks_at_the_cut(chosen.data, runs, SEEDS)
     mapped = border(chosen.data, summaries[0.5, SEEDS[0]])
     (chosen.work / "found.json").write_text(
         json.dumps([rows, same, lowered, mapped], default=str), encoding="utf-8"
@@ -244,7 +277,7 @@ def main() -> None:
     verdicts = {}
     for name in ("best common cut", "cut 2"):
         medians = [one.median for one in judged["strongly unequal", name]]
-        verdicts[f"goal, strongly unequal, {GOALS[name]} times faster than {name}"] = _said(
+        verdicts[f"goal, strongly unequal, {GOALS[name]} times faster than {name}"] = said(
             min(medians), max(medians), GOALS[name]
         )
     slowest = min(one.low for one in judged["equal", "best common cut"])
@@ -257,7 +290,7 @@ def main() -> None:
             {
                 "config": f"smollm2-135m, bfloat16, 10 clients, length-Dirichlet, rank 16, {ROUNDS} "
                 f"rounds of {STEPS} steps of 4 sequences, lr 1e-3; server {SERVER}, links {LINKS}",
-                "fleets": "; ".join(f"{name}: {_counted(devices)}" for name, devices in FLEETS.items()),
+                "fleets": "; ".join(f"{name}: {counted(devices)}" for name, devices in FLEETS.items()),
                 "text": f"E2E ({chosen.data.name})" if chosen.data.is_file() else "python-docs (embedded)",
                 "seeds": ", ".join(map(str, SEEDS)),
                 "spread": "median over seeds of ratios to makespan on the same text (middle half)",
@@ -265,7 +298,7 @@ def main() -> None:
                 **verdicts,
             },
             "Simulated seconds to the target (mean), and how many times as long as `makespan`:",
-            table(("fleet", "alpha", "best common cut", "cut 2", "resources", "paper", "makespan"), rows),
+            table(("fleet", "alpha", *WAYS), rows),
             "The border. First round of the best common cut / of cut 2 over that of `makespan`, by the "
             "server's speed in laptops "
             f"(alpha 0.5, seed {SEEDS[0]}):",
@@ -281,12 +314,14 @@ def main() -> None:
     )
 
 
-def _said(least: float, most: float, goal: float) -> str:
+def said(least: float, most: float, goal: float) -> str:
+    """A verdict on what was found for the several alphas."""
     verdict = "met" if least >= goal else "met for some alpha" if most >= goal else "missed"
     return f"{least:.2f} to {most:.2f} by alpha, {verdict}"
 
 
-def _counted(devices: list[str]) -> str:
+def counted(devices: list[str]) -> str:
+    """A fleet in words."""
     return ", ".join(f"{devices.count(name)} {name}" for name in dict.fromkeys(devices))
 
 
