@@ -11,7 +11,9 @@ import numpy as np
 
 from splitft.assemble import Prepared, prepare
 from splitft.config import from_mapping
-from splitft.runtime import RunState, train_rounds
+from splitft.geometry import Span
+from splitft.protocol import GlobalAdapters, Join, RoundReady, RoundStart
+from splitft.runtime import RunState, Simulation, train_rounds
 from splitft.schedule.cuts import Decision
 
 WORDS = ("ward", "dose", "fever", "scan", "blood", "pulse", "nurse", "chart", "sleep", "acute", "daily")
@@ -53,17 +55,55 @@ class _Scripted:
         return Decision(self._controller(number, cuts), "as the test has it")
 
 
+class Losing:
+    """A simulation in which one client is lost as a round begins, and told where the run is before the next.
+
+    With `moved` it was lost after it had moved to its new cut, before anyone heard of it.
+    """
+
+    def __init__(self, simulation: Simulation, lost: str, number: int, moved: bool) -> None:
+        self._simulation, self._lost, self._number, self._moved = simulation, lost, number, moved
+        self._everyone = simulation.clients
+        self._client = simulation.clients[lost]
+        self.train, self.traffic = simulation.train, simulation.traffic
+        self.evaluate = simulation.evaluate
+
+    def start(self, messages: Mapping[str, RoundStart]) -> dict[str, RoundReady]:
+        number = next(iter(messages.values())).round
+        if number == self._number:
+            self._steps, self._moments = self._client.kept()  # as it has them on its disk
+            if self._moved:
+                self._client.start(messages[self._lost])
+            others = {name: one for name, one in self._everyone.items() if name != self._lost}
+            self._simulation.clients = others
+        elif number == self._number + 1:
+            cut = self._state.cuts[self._lost]
+            adapters = self._state.adapters.within(Span(0, cut))
+            where = Join(round=self._number, cut=cut, steps=self._steps, adapters=adapters)
+            self._client.join(where, self._moments)
+            self._simulation.clients = self._everyone
+        return self._simulation.start(self._here(messages))
+
+    def install(self, messages: Mapping[str, GlobalAdapters], state: RunState) -> None:
+        self._state = state
+        self._simulation.install(self._here(messages), state)
+
+    def _here(self, messages: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: one for name, one in messages.items() if name in self._simulation.clients}
+
+
 def play(
     prepared: Prepared,
     controller: Callable[[int, Mapping[str, int]], Mapping[str, int]] = lambda number, cuts: cuts,
     tap: Any = None,
+    around: Callable[[Simulation], Any] = lambda simulation: simulation,
 ) -> tuple[RunState, list[Any]]:
-    """All rounds; returns the last state and every event."""
+    """All rounds; returns the last state and every event. `around` wraps the federation."""
     events: list[Any] = []
     state = train_rounds(
         prepared.initial(),
         prepared.server,
-        prepared.simulation(tap),
+        around(prepared.simulation(tap)),
         prepared.ranks,
         prepared.config.training,
         _Scripted(prepared.pace, controller),

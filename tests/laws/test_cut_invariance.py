@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laws.federations import federation, largest_relative_difference, play, write_text
+from laws.federations import Losing, federation, largest_relative_difference, play, write_text
 from laws.peft_oracle import train
 
 STEPS, ROUNDS = 20, 3
@@ -106,6 +106,30 @@ def test_cuts_do_not_matter_when_moments_are_kept_and_move_with_their_blocks(tin
     reset, _ = play(federation(tiny_llama, text, [2, 2, 2], training={"rounds": 3, "steps": 5}))
     assert largest_relative_difference(moved.adapters.tensors(), still.adapters.tensors()) < 1e-5
     assert largest_relative_difference(reset.adapters.tensors(), still.adapters.tensors()) > 1e-2
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("lost", ["client-1", "client-2"])  # on its way to a deeper cut, to a shallower one
+def test_a_client_lost_on_its_way_to_a_new_cut_trains_as_one_that_was_merely_absent(
+    lost, moved, tiny_llama, text
+):
+    training = {"rounds": 4, "steps": 5, "optimizer_state": "keep"}
+    by_round = [[2, 2, 2], [3, 1, 2], [3, 1, 2], [1, 3, 2]]
+
+    def changing(number, cuts):
+        return dict(zip(cuts, by_round[number - 1], strict=True))
+
+    def lose(moved):
+        return lambda simulation: Losing(simulation, lost, 2, moved)
+
+    prepared = federation(tiny_llama, text, by_round[0], training=training)
+    ours, events = play(prepared, changing, around=lose(moved))
+    absent, _ = play(federation(tiny_llama, text, by_round[0], training=training), around=lose(False))
+    assert largest_relative_difference(ours.adapters.tensors(), absent.adapters.tensors()) < 1e-5
+    cuts = [event.cuts[lost] for event in events if event.event == "CutsChanged" and event.round == 2]
+    assert len(cuts) == 2  # as decided, and as it came to be
+    assert cuts[-1] == 2
+    assert dict(zip(ours.cuts, by_round[-1], strict=True)) == ours.cuts
 
 
 def test_where_the_labels_live_does_not_matter(tiny_llama, text):

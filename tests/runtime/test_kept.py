@@ -17,28 +17,31 @@ def _state(value: float) -> AdapterState:
     )
 
 
-def test_moments_leave_with_their_blocks_and_come_back_as_they_were():
+def test_moments_leave_with_their_blocks_when_the_client_has_moved_and_come_back_as_they_were():
     kept = Kept(per_client=True)
     kept.moments["a"] = dict(MOMENTS)
-    gone = kept.moments_to_client("a", Span(2, 4))
+    gone = kept.moments_of("a", Span(2, 4))
     assert set(gone) == {name for name in MOMENTS if name[0] in "23"}
+    assert kept.moments["a"].keys() == MOMENTS.keys()  # it may still be lost on the way
+    kept.moved("a", Span(2, 4), {}, AdapterState())
     assert not gone.keys() & kept.moments["a"].keys()
-    kept.moments_from_client("a", gone)
+    kept.moved("a", (), gone, AdapterState())
     assert kept.moments["a"].keys() == MOMENTS.keys()
     assert all(torch.equal(kept.moments["a"][name], MOMENTS[name]) for name in MOMENTS)
 
 
 def test_shared_moments_take_nothing_of_one_client():
     kept = Kept(per_client=False)
-    kept.moments_from_client("a", dict(MOMENTS))
+    kept.moved("a", (), dict(MOMENTS), AdapterState())
     assert not kept.moments
 
 
 def test_own_factors_leave_in_the_place_of_the_global_ones_and_come_back():
     kept = Kept(per_client=True)
     kept.own["a"] = _state(7.0).only("B")
-    gone = kept.own_to_client("a", _state(1.0).within(Span(2, 4)))
+    gone = kept.personal("a", _state(1.0).within(Span(2, 4)))
+    kept.moved("a", Span(2, 4), {}, AdapterState())
     assert all(torch.equal(factors.B, torch.full((3, 2), 7.0)) for factors in gone.values())
     assert set(kept.own["a"].ranks()) == {4, 5}
-    kept.own_from_client("a", gone.only("B"))
+    kept.moved("a", (), {}, gone.only("B"))
     assert all(bool((one.B == 7).all()) for one in kept.personal("a", _state(1.0)).values())

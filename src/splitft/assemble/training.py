@@ -210,7 +210,7 @@ def _begin(
             snapshot.client_moments.get(client.name, {}),
             state.folded.within(span),
         )
-        prepared.server.kept.own_from_client(client.name, own.within(Span(cut, prepared.model.shape.blocks)))
+        prepared.server.kept.take_own(client.name, own.within(Span(cut, prepared.model.shape.blocks)))
     prepared.server.moments.update(snapshot.server_moments)
     prepared.server.place(state.cuts)
     return state

@@ -126,12 +126,20 @@ class Segment:
         self.resize(span)
 
     def resize(self, span: Span) -> int:
-        """Load the blocks that `span` adds, free those that it leaves; returns bytes of weights read."""
+        """Load the blocks that `span` adds, free those that it leaves; returns bytes of weights read.
+
+        Raises ModelError, and holds what it held, if they cannot be read.
+        """
         if span.stop > self.shape.blocks:
             raise GeometryError(f"span {span} ends after the model's {self.shape.blocks} blocks")
-        read = 0
-        for block in span.minus(self.span):
-            read += self._frozen[block].fill(self._checkpoint, self.dtype, self._lm)
+        read, added = 0, span.minus(self.span)
+        try:
+            for block in added:
+                read += self._frozen[block].fill(self._checkpoint, self.dtype, self._lm)
+        except BaseException:
+            for block in added:
+                self._frozen[block].empty()
+            raise
         for block in self.span.minus(span):
             self._frozen[block].empty()
         self.span = span

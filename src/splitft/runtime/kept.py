@@ -1,10 +1,12 @@
 """What the server keeps of each client from round to round: optimizer moments, and factors of its own.
 
-    cut moves 2 -> 4    server: blocks 2 3 | 4 5 6   --to_client: what it has of blocks 2, 3-->     client
-    cut moves 4 -> 2    server: blocks 2 3 | 4 5 6   <--from_client: what the client had of them--  client
+    cut moves 2 -> 4    server: blocks 2 3 | 4 5 6   --what it has of blocks 2, 3-->     client
+    cut moves 4 -> 2    server: blocks 2 3 | 4 5 6   <--what the client had of them--    client
 
-What belongs to a block goes where the block goes. Moments are kept with `training.optimizer_state: keep`,
-factors of its own by rules that leave each client its B (FedSA-LoRA, arXiv 2410.01463).
+What belongs to a block goes where the block goes. It is here until the client says that it has moved: one
+that is lost on the way keeps its old cut, and nothing is missing on either side. Moments are kept with
+`training.optimizer_state: keep`, factors of its own by rules that leave each client its B (FedSA-LoRA,
+arXiv 2410.01463).
 """
 
 from __future__ import annotations
@@ -29,26 +31,21 @@ class Kept:
         """Global factors with those that are the client's own in their place."""
         return state.with_b_of(self.own.get(client, AdapterState()))
 
-    def own_to_client(self, client: str, state: AdapterState) -> AdapterState:
-        """Global factors of blocks that move to the client, with its own in their place."""
-        leaving, own = self.personal(client, state), self.own.get(client, AdapterState())
-        if own:
-            self.own[client] = own.within(set(own.ranks()) - set(state.ranks()))
-        return leaving
+    def moments_of(self, client: str, blocks: Sequence[int]) -> Moments:
+        """Moments of these blocks that are the client's own; what all share stays with the others."""
+        return moments_within(self.moments.get(client, {}), blocks)
 
-    def own_from_client(self, client: str, own: AdapterState) -> None:
-        """Factors of its own of blocks that the client gave up."""
+    def moved(self, client: str, gained: Sequence[int], moments: Moments, own: AdapterState) -> None:
+        """The client has moved: what it gained is no longer here, and what it gave up now is."""
+        if self._per_client and (moments or client in self.moments):
+            here = self.moments.get(client, {})
+            gone = moments_within(here, gained)
+            self.moments[client] = {name: value for name, value in here.items() if name not in gone} | moments
+        if before := self.own.get(client, AdapterState()):
+            self.own[client] = before.within(set(before.ranks()) - set(gained))
+        self.take_own(client, own)
+
+    def take_own(self, client: str, own: AdapterState) -> None:
+        """Factors of its own of blocks that are here."""
         if own:
             self.own[client] = self.own.get(client, AdapterState()).updated(own)
-
-    def moments_to_client(self, client: str, blocks: Sequence[int]) -> Moments:
-        """Moments of blocks that move to the client; shared moments stay with the others who share."""
-        own = self.moments.get(client, {})
-        leaving = moments_within(own, blocks)
-        self.moments[client] = {name: value for name, value in own.items() if name not in leaving}
-        return leaving
-
-    def moments_from_client(self, client: str, moments: Moments) -> None:
-        """Moments of blocks that the client gave up."""
-        if moments and self._per_client:
-            self.moments[client] = {**self.moments.get(client, {}), **moments}

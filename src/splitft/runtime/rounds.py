@@ -2,7 +2,8 @@
 
     for each round:
         1  the controller gives every client a cut; participants are drawn
-        2  every participant gets the global factors of the blocks that are new to it (start)
+        2  every participant gets the global factors of the blocks that are new to it (start);
+           one that does not say that it has moved keeps its old cut
         3  local steps: client and server each train their own blocks                  (train)
         4  client's factors [0, k) + server's factors [k, L) for it = a full set, whatever its cut
         5  aggregation per block and target, weighted by labelled tokens               (aggregate)
@@ -124,7 +125,7 @@ def train_rounds(
             number, state, old_cuts, participants, server, federation, ranks, training, listener, bounds,
             aggregation,
         )  # fmt: skip
-        listener(schedule.charge(number, participants, old_cuts, cuts))
+        listener(schedule.charge(number, participants, old_cuts, state.cuts))
         evaluated = _evaluated(number, federation)
         listener(evaluated)
         state = replace(state, losses=evaluated.by_client)
@@ -153,23 +154,26 @@ def _round(
     aggregation: AggregateSpec,
 ) -> tuple[RunState, list[str]]:
     """One round of training and aggregation: the next global factors, and whose training is in them."""
-    clients, cuts = list(state.cuts), state.cuts
-    server.place(cuts)
-    starts = {}
-    for name in clients if cuts != old_cuts else participants:
-        gained = Span(0, cuts[name]).minus(Span(0, old_cuts[name]))
-        moments = server.kept.moments_to_client(name, gained)
-        starts[name] = RoundStart(
+    clients, asked = list(state.cuts), state.cuts
+    gained = {name: Span(0, asked[name]).minus(Span(0, old_cuts[name])) for name in clients}
+    starts = {
+        name: RoundStart(
             round=number,
-            cut=cuts[name],
-            adapters=server.kept.own_to_client(name, state.adapters.within(gained)),
-            moments=moments,
-            folded=state.folded.within(gained),
+            cut=asked[name],
+            adapters=server.kept.personal(name, state.adapters.within(gained[name])),
+            moments=server.kept.moments_of(name, gained[name]),
+            folded=state.folded.within(gained[name]),
         )
+        for name in (clients if asked != old_cuts else participants)
+    }
     there = federation.start(starts)
     for name, ready in there.items():
-        server.kept.moments_from_client(name, ready.moments)
-        server.kept.own_from_client(name, ready.own)
+        server.kept.moved(name, gained[name], ready.moments, ready.own)
+    cuts = {name: asked[name] if name in there else old_cuts[name] for name in clients}
+    if stayed := [name for name in clients if cuts[name] != asked[name]]:
+        reason = f"{', '.join(stayed)} did not come with the others, and keeps the cut it had"
+        listener(CutsChanged(round=number, cuts=cuts, reason=reason))
+    server.place(cuts)
     participants = [name for name in participants if name in there]
     server.start(number, participants, state.adapters, state.folded)
 
