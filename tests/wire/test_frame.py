@@ -264,7 +264,7 @@ BAD_TABLES = {
     "offsets of floats": {"x": _at(0, 8, data_offsets=[0.0, 8.0])},
     "beyond 64 bits": {"x": _at(0, 8, data_offsets=[0, 2**64])},
     "metadata": {"__metadata__": {"a": "b"}, "x": _at(0, 8)},
-    "nine parts": {f"x#{letter}": _at(8 if letter > "a" else 0, 8) for letter in "abcdefghi"},
+    "eleven parts": {f"x#{letter}": _at(8 if letter > "a" else 0, 8) for letter in "abcdefghijk"},
     "a list": [],
     "no JSON": b"{x",
     "a name twice": b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'

@@ -39,12 +39,11 @@ def class_of(spread: NDArray[np.float64]) -> Integers:
     return classes
 
 
-def expected_bits(classes: Integers) -> float:
-    """Mean bits of a symbol, if symbols are as their classes say."""
+def taken_bits(codes: NDArray[np.int16], classes: Integers) -> float:
+    """Bits that codes (S, L) take with the class of each line (S,), but for the lanes' states."""
     share, _, _ = _tables()
-    chance = share / (1 << _PRECISION)
-    entropy = -(chance * np.log2(chance)).sum(1)
-    return float(entropy[classes].mean())
+    chance = share[classes[:, None], codes.astype(np.int64) + LARGEST]
+    return float(_PRECISION * codes.size - np.log2(chance).sum())
 
 
 def encode(codes: NDArray[np.int16], classes: Integers) -> bytes:

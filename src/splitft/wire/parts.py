@@ -42,7 +42,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_DIMENSIONS = 8
 MAX_LENGTH = 2**40
 """Longest dimension of a tensor."""
-MAX_PARTS = 8
+MAX_PARTS = 10
 """Stored tensors of one logical tensor, at most."""
 MAX_PARAMETERS = 8
 MAX_NAME = 300

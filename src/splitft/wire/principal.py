@@ -1,14 +1,16 @@
 """Hidden states along their principal axes, in as many bits as a user gives; 2 are 16 times less than fp32.
 
     row x = s u,  s = rms of the row                             1 byte
-    y = (u - mean) B, B the principal axes of earlier rows       energy gathers in few numbers
+    y = (u - mean) B, B the principal axes of earlier rows       energy gathers in few numbers (`axes`)
     codes = round(y / step), one step for all D                  the same error wherever it falls
     entropy coding by each axis's spread                         `entropy`: little spread costs little
 
 That is transform coding as textbooks have it: for a normal source and a given mean squared error no other
-linear map needs fewer bits (Goyal 2001, Theoretical foundations of transform coding). The sender learns
-mean, axes and spreads from the first rows of a stream, which travel as int4, and sends them once: D^2 bytes.
-The step follows the bits that the messages before took. Rows unlike what was learnt travel apart, as int8.
+linear map needs fewer bits (Goyal 2001, Theoretical foundations of transform coding). The first rows of a
+stream travel as int4; then its sender sends mean, axes and spreads, D^2 bytes, and again whenever it has
+learnt them better. The step follows the bits that the messages before took. Rows that are unlike what was
+learnt, and hidden states of tokens that attention rests on, which are hundreds of times longer than others
+and alike among themselves, travel apart, as int4.
 """
 
 from __future__ import annotations
@@ -22,48 +24,17 @@ import torch
 
 from splitft.errors import WireError
 from splitft.wire import entropy
+from splitft.wire.axes import Axes, learn, sinks
 from splitft.wire.parts import Encoded, Parameter, Part
 from splitft.wire.passage import Memory, Passage
-from splitft.wire.quantise import Int8, Packed, scale_bytes, steps_of, top_of
+from splitft.wire.quantise import Packed, scale_bytes, steps_of, top_of
 from splitft.wire.rows import as_rows, sizes
 
-LEARNT_ROWS = 2
-"""Rows that axes are learnt from, over the width."""
 LONE = 9.0
 """A row goes apart if its mean square, in units of each axis's spread, is above this."""
-UNLIKE = 3.0
-"""Rows longer than this many times the median are not learnt from."""
-LEAST_SPREAD = 0.1
-"""Axes of less spread, in steps, are not coded: they are nought."""
 LEAST_RANDOM_BITS = 3.0
 """Gradients in fewer bits are rounded to the nearest: random rounding is too coarse there."""
 _PLAIN, _FIRST, _CODED = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Axes:
-    """What was learnt of a stream, as both ends have it."""
-
-    basis: torch.Tensor
-    """(D, D): a column for each axis."""
-    mean: torch.Tensor
-    """(D,)."""
-    spread: torch.Tensor
-    """(D,): standard deviation along each axis."""
-
-    @classmethod
-    def of(cls, codes: torch.Tensor, facts: torch.Tensor) -> Axes:
-        """From int8 columns (D, D) and (3, D): their scales, the mean, the spreads."""
-        return cls(codes.float() * facts[0], facts[1], facts[2])
-
-    def coded(self, step: float) -> torch.Tensor:
-        """(D,): which axes have enough spread to be coded."""
-        return self.spread >= LEAST_SPREAD * step
-
-    def classes(self, step: float) -> entropy.Integers:
-        """Of the coded axes."""
-        spread: np.ndarray = self.spread[self.coded(step)].double().numpy() / step
-        return entropy.class_of(spread)
 
 
 @dataclass(frozen=True)
@@ -80,52 +51,48 @@ class Principal:
         return rows * width * self.bits / 8
 
     def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
-        """Codes of any length, a scale a row, rows apart, and with the first the axes."""
+        """Codes of any length, a scale a row, rows apart, and with new axes the axes."""
         rows, width = sizes(shape)
-        stage, apart = parameters.get("stage"), parameters.get("apart")
+        stage, lone = parameters.get("stage"), parameters.get("lone")
         if stage == _PLAIN:
-            return _EARLY.layout(shape, parameters)
-        if stage not in (_FIRST, _CODED) or not isinstance(apart, int) or not 0 <= apart <= rows:
-            raise WireError(f"principal: no message is of stage {stage!r} with {apart!r} rows apart")
+            return _INT4.layout(shape, parameters)
+        if stage not in (_FIRST, _CODED) or not isinstance(lone, int) or not 0 <= lone <= rows:
+            raise WireError(f"principal: no message is of stage {stage!r} with {lone!r} rows apart")
         step = parameters.get("step")
         if not isinstance(step, float) or not 0 < step < math.inf:
             raise WireError(f"principal: the step is {step!r}; it must be a number above 0")
         top_of(parameters)
-        inner = Int8().layout((apart, width), {})
         parts = {
             "codes": Part(torch.uint8, (4 * rows * width + 64,), at_most=True),
             "scales": Part(torch.uint8, (rows,)),
-            "places": Part(torch.int32, (apart,)),
-            "apart_codes": inner["codes"],
-            "apart_scales": inner["scales"],
+            "places": Part(torch.int32, (lone,)),
         }
+        if lone:
+            inner = _INT4.layout((lone, width), {"top": parameters.get("lone_top", "")})
+            parts |= {f"lone_{name}": part for name, part in inner.items()}
         if stage == _FIRST:
             parts |= {"basis": Part(torch.int8, (width, width)), "facts": Part(torch.float32, (3, width))}
         return parts
 
     def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
-        """Learn until enough is known, then code."""
+        """Learn, and code along what is known."""
         rows, memory = as_rows(tensor), passage.memory
-        parts: dict[str, torch.Tensor] = {}
-        stage = _CODED
-        if memory is not None and "basis" not in memory:
-            stage = _FIRST if _learn(rows, memory, self.bits) else _PLAIN
-            if stage == _FIRST:
-                parts = {"basis": memory["basis"], "facts": memory["facts"]}
-        if memory is None or stage == _PLAIN:
-            early = _EARLY.encode(rows, passage)
+        new = memory is not None and bool(rows.numel()) and learn(rows, memory)
+        if memory is None or "basis" not in memory:
+            early = _INT4.encode(rows, passage)
             parts, parameters = dict(early.parts), {**early.parameters, "stage": _PLAIN}
         else:
-            coded, parameters = self._coded(rows, memory, passage)
-            parts |= coded
-            parameters["stage"] = stage
+            parts, parameters = self._coded(rows, memory, passage, new)
+            parameters["stage"] = _FIRST if new else _CODED
+            if new:
+                parts |= {"basis": memory["basis"], "facts": memory["facts"]}
         return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), parts, parameters)
 
     def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
         """The other way round. Raises WireError for axes that never came, and codes that do not fit them."""
         shape, parts = encoded.shape, encoded.parts
         if encoded.parameters["stage"] == _PLAIN:
-            return _EARLY.decode(encoded, dtype, passage)
+            return _INT4.decode(encoded, dtype, passage)
         axes, step = self._axes(encoded, passage), float(encoded.parameters["step"])
         if encoded.parameters["stage"] == _FIRST and passage.memory is not None:
             passage.memory.update(basis=parts["basis"].clone(), facts=parts["facts"].clone())
@@ -138,13 +105,14 @@ class Principal:
         y[:, axes.coded(step)] = torch.from_numpy(codes.astype(np.float32)) * step
         scales = steps_of(parts["scales"], top_of(encoded.parameters))
         x = torch.addmm(axes.mean, y, axes.basis.T) * scales[:, None]
-        x[places] = Int8().decode(self._apart(encoded), torch.float32, passage)
+        if len(places):
+            x[places] = _INT4.decode(_lone(encoded), torch.float32, passage)
         return x.reshape(shape).to(dtype)
 
     def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
         """(N,): half a step an axis (a whole one at random), and what int8 took from the axes themselves."""
         if encoded.parameters["stage"] == _PLAIN:
-            return _EARLY.error_bound(encoded, passage)
+            return _INT4.error_bound(encoded, passage)
         axes, step = self._axes(encoded, passage), float(encoded.parameters["step"])
         basis = axes.basis.double()
         slack = float(torch.linalg.matrix_norm(torch.eye(len(basis)) - basis @ basis.T, 2))
@@ -156,8 +124,8 @@ class Principal:
         )
         u = decoded.reshape(len(scales), -1) / scales[:, None] - axes.mean
         bound: torch.Tensor = (slack * u.norm(dim=1) + rounding) / (1 - slack) * scales * (1 + 1e-4)
-        places = encoded.parts["places"].long()
-        bound[places] = Int8().error_bound(self._apart(encoded), passage)
+        if len(places := encoded.parts["places"].long()):
+            bound[places] = _INT4.error_bound(_lone(encoded), passage)
         return bound
 
     def _axes(self, encoded: Encoded, passage: Passage) -> Axes:
@@ -169,80 +137,58 @@ class Principal:
             )
         return Axes.of(source["basis"], source["facts"])
 
-    def _apart(self, encoded: Encoded) -> Encoded:
-        parts = {"codes": encoded.parts["apart_codes"], "scales": encoded.parts["apart_scales"]}
-        shape = (len(encoded.parts["places"]), sizes(encoded.shape)[1])
-        return Encoded(encoded.role, "int8", torch.float32, shape, parts)
-
     def _coded(
-        self, rows: torch.Tensor, memory: Memory, passage: Passage
+        self, rows: torch.Tensor, memory: Memory, passage: Passage, new: bool
     ) -> tuple[dict[str, torch.Tensor], dict[str, Parameter]]:
-        """Rows in axes that are known, and the step for the next ones."""
-        axes, step = Axes.of(memory["basis"], memory["facts"]), float(memory["step"])
+        """Rows along known axes; `memory` gets the step for the next ones."""
+        axes = Axes.of(memory["basis"], memory["facts"])
         scales, top = scale_bytes(rows.square().mean(1).sqrt())
         y = (rows / steps_of(scales, top)[:, None] - axes.mean) @ axes.basis
+        apart = sinks(rows) if passage.role == "hidden" else torch.zeros(len(rows), dtype=torch.bool)
+        step = self._first_step(axes, y[~apart]) if new else float(memory["step"])
         exact = y / step
         at_random = passage.unbiased and self.bits >= LEAST_RANDOM_BITS
         codes = (exact + passage.uniform(exact)).floor() if at_random else exact.round()
         active = axes.coded(step)
-        unlike = (y / axes.spread.clamp_min(step / 4)).square().mean(1) > LONE
-        beyond = (codes.abs() > entropy.LARGEST).any(1) | (exact[:, ~active].abs() > 0.5).any(1)
-        apart = torch.nonzero(unlike | beyond)[:, 0]
-        codes[apart] = 0
+        apart |= (y / axes.spread.clamp_min(step / 4)).square().mean(1) > LONE
+        apart |= (codes.abs() > entropy.LARGEST).any(1) | (exact[:, ~active].abs() > 0.5).any(1)
+        places = torch.nonzero(apart)[:, 0]
+        codes[places] = 0
         packed = _in_lanes(codes[:, active].to(torch.int16).numpy(), axes.classes(step))
-        inner = Int8().encode(rows[apart], passage)
         parts = {
             "codes": torch.frombuffer(bytearray(packed), dtype=torch.uint8),
             "scales": scales,
-            "places": apart.to(torch.int32),
-            "apart_codes": inner.parts["codes"],
-            "apart_scales": inner.parts["scales"],
+            "places": places.to(torch.int32),
         }
-        bits = 8 * sum(part.numel() * part.element_size() for part in parts.values()) / max(1, rows.numel())
-        change = min(1.0, max(-1.0, bits - self.bits))
+        parameters: dict[str, Parameter] = {"step": step, "top": top, "lone": len(places)}
+        if len(places):
+            inner = _INT4.encode(rows[places], passage)
+            parts |= {f"lone_{name}": part for name, part in inner.parts.items()}
+            parameters["lone_top"] = inner.parameters["top"]
+        taken = 8 * sum(part.numel() * part.element_size() for part in parts.values())
+        change = min(1.0, max(-1.0, taken / max(1, rows.numel()) - self.bits))
         memory["step"] = torch.tensor(step * 2.0**change, dtype=torch.float64)
-        return parts, {"step": step, "top": top, "apart": len(apart)}
+        return parts, parameters
+
+    def _first_step(self, axes: Axes, y: torch.Tensor) -> float:
+        """The step with which these rows (N, D) take the bits asked for, scales and lanes' states and all."""
+        room = self.bits * y.numel() - 24 * len(y)
+        low, high = 1e-4, 1e2
+        for _ in range(20):
+            step = math.sqrt(low * high)
+            low, high = (step, high) if axes.bits(y, step) > room else (low, step)
+        return math.sqrt(low * high)
 
 
-_EARLY = Packed("int4", 4)
+_INT4 = Packed("int4", 4)
 
 
-def _learn(rows: torch.Tensor, memory: Memory, bits: float) -> bool:
-    """Take in rows; with enough of them, settle mean, axes, spreads and the first step."""
-    width = rows.shape[1]
-    length = rows.square().mean(1).sqrt()
-    if len(rows):
-        like = length <= UNLIKE * length.median()
-        u = (rows / length.clamp_min(1e-30)[:, None])[like]
-        fresh = {"count": torch.tensor(float(len(u))), "sum": u.sum(0), "outer": u.T @ u}
-        for name, value in fresh.items():
-            memory[name] = memory[name] + value if name in memory else value
-    if float(memory.get("count", torch.zeros(()))) < LEARNT_ROWS * width:
-        return False
-    count, total, outer = (memory.pop(name).double() for name in ("count", "sum", "outer"))
-    mean = total / count
-    energy, axes = torch.linalg.eigh(outer / count - torch.outer(mean, mean))
-    columns = axes.abs().amax(0) / 127
-    codes = (axes / columns).round().to(torch.int8)
-    spread = energy.clamp_min(1e-12).sqrt()
-    memory["basis"] = codes
-    memory["facts"] = torch.stack([columns, mean, spread]).float()
-    memory["step"] = _first_step(spread, bits)
-    return True
-
-
-def _first_step(spread: torch.Tensor, bits: float) -> torch.Tensor:
-    """The step with which rows as they were learnt take these bits, scales and all."""
-    low, high = 1e-4, 1e2
-    numbers = spread.double().numpy()
-    for _ in range(30):
-        step = math.sqrt(low * high)
-        coded = numbers[numbers >= LEAST_SPREAD * step] / step
-        found = (
-            entropy.expected_bits(entropy.class_of(coded)) * len(coded) / len(numbers) if len(coded) else 0
-        )
-        low, high = (step, high) if found + 24 / len(numbers) > bits else (low, step)
-    return torch.tensor(math.sqrt(low * high), dtype=torch.float64)
+def _lone(encoded: Encoded) -> Encoded:
+    """The rows apart, as int4 has them."""
+    names = ("codes", "scales", "mean", "channels", "apart")
+    parts = {name: encoded.parts[f"lone_{name}"] for name in names}
+    shape = (len(encoded.parts["places"]), sizes(encoded.shape)[1])
+    return Encoded(encoded.role, "int4", torch.float32, shape, parts, {"top": encoded.parameters["lone_top"]})
 
 
 def _in_lanes(codes: np.ndarray, classes: entropy.Integers) -> bytes:

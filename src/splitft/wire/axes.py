@@ -1,0 +1,96 @@
+"""Principal axes of a stream, learnt from its rows, and again each time there are three times as many.
+
+    rows in units of their rms --> count, sum, outer product (the sender keeps them)
+                               --> mean, axes by falling energy, spread along each (both ends have them)
+
+Of n rows of width D the covariance is known to about D/n: the axes of least energy are those of chance, and
+rows that come later have more energy along them than those that were learnt from. So axes are learnt again
+while the stream goes on, at intervals that grow as fast as it does; and the covariance is drawn in towards
+one that is the same in all directions (Ledoit and Wolf 2004, A well-conditioned estimator for
+large-dimensional covariance matrices), by less the more rows there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from splitft.wire import entropy
+from splitft.wire.passage import Memory
+
+LEARNT_ROWS = 2
+"""Rows that axes are first learnt from, over the width."""
+AGAIN = 3
+"""They are learnt again when there are this many times as many rows."""
+DRAWN_IN = 0.1
+"""How far the covariance is drawn in, over D / n."""
+SINK = 3.0
+"""Rows longer than this many times the median are not learnt from."""
+LEAST_SPREAD = 0.1
+"""Axes of less spread, in steps, are not coded: they are nought."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What was learnt of a stream, as both ends have it."""
+
+    basis: torch.Tensor
+    """(D, D): a column for each axis."""
+    mean: torch.Tensor
+    """(D,)."""
+    spread: torch.Tensor
+    """(D,): standard deviation along each axis."""
+
+    @classmethod
+    def of(cls, codes: torch.Tensor, facts: torch.Tensor) -> Axes:
+        """From int8 columns (D, D) and (3, D): their scales, the mean, the spreads."""
+        return cls(codes.float() * facts[0], facts[1], facts[2])
+
+    def coded(self, step: float) -> torch.Tensor:
+        """(D,): which axes have enough spread to be coded."""
+        return self.spread >= LEAST_SPREAD * step
+
+    def classes(self, step: float) -> entropy.Integers:
+        """Of the coded axes."""
+        spread: np.ndarray = self.spread[self.coded(step)].double().numpy() / step
+        return entropy.class_of(spread)
+
+    def bits(self, y: torch.Tensor, step: float) -> float:
+        """Bits that rows y (N, D) along the axes take with this step, all together."""
+        codes = (y[:, self.coded(step)] / step).round().clamp(-entropy.LARGEST, entropy.LARGEST)
+        return entropy.taken_bits(codes.to(torch.int16).numpy().T, self.classes(step))
+
+
+def sinks(rows: torch.Tensor) -> torch.Tensor:
+    """(N,): rows far longer than others, as those of tokens that attention rests on."""
+    length = rows.square().mean(1).sqrt()
+    return length > SINK * length.median() if len(rows) else torch.zeros(0, dtype=torch.bool)
+
+
+def learn(rows: torch.Tensor, memory: Memory) -> bool:
+    """Take in rows (N, D); whether `basis` and `facts` of the memory are new by that.
+
+    Also kept there: `count`, `sum` (D,) and `outer` (D, D) of all rows so far, and `due`, the count at
+    which axes are learnt next.
+    """
+    width = rows.shape[1]
+    rows = rows[~sinks(rows)]
+    u = rows / rows.square().mean(1).sqrt().clamp_min(1e-30)[:, None]
+    fresh = {"count": torch.tensor(float(len(u))), "sum": u.sum(0), "outer": u.T @ u}
+    for name, value in fresh.items():
+        memory[name] = memory[name] + value if name in memory else value
+    count = float(memory["count"])
+    if count < float(memory.get("due", torch.tensor(float(LEARNT_ROWS * width)))):
+        return False
+    memory["due"] = torch.tensor(AGAIN * count)
+    mean = memory["sum"].double() / count
+    covariance = memory["outer"].double() / count - torch.outer(mean, mean)
+    share = min(1.0, DRAWN_IN * width / count)
+    drawn = (1 - share) * covariance + share * covariance.diagonal().mean() * torch.eye(width)
+    energy, axes = torch.linalg.eigh(drawn)
+    columns = axes.abs().amax(0) / 127
+    memory["basis"] = (axes / columns).round().to(torch.int8)
+    memory["facts"] = torch.stack([columns, mean, energy.clamp_min(1e-12).sqrt()]).float()
+    return True
