@@ -6,8 +6,11 @@
 
 Every wire trains on the same batches from the same start as the exact wire (fp32) of the same text and seed,
 so the change of held-out perplexity is paired; by the contract of the algorithm the exact run is the same at
-every cut, and is made once. Codecs that learn (axes, differences) pay for learning in the first steps: MB are
-given for the whole run and for its last steps.
+every cut, and is made once. Codecs that learn (axes, differences) pay for learning in the first steps and,
+ever more rarely, later: MB are given for the whole run, and as the median of its second half's steps.
+
+Each run is a part, kept as JSON in the work folder: a stopped benchmark goes on where it was, and runs of
+different texts may be made side by side (`--texts`) and tabled together.
 """
 
 from __future__ import annotations
@@ -15,11 +18,11 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from measuring import REPOSITORY, begin, options, section, table
+from measuring import REPOSITORY, Parts, begin, options, section, table
 from splitft.assemble import prepare
 from splitft.assemble.quiet import quiet
 from splitft.config import from_mapping
@@ -36,7 +39,6 @@ EMBEDDED = {"python-docs": {"source": "python-docs", "max_tokens": 128}}
 """Where the texts above are not at hand."""
 EXACT = ("fp32", "fp32")
 WIRES = [
-    ("bf16", "bf16"),
     ("int8", "int8"),
     ("int4", "int4"),
     ("principal:bits=5", "principal:bits=3"),
@@ -44,15 +46,15 @@ WIRES = [
     ("principal:bits=3", "principal:bits=1"),
 ]
 MORE_WIRES = [
+    ("bf16", "bf16"),
     ("fp8", "fp8"),
     ("int2", "int2"),
     ("int4", "topk"),
+    ("principal", "principal"),
     ("principal", "int2"),
     ("bounded:rel=0.1", "bounded:rel=0.5"),
     ("temporal", "int8"),
 ]
-LAST = 3
-"""Steps at the end of a run that bytes are counted in."""
 GOALS = ((4, 0.1), (8, 0.5), (16, 1.5))
 """Times fewer bytes than fp32, and the rise of perplexity allowed, in percent."""
 
@@ -68,7 +70,7 @@ class Outcome:
     mb: float
     """MB of hidden states and gradients for 1,000 tokens, over the run."""
     last_mb: float
-    """The same in its last steps, when all is learnt."""
+    """The same of a step, as the median of the run's second half: most is learnt by then."""
 
 
 def outcome(text: dict[str, object], wire: Sequence[str], cut: int, seed: int, steps: int) -> Outcome:
@@ -76,10 +78,12 @@ def outcome(text: dict[str, object], wire: Sequence[str], cut: int, seed: int, s
     hidden, gradient = wire
     config = from_mapping({
         "model": {"dtype": "bfloat16"},
-        "data": {**text, "max_examples": 400, "holdout": 0.08, "eval_examples": 32},
+        "data": {**text, "max_examples": 600, "holdout": 0.1, "eval_examples": 60},
         "clients": {"count": 1, "cuts": cut, "shares": {"by": "iid"}},
         "lora": {"rank_at_cut": None},
-        "training": {"rounds": 1, "steps": steps, "batch_size": 6},
+        "training": {
+            "rounds": 1, "steps": steps, "batch_size": 6, "lr": 5e-4, "schedule": "cosine", "warmup": 2,
+        },
         "wire": {"hidden": hidden, "gradient": gradient, "in_process": "bytes"},
         "seed": seed,
     })  # fmt: skip
@@ -95,7 +99,8 @@ def outcome(text: dict[str, object], wire: Sequence[str], cut: int, seed: int, s
     exact = replace(prepared.terms, wire=WireSpec(hidden="fp32", gradient="fp32"))
     found = Simulation(prepared.server, prepared.clients, exact).evaluate().values()
     loss = sum(one.loss for one in found) / sum(one.tokens for one in found)
-    return Outcome(math.exp(loss), math.exp(through), _mb(taken), _mb(taken[-LAST:]))
+    usual = statistics.median(_mb([step]) for step in taken[len(taken) // 2 :])
+    return Outcome(math.exp(loss), math.exp(through), _mb(taken), usual)
 
 
 def _mb(steps: Sequence[StepDone]) -> float:
@@ -113,7 +118,7 @@ class Cell:
     cut: int
     wire: tuple[str, str]
     less: float
-    """Times fewer bytes than fp32 in the last steps."""
+    """Times fewer bytes than fp32, by `last_mb`."""
     mb: float
     last_mb: float
     rises: tuple[float, ...]
@@ -123,16 +128,24 @@ class Cell:
 
 
 def measure(
-    texts: dict[str, dict[str, object]], cuts: Sequence[int], wires: Sequence[tuple[str, str]],
-    seeds: Iterable[int], steps: int,
+    parts: Parts, texts: dict[str, dict[str, object]], cuts: Sequence[int], wires: Sequence[tuple[str, str]],
+    seeds: Sequence[int], steps: int,
 ) -> list[Cell]:  # fmt: skip
+    """Every wire on every text at every cut."""
+
+    def made(name: str, wire: tuple[str, str], cut: int, seed: int) -> Outcome:
+        def make() -> dict[str, float]:
+            return asdict(outcome(texts[name], wire, cut, seed, steps))
+
+        key = f"{name} {' '.join(wire)} cut {cut} seed {seed} steps {steps}"
+        return Outcome(**parts.of(key, make))
+
     cells = []
-    seeds = list(seeds)
-    for name, text in texts.items():
-        exact = {seed: outcome(text, EXACT, cuts[0], seed, steps) for seed in seeds}
+    for name in texts:
+        exact = {seed: made(name, EXACT, cuts[0], seed) for seed in seeds}
         for cut in cuts:
             for wire in wires:
-                found = {seed: outcome(text, wire, cut, seed, steps) for seed in seeds}
+                found = {seed: made(name, wire, cut, seed) for seed in seeds}
                 mean = statistics.fmean
                 last = mean(one.last_mb for one in found.values())
                 cells.append(Cell(
@@ -150,9 +163,12 @@ def _percent(found: float, wanted: float) -> float:
     return 100 * (found / wanted - 1)
 
 
-def _range(values: Sequence[float]) -> str:
-    middle = statistics.fmean(values)
-    return f"{middle:+.2f}" + (f" ({min(values):+.2f} to {max(values):+.2f})" if len(values) > 1 else "")
+def _spread(values: Sequence[float]) -> str:
+    """Mean and its standard error."""
+    if len(values) < 2:
+        return f"{values[0]:+.2f}"
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.fmean(values):+.2f} ± {error:.2f}"
 
 
 def verdicts(cells: Sequence[Cell]) -> dict[str, str]:
@@ -221,11 +237,15 @@ def pareto(cells: Sequence[Cell]) -> str:
 
 def _options() -> argparse.Namespace:
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=14, help="training steps of each run")
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from --seed on")
+    parser.add_argument("--steps", type=int, default=16, help="training steps of each run")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
     parser.add_argument("--cuts", type=int, nargs="+", default=[2, 8, 15])
     parser.add_argument("--wires", nargs="+", help="hidden/gradient pairs, such as int4/int2")
     parser.add_argument("--all", action="store_true", help="every codec, also those far from the front")
+    parser.add_argument("--texts", nargs="+", help="some of the texts: E2E, WikiText-2")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/codec-quality"), help="finished runs are kept here"
+    )
     parser.add_argument("--plot", type=Path, help="write the Pareto plot there (SVG)")
     return parser.parse_args()
 
@@ -234,33 +254,36 @@ def main() -> None:
     chosen = _options()
     begin(chosen.seed, chosen.threads)
     texts = {name: text for name, text in TEXTS.items() if Path(str(text["source"])).is_file()} or EMBEDDED
+    texts = {name: text for name, text in texts.items() if name in (chosen.texts or texts)}
     wires = WIRES + (MORE_WIRES if chosen.all else [])
     if chosen.wires:
         wires = [(hidden, gradient) for hidden, _, gradient in (one.partition("/") for one in chosen.wires)]
     cuts, steps = chosen.cuts, chosen.steps
     if chosen.quick:
-        texts, cuts, steps, wires = dict([next(iter(texts.items()))]), cuts[:1], 3, wires[1:2] + wires[-1:]
-    cells = measure(texts, cuts, wires, range(chosen.seed, chosen.seed + chosen.seeds), steps)
+        texts, cuts, steps, wires = dict([next(iter(texts.items()))]), cuts[:1], 3, wires[:2]
+    seeds = range(chosen.seed, chosen.seed + (1 if chosen.quick else chosen.seeds))
+    cells = measure(Parts(chosen.work), texts, cuts, wires, seeds, steps)
     if chosen.plot:
         chosen.plot.parent.mkdir(parents=True, exist_ok=True)
         chosen.plot.write_text(pareto(cells), encoding="utf-8")
     rows = [
         (
             cell.text, cell.cut, *cell.wire, f"{cell.last_mb:.2f}", f"{cell.mb:.2f}", f"{cell.less:.1f}",
-            _range(cell.rises), _range(cell.through),
+            _spread(cell.rises), _spread(cell.through),
         )
         for cell in cells
     ]  # fmt: skip
     head = (
-        "text", "cut", "hidden", "gradient", "MB / 1,000 tokens, last steps", "whole run",
+        "text", "cut", "hidden", "gradient", "MB / 1,000 labelled tokens", "whole run",
         "times fewer than fp32", "perplexity of what was learnt, %", "through the codec, %",
     )  # fmt: skip
     print(
         section(
             "Quality against bytes on the wire",
             {
-                "config": f"smollm2-135m, bf16, LoRA rank 16 on attention, {steps} steps of 6 sequences",
-                "seeds": f"{chosen.seeds} from {chosen.seed}; range over seeds in brackets",
+                "config": f"smollm2-135m, bf16, LoRA rank 16 on attention, {steps} steps of 6 sequences, "
+                "lr 5e-4 after 2 steps of warm-up, cosine; 60 held-out examples",
+                "seeds": f"{', '.join(map(str, seeds))}; mean and its standard error",
                 "pairing": "every run against the exact wire (fp32) of the same text, seed and batches",
                 **verdicts(cells),
             },
