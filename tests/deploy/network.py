@@ -7,8 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from laws.federations import Scripted
 from splitft.assemble import Prepared
 from splitft.deploy.carrier import Carrier, Direct
 from splitft.deploy.desk import Desk
@@ -77,8 +79,13 @@ def deployed(
     impostors: Mapping[str, Callable[[Desk, Prepared], None]] | None = None,
     guards: Mapping[str, Guard] | None = None,
     manifest: tuple[BaseFile, ...] = (),
+    controller: Callable[[int, Mapping[str, int]], Mapping[str, int]] = lambda number, cuts: cuts,
+    kept: Path | None = None,
 ) -> Outcome:
-    """All rounds over a network of threads; `carriers` wrap a site's own, `impostors` play a site by hand."""
+    """All rounds over a network of threads; `carriers` wrap a site's own, `impostors` play a site by hand.
+
+    `controller` chooses cuts; sites keep what they need in folders of `kept`.
+    """
     carriers, impostors = carriers or {}, impostors or {}
     names = [client.name for client in prepared.clients]
     desk = Desk(names, LINK, prepared.terms, LIMIT, BATCH_TOKENS)
@@ -90,7 +97,8 @@ def deployed(
             carrier = carriers.get(client.name, lambda own: own)(Direct(client.name, desk.answer))
             visit = Visit(
                 hello(client.name), carrier, LINK, prepared.terms, LIMIT,
-                lambda cut, client=client: client, Keeping(None), patience_s=30, alive_every_s=0.3,
+                lambda cut, client=client: client, Keeping(kept and kept / client.name),
+                patience_s=30, alive_every_s=0.3,
                 guard=(guards or {}).get(client.name),
                 in_flight=min(prepared.config.training.in_flight, prepared.config.training.micro_batches),
             )  # fmt: skip
@@ -108,7 +116,7 @@ def deployed(
     try:
         outcome.state = train_rounds(
             state, prepared.server, gathering, prepared.ranks, prepared.config.training,
-            prepared.pace, outcome.events.append, lambda state: None,
+            Scripted(prepared.pace, controller), outcome.events.append, lambda state: None,
             aggregation=prepared.config.aggregate,
         )  # fmt: skip
     except Exception as error:

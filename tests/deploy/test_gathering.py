@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 
 import pytest
 
 from deploy.network import SPEC, KilledError, deployed, kind_of
-from laws.federations import federation, largest_relative_difference, play, write_text
-from splitft.errors import CarrierError, PausedError
+from laws.federations import Losing, federation, largest_relative_difference, play, write_text
+from splitft.errors import CarrierError, ModelError, PausedError
 from splitft.geometry import Span
 
 TRAINING = {"rounds": 2, "steps": 4}
@@ -294,3 +295,94 @@ def test_a_site_that_is_stopped_in_the_middle_of_a_divided_step_keeps_its_whole_
     steps = [event.step for event in outcome.of("StepDone") if event.client == "client-2"]
     assert 0 < len(steps) < 24
     assert steps == list(range(len(steps)))
+
+
+# --- lost on the way to a new cut -------------------------------------------------------------------
+
+BY_ROUND = [[2, 2, 2], [3, 1, 2], [3, 1, 2], [1, 3, 2]]
+
+
+def moving(number, cuts):
+    return dict(zip(EVERYONE, BY_ROUND[number - 1], strict=True))
+
+
+class CutUntil:
+    """Its line is cut before its n-th message of a kind, until somebody says otherwise."""
+
+    def __init__(self, carrier, kind, nth, mended):
+        self._carrier, self._kind, self._left, self._mended = carrier, kind, nth, mended
+
+    def ask(self, data, within_s):
+        if self._left > 0:
+            self._left -= kind_of(data) == self._kind
+        if self._left <= 0 and not self._mended.is_set():
+            raise CarrierError("the line is cut")
+        return self._carrier.ask(data, within_s)
+
+
+class Mending:
+    """Lets a line be mended before its n-th message of a kind, and gives it a second to be heard."""
+
+    def __init__(self, carrier, kind, nth, mended):
+        self._carrier, self._kind, self._left, self._mended = carrier, kind, nth, mended
+
+    def ask(self, data, within_s):
+        self._left -= kind_of(data) == self._kind
+        if self._left <= 0 and not self._mended.is_set():
+            self._mended.set()
+            time.sleep(1.0)
+        return self._carrier.ask(data, within_s)
+
+
+@pytest.mark.parametrize("lost", ["client-1", "client-2"])  # to a deeper cut, to a shallower one
+def test_whose_line_is_cut_when_it_has_moved_comes_back_at_its_old_cut_with_all_it_had(
+    lost, tiny_llama, text, tmp_path
+):
+    """What is trained is what a simulation trains in which it was merely absent from that round."""
+    sections = {"training": {"rounds": 4, "steps": 3, "optimizer_state": "keep"}}
+    spec = SPEC.model_copy(update={"silence_s": 1.0})
+    mended = threading.Event()
+    carriers = {
+        lost: lambda carrier: CutUntil(carrier, "RoundReady", 2, mended),
+        "client-3": lambda carrier: Mending(carrier, "AdapterUpload", 2, mended),
+    }
+    prepared = federation(tiny_llama, text, BY_ROUND[0], **sections)
+    outcome = deployed(prepared, carriers, spec, controller=moving, kept=tmp_path)
+    assert outcome.error is None
+    assert outcome.states(lost) == ["lost", "back"], outcome.reasons(lost)
+    others = tuple(name for name in EVERYONE if name != lost)
+    assert outcome.participants() == [EVERYONE, others, EVERYONE, EVERYONE]
+    absent, _ = play(
+        federation(tiny_llama, text, BY_ROUND[0], **sections),
+        around=lambda simulation: Losing(simulation, lost, 2, moved=False),
+    )
+    assert difference(outcome.state, absent) < 1e-6
+
+
+def test_a_site_that_cannot_load_its_new_blocks_costs_nobody_time_and_is_back_in_the_next_round(
+    tiny_llama, text, tmp_path, monkeypatch
+):
+    sections = {"training": {"rounds": 4, "steps": 3, "optimizer_state": "keep"}}
+    prepared = federation(tiny_llama, text, BY_ROUND[0], **sections)
+    checkpoint, failures = prepared.clients[0].segment._checkpoint, []
+    read = checkpoint.read
+
+    def vanished(names):
+        if not failures:
+            failures.append(names)
+            raise ModelError("the disk is gone")
+        return read(names)
+
+    monkeypatch.setattr(checkpoint, "read", vanished)
+    began = time.monotonic()
+    outcome = deployed(prepared, controller=moving, kept=tmp_path)
+    assert time.monotonic() - began < SPEC.join_s / 4
+    assert outcome.error is None
+    assert outcome.states("client-1") == ["refused", "back"]
+    assert "client-1 did not manage RoundStart" in outcome.reasons("client-1")
+    assert outcome.participants() == [EVERYONE, EVERYONE[1:], EVERYONE, EVERYONE]
+    absent, _ = play(
+        federation(tiny_llama, text, BY_ROUND[0], **sections),
+        around=lambda simulation: Losing(simulation, "client-1", 2, moved=False),
+    )
+    assert difference(outcome.state, absent) < 1e-6

@@ -45,7 +45,7 @@ def federation(folder: Path, text: Path, cuts: Sequence[int], **sections: Mappin
     return prepare(from_mapping(base))
 
 
-class _Scripted:
+class Scripted:
     """The run's own clock, with cuts that a test chooses."""
 
     def __init__(self, pace: Any, controller: Any) -> None:
@@ -106,7 +106,7 @@ def play(
         around(prepared.simulation(tap)),
         prepared.ranks,
         prepared.config.training,
-        _Scripted(prepared.pace, controller),
+        Scripted(prepared.pace, controller),
         events.append,
         lambda state: None,
         prepared.config.privacy,

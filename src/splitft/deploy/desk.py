@@ -26,6 +26,7 @@ from splitft.protocol import (
     AdapterUpload,
     Alive,
     Declined,
+    Evaluate,
     Evaluation,
     HeadGradient,
     Hello,
@@ -35,7 +36,9 @@ from splitft.protocol import (
     Next,
     Refused,
     RoundReady,
+    RoundStart,
     Terms,
+    Train,
     Wait,
 )
 from splitft.runtime.line import Meter
@@ -90,6 +93,8 @@ class _Site:
     meter: Meter = field(default_factory=Meter)
     heard: float | None = None
     streams: Streams = field(default_factory=Streams)
+    owed: str = ""
+    """The order that it has fetched and has to answer."""
     coding: Lock = field(default_factory=Lock)
     """Held while its streams are read or written: its lanes have threads of their own."""
 
@@ -170,8 +175,11 @@ class Desk:
         if isinstance(message, Alive):
             return Wait()
         if isinstance(message, Next):
+            self._check_owed(site)
             return self._order(site)
         with self._changed:
+            if isinstance(message, RoundReady | AdapterUpload | Evaluation):
+                self._sites[site].owed = ""
             stale = any(isinstance(order, Join) for order in self._sites[site].orders)
             arrival = Arrival(site, message, stale)
             if self._closed is not None:
@@ -195,8 +203,17 @@ class Desk:
         with self._changed:
             self._changed.wait_for(lambda: bool(orders) or self._closed is not None, POLL_S)
             if orders:
-                return orders.popleft()
+                order = orders.popleft()
+                if isinstance(order, RoundStart | Train | Evaluate):
+                    self._sites[site].owed = type(order).__name__
+                return order
             return self._closed or Wait()
+
+    def _check_owed(self, site: str) -> None:
+        """Who asks what is next, but has not answered what it was asked, could not: nobody waits for it."""
+        if order := self._sites[site].owed:
+            self._sites[site].owed = ""
+            self._report(site, ProtocolError(f"{site} did not manage {order}; its own log says why"))
 
     def _report(self, site: str, error: SplitftError) -> None:
         with self._changed:
@@ -232,6 +249,7 @@ class Desk:
         """Forget the orders that the site has not fetched."""
         with self._changed:
             self._sites[site].orders.clear()
+            self._sites[site].owed = ""
 
     def silence_s(self, site: str) -> float:
         """Since when nothing was heard of the site; infinite if it never spoke."""

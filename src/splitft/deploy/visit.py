@@ -5,7 +5,7 @@
 Of a step in micro-batches, `in_flight` are underway at once: while one is at the server, the client works on
 another. The client is the same object as in simulation. What it needs beyond one link of the job chain, the
 moments of its optimizer, it keeps on its own disk. A refusal or a fault of its own in a round costs it that
-round: it goes on asking, and is told where the run is when the next one begins.
+round: it goes on asking, and does nothing until it is told where the run is when the next one begins.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from splitft.deploy.keeping import Keeping
 from splitft.deploy.site import Guard
 from splitft.errors import CarrierError, ForbiddenError, ProtocolError, SplitftError
 from splitft.protocol import (
+    AdapterUpload,
     Alive,
     Declined,
     Evaluate,
@@ -35,6 +36,7 @@ from splitft.protocol import (
     Message,
     Next,
     Refused,
+    RoundReady,
     RoundStart,
     Stop,
     Terms,
@@ -100,6 +102,7 @@ class Visit:
         self._flight = Flight((self._lane, *others), patience_s)
         self._alive = Lane(carrier, link, ALIVE_LANE, frame_limit)
         self._client: Client | None = None
+        self._knows = False  # where the run is
         self._streams = Streams(seed, self._name)
 
     def run(self) -> str:
@@ -118,7 +121,7 @@ class Visit:
             try:
                 order = self._ask(self._do(order))
             except _StoppedError:
-                order = self._ask(self._known().upload())
+                order = self._ask(self._kept(self._known().upload()))
             except CarrierError:
                 raise
             except ForbiddenError as error:
@@ -127,6 +130,7 @@ class Visit:
                 raise _LeftError(f"it declined: {error}") from error
             except SplitftError as error:
                 logger.warning("%s is out of this round: %s", self._name, error)
+                self._knows = False
                 if not isinstance(error, RefusedError):
                     time.sleep(1.0)
                 order = self._ask(Next(client=self._name))
@@ -147,14 +151,13 @@ class Visit:
         if isinstance(order, RoundStart):
             if self._guard is not None:
                 self._guard.move(order.cut)
-            return client.start(order)
+            return self._kept(client.start(order))
         if isinstance(order, Train):
             for _ in range(order.steps):
                 self._step(client)
-            return client.upload()
+            return self._kept(client.upload())
         if isinstance(order, GlobalAdapters):
             client.install(order)
-            self._keeping.keep(order.round, *client.kept())
             return asks
         if isinstance(order, Evaluate):
             for index in range(client.held_out_batches):
@@ -168,9 +171,16 @@ class Visit:
             self._guard.join(order.cut, order.manifest)
         if self._client is None:
             self._client = self._open(order.cut)
-        moments = self._keeping.moments_of(order.round, order.steps)
+        moments = self._keeping.moments_of(order.round, order.cut, order.steps)
         self._client.join(order, moments)
+        self._knows = True
         logger.info("%s joins after round %d with cut %d", self._name, order.round, order.cut)
+
+    def _kept(self, word: RoundReady | AdapterUpload) -> RoundReady | AdapterUpload:
+        """The word that it has moved, or has trained, once that is on disk."""
+        client = self._known()
+        self._keeping.keep(word.round, client.plan.cut, *client.kept())
+        return word
 
     def _step(self, client: Client) -> None:
         """One step: the next micro-batch leaves whenever a lane is free, and the oldest answer is next."""
@@ -205,7 +215,7 @@ class Visit:
         return answer
 
     def _known(self) -> Client:
-        if self._client is None:
+        if self._client is None or not self._knows:
             raise ProtocolError(f"{self._name}: an order came before Join")
         return self._client
 
