@@ -10,6 +10,7 @@ from splitft.assemble.pace import Pace
 from splitft.errors import ModelError, ScheduleError
 from splitft.protocol import RoundStart
 from splitft.runtime import train_rounds
+from splitft.schedule.rehearsal import rehearsal
 from splitft.tracking.events import CutsChanged, RoundTimed
 
 SLOW = {
@@ -67,6 +68,37 @@ def test_a_client_that_slows_down_is_relieved_in_the_next_round_and_the_model_do
     assert timed[1].seconds > of(before, RoundTimed)[1].seconds  # hit by the change
     assert timed[2].seconds < timed[1].seconds  # relieved
     assert largest_relative_difference(moved.adapters.tensors(), still.adapters.tensors()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "change", [{"link": 0.1}, {"compute": 0.1}], ids=["a link at a tenth of its rates", "a busy machine"]
+)
+def test_makespan_needs_one_round_to_know_of_a_change_and_none_to_act_on_it(run, change):
+    """It shows in the round it begins; the cuts of the next are those of who always knew."""
+    numbers = {
+        "block_forward_ms_per_token": 0.2,
+        "block_backward_ms_per_token": 0.2,
+        "head_ms_per_token": 0.1,
+    }
+    machines = {
+        "devices": {**SLOW, **numbers},
+        "server": {**SERVER, "block_forward_ms_per_token": 0.5, "block_backward_ms_per_token": 0.5},
+        "links": {"up_mbit_per_s": 2.0, "down_mbit_per_s": 2.0, "latency_ms": 1.0},
+    }
+    changes = [{"round": 2, "client": 2, **change}]
+    prepared, _, events = run(controller="makespan", changes=changes, **machines)
+    first, second = of(events, CutsChanged)
+    assert (first.round, second.round) == (1, 3)
+    assert list(first.cuts.values()) == [3, 3, 3]
+    assert list(second.cuts.values()) == [3, 1, 3]
+    pace = prepared.pace
+    foretold = rehearsal(pace.fleet.job, pace.fleet.at(2))
+    assert foretold(second.cuts) <= foretold(first.cuts)
+    timed = of(events, RoundTimed)
+    assert timed[1].seconds > timed[0].seconds
+    assert timed[2].seconds - timed[2].move_seconds == pytest.approx(foretold(second.cuts))
+    _, _, known = run(controller="makespan", changes=[{**changes[0], "round": 1}], **machines)
+    assert [change.cuts for change in of(known, CutsChanged)] == [second.cuts]
 
 
 def test_a_move_to_a_deeper_cut_is_charged_with_the_weights_it_loads(run):
