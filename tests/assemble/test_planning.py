@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from typer.testing import CliRunner
@@ -90,3 +91,49 @@ def test_asking_again_counts_nothing_anew_until_something_changes(settings, tmp_
     with pytest.raises(pytest.fail.Exception):
         plan(from_mapping(changed))
     assert len(calls) == 1
+
+
+@pytest.fixture
+def counting(tmp_path, monkeypatch):
+    """Plans with a cache of their own; what is in the list was counted from the text."""
+    monkeypatch.setenv("SPLITFT_CACHE", str(tmp_path / "cache"))
+    calls, gather = [], parties.gather
+    monkeypatch.setattr(parties, "gather", lambda config: calls.append(config) or gather(config))
+    return calls
+
+
+def test_other_machines_links_cuts_and_steps_count_no_text_anew(settings, counting):
+    plan(from_mapping(settings))
+    others = {"schedule": {"devices": "laptop"}, "clients": {"count": 3, "cuts": 2}, "training": {"steps": 7}}
+    for name, section in others.items():
+        plan(from_mapping({**settings, name: section}))
+    assert len(counting) == 1
+    of_steps = [plan(from_mapping({**settings, "training": {"steps": n}})) for n in (10, 20)]
+    shorter, longer = (one.choices[0].round_seconds for one in of_steps)
+    assert longer > 1.5 * shorter
+
+
+def test_what_was_counted_of_another_text_is_not_used(settings, counting, tmp_path):
+    first = plan(from_mapping(settings))
+    file = tmp_path / "notes.jsonl"
+    before, text = file.stat(), file.read_text(encoding="utf-8")
+    words = text.replace("fever", "a b c")  # as many bytes, written at the same time
+    file.write_text(words, encoding="utf-8")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    second = plan(from_mapping(settings))
+    assert len(counting) == 2
+    file.write_text(text * 2, encoding="utf-8")
+    plan(from_mapping(settings))
+    assert len(counting) == 3
+    file.write_text(text, encoding="utf-8")
+    assert plan(from_mapping(settings)) == first
+    assert len(counting) == 3
+    assert second.blocks == first.blocks
+
+
+def test_a_machine_that_is_measured_is_known_at_the_second_time(settings, counting, monkeypatch):
+    settings["schedule"] = {"devices": "measured"}
+    first = plan(from_mapping(settings))
+    monkeypatch.setattr("splitft.model.open_model", lambda spec: pytest.fail("the model was opened again"))
+    assert plan(from_mapping(settings)) == first

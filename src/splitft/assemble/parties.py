@@ -105,7 +105,7 @@ def gather(config: RunConfig) -> Gathered:
     """
     config = in_one_place(config)
     model = open_model(config.model)
-    _check_cuts(config, model.shape.blocks)
+    check_cuts(config, model.shape.blocks)
     divided = divide_text(config, model)
     text = divided.text
     _check_length(text, model)
@@ -168,7 +168,8 @@ def prepare(config: RunConfig, gathered: Gathered | None = None) -> Prepared:
     return Prepared(config, model, ranks, server, clients, facts, gathered.text, terms, pace, wires, chosen)
 
 
-def _check_cuts(config: RunConfig, blocks: int) -> None:
+def check_cuts(config: RunConfig, blocks: int) -> None:
+    """Raise GeometryError, naming the key, for cuts that the model does not have."""
     for index, cut in enumerate(config.cuts or ()):
         try:
             check_cut(cut, blocks, whole_allowed=False)

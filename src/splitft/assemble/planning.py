@@ -3,14 +3,13 @@
     RunConfig --gather--> text, machines --predict--> every client at every cut + every controller's choice
 
 What is counted once, the machines with the sizes of their batches, is kept in the user's cache folder, so
-that asking again takes no model and no text.
+that asking again takes no model and no text, and asking of other machines no text (`counted`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from splitft.assemble.counted import counted, digest_of
 from splitft.assemble.pace import Pace
 from splitft.assemble.quiet import quiet
-from splitft.cache import cache_folder
+from splitft.cache import cache_folder, put
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
 from splitft.schedule.clock import client_round, simulate_round
@@ -111,33 +111,40 @@ def plan(config: RunConfig) -> RunPlan:
 
 def fleet_for(config: RunConfig) -> Fleet:
     """The machines of a run: as counted before, if nothing that they depend on has changed."""
-    path = cache_folder() / "fleets" / f"{_key(config)}.json"
     try:
-        return _FLEET.validate_python(json.loads(path.read_text(encoding="utf-8")))
+        return _FLEET.validate_python(json.loads(_path(config).read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError, ScheduleError):
         pass  # not there, or of another version: count
-    from splitft.assemble.parties import gather
+    from splitft.assemble.fleet import fleet_of
+    from splitft.assemble.one_place import in_one_place
+    from splitft.assemble.parties import check_cuts, ranks_of
+    from splitft.model import open_model
 
+    here = in_one_place(config)
     with quiet():
-        fleet = gather(config).fleet()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.draft")
-    draft.write_text(json.dumps(_FLEET.dump_python(fleet)), encoding="utf-8")
-    os.replace(draft, path)
+        model = open_model(config.model)
+        check_cuts(here, model.shape.blocks)
+        work = counted(config, model)
+        ranks = ranks_of(here, model.shape.blocks, list(work))
+        fleet = fleet_of(here, model, ranks, list(work), list(work.values()))
+    # under the key as it is now: a machine that is `measured` has been calibrated meanwhile
+    put(_path(config), json.dumps(_FLEET.dump_python(fleet)))
     return fleet
 
 
 _FLEET = TypeAdapter(Fleet)
 
 
-def _key(config: RunConfig) -> str:
-    """Whatever the machines and batches depend on, as a file name."""
-    sources = [Path(config.data.source), Path(config.model.name), Path(config.model.name) / "config.json"]
+def _path(config: RunConfig) -> Path:
+    """The file of these machines and batches, named by whatever they depend on."""
+    sources = [Path(config.model.name), Path(config.model.name) / "config.json"]
     sources += sorted((cache_folder() / "calibrations").glob("*.json"))
     stamps = [(path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None for path in sources]
     code = [path.stat().st_mtime_ns for path in sorted(Path(__file__).parent.parent.glob("*/*.py"))]
-    facts = (config.model_dump_json(), stamps, code, platform.node())
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+    facts = (
+        config.model_dump_json(), digest_of(Path(config.data.source)), stamps, code, platform.node(),
+    )  # fmt: skip
+    return cache_folder() / "fleets" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
 
 
 def _price(fleet: Fleet, client: Client, cut: int, fits: bool) -> CutPrice:

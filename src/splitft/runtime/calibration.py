@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from splitft.adapters import LocalOptimizer, attach
-from splitft.cache import cache_folder
+from splitft.cache import cache_folder, put
 from splitft.errors import ScheduleError
 from splitft.geometry import Span
 from splitft.model import Model, loss_and_gradient
@@ -47,10 +47,7 @@ def measured(model: Model, sizes: ModelSizes, ranks: Ranks, training: TrainingSp
     except (OSError, ScheduleError):
         pass
     calibration = calibrate(model, sizes, ranks, training)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.draft")
-    draft.write_text(calibration.to_json(), encoding="utf-8")
-    os.replace(draft, path)
+    put(path, calibration.to_json())
     return calibration
 
 

@@ -179,7 +179,7 @@ class _Clock:
     ends: list[tuple[float, int, _Where, list[Batch]]] = field(default_factory=list)
     """Heap of what is under way: end, number, place, members."""
     waiting: dict[_Where, list[Batch]] = field(default_factory=dict)
-    """What waits for each place, in order of arrival."""
+    """What waits for each place, in order of arrival; places for which nothing waits are not in it."""
     busy: set[_Where] = field(default_factory=set)
     intervals: list[Interval] = field(default_factory=list)
     queued: dict[int, list[tuple[Leg, ...]]] = field(default_factory=dict)
@@ -243,13 +243,13 @@ class _Clock:
 
     def start(self, now_s: float) -> None:
         """Let every free place begin what waits for it."""
-        for where in sorted(self.waiting):
+        for where in sorted(where for where in self.waiting if where not in self.busy):
             queue = self.waiting[where]
-            if where in self.busy or not queue:
-                continue
             group = self.turns.next(queue, self.stepping) if where[1] == "server" else queue[:1]
             for batch in group:
                 queue.remove(batch)
+            if not queue:
+                del self.waiting[where]
             if group:
                 self.work(where, group, now_s)
 
