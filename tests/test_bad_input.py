@@ -7,6 +7,7 @@ import json
 import pytest
 
 from runs import adapter_bytes, invoke, settings_file
+from splitft.schedule.cuts import CONTROLLERS, Decision
 
 
 @pytest.fixture
@@ -97,6 +98,107 @@ def _assert_one_message(done, *said):
     assert len(done.stderr) < 1000
     for words in said:
         assert words in done.stderr
+
+
+NUMBERS = "block_forward_ms_per_token: 1.0, block_backward_ms_per_token: 1.0, head_ms_per_token: 1.0"
+SCHEDULES = {
+    "a link without bandwidth": (
+        "schedule.links={up_mbit_per_s: 0, down_mbit_per_s: 5}",
+        ["schedule.links.up_mbit_per_s: found 0; give a number, above 0"],
+    ),
+    "a link of no number": (
+        "schedule.links={up_mbit_per_s: .nan, down_mbit_per_s: .inf}",
+        ["up_mbit_per_s: found 'nan'", "down_mbit_per_s: found 'inf'"],
+    ),
+    "negative memory": (
+        f"schedule.devices={{{NUMBERS}, memory_gb: -4}}",
+        ["schedule.devices.memory_gb: found -4; give a number, above 0"],
+    ),
+    "unknown machine": (
+        "schedule.devices=toaster",
+        ["schedule.devices: found 'toaster'", "phone | laptop", "block_forward_ms_per_token"],
+    ),
+    "one unknown link": (
+        "schedule.links=[lan, lte, pigeon]",
+        ["schedule.links[2]: found 'pigeon'", "lte | dsl | fibre | lan"],
+    ),
+    "unknown controller": ("schedule.controller=makespam", ["found 'makespam'", "did you mean makespan?"]),
+    "unknown policy": ("schedule.misfit=ignore", ["schedule.misfit: found 'ignore'; give stop | leave-out"]),
+    "cuts deeper than the model": ("schedule.min_cut=9", ["schedule.min_cut: 9", "give at most 3"]),
+}
+
+
+@pytest.mark.parametrize("name", ["plan", "train"])
+@pytest.mark.parametrize(("override", "said"), SCHEDULES.values(), ids=SCHEDULES)
+def test_a_machine_or_link_that_cannot_be_is_named_with_what_fits(tmp_path, file, name, override, said):
+    out = ["--out", tmp_path / "out"] if name == "train" else []
+    _assert_one_message(invoke(name, file, override, *out), *said)
+    assert not (tmp_path / "out").exists()
+
+
+TINY = f"schedule.devices=[laptop, {{{NUMBERS}, memory_gb: 1.0e-6}}, laptop]"
+CHOSEN = ("clients.cuts=auto", "schedule.controller=makespan")
+
+
+def test_a_client_that_holds_not_even_the_shallowest_cut_is_named_with_what_it_lacks(tmp_path, file):
+    lack = "client 'client-2' lacks"
+    out = tmp_path / "out"
+    stopped = invoke("train", file, TINY, *CHOSEN, "--out", out)
+    _assert_one_message(stopped, lack, "cut 1 takes", "it has 0.001 MB", "schedule.misfit: leave-out")
+    assert not out.exists()
+    planned = invoke("plan", file, TINY, *CHOSEN, "--json")
+    assert planned.exit_code == 0
+    told = json.loads(planned.stdout)
+    assert [client["lack"].startswith(lack) for client in told["clients"]] == [False, True, False]
+    assert all(lack in one["reason"] for one in told["choices"] if one["controller"] != "fixed")
+    done = invoke("train", file, TINY, *CHOSEN, "schedule.misfit=leave-out", "--out", out, "--json")
+    assert done.exit_code == 0
+    summary = json.loads(done.stdout)
+    assert [client["name"] for client in summary["clients"]] == ["client-1", "client-3"]
+    assert any(lack in warning for warning in summary["warnings"])
+    nobody = [f"schedule.devices={{{NUMBERS}, memory_gb: 1.0e-6}}", *CHOSEN, "schedule.misfit=leave-out"]
+    none = invoke("train", file, *nobody, "--out", tmp_path / "none")
+    _assert_one_message(none, "no client fits at any cut", lack)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 2.5, None])
+def test_a_controller_that_gives_an_impossible_cut_is_named_and_nothing_trains(
+    tmp_path, file, monkeypatch, cut
+):
+    def broken(situation):
+        given = {client.name: 1 for client in situation.clients}
+        given["client-2"] = cut
+        return Decision({name: one for name, one in given.items() if one is not None}, "as it happens")
+
+    monkeypatch.setitem(CONTROLLERS, "paper", broken)
+    asked = ("clients.cuts=auto", "schedule.controller=paper")
+    said = f"controller 'paper' gives client 'client-2' cut {cut}, but cuts 1 to 3 fit"
+    if cut is None:
+        said = "controller 'paper' must give every client a cut, and no other: client-2"
+    _assert_one_message(invoke("train", file, *asked, "--out", tmp_path / "out"), said)
+    assert not (tmp_path / "out").exists()
+    planned = invoke("plan", file, *asked, "--json")
+    assert planned.exit_code == 0
+    assert said in next(
+        c["reason"] for c in json.loads(planned.stdout)["choices"] if c["controller"] == "paper"
+    )
+
+
+def test_a_controller_that_errs_while_training_leaves_the_rounds_before(tmp_path, file, monkeypatch):
+    def broken(situation):
+        known = all(client.loss is not None for client in situation.clients)
+        return Decision({client.name: 9 if known else 1 for client in situation.clients}, "as it happens")
+
+    monkeypatch.setitem(CONTROLLERS, "paper", broken)
+    out = tmp_path / "out"
+    asked = ("clients.cuts=auto", "schedule.controller=paper", "training.rounds=2")
+    _assert_one_message(
+        invoke("train", file, *asked, "--out", out), "gives client 'client-1' cut 9", "1 to 3"
+    )
+    monkeypatch.undo()
+    resumed = invoke("train", file, *asked, "--out", out, "--resume", "--json")
+    assert resumed.exit_code == 0
+    assert len(json.loads(resumed.stdout)["eval_loss"]) == 3
 
 
 def test_missing_and_unreadable_files_are_named(tmp_path, file):
