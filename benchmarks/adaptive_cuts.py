@@ -144,10 +144,15 @@ def contenders(
     return found | {name: clock(cuts="auto", controller=name) for name in controllers}
 
 
+def target_of(losses: list[float]) -> float:
+    """The loss that the clock is stopped at."""
+    return losses[0] - DROP * (losses[0] - losses[-1])
+
+
 def to_target(summary: dict[str, Any], clocks: dict[str, list[float]]) -> dict[str, float]:
     """Simulated seconds to the target of every way to choose cuts, by its name without the cut."""
     losses = summary["eval_loss"]
-    target = losses[0] - DROP * (losses[0] - losses[-1])
+    target = target_of(losses)
     return {name.partition(" (")[0]: seconds_to(target, losses, clock) for name, clock in clocks.items()}
 
 
