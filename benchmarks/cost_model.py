@@ -46,7 +46,7 @@ LINK = Link("none", float("inf"), float("inf"), 0.0)
 
 
 def workload(stream: BatchStream, steps: range) -> Workload:
-    """Means over these steps."""
+    """Means over these steps, and the largest batch, which memory must hold."""
     batches = [stream.batch(step) for step in steps]
     count = len(batches)
     sequences = sum(len(batch.lengths) for batch in batches)
@@ -56,6 +56,7 @@ def workload(stream: BatchStream, steps: range) -> Workload:
         sequences=sequences / count,
         padded_length=sum(batch.tokens.numel() for batch in batches) / sequences,
         steps=1,
+        largest_tokens=max(batch.tokens.numel() for batch in batches),
     )
 
 
