@@ -65,14 +65,44 @@ def test_the_effect_is_that_of_the_runs_own_evaluation(config):
     client, count = prepared.clients[0], prepared.clients[0].held_out_batches
     prepared.server.place({one.name: one.plan.client.stop for one in prepared.clients})
     prepared.server.install(prepared.server.initial())
-    losses, _ = probing._losses(client, prepared.server, probing._with(prepared.terms, "int4"), count)
+    replies = probing._replies(client, prepared.server, probing._with(prepared.terms, "int4"), count)
     simulation = prepare(config(wire={"hidden": "int4", "gradient": "fp32"})).simulation()
     simulation.server.place({name: one.plan.client.stop for name, one in simulation.clients.items()})
     simulation.server.install(simulation.server.initial())
     found = simulation.evaluate()[client.name]
-    tokens = [batch.labelled_tokens for batch in client._held_out]
-    whole = math.fsum(loss * count for loss, count in zip(losses, tokens, strict=True))
-    assert (whole, sum(tokens)) == (pytest.approx(found.loss, rel=1e-5), found.tokens)
+    client.evaluation()  # counting begins afresh
+    for index, reply in enumerate(replies):
+        client.held_out(index)
+        client.held_out_head(reply)
+    probed = client.evaluation()
+    assert (probed.loss, probed.tokens) == (pytest.approx(found.loss, rel=1e-5), found.tokens)
+
+
+def test_the_rise_is_the_divergence_of_predictions_less_what_rounding_does_by_itself(config):
+    prepared = prepare(config())
+    client, server = prepared.clients[0], prepared.server
+    server.place({one.name: one.plan.client.stop for one in prepared.clients})
+    server.install(server.initial())
+
+    def replies(codec, shaken=False):
+        return probing._replies(client, server, probing._with(prepared.terms, codec), 1, shaken)[0]
+
+    exact, shaken = replies("fp32"), replies("fp32", shaken=True)
+    rises = [
+        probing._rise(client, exact, replies(codec), shaken) for codec in ("fp32", "int8", "int4", "int2")
+    ]
+    assert rises == sorted(rises)
+    assert abs(rises[0]) < 1e-6 < rises[2]
+    chance = [client.segment.logits(one.hidden).double().softmax(1) for one in (exact, replies("int2"))]
+    by_hand = (chance[0] * (chance[0] / chance[1]).log()).sum(1).mean()
+    assert math.log1p(rises[3]) == pytest.approx(float(by_hand), rel=1e-3, abs=1e-6)
+
+
+def test_where_labels_are_on_the_server_losses_are_compared(config):
+    prepared = prepare(config(split={"labels": "server"}))
+    for choice in prepared.chosen:
+        assert choice.hidden in probing.HIDDEN
+        assert choice.gradient == "int8"
 
 
 def test_a_run_says_what_it_chose_first_and_resumes_with_the_same(tmp_path, config):

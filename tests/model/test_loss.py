@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import splitft.model.loss
 from splitft.geometry import Span
-from splitft.model import Segment, loss_and_gradient, open_model, summed_loss
+from splitft.model import Segment, divergence, loss_and_gradient, open_model, summed_loss
 from splitft.specs import ModelSpec
 from tiny import VOCAB, WIDTH
 
@@ -38,6 +38,17 @@ def test_loss_and_gradient_are_those_of_autograd_whatever_the_chunk(tiny_folders
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-6)
     assert summed_loss(head, hidden, targets) / POSITIONS == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 256])
+def test_divergence_is_torchs_own_and_nothing_of_a_thing_from_itself(tiny_llama, chunk, monkeypatch):
+    monkeypatch.setattr(splitft.model.loss, "CHUNK", chunk)
+    head, (hidden, _) = _head(tiny_llama), _hidden()
+    other = hidden + 0.1 * torch.randn(hidden.shape, generator=torch.manual_seed(4))
+    one, two = (torch.distributions.Categorical(logits=head.logits(rows)) for rows in (hidden, other))
+    expected = torch.distributions.kl_divergence(one, two).mean()
+    assert divergence(head, hidden, other) == pytest.approx(float(expected), rel=1e-4)
+    assert divergence(head, hidden, hidden) == pytest.approx(0, abs=1e-7)
 
 
 def test_the_loss_of_a_text_is_the_one_transformers_gives(tiny_folders, family):

@@ -4,11 +4,15 @@
     gradient at the last hidden states --through each codec--> error of a layer's gradient          gradient
 
 The real model, the client's real text and its cut; no hidden states that the first evaluation does not send
-too. Half of the budget is for hidden states: the mean change over batches, up or (by luck) down, and its
-standard error must be within it. The other half is for gradients, where a loss cannot show the effect before
-there is training: an error of relative energy w in a layer's gradient leaves 1 / (1 + w) of a step's descent
-(as variance does in QSGD, arXiv 1610.02132), and fine-tuning is taken to have EXPECTED_GAIN nats to gain. Two
-legs carry gradients, so w counts twice.
+too. Gradients may cause half of the budget, and hidden states what is left: their mean rise over batches and
+its standard error must be within it. Losses of a few batches differ by luck more than the budget, so the rise
+is taken from all predictions: the divergence of those through the codec from those without, less the
+divergence of those from hidden states shaken by their own last digit, for rounding in the model does that
+much by itself. With `labels: server`, which has no predictions to compare, losses are compared after all.
+
+Of gradients a loss cannot show the effect before there is training: an error of relative energy w in a
+layer's gradient leaves 1 / (1 + w) of a step's descent (as variance does in QSGD, arXiv 1610.02132), and
+fine-tuning is taken to have EXPECTED_GAIN nats to gain. Two legs carry gradients, so w counts twice.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from splitft.protocol import LastHidden, Terms
+from splitft.model import divergence
+from splitft.protocol import Activations, HeldOutLoss, LastHidden, Terms
 from splitft.runtime import Client, Server
 from splitft.runtime.line import Line
 from splitft.specs import WireSpec
@@ -34,6 +39,8 @@ GRADIENT = ("int2", "int4", "int8", "bf16")
 """Candidates for gradients likewise."""
 MEASURED = 4
 """Held-out batches that effects are measured on, at most; the others teach codecs that learn."""
+SHAKEN = 16
+"""One number in so many is shaken; more make no difference, for the model spreads it to all."""
 EXPECTED_GAIN = 0.5
 """Nats that fine-tuning is expected to lower the loss by."""
 
@@ -63,13 +70,8 @@ def choose_wires(
     server.install(server.initial())
     wires, told = {}, []
     for client in clients:
-        wire = terms.wire
-        trials: dict[str, list[Trial]] = {}
-        if wire.hidden == AUTO:
-            trials["hidden"] = _hidden_trials(client, server, terms)
-        if wire.gradient == AUTO:
-            trials["gradient"] = _gradient_trials(client, server, terms)
-        chosen = {role: _first_fitting(tried) for role, tried in trials.items()}
+        wire, trials = terms.wire, _trials(client, server, terms)
+        chosen = {role: _fitting(tried).codec for role, tried in trials.items()}
         wires[client.name] = wire = wire.model_copy(update=chosen)
         told.append(
             WireChosen(
@@ -79,54 +81,96 @@ def choose_wires(
     return wires, tuple(told)
 
 
-def _hidden_trials(client: Client, server: Server, terms: Terms) -> list[Trial]:
+def _trials(client: Client, server: Server, terms: Terms) -> dict[str, list[Trial]]:
+    """By role; hidden states may cause what gradients leave of the budget."""
+    wire, left = terms.wire, terms.wire.budget
+    trials: dict[str, list[Trial]] = {}
+    if wire.gradient == AUTO:
+        allowed = left / 2 if wire.hidden == AUTO else left
+        trials["gradient"] = _gradient_trials(client, server, terms, allowed)
+        left -= _fitting(trials["gradient"]).rise
+    if wire.hidden == AUTO:
+        trials["hidden"] = _hidden_trials(client, server, terms, left)
+    return trials
+
+
+def _hidden_trials(client: Client, server: Server, terms: Terms, allowed: float) -> list[Trial]:
     """Candidates until one fits."""
     count = min(MEASURED, max(1, client.held_out_batches // 2))
-    exact, _ = _losses(client, server, _with(terms, "fp32"), count)
+    exact = _replies(client, server, _with(terms, "fp32"), count)
+    shaken = _replies(client, server, _with(terms, "fp32"), count, shaken=True)
     trials: list[Trial] = []
     for codec in HIDDEN[:-1]:
-        found, learnt = _losses(client, server, _with(terms, codec), count)
-        if not learnt:  # too little text to learn axes from: what was measured was not the codec
+        found = _replies(client, server, _with(terms, codec), count)
+        if not found:  # too little text to learn axes from: what was measured was not the codec
             continue
-        rises = [math.expm1(one - other) for one, other in zip(found, exact, strict=True)]
+        rises = [_rise(client, *replies) for replies in zip(exact, found, shaken, strict=True)]
         rise = statistics.fmean(rises)
         error = statistics.stdev(rises) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
-        trials.append(Trial(codec, rise, error, abs(rise) + error <= terms.wire.budget / 2))
+        trials.append(Trial(codec, rise, error, abs(rise) + error <= allowed))
         if trials[-1].fits:
             return trials
     return [*trials, Trial(HIDDEN[-1], 0.0, 0.0, True)]
 
 
-def _losses(client: Client, server: Server, terms: Terms, count: int) -> tuple[list[float], bool]:
-    """Mean loss of each of the first batches, after the others have taught the codec; whether it learnt."""
+def _replies(
+    client: Client, server: Server, terms: Terms, count: int, shaken: bool = False
+) -> list[LastHidden | HeldOutLoss]:
+    """What comes back of the first batches, after the others taught the codec; none if it did not learn."""
     line = Line(client.name, terms)
-    client.evaluation()  # counting begins afresh
-    losses = []
     if terms.wire.hidden.startswith("principal"):
         for index in range(count, client.held_out_batches):
-            _evaluated(client, server, line, index)
+            _reply(client, server, line, index)
         remembered = (line.ends["client"].tensors(), line.ends["server"].tensors())
-        if not all(sum(key.endswith("/basis") for key in tensors) == 2 for tensors in remembered):
-            return [], False
-    client.evaluation()
-    for index in range(count):
-        _evaluated(client, server, line, index)
-        done = client.evaluation()
-        losses.append(done.loss / max(1, done.tokens))
-    return losses, True
+        legs = 1 if terms.labels_travel else 2
+        if any(sum(key.endswith("/basis") for key in tensors) < legs for tensors in remembered):
+            return []
+    return [_reply(client, server, line, index, shaken) for index in range(count)]
 
 
-def _evaluated(client: Client, server: Server, line: Line, index: int) -> None:
-    sent = line.up(client.held_out(index))
-    client.held_out_head(line.down(server.forward([sent])[client.name]))  # type: ignore[list-item]
+def _reply(
+    client: Client, server: Server, line: Line, index: int, shaken: bool = False
+) -> LastHidden | HeldOutLoss:
+    sent = client.held_out(index)
+    if shaken:
+        sent = sent.model_copy(update={"hidden": _shaken(sent.hidden)})
+    arrived = line.up(sent)
+    assert isinstance(arrived, Activations)
+    reply = line.down(server.forward([arrived])[client.name])
+    assert isinstance(reply, LastHidden | HeldOutLoss)
+    return reply
 
 
-def _gradient_trials(client: Client, server: Server, terms: Terms) -> list[Trial]:
+def _shaken(hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states (N, D), one number in `SHAKEN` moved by its last digit."""
+    flat = hidden.flatten().clone()
+    some = flat[::SHAKEN]
+    flat[::SHAKEN] = torch.nextafter(some, torch.full_like(some, math.inf))
+    return flat.reshape(hidden.shape)
+
+
+def _rise(
+    client: Client,
+    exact: LastHidden | HeldOutLoss,
+    found: LastHidden | HeldOutLoss,
+    shaken: LastHidden | HeldOutLoss,
+) -> float:
+    """Rise of one batch's perplexity, as a share."""
+    if isinstance(exact, LastHidden) and isinstance(found, LastHidden) and isinstance(shaken, LastHidden):
+        by_codec, by_itself = (
+            divergence(client.segment, exact.hidden, one.hidden) for one in (found, shaken)
+        )
+        return math.expm1(by_codec - by_itself)
+    assert isinstance(exact, HeldOutLoss)
+    assert isinstance(found, HeldOutLoss)
+    return math.expm1((found.loss - exact.loss) / max(1, exact.tokens))
+
+
+def _gradient_trials(client: Client, server: Server, terms: Terms, allowed: float) -> list[Trial]:
     """Candidates until one fits; without the head on the client nothing is measured, and int8 is taken."""
     if terms.labels_travel:
         return [Trial("int8", 0.0, 0.0, True)]
-    line = Line(client.name, _with(terms, "fp32"))
-    reply = line.down(server.forward([line.up(client.held_out(0))])[client.name])  # type: ignore[list-item]
+    reply = _reply(client, server, Line(client.name, _with(terms, "fp32")), 0)
     assert isinstance(reply, LastHidden)
     gradient = client.held_out_gradient(reply).float()
     inputs = reply.hidden.float()
@@ -140,19 +184,19 @@ def _gradient_trials(client: Client, server: Server, terms: Terms) -> list[Trial
             (rounded.T @ inputs - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30)
         )
         rise = math.expm1(EXPECTED_GAIN * noise / (1 + noise))
-        trials.append(Trial(name, rise, 0.0, rise <= terms.wire.budget / 2))
+        trials.append(Trial(name, rise, 0.0, rise <= allowed))
         if trials[-1].fits:
             return trials
     return [*trials, Trial(GRADIENT[-1], 0.0, 0.0, True)]
 
 
-def _first_fitting(trials: Sequence[Trial]) -> str:
-    return next(trial.codec for trial in trials if trial.fits)
+def _fitting(trials: Sequence[Trial]) -> Trial:
+    return next(trial for trial in trials if trial.fits)
 
 
 def _reason(wire: WireSpec, trials: Mapping[str, Sequence[Trial]]) -> str:
     tried = "; ".join(f"{role}: {', '.join(map(str, found))}" for role, found in trials.items())
-    return f"estimated rise of perplexity, {100 * wire.budget / 2:.2f} % allowed for each: {tried}"
+    return f"estimated rise of perplexity, {100 * wire.budget:.2f} % allowed in all: {tried}"
 
 
 def _with(terms: Terms, hidden: str) -> Terms:

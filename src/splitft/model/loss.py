@@ -1,4 +1,4 @@
-"""Next-token loss at labelled positions, and its gradient at the last hidden state.
+"""Next-token loss at labelled positions, its gradient at the last hidden state, and how predictions differ.
 
     hidden (M, D) -> final norm, output matrix -> logits (M, V) -> cross-entropy with targets (M,)
 
@@ -40,7 +40,24 @@ def summed_loss(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -
     return sum(float(_summed(segment, chunk, wanted)) for chunk, wanted in chunks)
 
 
+@torch.no_grad()
+def divergence(segment: Segment, hidden: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean Kullback-Leibler divergence, in nats, of what `other` (M, D) predicts from what `hidden` does.
+
+    By how much the loss rises where `hidden` predicts as often right as it says: each label then has the
+    chance that `hidden` gives it.
+    """
+    total = 0.0
+    for one, two in zip(torch.split(hidden, CHUNK), torch.split(other, CHUNK), strict=True):
+        wanted, found = (_wide(segment.logits(rows)).log_softmax(1) for rows in (one, two))
+        total += float(functional.kl_div(found, wanted, reduction="sum", log_target=True))
+    return total / max(1, len(hidden))
+
+
 def _summed(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logits = segment.logits(hidden)
-    wide = torch.promote_types(logits.dtype, torch.float32)  # bfloat16 is too coarse for a sum over V
-    return functional.cross_entropy(logits.to(wide), targets, reduction="sum")
+    return functional.cross_entropy(_wide(segment.logits(hidden)), targets, reduction="sum")
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    """In float32 at least: bfloat16 is too coarse for a sum over V."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
