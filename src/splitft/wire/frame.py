@@ -34,7 +34,7 @@ from splitft.wire.header import announced, entries_of, placed, strict_json
 from splitft.wire.parts import Encoded, Entry
 
 MAGIC = b"SPFT"
-VERSION = 2
+VERSION = 3
 """Of this layout. 1 had no checksums and did not say how a tensor was written."""
 MAX_FRAME_BYTES = 2**30
 """Longest frame that is read, by default: 1 GiB."""

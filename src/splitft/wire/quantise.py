@@ -1,15 +1,16 @@
 """Codecs of small integers: numbers in groups of up to 64 share a scale.
 
-    int8   code = round(x / s), s = max|x| / 127                         1 byte and 4/64 a number
-    int4   rows less their mean, outlier channels apart, rotated;
+    int8   rows less their mean, outlier channels apart;
+           code = round(x / s), s = max|x| / 127                         1 byte, 1/64, and the channels
+    int4   the same, and what is left is rotated;
            code = round(x / s + 7.5), s = max|x| / 7.5                   half a byte, 1/64, and the channels
     int2   the same with 4 levels, s = max(max|x| / 2.5, rms)            a quarter of a byte and 1/64
 
 A few channels and a mean row carry most of a hidden state's energy, and so most of the error if all share a
 scale: they travel apart, in bfloat16, and what is left is rotated (`rows`). Gradients are rounded at random,
 up as often as is right on average, by a seeded generator, so that errors cancel over steps; int2 rounds to
-the nearest and relies on feedback instead (`feedback`). Scales of int4 and int2 are powers of 2^(1/8),
-rounded up, in one byte, relative to the largest of the message.
+the nearest and relies on feedback instead (`feedback`). Scales are powers of 2^(1/8), rounded up, in one
+byte, relative to the largest of the message.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 import torch
 
 from splitft.errors import WireError
-from splitft.wire.cast import no_parameters
 from splitft.wire.parts import Encoded, Parameter, Part
 from splitft.wire.passage import Passage
 from splitft.wire.rows import as_rows, grouped, groups_of, rotated, rotated_back, sizes, ungrouped
@@ -37,60 +37,63 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Int8:
-    """One byte a number, one float32 scale a group."""
+    """One byte a number; of a lone row, as adapters travel, nothing is taken apart."""
 
     name: str = "int8"
 
     def bytes_for(self, shape: tuple[int, ...]) -> float:
         """Payload of a tensor of this shape."""
-        rows, width = sizes(shape)
-        return float(rows * (width + 4 * groups_of(width)[0]))
+        return float(sum(part.nbytes for part in self.layout(shape, {"top": 0}).values()))
 
     def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
-        """Codes (N, D), scales (N G,)."""
-        no_parameters(self.name, parameters)
+        """Codes (N, D), one byte of scale a group, mean (D,), outlier channels and which they are."""
+        top_of(parameters)
         rows, width = sizes(shape)
-        scales = Part(torch.float32, (rows * groups_of(width)[0],))
-        return {"codes": Part(torch.int8, (rows, width)), "scales": scales}
+        return {
+            "codes": Part(torch.int8, (rows, width)),
+            "scales": Part(torch.uint8, (rows * groups_of(width)[0],)),
+            **_layout_apart(rows, width, lone=True),
+        }
 
     def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
         """Round to the nearest, or at random where it must be right on average."""
         rows = as_rows(tensor)
-        groups = grouped(rows)
-        codes, scales = torch.empty(groups.shape, dtype=torch.int8), torch.empty(len(groups))
-        noise = passage.uniform(groups) if passage.unbiased else None
+        rest, parts = _taken_apart(rows, lone=True)
+        groups = grouped(rest)
         room = torch.empty(min(CHUNK, len(groups)), groups.shape[1])
+        largest = torch.empty(len(groups))
         for start in range(0, len(groups), CHUNK):
-            chunk = groups[start : start + CHUNK]
-            work = room[: len(chunk)]
-            torch.abs(chunk, out=work)
-            scale = work.amax(1, keepdim=True).mul_(1 / 127).clamp_min_(_TINY)
-            torch.mul(chunk, 1 / scale, out=work)
+            some = groups[start : start + CHUNK]
+            largest[start : start + CHUNK] = torch.abs(some, out=room[: len(some)]).amax(1)
+        scales, top = scale_bytes(largest / 127)
+        per_step = 1 / steps_of(scales, top)[:, None]
+        codes = torch.empty(groups.shape, dtype=torch.int8)
+        noise = passage.uniform(groups) if passage.unbiased else None
+        for start in range(0, len(groups), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            work = torch.mul(groups[chunk], per_step[chunk], out=room[: len(groups[chunk])])
             if noise is None:
                 work.round_()
             else:
-                work.add_(noise[start : start + CHUNK]).floor_()
-            codes[start : start + CHUNK].copy_(work.clamp_(-127, 127))
-            scales[start : start + CHUNK] = scale[:, 0]
-        parts = {"codes": ungrouped(codes, rows.shape[1]).contiguous(), "scales": scales}
-        return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), parts)
+                work.add_(noise[chunk]).floor_()
+            codes[chunk].copy_(work.clamp_(-127, 127))
+        parts |= {"codes": ungrouped(codes, rows.shape[1]).contiguous(), "scales": scales}
+        return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), parts, {"top": top})
 
     def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
-        """Codes times scales."""
-        codes, scales = encoded.parts["codes"], encoded.parts["scales"]
+        """Codes times scales, and what was apart."""
+        codes, scales = encoded.parts["codes"], steps_of(encoded.parts["scales"], top_of(encoded.parameters))
         width = codes.shape[1]
         count, size = groups_of(width)
         if count * size == width:
-            rows = torch.mul(codes.reshape(-1, size), scales[:, None])
+            rest = torch.mul(codes.reshape(-1, size), scales[:, None]).reshape(codes.shape)
         else:
-            rows = codes * scales.reshape(-1, count).repeat_interleave(size, 1)[:, :width]
-        return rows.reshape(encoded.shape).to(dtype)
+            rest = codes * scales.reshape(-1, count).repeat_interleave(size, 1)[:, :width]
+        return _put_together(rest, encoded.parts).reshape(encoded.shape).to(dtype)
 
     def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
-        """(N,): half a scale a number, a whole one where rounding was random."""
-        width = sizes(encoded.shape)[1]
-        share = 1.0 if encoded.role == "gradient" else 0.5
-        return _row_bound(encoded.parts["scales"].double() * (share + 1e-3), width)
+        """(N,): half a step a number, a whole one where rounding was random."""
+        return _row_bound(encoded, 1.0 if encoded.role == "gradient" else 0.5)
 
 
 @dataclass(frozen=True)
@@ -115,20 +118,16 @@ class Packed:
         top_of(parameters)
         rows, width = sizes(shape)
         count, size = groups_of(width)
-        codes = -(-rows * count * size // (8 // self.bits))
-        apart = channels_apart(width)
         return {
-            "codes": Part(torch.uint8, (codes,)),
+            "codes": Part(torch.uint8, (-(-rows * count * size // (8 // self.bits)),)),
             "scales": Part(torch.uint8, (rows * count,)),
-            "mean": Part(torch.bfloat16, (width,)),
-            "channels": Part(torch.int32, (apart,)),
-            "apart": Part(torch.bfloat16, (rows, apart)),
+            **_layout_apart(rows, width),
         }
 
     def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
         """Take out what is large, rotate the rest, round it."""
         rows = as_rows(tensor)
-        rest, parts = _taken_apart(rows, channels_apart(rows.shape[1]))
+        rest, parts = _taken_apart(rows)
         groups = grouped(rotated(rest))
         scales, top = scale_bytes(self._steps(groups))
         steps = steps_of(scales, top)
@@ -156,14 +155,7 @@ class Packed:
 
     def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
         """(N,): int4 half a step a number, a whole one at random; int2 a step at most."""
-        share = 0.5 if self.bits > 2 and encoded.role != "gradient" else 1.0
-        width = sizes(encoded.shape)[1]
-        rounding = _row_bound(
-            steps_of(encoded.parts["scales"], top_of(encoded.parameters)).double() * share, width
-        )
-        channels = encoded.parts["apart"].double().norm(dim=1) * torch.finfo(torch.bfloat16).eps
-        bound: torch.Tensor = rounding * (1 + 1e-3) + channels + 1e-5 * encoded.parts["mean"].double().norm()
-        return bound
+        return _row_bound(encoded, 0.5 if self.bits > 2 and encoded.role != "gradient" else 1.0)
 
     def _steps(self, groups: torch.Tensor) -> torch.Tensor:
         """Each group's step, from its largest number (and its rms where levels are few)."""
@@ -226,12 +218,25 @@ def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return torch.cat([(packed >> (bits * place)) & mask for place in range(share)])[:count]
 
 
-def _taken_apart(rows: torch.Tensor, apart: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _layout_apart(rows: int, width: int, lone: bool = False) -> dict[str, Part]:
+    """What travels beside codes; with `lone`, nothing does of a row alone, which would be its own mean."""
+    width, apart = (0, 0) if lone and rows == 1 else (width, channels_apart(width))
+    return {
+        "mean": Part(torch.bfloat16, (width,)),
+        "channels": Part(torch.int32, (apart,)),
+        "apart": Part(torch.bfloat16, (rows, apart)),
+    }
+
+
+def _taken_apart(rows: torch.Tensor, lone: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Rows without their mean and their largest channels, and both as they travel."""
+    layout = _layout_apart(len(rows), rows.shape[1], lone)
+    if not layout["mean"].shape[0]:
+        return rows, {name: torch.empty(part.shape, dtype=part.dtype) for name, part in layout.items()}
     mean = _mean(rows).to(torch.bfloat16)
     rest = rows - mean.float()
-    energy = torch.linalg.vector_norm(rest, dim=0)
-    channels = torch.topk(energy, apart).indices.sort().values
+    energy = rest.square().sum(0)
+    channels = torch.topk(energy, layout["channels"].shape[0]).indices.sort().values
     values = rest[:, channels].to(torch.bfloat16)
     rest[:, channels] = 0
     return rest, {"mean": mean, "channels": channels.to(torch.int32), "apart": values}
@@ -252,11 +257,18 @@ def _put_together(rest: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torc
     channels, width = parts["channels"].long(), rest.shape[1]
     if len(channels) and not 0 <= int(channels.min()) <= int(channels.max()) < width:
         raise WireError(f"outlier channels {channels.tolist()} of rows of width {width}")
+    if not len(parts["mean"]):
+        return rest
     rest[:, channels] = parts["apart"].float()
     return rest + parts["mean"].float()
 
 
-def _row_bound(steps: torch.Tensor, width: int) -> torch.Tensor:
-    """(N,): the length of a row whose every number is off by its group's step."""
-    count, size = groups_of(width)
-    return steps.reshape(-1, count).square().sum(1).mul(size).sqrt() if math.prod(steps.shape) else steps[:0]
+def _row_bound(encoded: Encoded, share: float) -> torch.Tensor:
+    """(N,): the length of a row's error if every number is off by this share of its group's step."""
+    parts = encoded.parts
+    count, size = groups_of(sizes(encoded.shape)[1])
+    steps = steps_of(parts["scales"], top_of(encoded.parameters)).double() * share
+    rounding = steps.reshape(-1, count).square().sum(1).mul(size).sqrt() if len(steps) else steps
+    channels = parts["apart"].double().norm(dim=1) * torch.finfo(torch.bfloat16).eps
+    bound: torch.Tensor = rounding * (1 + 2e-3) + channels + 1e-5 * parts["mean"].double().norm()
+    return bound
