@@ -266,7 +266,7 @@ def test_the_receiver_is_asked_about_shapes_before_there_are_numbers():
 def test_a_codec_that_was_not_agreed_is_refused_with_both_sides_versions():
     frame = dataclasses.replace(_spoilt(LAST, {"hidden": _numbers(3, 4)}, codec="int1"), sender="splitft 9.9")
     _refused(
-        EXACT, frame, "codec 'int1', which this side does not know", "splitft 9.9", "frames of version 2"
+        EXACT, frame, "codec 'int1', which this side does not know", "splitft 9.9", "frames of version 3"
     )
     rounded = _spoilt(LAST, {"hidden": _numbers(3, 4).bfloat16()}, codec="bf16")
     _refused(EXACT, rounded, "codec 'bf16'; agreed was 'fp32'")

@@ -20,7 +20,7 @@ def read_frame(data: bytes) -> tuple[dict[str, Any], dict[str, tuple[list[int], 
     """The header, and the stored tensors by name: shape and numbers."""
     magic, version, zero, h, b, header_crc, body_crc = struct.unpack("<4sHHIQII", data[:28])
     header, body = data[28 : 28 + h], data[28 + h :]
-    assert (magic, version, zero, len(body)) == (b"SPFT", 2, 0, b)
+    assert (magic, version, zero, len(body)) == (b"SPFT", 3, 0, b)
     assert (zlib.crc32(data[:20] + header), zlib.crc32(body)) == (header_crc, body_crc)
     (t,) = struct.unpack("<Q", body[:8])
     payload = body[8 + t :]
@@ -76,7 +76,11 @@ def decode(
         if entry["role"] == "adapter":
             N, D = 1, N * D
         G, g = groups(D)
-        return [code * parts["scales"][i // D * G + i % D // g] for i, code in enumerate(parts["codes"])]
+        steps = [2.0 ** (parameters["top"] + (byte - 255) / 8) for byte in parts["scales"]]
+        rest = [code * steps[i // D * G + i % D // g] for i, code in enumerate(parts["codes"])]
+        return (
+            rest if N == 1 else [number for n in range(N) for number in _whole(rest[n * D :][:D], n, parts)]
+        )
     if codec == "topk":
         k, rows = len(parts["values"]) // N, [0.0] * (N * D)
         for i, (place, value) in enumerate(zip(parts["places"], parts["values"], strict=True)):
@@ -101,10 +105,15 @@ def _packed(
             (codes[(n * G + i // g) * g + i % g] - (2**b - 1) / 2) * steps[n * G + i // g] for i in range(D)
         ]
         turned = [sum(row[j] * rotation[i][j] for j in range(D)) for i in range(D)]
-        for place, channel in enumerate(parts["channels"]):
-            turned[int(channel)] = parts["apart"][n * len(parts["channels"]) + place]
-        out += [number + mean for number, mean in zip(turned, parts["mean"], strict=True)]
+        out += _whole(turned, n, parts)
     return out
+
+
+def _whole(row: Numbers, n: int, parts: Mapping[str, Numbers]) -> Numbers:
+    """Row n with what was apart."""
+    for place, channel in enumerate(parts["channels"]):
+        row[int(channel)] = parts["apart"][n * len(parts["channels"]) + place]
+    return [number + mean for number, mean in zip(row, parts["mean"], strict=True)]
 
 
 def version(values: Sequence[float]) -> int:

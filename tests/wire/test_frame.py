@@ -142,8 +142,8 @@ def _prefixed(*fields) -> bytes:
 
 SPOILT = {
     "bad magic": ((b"PICK", VERSION, 0, 2, 2), "not from splitft"),
-    "an older version": ((b"SPFT", 1, 0, 2, 2), r"version 1, this side .*version 2: update the other side"),
-    "a newer version": ((b"SPFT", 3, 0, 2, 2), r"version 3, this side .*version 2: update this side"),
+    "an older version": ((b"SPFT", 2, 0, 2, 2), r"version 2, this side .*version 3: update the other side"),
+    "a newer version": ((b"SPFT", 4, 0, 2, 2), r"version 4, this side .*version 3: update this side"),
     "reserved bits": ((b"SPFT", VERSION, 7, 2, 2), "prefix is damaged"),
     "a body of 10 GB": ((b"SPFT", VERSION, 0, 2, 10 * 10**9), "declares 100000000"),
     "the largest body": ((b"SPFT", VERSION, 0, 2, 2**64 - 1), "torn or padded"),
