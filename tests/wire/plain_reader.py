@@ -1,11 +1,12 @@
 """A reader of frames that knows `docs/wire-format.md` alone: no torch, no safetensors, none of ours.
 
-It decodes most codecs to plain lists of numbers; what the page leaves to tables of the code (rotations,
-entropy codes) it is told, or leaves alone.
+It decodes most codecs to plain lists of numbers; what the page leaves to tables of the code (rotations) it is
+told.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
@@ -114,6 +115,82 @@ def _whole(row: Numbers, n: int, parts: Mapping[str, Numbers]) -> Numbers:
     for place, channel in enumerate(parts["channels"]):
         row[int(channel)] = parts["apart"][n * len(parts["channels"]) + place]
     return [number + mean for number, mean in zip(row, parts["mean"], strict=True)]
+
+
+CLASSES, LARGEST = 48, 127
+
+
+def frequencies() -> list[list[int]]:
+    """Of principal's entropy code, class by class."""
+    classes = []
+    for c in range(CLASSES):
+        s = 2.0 ** ((c - 16) / 4)
+        below = [(_normal(z - 0.5, s) + _laplace(z - 0.5, s)) / 2 for z in range(-LARGEST, LARGEST + 2)]
+        p = [more - less for less, more in itertools.pairwise(below)]
+        f = [1 + math.floor((2**15 - len(p)) * one / sum(p)) for one in p]
+        f[LARGEST] += 2**15 - sum(f)
+        classes.append(f)
+    return classes
+
+
+def _normal(x: float, s: float) -> float:
+    return 0.5 * math.erfc(-x / s / math.sqrt(2))
+
+
+def _laplace(x: float, s: float) -> float:
+    b = s / math.sqrt(2)
+    return 0.5 * math.exp(x / b) if x < 0 else 1 - 0.5 * math.exp(-x / b)
+
+
+def entropy_decoded(data: bytes, classes: Sequence[int], N: int) -> list[list[int]]:
+    """The whole numbers (N, A) of axes with these classes."""
+    h, table = -(-N // 2), frequencies()
+    states = list(struct.unpack(f"<{h}I", data[: 4 * h]))
+    words = iter(struct.unpack(f"<{(len(data) - 4 * h) // 2}H", data[4 * h :]))
+    lines = []
+    for c in [*classes, *classes]:
+        line = []
+        for lane in range(h):
+            slot, z, b = states[lane] % 2**15, 0, 0
+            while b + table[c][z] <= slot:
+                b, z = b + table[c][z], z + 1
+            states[lane] = table[c][z] * (states[lane] // 2**15) + slot - b
+            line.append(z - LARGEST)
+        for lane in range(h):
+            if states[lane] < 2**16:
+                states[lane] = 2**16 * states[lane] + next(words)
+        lines.append(line)
+    assert states == [2**16] * h
+    assert next(words, None) is None
+    A = len(classes)
+    return [[lines[n // h * A + a][n % h] for a in range(A)] for n in range(N)]
+
+
+def principal(
+    entry: Mapping[str, Any],
+    parts: Mapping[str, Numbers],
+    axes: Mapping[str, Numbers],
+    rotation: Sequence[Sequence[float]],
+) -> Numbers:
+    """A message of stage 1 or 2 with the axes that are kept for its stream."""
+    N, D = sizes(entry["shape"])
+    about, basis, facts = entry["parameters"], axes["basis"], axes["facts"]
+    columns, mean, spread = facts[:D], facts[D : 2 * D], facts[2 * D :]
+    coded = [d for d in range(D) if spread[d] >= 0.1 * about["step"]]
+    classes = [round(4 * math.log2(spread[d] / about["step"])) + 16 for d in coded]
+    data = bytes(int(byte) for byte in parts["codes"])
+    codes = entropy_decoded(data, [min(max(c, 0), CLASSES - 1) for c in classes], N)
+    rows: list[Numbers] = []
+    for n in range(N):
+        scale = 2.0 ** (about["top"] + (parts["scales"][n] - 255) / 8)
+        y = {d: z * about["step"] * columns[d] for d, z in zip(coded, codes[n], strict=True)}
+        rows.append([scale * (mean[i] + sum(basis[i * D + d] * y[d] for d in coded)) for i in range(D)])
+    if about["lone"]:
+        lone = {name.removeprefix("lone_"): values for name, values in parts.items() if "lone_" in name}
+        apart = _packed(about["lone"], D, 4, lone, about["lone_top"], rotation)
+        for i, place in enumerate(parts["places"]):
+            rows[int(place)] = apart[i * D :][:D]
+    return [number for row in rows for number in row]
 
 
 def version(values: Sequence[float]) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,11 @@ from splitft.adapters import AdapterState, Factors
 from splitft.protocol import MESSAGES, Activations, GlobalAdapters, HeadGradient, LastHidden, Terms
 from splitft.protocol.orders import ORDERS
 from splitft.specs import WireSpec
-from splitft.wire import CODECS, MAX_FRAME_BYTES, Frame, Streams, header, parts
+from splitft.wire import CODECS, MAX_FRAME_BYTES, Frame, Streams, entropy, header, parts
 from splitft.wire.changes import SAME
 from splitft.wire.frame import MAX_HEADER_BYTES, PREFIX, SENDER, VERSION
 from splitft.wire.rows import rotated
-from wire.plain_reader import decode, read_frame, version
+from wire.plain_reader import decode, frequencies, principal, read_frame, version
 
 PAGE = (Path(__file__).parents[2] / "docs/wire-format.md").read_text(encoding="utf-8")
 UP = {
@@ -138,6 +140,41 @@ def test_a_reader_that_knows_the_page_alone_finds_what_we_find(name):
             wanted = getattr(terms.from_bytes(data), tensor)
             assert entry["shape"] == list(wanted.shape)
             torch.testing.assert_close(found, wanted.double().flatten(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_reader_follows_a_stream_along_principal_axes():
+    width, held = 64, {}
+    terms = Terms(width, torch.float32, torch.float32, WireSpec(hidden="principal"))
+    ends, turn = (Streams(), Streams()), rotated(torch.eye(width)).tolist()
+    stages = []
+    for step in range(4):
+        hidden = torch.randn(71, width, generator=torch.Generator().manual_seed(step)) * torch.logspace(
+            0, -2, width
+        )
+        hidden[5] += 100
+        data = terms.to_bytes(LastHidden(step=step, hidden=hidden), ends[0])
+        wanted = terms.from_bytes(data, streams=ends[1]).hidden
+        facts, stored = read_frame(data)
+        entry, own = (
+            facts["tensors"]["hidden"],
+            {name.partition("#")[2]: v for name, (_, v) in stored.items()},
+        )
+        stages.append(entry["parameters"]["stage"])
+        if stages[-1] == 0:
+            continue
+        if stages[-1] == 1:
+            held = own
+        assert entry["parameters"]["lone"] >= 1
+        found = torch.tensor(principal(entry, own, held, turn)).reshape(wanted.shape)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert {1, 2} <= set(stages)
+
+
+def test_the_pages_frequencies_are_those_of_the_code():
+    flat = [frequency for of_class in frequencies() for frequency in of_class]
+    crc = zlib.crc32(struct.pack(f"<{len(flat)}I", *flat))
+    assert crc == entropy.TABLES_CRC32
+    assert f"have the CRC-32 `{crc:08x}`" in PAGE
 
 
 def test_the_frame_of_a_message_is_what_the_page_calls_it():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import zlib
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ LARGEST = 127
 """Symbols are whole numbers from minus to plus this."""
 CLASSES = 48
 """Spreads are rounded to powers of 2^(1/4), from 2^-4 to 2^7.75."""
+TABLES_CRC32 = 0xE9F2CFF5
+"""Of all frequencies, class by class, as little-endian 32-bit numbers."""
 _PRECISION = 15
 _LOW = np.uint64(1 << 16)
 _WORD = np.uint64(16)
@@ -90,7 +93,10 @@ def decode(data: bytes, classes: Integers, lanes: int) -> NDArray[np.int16]:
 
 @functools.cache
 def _tables() -> tuple[Integers, Integers, NDArray[np.uint8]]:
-    """By class: share of each symbol in 2^15 (at least 1), the sum of those below it, and the inverse."""
+    """By class: share of each symbol in 2^15 (at least 1), the sum of those below it, and the inverse.
+
+    Raises WireError if this machine's mathematics gives other shares than everybody's.
+    """
     total, edges = 1 << _PRECISION, np.arange(-LARGEST, LARGEST + 2) - 0.5
     share = np.empty((CLASSES, 2 * LARGEST + 1), np.int64)
     for kind in range(CLASSES):
@@ -103,6 +109,10 @@ def _tables() -> tuple[Integers, Integers, NDArray[np.uint8]]:
         chance = np.diff((normal + laplace) / 2)
         share[kind] = 1 + np.floor(chance / chance.sum() * (total - len(chance)))
         share[kind, LARGEST] += total - share[kind].sum()
+    if (found := zlib.crc32(share.astype("<u4").tobytes())) != TABLES_CRC32:
+        raise WireError(
+            f"entropy coding: this machine's tables have the CRC-32 {found:08x}; use another codec"
+        )
     below = np.cumsum(share, 1) - share
     lookup = np.stack([np.repeat(np.arange(2 * LARGEST + 1), row) for row in share]).astype(np.uint8)
     return share, below, lookup
