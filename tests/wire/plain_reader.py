@@ -133,6 +133,11 @@ def frequencies() -> list[list[int]]:
     return classes
 
 
+def uniform(bits: int) -> list[int]:
+    """Frequencies of a symbol of so many bits."""
+    return [0] * LARGEST + [2 ** (15 - bits)] * 2**bits + [0] * (LARGEST + 1 - 2**bits)
+
+
 def _normal(x: float, s: float) -> float:
     return 0.5 * math.erfc(-x / s / math.sqrt(2))
 
@@ -144,7 +149,7 @@ def _laplace(x: float, s: float) -> float:
 
 def entropy_decoded(data: bytes, classes: Sequence[int], N: int) -> list[list[int]]:
     """The whole numbers (N, A) of axes with these classes."""
-    h, table = -(-N // 2), frequencies()
+    h, table = -(-N // 2), frequencies() + [uniform(bits) for bits in range(8)]
     states = list(struct.unpack(f"<{h}I", data[: 4 * h]))
     words = iter(struct.unpack(f"<{(len(data) - 4 * h) // 2}H", data[4 * h :]))
     lines = []
@@ -177,9 +182,15 @@ def principal(
     about, basis, facts = entry["parameters"], axes["basis"], axes["facts"]
     columns, mean, spread = facts[:D], facts[D : 2 * D], facts[2 * D :]
     coded = [d for d in range(D) if spread[d] >= 0.1 * about["step"]]
-    classes = [round(4 * math.log2(spread[d] / about["step"])) + 16 for d in coded]
-    data = bytes(int(byte) for byte in parts["codes"])
-    codes = entropy_decoded(data, [min(max(c, 0), CLASSES - 1) for c in classes], N)
+    low = [min(max(math.ceil(math.log2(spread[d] / about["step"] / 16)), 0), 7) for d in coded]
+    wide = zip(coded, low, strict=True)
+    classes = [round(4 * math.log2(spread[d] / about["step"] / 2**b)) + 16 for d, b in wide]
+    classes = [min(max(c, 0), CLASSES - 1) for c in classes] + [CLASSES + b for b in low if b]
+    lines = entropy_decoded(bytes(int(byte) for byte in parts["codes"]), classes, N)
+    codes = []
+    for line in lines:
+        bits = iter(line[len(coded) :])
+        codes.append([z * 2**b + (next(bits) if b else 0) for z, b in zip(line, low, strict=False)])
     rows: list[Numbers] = []
     for n in range(N):
         scale = 2.0 ** (about["top"] + (parts["scales"][n] - 255) / 8)

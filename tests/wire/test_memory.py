@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from splitft.errors import WireError
 from splitft.wire import Passage, Streams, codec_of, entropy
-from splitft.wire.axes import learn
+from splitft.wire.axes import Axes, learn
 
 WIDTH = 48
 
@@ -33,7 +33,7 @@ def _relative(decoded, x):
     return float((decoded - x).norm() / x.norm())
 
 
-@pytest.mark.parametrize("bits", [1.5, 2.0, 3.0])
+@pytest.mark.parametrize("bits", [1.5, 2.0, 3.0, 6.0])
 def test_axes_are_learnt_and_then_rows_take_the_bits_that_were_asked_for(bits):
     codec, sender, receiver = codec_of(f"principal:bits={bits}"), {}, {}
     sizes, errors, stages = [], [], []
@@ -93,6 +93,21 @@ def test_tokens_that_attention_rests_on_travel_apart_and_exactly_since_they_are_
         decoded = codec.decode(encoded, torch.float32, Passage("hidden", memory=receiver))
     assert {0, 20, 40} <= set(encoded.parts["places"].tolist())
     assert _relative(decoded[[0, 20, 40]], x[[0, 20, 40]]) < 0.01
+
+
+@given(st.floats(0.002, 2), st.integers(0, 99))
+def test_whole_numbers_come_back_from_their_lines_and_rows_beyond_are_told(step, seed):
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.logspace(1, -3, WIDTH)
+    grid = Axes(torch.eye(WIDTH), torch.zeros(WIDTH), spread).grid(step)
+    codes = (torch.randn(30, WIDTH, generator=generator) * spread / step).round()[:, grid.coded]
+    codes[0] *= 100
+    inside = grid.within(codes)
+    assert inside.sum() >= 20
+    lines = grid.lines(codes[inside])
+    assert lines.shape[1] == len(grid.classes)
+    assert np.abs(lines).max() <= entropy.LARGEST
+    assert torch.equal(grid.numbers(lines)[:, grid.coded], codes[inside] * step)
 
 
 def test_axes_learnt_from_few_rows_are_not_as_thin_as_chance_made_them():

@@ -142,9 +142,10 @@ def test_a_reader_that_knows_the_page_alone_finds_what_we_find(name):
             torch.testing.assert_close(found, wanted.double().flatten(), rtol=1e-5, atol=1e-5)
 
 
-def test_the_reader_follows_a_stream_along_principal_axes():
+@pytest.mark.parametrize("bits", [2, 6])
+def test_the_reader_follows_a_stream_along_principal_axes(bits):
     width, held = 64, {}
-    terms = Terms(width, torch.float32, torch.float32, WireSpec(hidden="principal"))
+    terms = Terms(width, torch.float32, torch.float32, WireSpec(hidden=f"principal:bits={bits}"))
     ends, turn = (Streams(), Streams()), rotated(torch.eye(width)).tolist()
     stages = []
     for step in range(4):

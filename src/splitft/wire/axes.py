@@ -30,6 +30,8 @@ SINK = 3.0
 """Rows longer than this many times the median are not learnt from."""
 LEAST_SPREAD = 0.1
 """Axes of less spread, in steps, are not coded: they are nought."""
+WIDEST = 16.0
+"""Of numbers with more spread, in steps, the low bits are split off."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,54 @@ class Axes:
         """From int8 columns (D, D) and (3, D): their scales, the mean, the spreads."""
         return cls(codes.float() * facts[0], facts[1], facts[2])
 
-    def coded(self, step: float) -> torch.Tensor:
-        """(D,): which axes have enough spread to be coded."""
-        return self.spread >= LEAST_SPREAD * step
+    def grid(self, step: float) -> Grid:
+        """How rows are coded with this step."""
+        coded = self.spread >= LEAST_SPREAD * step
+        spread: np.ndarray = self.spread[coded].double().numpy() / step
+        low = np.clip(np.ceil(np.log2(spread / WIDEST)), 0, entropy.MOST_BITS).astype(np.int16)
+        classes = np.concatenate([entropy.class_of(spread / 2.0**low), entropy.CLASSES + low[low > 0]])
+        return Grid(step, coded, torch.from_numpy(low), classes)
 
-    def classes(self, step: float) -> entropy.Integers:
-        """Of the coded axes."""
-        spread: np.ndarray = self.spread[self.coded(step)].double().numpy() / step
-        return entropy.class_of(spread)
 
-    def bits(self, y: torch.Tensor, step: float) -> float:
-        """Bits that rows y (N, D) along the axes take with this step, all together."""
-        codes = (y[:, self.coded(step)] / step).round().clamp(-entropy.LARGEST, entropy.LARGEST)
-        return entropy.taken_bits(codes.to(torch.int16).numpy().T, self.classes(step))
+@dataclass(frozen=True)
+class Grid:
+    """Steps along axes, and how whole numbers of them become lines of the entropy code.
+
+    Numbers along an axis of large spread have `low` bits that are all as likely, with lines of their own.
+    """
+
+    step: float
+    coded: torch.Tensor
+    """(D,): which A axes have enough spread to be coded."""
+    low: torch.Tensor
+    """(A,): bits that are split off."""
+    classes: entropy.Integers
+    """(A + B,): of the lines; B axes have bits split off."""
+
+    def within(self, codes: torch.Tensor) -> torch.Tensor:
+        """(N,): whether all of a row's codes (N, A) can be coded."""
+        return (codes.abs() <= entropy.LARGEST * 2.0**self.low).all(1)
+
+    def lines(self, codes: torch.Tensor) -> np.ndarray:
+        """Whole numbers (N, A) -> (N, A + B)."""
+        whole = codes.to(torch.int16)
+        split = self.low > 0
+        bits = whole[:, split] & (2 ** self.low[split] - 1)
+        return torch.cat([whole >> self.low, bits], 1).numpy()
+
+    def numbers(self, lines: np.ndarray) -> torch.Tensor:
+        """The inverse, in steps: (N, D), nought along axes that are not coded."""
+        whole, split = torch.from_numpy(lines), self.low > 0
+        codes = whole[:, : len(self.low)] << self.low
+        codes[:, split] |= whole[:, len(self.low) :]
+        numbers = torch.zeros(len(lines), len(self.coded))
+        numbers[:, self.coded] = codes.float() * self.step
+        return numbers
+
+    def bits(self, codes: torch.Tensor) -> float:
+        """Bits that codes (N, A) take, all together, but for the lanes' states."""
+        most = entropy.LARGEST * 2.0**self.low
+        return entropy.taken_bits(self.lines(codes.clamp(-most, most)).T, self.classes)
 
 
 def sinks(rows: torch.Tensor) -> torch.Tensor:

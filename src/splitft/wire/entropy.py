@@ -23,9 +23,12 @@ from splitft.errors import WireError
 LARGEST = 127
 """Symbols are whole numbers from minus to plus this."""
 CLASSES = 48
-"""Spreads are rounded to powers of 2^(1/4), from 2^-4 to 2^7.75."""
+"""Spreads are rounded to powers of 2^(1/4), from 2^-4 to 2^7.75. Class 48 + b is that of b bits, from 0 to
+2^b - 1, which are all as likely."""
+MOST_BITS = 7
+"""Of a symbol whose values are all as likely."""
 TABLES_CRC32 = 0xE9F2CFF5
-"""Of all frequencies, class by class, as little-endian 32-bit numbers."""
+"""Of the frequencies of spreads, class by class, as little-endian 32-bit numbers."""
 _PRECISION = 15
 _LOW = np.uint64(1 << 16)
 _WORD = np.uint64(16)
@@ -98,7 +101,7 @@ def _tables() -> tuple[Integers, Integers, NDArray[np.uint8]]:
     Raises WireError if this machine's mathematics gives other shares than everybody's.
     """
     total, edges = 1 << _PRECISION, np.arange(-LARGEST, LARGEST + 2) - 0.5
-    share = np.empty((CLASSES, 2 * LARGEST + 1), np.int64)
+    share = np.zeros((CLASSES + MOST_BITS + 1, 2 * LARGEST + 1), np.int64)
     for kind in range(CLASSES):
         spread = 2.0 ** ((kind - 16) / 4)
         normal = np.array([0.5 * math.erfc(-edge / spread / math.sqrt(2)) for edge in edges])
@@ -109,10 +112,12 @@ def _tables() -> tuple[Integers, Integers, NDArray[np.uint8]]:
         chance = np.diff((normal + laplace) / 2)
         share[kind] = 1 + np.floor(chance / chance.sum() * (total - len(chance)))
         share[kind, LARGEST] += total - share[kind].sum()
-    if (found := zlib.crc32(share.astype("<u4").tobytes())) != TABLES_CRC32:
+    if (found := zlib.crc32(share[:CLASSES].astype("<u4").tobytes())) != TABLES_CRC32:
         raise WireError(
             f"entropy coding: this machine's tables have the CRC-32 {found:08x}; use another codec"
         )
+    for bits in range(MOST_BITS + 1):
+        share[CLASSES + bits, LARGEST : LARGEST + 2**bits] = total >> bits
     below = np.cumsum(share, 1) - share
     lookup = np.stack([np.repeat(np.arange(2 * LARGEST + 1), row) for row in share]).astype(np.uint8)
     return share, below, lookup

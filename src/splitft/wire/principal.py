@@ -100,9 +100,8 @@ class Principal:
         ordered = bool((places[1:] > places[:-1]).all())
         if len(places) and not (int(places[0]) >= 0 and int(places[-1]) < rows and ordered):
             raise WireError(f"principal: places of rows apart must rise within {rows}")
-        codes = _from_lanes(parts["codes"].numpy().tobytes(), axes.classes(step), rows)
-        y = torch.zeros(rows, len(axes.mean))
-        y[:, axes.coded(step)] = torch.from_numpy(codes.astype(np.float32)) * step
+        grid = axes.grid(step)
+        y = grid.numbers(_from_lanes(parts["codes"].numpy().tobytes(), grid.classes, rows))
         scales = steps_of(parts["scales"], top_of(encoded.parameters))
         x = torch.addmm(axes.mean, y, axes.basis.T) * scales[:, None]
         if len(places):
@@ -145,16 +144,14 @@ class Principal:
         scales, top = scale_bytes(rows.square().mean(1).sqrt())
         y = (rows / steps_of(scales, top)[:, None] - axes.mean) @ axes.basis
         apart = sinks(rows) if passage.role == "hidden" else torch.zeros(len(rows), dtype=torch.bool)
-        step = self._first_step(axes, y[~apart]) if new else float(memory["step"])
-        exact = y / step
-        at_random = passage.unbiased and self.bits >= LEAST_RANDOM_BITS
-        codes = (exact + passage.uniform(exact)).floor() if at_random else exact.round()
-        active = axes.coded(step)
+        step = self._first_step(axes, y[~apart], passage) if new else float(memory["step"])
+        grid, exact = axes.grid(step), y / step
+        codes = self._rounded(exact, passage)
         apart |= (y / axes.spread.clamp_min(step / 4)).square().mean(1) > LONE
-        apart |= (codes.abs() > entropy.LARGEST).any(1) | (exact[:, ~active].abs() > 0.5).any(1)
+        apart |= ~grid.within(codes[:, grid.coded]) | (exact[:, ~grid.coded].abs() > 0.5).any(1)
         places = torch.nonzero(apart)[:, 0]
         codes[places] = 0
-        packed = _in_lanes(codes[:, active].to(torch.int16).numpy(), axes.classes(step))
+        packed = _in_lanes(grid.lines(codes[:, grid.coded]), grid.classes)
         parts = {
             "codes": torch.frombuffer(bytearray(packed), dtype=torch.uint8),
             "scales": scales,
@@ -167,17 +164,24 @@ class Principal:
             parameters["lone_top"] = inner.parameters["top"]
         taken = 8 * sum(part.numel() * part.element_size() for part in parts.values())
         change = min(1.0, max(-1.0, taken / max(1, rows.numel()) - self.bits))
-        memory["step"] = torch.tensor(step * 2.0**change, dtype=torch.float64)
+        memory["step"] = torch.tensor(step * 2.0 ** (change / 2), dtype=torch.float64)  # batches differ
         return parts, parameters
 
-    def _first_step(self, axes: Axes, y: torch.Tensor) -> float:
+    def _first_step(self, axes: Axes, y: torch.Tensor, passage: Passage) -> float:
         """The step with which these rows (N, D) take the bits asked for, scales and lanes' states and all."""
         room = self.bits * y.numel() - 24 * len(y)
         low, high = 1e-4, 1e2
         for _ in range(20):
             step = math.sqrt(low * high)
-            low, high = (step, high) if axes.bits(y, step) > room else (low, step)
+            grid = axes.grid(step)
+            taken = grid.bits(self._rounded(y[:, grid.coded] / step, passage))
+            low, high = (step, high) if taken > room else (low, step)
         return math.sqrt(low * high)
+
+    def _rounded(self, exact: torch.Tensor, passage: Passage) -> torch.Tensor:
+        """To the nearest, or at random where that is right on average and bits allow it."""
+        at_random = passage.unbiased and self.bits >= LEAST_RANDOM_BITS
+        return (exact + passage.uniform(exact)).floor() if at_random else exact.round()
 
 
 _INT4 = Packed("int4", 4)
