@@ -1,4 +1,4 @@
-"""What both sides agreed on, and so how a message becomes a frame, and a frame a checked message.
+"""How a message becomes a frame by what was agreed, and a frame a checked message.
 
     Message --pack--> Frame --bytes--> Announced --------> Frame --unpack--> Message
                                        |                                     every tensor by its role's codec
@@ -11,8 +11,6 @@ allocated for it, then with its numbers, which must be finite.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,64 +21,27 @@ from pydantic import ValidationError
 from splitft.adapters import AdapterState
 from splitft.adapters.optimizer import Moments
 from splitft.errors import AdapterError, ProtocolError
-from splitft.protocol.messages import MESSAGES, Message
-from splitft.protocol.orders import ORDERS
-from splitft.specs import WireSpec
-from splitft.specs.wire import AUTO
+from splitft.protocol.agreement import RAW, Agreement, as_stored
+from splitft.protocol.messages import Message
 from splitft.tracking.events import Role
 from splitft.wire import (
-    CODECS,
     MAX_FRAME_BYTES,
     Announced,
-    Codec,
     Encoded,
-    Entry,
     Frame,
-    Part,
     Passage,
     Streams,
-    codec_of,
     open_frame,
 )
-from splitft.wire.changes import SAME, Holdings, Way, of_codec
-from splitft.wire.frame import SENDER, VERSION
-
-RAW = "raw"
-"""In place of a codec's name: bit by bit, for token ids and for moments, whose rounding would change the
-training."""
-FLAT = frozenset({"int8"})
-"""Codecs that take a factor as one row of all its numbers."""
-MEMBERED = frozenset({"adapters", "moments", "folded", "own"})
-"""Fields that hold several tensors, each by a name of its own."""
-KINDS: dict[str, type[Message]] = {**MESSAGES, **{kind.__name__: kind for kind in ORDERS}}
-"""Every message that may travel, by name."""
-EXACT = frozenset({"moments", "folded", "own"})
-"""Those that travel as they are: rounding them would change the training, or undo what corrects a mean."""
-_MOMENT = re.compile(r"(0|[1-9]\d{0,5})\.[\w.]+\.[ABM]\.\w+", re.ASCII)
-"""`7.self_attn.q_proj.A.exp_avg`"""
+from splitft.wire.changes import Way
 
 Check = Callable[[Message], None]
 """Raises ProtocolError unless the message may come now; its tensors have shapes, but no numbers yet."""
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What client and server agreed on before the first message."""
-
-    width: int
-    """D."""
-    dtype: torch.dtype
-    """Type that hidden states and gradients are computed in."""
-    adapter_dtype: torch.dtype
-    """Type that factors are kept in."""
-    wire: WireSpec
-    """Codecs by role."""
-    labels_travel: bool = False
-    """Whether token ids may travel at all (`labels: server`)."""
-    most_rows: int = 2**20
-    """Real tokens of one batch, at most."""
-    feedback: bool = False
-    """Whether a client adds to its next upload of factors what rounding left out of the last."""
+class Terms(Agreement):
+    """How messages travel under an agreement."""
 
     def rounded(self, message: Message) -> Message:
         """The message as the other side will see it, without passing through bytes."""
@@ -145,7 +106,7 @@ class Terms:
         """The message of a frame whose tensors are there. Raises ProtocolError saying what is wrong."""
         entries = {name: encoded.entry for name, encoded in frame.tensors.items()}
         streams = Streams() if streams is None else streams
-        kind = self._admit(frame.kind, frame.fields, entries, frame.sender, streams)
+        kind = self.admit(frame.kind, frame.fields, entries, frame.sender, streams)
         _begin(streams, frame.fields)
         number = _number(frame.fields)
         decoded = {
@@ -156,42 +117,21 @@ class Terms:
 
     # ----------------------------------------------------------------------------------------------
 
-    def _codec(self, role: Role, field: str) -> str:
-        """Name of the codec that a tensor of this field travels in."""
-        return RAW if field in EXACT or role == "label" else self._codec_of(role).name
-
-    def _codec_of(self, role: Role) -> Codec:
-        given: str = getattr(self.wire, role)
-        if given == AUTO:
-            raise ProtocolError(f"no codec is chosen for {role} yet; give wire.{role}, or let a run choose")
-        return codec_of(given)
-
-    def _type(self, role: Role) -> torch.dtype:
-        """Type that both sides compute in."""
-        return {"label": torch.int64, "adapter": self.adapter_dtype}.get(role, self.dtype)
-
     def _encoded(self, role: Role, field: str, tensor: torch.Tensor, passage: Passage) -> Encoded:
-        codec, shape = self._codec(role, field), tuple(tensor.shape)
+        codec, shape = self.codec(role, field), tuple(tensor.shape)
         if codec == RAW:
             return Encoded(role, RAW, tensor.dtype, shape, {"": tensor.detach()})
         if not bool(torch.isfinite(tensor).all()):
             raise ProtocolError(f"{field} has numbers that are not finite and cannot be sent")
-        stored = _as_stored(role, codec, shape)
-        encoded = self._codec_of(role).encode(tensor.reshape(stored), passage)
-        return replace(encoded, dtype=self._type(role), shape=shape)
-
-    def _holdings(self, streams: Streams) -> Holdings:
-        """What this end knows that the other holds of the client's factors."""
-        exact = {"fp64": torch.float64, "fp32": torch.float32}.get(self.wire.adapter)
-        streams.adapters.exact = exact is not None and exact.itemsize >= self.adapter_dtype.itemsize
-        streams.adapters.feedback = self.feedback
-        return streams.adapters
+        stored = as_stored(role, codec, shape)
+        encoded = self.codec_of(role).encode(tensor.reshape(stored), passage)
+        return replace(encoded, dtype=self.type_of(role), shape=shape)
 
     def _changed(
         self, kind: str, key: str, tensor: torch.Tensor, passage: Passage, streams: Streams
     ) -> Encoded:
         """A factor as what changed since the other side last saw it."""
-        return self._holdings(streams).sent(
+        return self.holdings(streams).sent(
             _way(kind),
             key,
             tensor,
@@ -206,7 +146,7 @@ class Terms:
         field, _, key = name.partition("/")
         if field != "adapters":
             return self._decoded(kind.__name__, name, encoded, passage)
-        return self._holdings(streams).received(
+        return self.holdings(streams).received(
             _way(kind.__name__),
             key,
             encoded,
@@ -216,74 +156,12 @@ class Terms:
     def _outline(self, announced: Announced, streams: Streams) -> Message:
         """The message with shapes alone, checked against what was agreed."""
         entries = announced.entries
-        kind = self._admit(announced.kind, announced.fields, entries, announced.sender, streams)
+        kind = self.admit(announced.kind, announced.fields, entries, announced.sender, streams)
         shapes = {
             name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
             for name, entry in entries.items()
         }
         return _message(kind, announced.fields, shapes)
-
-    def _admit(
-        self,
-        name: str,
-        fields: Mapping[str, Any],
-        entries: Mapping[str, Entry],
-        sender: str,
-        streams: Streams,
-    ) -> type[Message]:
-        """The kind of message, if all its tensors are announced as agreed."""
-        kind = KINDS.get(name)
-        if kind is None:
-            raise ProtocolError(
-                f"no message is called {name!r}; known: {', '.join(KINDS)} "
-                f"(it came from {sender}; this side is {_here()})"
-            )
-        for tensor, entry in entries.items():
-            field, _, key = tensor.partition("/")
-            if field not in kind.ROLES or field in fields or bool(key) != (field in MEMBERED):
-                raise ProtocolError(f"{name} has no tensor {tensor!r}")
-            self._admit_entry(name, kind.ROLES[field], tensor, entry, sender)
-            if field == "adapters":
-                self._holdings(streams).base_of(key, entry.dtype, entry.shape, entry.codec, entry.parameters)
-        return kind
-
-    def _admit_entry(self, kind: str, role: Role, name: str, entry: Entry, sender: str) -> None:
-        """Raise ProtocolError unless the tensor is announced as agreed."""
-        field, _, key = name.partition("/")
-        if role == "label" and not self.labels_travel:
-            raise ProtocolError(f"{kind} carries token ids, but labels stay on the clients in this run")
-        if entry.role != role:
-            raise ProtocolError(f"{kind}: {name} comes as {entry.role}; it is {role}")
-        codec = self._codec(role, field)
-        if entry.codec != codec and not (field == "adapters" and entry.codec == SAME):
-            known = "" if entry.codec in (*CODECS, RAW) else ", which this side does not know"
-            raise ProtocolError(
-                f"{kind}: {name} comes in codec {entry.codec!r}{known}; agreed was {codec!r} "
-                f"(it came from {sender}; this side is {_here()})"
-            )
-        due = {self._type(role)}
-        if field == "moments":
-            if not _MOMENT.fullmatch(key):
-                raise ProtocolError(f"{kind}: {key!r} is not the name of an optimizer's moment")
-            due |= set() if entry.shape else {torch.float32}  # the count of steps
-        if entry.dtype not in due:
-            raise ProtocolError(f"{kind}: {name} comes as {entry.dtype}; agreed was {self._type(role)}")
-        if role in ("hidden", "gradient") and (len(entry.shape) != 2 or entry.shape[1] != self.width):
-            raise ProtocolError(f"{kind}: {name} is {entry.shape}, not rows of width {self.width}")
-        if role != "adapter" and entry.shape and entry.shape[0] > self.most_rows:
-            raise ProtocolError(
-                f"{kind}: {name} has {entry.shape[0]} rows; a batch has at most {self.most_rows}"
-            )
-        if math.prod(entry.shape) > MAX_FRAME_BYTES:
-            raise ProtocolError(f"{kind}: {name} is {entry.shape}, larger than any frame")
-        layout = {"": Part(entry.dtype, entry.shape)}
-        if entry.codec == SAME:
-            layout = {}
-        elif codec != RAW:
-            stored = _as_stored(role, codec, entry.shape)
-            own = of_codec(entry.parameters) if field == "adapters" else entry.parameters
-            layout = self._codec_of(role).layout(stored, own)
-        entry.check(name, layout)
 
     def _decoded(self, kind: str, name: str, encoded: Encoded, passage: Passage) -> torch.Tensor:
         """The tensor's numbers, all of them finite."""
@@ -291,8 +169,8 @@ class Terms:
             tensor = encoded.parts[""]
         else:
             role: Role = encoded.role  # type: ignore[assignment]  # admitted
-            stored = replace(encoded, shape=_as_stored(role, encoded.codec, encoded.shape))
-            decoded = self._codec_of(role).decode(stored, encoded.dtype, passage)
+            stored = replace(encoded, shape=as_stored(role, encoded.codec, encoded.shape))
+            decoded = self.codec_of(role).decode(stored, encoded.dtype, passage)
             tensor = decoded.reshape(encoded.shape)
         scales = [part for part in encoded.parts.values() if part is not tensor and part.is_floating_point()]
         for one in (tensor, *scales):
@@ -331,11 +209,6 @@ def _way(kind: str) -> Way:
     return "own" if kind == "AdapterUpload" else "global"
 
 
-def _as_stored(role: Role, codec: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a codec is given: factors are narrow, so groups run over their rows."""
-    return (1, math.prod(shape)) if role == "adapter" and codec in FLAT else shape
-
-
 def _begin(streams: Streams, values: Mapping[str, Any]) -> None:
     """Tell this end of the line of a round that begins, and of the batch that Activations bring."""
     if "cut" in values:
@@ -350,8 +223,3 @@ def _begin(streams: Streams, values: Mapping[str, Any]) -> None:
 def _number(values: Mapping[str, Any]) -> tuple[int, int]:
     """The step and the micro-batch of a message that has them."""
     return int(values.get("step", 0)), int(values.get("micro_batch", 0))
-
-
-def _here() -> str:
-    """This side's versions."""
-    return f"{SENDER}, frames of version {VERSION}"
