@@ -69,6 +69,7 @@ def test_shape_type_layout_and_bytes_are_as_stated(name, shape):
     assert not any(part.requires_grad for part in encoded.parts.values())
     decoded = codec.decode(encoded, torch.float32, passage)
     assert (decoded.dtype, decoded.shape) == (torch.float32, x.shape)
+    assert decoded.is_contiguous()  # or every product with it would be slow
     if name not in ("bounded", "temporal", "principal"):  # whose size follows the data
         assert encoded.nbytes == codec.bytes_for(shape)
 

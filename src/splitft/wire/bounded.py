@@ -86,7 +86,8 @@ class Bounded:
         planes = np.frombuffer(raw, dtype=np.uint8).reshape(nbytes, -1)
         codes = torch.from_numpy(planes.T.reshape(-1).copy()).view(_TYPES[nbytes])
         steps = encoded.parts["steps"].double()
-        return (codes.reshape(width, rows).T.double() * steps[:, None]).reshape(encoded.shape).to(dtype)
+        numbers = codes.reshape(width, rows).T.double() * steps[:, None]
+        return numbers.to(dtype).reshape(encoded.shape).contiguous()  # products of columns are slow
 
     def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
         """(N,): half a step a number; a step where rounding is random, which is half as wide then."""
