@@ -164,7 +164,8 @@ class Principal:
             parameters["lone_top"] = inner.parameters["top"]
         taken = 8 * sum(part.numel() * part.element_size() for part in parts.values())
         change = min(1.0, max(-1.0, taken / max(1, rows.numel()) - self.bits))
-        memory["step"] = torch.tensor(step * 2.0 ** (change / 2), dtype=torch.float64)  # batches differ
+        weight = min(1.0, len(rows) / rows.shape[1])  # a short message says little of the next
+        memory["step"] = torch.tensor(step * 2.0 ** (weight * change), dtype=torch.float64)
         return parts, parameters
 
     def _first_step(self, axes: Axes, y: torch.Tensor, passage: Passage) -> float:
