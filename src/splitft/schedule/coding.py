@@ -25,24 +25,24 @@ class Speed:
 
 
 SPEEDS: dict[tuple[str, str], Speed] = {
-    ("fp8", "hidden"): Speed(3.7e9, 1.3e9),
-    ("fp8", "gradient"): Speed(3.7e9, 1.2e9),
-    ("int8", "hidden"): Speed(3.4e9, 14e9),
-    ("int8", "gradient"): Speed(1.4e9, 14e9),
-    ("int4", "hidden"): Speed(0.63e9, 0.89e9),
-    ("int4", "gradient"): Speed(0.46e9, 1.1e9),
-    ("int2", "hidden"): Speed(0.37e9, 0.93e9),
-    ("int2", "gradient"): Speed(0.36e9, 1.1e9),
-    ("topk", "hidden"): Speed(0.42e9, 11e9),
-    ("topk", "gradient"): Speed(0.41e9, 11e9),
-    ("bounded", "hidden"): Speed(0.57e9, 0.78e9),
-    ("bounded", "gradient"): Speed(0.34e9, 0.79e9),
-    ("temporal", "hidden"): Speed(0.28e9, 0.63e9),
-    ("temporal", "gradient"): Speed(0.23e9, 0.63e9),
-    ("principal", "hidden"): Speed(0.088e9, 0.10e9),
-    ("principal", "gradient"): Speed(0.084e9, 0.10e9),
+    ("fp8", "hidden"): Speed(2.2e9, 0.99e9),
+    ("fp8", "gradient"): Speed(2.3e9, 0.99e9),
+    ("int8", "hidden"): Speed(1.1e9, 3.6e9),
+    ("int8", "gradient"): Speed(0.66e9, 3.7e9),
+    ("int4", "hidden"): Speed(0.74e9, 1.0e9),
+    ("int4", "gradient"): Speed(0.49e9, 1.1e9),
+    ("int2", "hidden"): Speed(0.39e9, 1.2e9),
+    ("int2", "gradient"): Speed(0.41e9, 1.2e9),
+    ("topk", "hidden"): Speed(0.43e9, 6.5e9),
+    ("topk", "gradient"): Speed(0.44e9, 6.7e9),
+    ("bounded", "hidden"): Speed(0.37e9, 0.53e9),
+    ("bounded", "gradient"): Speed(0.27e9, 0.55e9),
+    ("temporal", "hidden"): Speed(0.27e9, 0.66e9),
+    ("temporal", "gradient"): Speed(0.24e9, 0.69e9),
+    ("principal", "hidden"): Speed(0.074e9, 0.11e9),
+    ("principal", "gradient"): Speed(0.075e9, 0.11e9),
 }
-"""By codec and role, on one core of an AMD EPYC (family 26); what is not here takes no time to speak of."""
+"""By codec and role, on one core of an Intel Xeon (family 6, model 167); what is not here takes no time to speak of."""
 
 
 def codec_seconds(codec: str, role: str) -> tuple[float, float]:
