@@ -42,7 +42,7 @@ SPEEDS: dict[tuple[str, str], Speed] = {
     ("principal", "hidden"): Speed(0.074e9, 0.11e9),
     ("principal", "gradient"): Speed(0.075e9, 0.11e9),
 }
-"""By codec and role, on one core of an Intel Xeon (family 6, model 167); what is not here takes no time to speak of."""
+"""By codec and role, on one core of an Intel Xeon (family 6 model 167); others take next to none."""
 
 
 def codec_seconds(codec: str, role: str) -> tuple[float, float]:
