@@ -220,16 +220,19 @@ def verdicts(cells: Sequence[Cell]) -> dict[str, str]:
 
 
 def pareto(cells: Sequence[Cell]) -> str:
-    """A small SVG: times fewer bytes to the right, mean rise of perplexity upwards."""
+    """A small SVG: times fewer bytes to the right, rise of perplexity upwards."""
     width, height, left, bottom = 640, 320, 60, 40
     wires = list(dict.fromkeys(cell.wire for cell in cells if cell.wire != SHAKEN))
     points = []
     for wire in wires:
         own = [cell for cell in cells if cell.wire == wire]
-        less = statistics.fmean(cell.less for cell in own)
-        points.append((wire, less, statistics.fmean(max(statistics.fmean(c.through), 0.01) for c in own)))
-    right = math.log2(max(less for _, less, _ in points) * 1.3)
-    low, high = math.log10(0.01), math.log10(max(20.0, *(rise for _, _, rise in points)))
+        learnt, through = (
+            statistics.fmean(rise for cell in own for rise in rises(cell))
+            for rises in (lambda cell: cell.rises, lambda cell: cell.through)
+        )
+        points.append((wire, statistics.fmean(cell.less for cell in own), learnt, through))
+    right = math.log2(max(less for _, less, _, _ in points) * 1.3)
+    low, high = math.log10(0.01), math.log10(max(20.0, *(through for *_, through in points)))
 
     def place(less: float, rise: float) -> tuple[float, float]:
         x = left + (width - left - 20) * math.log2(less) / right
@@ -247,13 +250,20 @@ def pareto(cells: Sequence[Cell]) -> str:
     for less, allowed in GOALS:
         x, y = place(less, allowed)
         marks.append(f'<path d="M{x - 6:.0f} {y:.0f}h12m-6 -6v12" stroke="#c33" fill="none"/>')
-    for wire, less, rise in points:
-        x, y = place(less, rise)
-        marks.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="4" fill="#26a"/>')
-        marks.append(f'<text x="{x + 7:.0f}" y="{y + 4:.0f}">{" / ".join(wire)}</text>')
+    for number, (wire, less, learnt, through) in enumerate(points):
+        x, low_y = place(less, learnt)
+        _, high_y = place(less, through)
+        label = " / ".join(wire).replace(":bits=", " ")
+        marks.append(f'<path d="M{x:.0f} {low_y:.0f}V{high_y:.0f}" stroke="#26a"/>')
+        marks.append(f'<circle cx="{x:.0f}" cy="{low_y:.0f}" r="4" fill="#26a"/>')
+        marks.append(f'<circle cx="{x:.0f}" cy="{high_y:.0f}" r="4" fill="white" stroke="#26a"/>')
+        anchor = ("middle", "end", "middle", "start")[number % 4]  # neighbours' names apart
+        y = high_y - 8 if number % 2 else low_y + 16
+        marks.append(f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{label}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"'
     title = (
-        f'<text x="{left}" y="14">rise of perplexity through the codec, percent (crosses: goals)</text>'
+        f'<text x="{left}" y="14">rise of perplexity, percent, of what was learnt (full) and through the '
+        "codec (hollow); crosses: goals</text>"
         f'<text x="{width - 20}" y="{height - 4}" text-anchor="end">times fewer bytes than fp32</text>'
     )
     return f'{head} font-size="11">{title}{"".join(marks)}</svg>\n'
