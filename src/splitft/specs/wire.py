@@ -108,9 +108,9 @@ class WireSpec(Spec):
     hidden: Codec = "bf16"
     """Codec of hidden states. `int8`: 4 times less than fp32; `int4`: 8 times; `principal`: as many bits as
     you give, 2 by default, along axes learnt as the run goes: `principal:bits=3` here and `principal:bits=1`
-    for gradients are 16 times less in all; `temporal`: differences to the last epoch; `bounded:rel=1e-2` or
-    `bounded:abs=0.1`: your bound on the error; `auto`: the cheapest whose measured effect stays within
-    `budget`. fp64 is for exactness studies on a float64 model."""
+    for gradients are 14 to 15 times less in all; `temporal`: differences to the last epoch;
+    `bounded:rel=1e-2` or `bounded:abs=0.1`: your bound on the error; `auto`: the cheapest whose measured
+    effect stays within `budget`. fp64 is for exactness studies on a float64 model."""
     gradient: Codec = "bf16"
     """Codec of gradients of hidden states, rounded at random so that errors cancel; also `int2` and `topk`,
     which make good later what they leave out."""

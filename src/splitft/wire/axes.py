@@ -19,6 +19,7 @@ import torch
 
 from splitft.wire import entropy
 from splitft.wire.passage import Memory
+from splitft.wire.rows import sinks
 
 LEARNT_ROWS = 2
 """Rows that axes are first learnt from, over the width."""
@@ -26,8 +27,6 @@ AGAIN = 3
 """They are learnt again when there are this many times as many rows."""
 DRAWN_IN = 0.1
 """How far the covariance is drawn in, over D / n."""
-SINK = 3.0
-"""Rows longer than this many times the median are not learnt from."""
 LEAST_SPREAD = 0.1
 """Axes of less spread, in steps, are not coded: they are nought."""
 WIDEST = 16.0
@@ -98,12 +97,6 @@ class Grid:
         """Bits that codes (N, A) take, all together, but for the lanes' states."""
         most = entropy.LARGEST * 2.0**self.low
         return entropy.taken_bits(self.lines(codes.clamp(-most, most)).T, self.classes)
-
-
-def sinks(rows: torch.Tensor) -> torch.Tensor:
-    """(N,): rows far longer than others, as those of tokens that attention rests on."""
-    length = rows.square().mean(1).sqrt()
-    return length > SINK * length.median() if len(rows) else torch.zeros(0, dtype=torch.bool)
 
 
 def learn(rows: torch.Tensor, memory: Memory) -> bool:

@@ -1,4 +1,4 @@
-"""Hidden states along their principal axes, in as many bits as a user gives; 2 are 16 times less than fp32.
+"""Hidden states along their principal axes, in as many bits a number as a user gives.
 
     row x = s u,  s = rms of the row                             1 byte
     y = (u - mean) B, B the principal axes of earlier rows       energy gathers in few numbers (`axes`)
@@ -24,11 +24,11 @@ import torch
 
 from splitft.errors import WireError
 from splitft.wire import entropy
-from splitft.wire.axes import Axes, learn, sinks
+from splitft.wire.axes import Axes, learn
 from splitft.wire.parts import Encoded, Parameter, Part
 from splitft.wire.passage import Memory, Passage
 from splitft.wire.quantise import Packed, scale_bytes, steps_of, top_of
-from splitft.wire.rows import as_rows, sizes
+from splitft.wire.rows import as_rows, sinks, sizes
 
 LONE = 9.0
 """A row goes apart if its mean square, in units of each axis's spread, is above this."""

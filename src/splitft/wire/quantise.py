@@ -24,14 +24,12 @@ import torch
 from splitft.errors import WireError
 from splitft.wire.parts import Encoded, Parameter, Part
 from splitft.wire.passage import Passage
-from splitft.wire.rows import as_rows, grouped, groups_of, rotated, rotated_back, sizes, ungrouped
+from splitft.wire.rows import as_rows, grouped, groups_of, rotated, rotated_back, sinks, sizes, ungrouped
 
 CHUNK = 4096
 """Groups quantised at a time: their numbers stay in the cache."""
 APART = 4
 """Outlier channels of a row of 128 numbers or more."""
-ORDINARY = 3.0
-"""Rows longer than this many times the median do not count for the mean."""
 _TINY = 1e-30
 
 
@@ -246,8 +244,7 @@ def _mean(rows: torch.Tensor) -> torch.Tensor:
     """(D,): of the rows of ordinary length, for one attention sink is longer than a hundred others."""
     if not len(rows):
         return rows.new_zeros(rows.shape[1])
-    length = torch.linalg.vector_norm(rows, dim=1)
-    ordinary = (length <= ORDINARY * length.median()).float()
+    ordinary = (~sinks(rows)).float()
     mean: torch.Tensor = ordinary @ rows / ordinary.sum()
     return mean
 

@@ -16,6 +16,8 @@ import torch
 
 GROUP = 64
 """Numbers that share a scale, at most."""
+SINK = 3.0
+"""Rows longer than this many times the median say nothing of the others."""
 LARGEST_MIX = 128
 """Widest random orthogonal matrix; of wider rows each slice of a power of two is rotated by itself."""
 _SEED = 20240330
@@ -36,6 +38,12 @@ def groups_of(width: int) -> tuple[int, int]:
     """G groups a row, and g numbers in each."""
     count = max(1, -(-width // GROUP))
     return count, -(-width // count)
+
+
+def sinks(rows: torch.Tensor) -> torch.Tensor:
+    """(N,): which rows of (N, D) are far longer than others, as those of tokens that attention rests on."""
+    length = torch.linalg.vector_norm(rows, dim=1)
+    return length > SINK * length.median() if len(rows) else torch.zeros(0, dtype=torch.bool)
 
 
 def grouped(rows: torch.Tensor) -> torch.Tensor:
