@@ -16,160 +16,39 @@ on the strongly unequal fleet, and is never slower than 1.02 times the best comm
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
-import tempfile
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import splitft
 from drawing import lines
 from measuring import REPOSITORY, Parts, Spread, begin, options, section, table
-from splitft.assemble.pace import Pace
-from splitft.assemble.planning import fleet_for
-from splitft.config import RunConfig, from_mapping
-from splitft.schedule.fleet import Fleet
+from replaying import (
+    ALPHAS,
+    DROP,
+    FLEETS,
+    GOALS,
+    LINKS,
+    ROUNDS,
+    SEEDS,
+    SERVER,
+    STEPS,
+    WAYS,
+    against_makespan,
+    cells,
+    configuration,
+    contenders,
+    counted,
+    losses_by_client,
+    said,
+    to_target,
+    trained,
+)
 
-FLEETS: dict[str, list[str]] = {
-    "strongly unequal": ["phone"] * 3 + ["laptop"] * 2 + ["workstation"] * 5,
-    "mildly unequal": ["laptop"] * 5 + ["edge-gpu"] * 5,
-    "equal": ["laptop"] * 10,
-}
-ALPHAS, SEEDS = (0.1, 0.5, 10.0), (0, 1, 2)
-SERVER, LINKS = "edge-gpu", "lan"
 CAPACITIES = (1, 2, 4, 8, 16, 40, 87)
 """The server's speed as a multiple of a laptop's; 87 is the preset server-gpu."""
-ROUNDS, STEPS = 4, 2
 LONGER = (2, 10, 50)
 """Local steps of a round for which the border is drawn too."""
-DROP = 0.8
-"""The target is this share of the way from the first loss to the last."""
-WAYS = ("best common cut", "cut 2", "resources", "paper", "makespan")
-"""To choose cuts."""
-GOALS = {"best common cut": 1.5, "cut 2": 2.0, "equal": 1.02}
-
-
-def configuration(
-    data: Path,
-    seed: int,
-    alpha: float,
-    rank_at_cut: int | None = None,
-    rounds: int = ROUNDS,
-    steps: int = STEPS,
-    **changes: Any,
-) -> RunConfig:
-    """A run of 10 clients; changes are to its schedule, and its cuts."""
-    text = {"source": str(data), "prompt": "mr", "completion": "ref"} if data.is_file() else {}
-    return from_mapping({
-        "data": {**text, "max_tokens": 96, "max_examples": 1200, "eval_examples": 8},
-        "clients": {"count": 10, "cuts": changes.pop("cuts", 2), "shares": {"by": "length", "alpha": alpha}},
-        "lora": {"rank": 16, "rank_at_cut": rank_at_cut},
-        "training": {"rounds": rounds, "steps": steps, "batch_size": 4, "lr": 1e-3},
-        "wire": {"in_process": "direct"},
-        "schedule": {"server": SERVER, "links": LINKS} | changes,
-        "seed": seed,
-    })  # fmt: skip
-
-
-def trained(config: RunConfig, runs: Parts) -> dict[str, Any]:
-    """The summary of a run, trained now or before."""
-
-    def make() -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as folder:
-            return splitft.train(config, Path(folder) / "run").summary
-
-    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
-    found: dict[str, Any] = runs.of(f"alpha {config.clients.shares.alpha} seed {config.seed} {digest}", make)
-    return found
-
-
-def replayed(config: RunConfig, fleet: Fleet, losses: list[dict[str, float]], rounds: int) -> list[float]:
-    """Simulated seconds at the end of each round, had this controller seen these losses; 0.0 first."""
-    pace, cuts = Pace.begin(config, fleet)
-    clock = [0.0]
-    for number in range(1, rounds + 1):
-        new = dict(pace.choose(number, cuts, losses[number - 1]).cuts)
-        clock.append(clock[-1] + pace.charge(number, list(new), cuts, new).seconds)
-        cuts = new
-    return clock
-
-
-def losses_by_client(summary: dict[str, Any]) -> list[dict[str, float]]:
-    """Held-out losses before training and after each round."""
-    rounds = len(summary["eval_loss"])
-    return [{client["name"]: client["loss"][r] for client in summary["clients"]} for r in range(rounds)]
-
-
-def seconds_to(target: float, losses: list[float], clock: list[float]) -> float:
-    """Simulated seconds until the loss is met, on straight lines between rounds."""
-    for number in range(1, len(losses)):
-        before, after = losses[number - 1], losses[number]
-        if after <= target:
-            share = (before - target) / (before - after)
-            return clock[number - 1] + share * (clock[number] - clock[number - 1])
-    return float("nan")
-
-
-def contenders(
-    data: Path,
-    seed: int,
-    alpha: float,
-    fleet_name: str,
-    losses: list[dict[str, float]],
-    capacity: float | None = None,
-    rounds: int = ROUNDS,
-    steps: int = STEPS,
-    controllers: tuple[str, ...] = ("resources", "paper", "makespan"),
-) -> dict[str, list[float]]:
-    """The clock of every way to choose cuts, on one fleet, with a server of `capacity` laptops or SERVER."""
-    devices = FLEETS[fleet_name]
-    fleet = _fleet(data, seed, alpha, fleet_name, SERVER)
-    if capacity is not None:
-        laptop = _fleet(data, seed, alpha, fleet_name, "laptop").job.server
-        device = laptop.device.scaled(capacity, memory_bytes=float("inf"))
-        fleet = replace(fleet, job=replace(fleet.job, server=replace(laptop, device=device)))
-    works = [replace(one, workload=replace(one.workload, steps=steps)) for one in fleet.clients]
-    fleet = replace(fleet, clients=tuple(works))
-
-    def clock(**changes: Any) -> list[float]:
-        config = configuration(data, seed, alpha, rounds=rounds, steps=steps, devices=devices, **changes)
-        return replayed(config, fleet, losses, rounds)
-
-    common = {cut: clock(cuts=cut) for cut in range(1, fleet.job.sizes.blocks)}
-    best = min(common, key=lambda cut: common[cut][-1])
-    found = {f"best common cut ({best})": common[best], "cut 2": common[2]}
-    return found | {name: clock(cuts="auto", controller=name) for name in controllers}
-
-
-def target_of(losses: list[float]) -> float:
-    """The loss that the clock is stopped at."""
-    return losses[0] - DROP * (losses[0] - losses[-1])
-
-
-def to_target(summary: dict[str, Any], clocks: dict[str, list[float]]) -> dict[str, float]:
-    """Simulated seconds to the target of every way to choose cuts, by its name without the cut."""
-    losses = summary["eval_loss"]
-    target = target_of(losses)
-    return {name.partition(" (")[0]: seconds_to(target, losses, clock) for name, clock in clocks.items()}
-
-
-def against_makespan(times: list[dict[str, float]]) -> dict[str, Spread]:
-    """How many times as long as `makespan` every way takes, from one run a seed."""
-    return {name: Spread.of([one[name] / one["makespan"] for one in times]) for name in times[0]}
-
-
-def cells(times: list[dict[str, float]]) -> list[str]:
-    """Of a table: mean seconds and ratio to `makespan`, by WAYS."""
-    ratios = against_makespan(times)
-    return [f"{mean(one[name] for one in times):.2f} s, {ratios[name]}" for name in WAYS]
-
-
-@functools.cache
-def _fleet(data: Path, seed: int, alpha: float, fleet_name: str, server: str) -> Fleet:
-    return fleet_for(configuration(data, seed, alpha, devices=FLEETS[fleet_name], server=server))
 
 
 def speedups(
@@ -317,17 +196,6 @@ def main() -> None:
             table(("run", "loss, mean", "difference, median (middle half)"), lowered),
         )
     )
-
-
-def said(least: float, most: float, goal: float) -> str:
-    """A verdict on what was found for the several alphas."""
-    verdict = "met" if least >= goal else "met for some alpha" if most >= goal else "missed"
-    return f"{least:.2f} to {most:.2f} by alpha, {verdict}"
-
-
-def counted(devices: list[str]) -> str:
-    """A fleet in words."""
-    return ", ".join(f"{devices.count(name)} {name}" for name in dict.fromkeys(devices))
 
 
 if __name__ == "__main__":

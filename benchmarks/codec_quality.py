@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from drawing import savings
 from measuring import REPOSITORY, Parts, begin, options, section, table
 from splitft.assemble import prepare
 from splitft.assemble.quiet import quiet
@@ -219,54 +220,17 @@ def verdicts(cells: Sequence[Cell]) -> dict[str, str]:
     return found
 
 
-def pareto(cells: Sequence[Cell]) -> str:
-    """A small SVG: times fewer bytes to the right, rise of perplexity upwards."""
-    width, height, left, bottom = 640, 320, 60, 40
-    wires = list(dict.fromkeys(cell.wire for cell in cells if cell.wire != SHAKEN))
-    points = []
-    for wire in wires:
+def front(cells: Sequence[Cell]) -> dict[str, tuple[float, float, float]]:
+    """Of each wire: times fewer bytes; rise of perplexity, in percent, as learnt; through the codec."""
+    found = {}
+    for wire in dict.fromkeys(cell.wire for cell in cells if cell.wire != SHAKEN):
         own = [cell for cell in cells if cell.wire == wire]
-        learnt, through = (
-            statistics.fmean(rise for cell in own for rise in rises(cell))
-            for rises in (lambda cell: cell.rises, lambda cell: cell.through)
+        found[" / ".join(wire).replace(":bits=", " ")] = (
+            statistics.fmean(cell.less for cell in own),
+            statistics.fmean(rise for cell in own for rise in cell.rises),
+            statistics.fmean(rise for cell in own for rise in cell.through),
         )
-        points.append((wire, statistics.fmean(cell.less for cell in own), learnt, through))
-    right = math.log2(max(less for _, less, _, _ in points) * 1.3)
-    low, high = math.log10(0.01), math.log10(max(20.0, *(through for *_, through in points)))
-
-    def place(less: float, rise: float) -> tuple[float, float]:
-        x = left + (width - left - 20) * math.log2(less) / right
-        y = height - bottom - (height - bottom - 20) * (math.log10(max(rise, 0.01)) - low) / (high - low)
-        return x, y
-
-    marks = []
-    for less in (1, 2, 4, 8, 16):
-        x, _ = place(less, 1)
-        marks.append(f'<text x="{x:.0f}" y="{height - 22}" text-anchor="middle">{less}x</text>')
-    for rise in (0.01, 0.1, 1, 10):
-        _, y = place(1, rise)
-        marks.append(f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end">{rise:g}</text>')
-        marks.append(f'<line x1="{left}" x2="{width - 20}" y1="{y:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
-    for less, allowed in GOALS:
-        x, y = place(less, allowed)
-        marks.append(f'<path d="M{x - 6:.0f} {y:.0f}h12m-6 -6v12" stroke="#c33" fill="none"/>')
-    for number, (wire, less, learnt, through) in enumerate(points):
-        x, low_y = place(less, learnt)
-        _, high_y = place(less, through)
-        label = " / ".join(wire).replace(":bits=", " ")
-        marks.append(f'<path d="M{x:.0f} {low_y:.0f}V{high_y:.0f}" stroke="#26a"/>')
-        marks.append(f'<circle cx="{x:.0f}" cy="{low_y:.0f}" r="4" fill="#26a"/>')
-        marks.append(f'<circle cx="{x:.0f}" cy="{high_y:.0f}" r="4" fill="white" stroke="#26a"/>')
-        anchor = ("middle", "end", "middle", "start")[number % 4]  # neighbours' names apart
-        y = high_y - 8 if number % 2 else low_y + 16
-        marks.append(f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{label}</text>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"'
-    title = (
-        f'<text x="{left}" y="14">rise of perplexity, percent, of what was learnt (full) and through the '
-        "codec (hollow); crosses: goals</text>"
-        f'<text x="{width - 20}" y="{height - 4}" text-anchor="end">times fewer bytes than fp32</text>'
-    )
-    return f'{head} font-size="11">{title}{"".join(marks)}</svg>\n'
+    return found
 
 
 def _options() -> argparse.Namespace:
@@ -299,7 +263,8 @@ def main() -> None:
     cells = measure(Parts(chosen.work), texts, cuts, wires, seeds, steps)
     if chosen.plot:
         chosen.plot.parent.mkdir(parents=True, exist_ok=True)
-        chosen.plot.write_text(pareto(cells), encoding="utf-8")
+        title = "rise of perplexity, percent, of what was learnt (full) and through the codec (hollow); "
+        savings(chosen.plot, front(cells), GOALS, title + "crosses: goals")
     rows = [
         (
             cell.text, cell.cut, *_named(cell.wire),

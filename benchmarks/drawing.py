@@ -1,7 +1,8 @@
-"""Small line charts for RESULTS.md, as SVG without any library: a few kilobytes each."""
+"""Small charts for RESULTS.md, as SVG without any library: a few kilobytes each."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -65,3 +66,50 @@ def lines(path: Path, title: str, x: str, y: str, series: Mapping[str, Line], do
         parts.append(f'<text x="{WIDTH - RIGHT + 28}" y="{height}">{escape(name)}</text>')
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+
+
+def savings(
+    path: Path,
+    points: Mapping[str, tuple[float, float, float]],
+    goals: Sequence[tuple[float, float]],
+    title: str,
+) -> None:
+    """Draw what saving bytes costs: times fewer to the right, percent upwards, both on scales of logarithms.
+
+    A point is (times fewer, percent drawn full, percent drawn hollow); a goal is (times fewer, percent).
+    """
+    width, height, left, bottom, least = 640, 320, 60, 40, 0.01
+    right = math.log2(max(less for less, _, _ in points.values()) * 1.3)
+    low, high = math.log10(least), math.log10(max(20.0, *(max(rises) for _, *rises in points.values())))
+
+    def place(less: float, rise: float) -> tuple[float, float]:
+        x = left + (width - left - 20) * math.log2(less) / right
+        y = height - bottom - (height - bottom - 20) * (math.log10(max(rise, least)) - low) / (high - low)
+        return x, y
+
+    marks = []
+    for less in (1, 2, 4, 8, 16):
+        x, _ = place(less, 1)
+        marks.append(f'<text x="{x:.0f}" y="{height - 22}" text-anchor="middle">{less}x</text>')
+    for rise in (0.01, 0.1, 1, 10):
+        _, y = place(1, rise)
+        marks.append(f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end">{rise:g}</text>')
+        marks.append(f'<line x1="{left}" x2="{width - 20}" y1="{y:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
+    for less, allowed in goals:
+        x, y = place(less, allowed)
+        marks.append(f'<path d="M{x - 6:.0f} {y:.0f}h12m-6 -6v12" stroke="#c33" fill="none"/>')
+    for number, (name, (less, full, hollow)) in enumerate(points.items()):
+        x, full_y = place(less, full)
+        _, hollow_y = place(less, hollow)
+        marks.append(f'<path d="M{x:.0f} {full_y:.0f}V{hollow_y:.0f}" stroke="#26a"/>')
+        marks.append(f'<circle cx="{x:.0f}" cy="{full_y:.0f}" r="4" fill="#26a"/>')
+        marks.append(f'<circle cx="{x:.0f}" cy="{hollow_y:.0f}" r="4" fill="white" stroke="#26a"/>')
+        anchor = ("middle", "end", "middle", "start")[number % 4]  # neighbours' names apart
+        y = hollow_y - 8 if number % 2 else full_y + 16
+        marks.append(f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{escape(name)}</text>')
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"'
+    titles = (
+        f'<text x="{left}" y="14">{escape(title)}</text>'
+        f'<text x="{width - 20}" y="{height - 4}" text-anchor="end">times fewer bytes than fp32</text>'
+    )
+    path.write_text(f'{head} font-size="11">{titles}{"".join(marks)}</svg>\n', encoding="utf-8")

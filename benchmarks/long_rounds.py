@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adaptive_cuts import (
+from measuring import REPOSITORY, Parts, Spread, begin, options, section, table
+from replaying import (
     ALPHAS,
     DROP,
     FLEETS,
@@ -37,7 +38,6 @@ from adaptive_cuts import (
     to_target,
     trained,
 )
-from measuring import REPOSITORY, Parts, Spread, begin, options, section, table
 
 ROUNDS, STEPS = 2, 20
 CAPACITIES = (2, 4, 6, 8, 16)
