@@ -29,8 +29,9 @@ from splitft.protocol import CutGradient, LastHidden, RoundStart
 from splitft.runtime import Client, Server
 from splitft.runtime.calibration import calibrate
 from splitft.runtime.ranks import Ranks
-from splitft.schedule.cost import Client as Costed
-from splitft.schedule.cost import Job, Workload, step_legs
+from splitft.schedule.cost import step_legs
+from splitft.schedule.job import Client as Costed
+from splitft.schedule.job import Job, Workload
 from splitft.schedule.memory import client_memory
 from splitft.schedule.profile import Device, Link
 from splitft.schedule.profile import Server as ServerProfile

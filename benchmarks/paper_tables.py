@@ -28,7 +28,8 @@ from splitft.config import from_mapping
 from splitft.geometry import ModelShape
 from splitft.schedule.clock import client_round, simulate_round
 from splitft.schedule.coding import WireBytes
-from splitft.schedule.cost import Client, Job, Workload, adapter_legs, round_bytes
+from splitft.schedule.cost import adapter_legs, round_bytes
+from splitft.schedule.job import Client, Job, Workload
 from splitft.schedule.profile import Server, device_preset, link_preset
 from splitft.schedule.sizes import sizes_of
 from splitft.specs import LoraSpec

@@ -7,7 +7,8 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from splitft.geometry import ModelShape
-from splitft.schedule.cost import Client, Job, WireBytes, Workload
+from splitft.schedule.coding import WireBytes
+from splitft.schedule.job import Client, Job, Workload
 from splitft.schedule.profile import Device, Link, Server
 from splitft.schedule.situation import ClientSituation, CutOption, Situation
 from splitft.schedule.sizes import ModelSizes

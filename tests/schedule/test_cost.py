@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from schedule.cases import SERVER, SIZES, WORK, client, job
 from splitft.errors import GeometryError, ScheduleError
+from splitft.schedule.coding import WireBytes
 from splitft.schedule.cost import (
-    WireBytes,
-    Workload,
     adapter_legs,
     move_seconds,
     pipelined_step_s,
@@ -21,6 +20,7 @@ from splitft.schedule.cost import (
     round_seconds,
     step_legs,
 )
+from splitft.schedule.job import Workload
 from splitft.schedule.memory import (
     ALLOCATOR_SLACK,
     RUNTIME_BYTES,

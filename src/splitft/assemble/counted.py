@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from splitft.cache import cache_folder, put
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
-from splitft.schedule.cost import Workload
+from splitft.schedule.job import Workload
 
 if TYPE_CHECKING:  # planning what is kept takes no torch
     from splitft.model import Model

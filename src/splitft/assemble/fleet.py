@@ -22,8 +22,8 @@ from splitft.model.anatomy import locate
 from splitft.runtime.calibration import measured
 from splitft.runtime.ranks import Ranks
 from splitft.schedule.coding import WireBytes, codec_seconds
-from splitft.schedule.cost import Client, Exchange, Job, Workload
 from splitft.schedule.fleet import Fleet
+from splitft.schedule.job import Client, Exchange, Job, Workload
 from splitft.schedule.profile import (
     GB,
     MBIT_PER_S,

@@ -17,9 +17,10 @@ from splitft.config import RunConfig
 from splitft.errors import ScheduleError
 from splitft.schedule.clock import SERVER, client_round, simulate_in_turn, simulate_round
 from splitft.schedule.coding import WireBytes
-from splitft.schedule.cost import Client, Job, move_seconds
+from splitft.schedule.cost import move_seconds
 from splitft.schedule.cuts import Decision, choose
 from splitft.schedule.fleet import Fleet
+from splitft.schedule.job import Client, Job
 from splitft.schedule.memory import client_memory, server_peak_bytes
 from splitft.schedule.recovery import check_kept, shallowest_cut
 from splitft.schedule.rehearsal import rehearsal

@@ -24,9 +24,10 @@ from splitft.cache import cache_folder, put
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
 from splitft.schedule.clock import client_round, simulate_round
-from splitft.schedule.cost import LEGS, Client, round_bytes, round_seconds
+from splitft.schedule.cost import LEGS, round_bytes, round_seconds
 from splitft.schedule.cuts import CONTROLLERS
 from splitft.schedule.fleet import Fleet
+from splitft.schedule.job import Client
 from splitft.schedule.memory import client_memory
 from splitft.schedule.situation import feasible
 

@@ -30,7 +30,7 @@ from splitft.model import Model, open_model
 from splitft.protocol import BaseFile, Hello, Terms
 from splitft.runtime import Client, Server
 from splitft.runtime.ranks import Ranks
-from splitft.schedule.cost import Workload
+from splitft.schedule.job import Workload
 from splitft.schedule.memory import client_memory
 from splitft.schedule.profile import GB, Device
 from splitft.specs import DeviceSpec, SiteSpec

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from splitft.errors import ScheduleError
-from splitft.schedule.cost import Client, Job, Leg, Place, exchange_legs, step_legs
+from splitft.schedule.cost import Leg, Place, exchange_legs, step_legs
+from splitft.schedule.job import Client, Job
 from splitft.schedule.profile import Server
 from splitft.schedule.turns import Batch, Turns
 

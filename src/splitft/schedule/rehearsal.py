@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from splitft.schedule.clock import client_round, simulate_round
-from splitft.schedule.cost import Client, Job
+from splitft.schedule.job import Client, Job
 from splitft.schedule.makespan import best_cuts, deepest, fits_memory, prices_of
 from splitft.schedule.situation import Feasible, Rehearse, Situation
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from splitft.errors import ScheduleError
-from splitft.schedule.cost import Client, Job, move_seconds, round_seconds, total_by_place
+from splitft.schedule.cost import move_seconds, round_seconds, total_by_place
+from splitft.schedule.job import Client, Job
 from splitft.schedule.memory import client_memory, server_memory, server_weights_bytes
 
 
