@@ -12,6 +12,7 @@ from runs import StoppedError, adapter_bytes, settings, stop_at
 from splitft.assemble import prepare, probing
 from splitft.config import from_mapping
 from splitft.errors import ConfigError
+from splitft.protocol import HeldOutLoss
 from splitft.specs import WireSpec
 from splitft.tracking.events import StepDone, WireChosen
 from splitft.tracking.log import read_events
@@ -100,6 +101,9 @@ def test_the_rise_is_the_divergence_of_predictions_less_what_rounding_does_by_it
 
 def test_where_labels_are_on_the_server_losses_are_compared(config):
     prepared = prepare(config(split={"labels": "server"}))
+    exact, found = (HeldOutLoss(step=0, loss=loss, tokens=10) for loss in (20.0, 21.0))
+    rise = probing._rise(prepared.clients[0], exact, found, exact)
+    assert rise == pytest.approx(math.exp(0.1) - 1)  # of perplexity, by a tenth of a nat a token
     for choice in prepared.chosen:
         assert choice.hidden in probing.HIDDEN
         assert choice.gradient == "int8"
