@@ -23,9 +23,9 @@ from measuring import Spread, begin, options, ratio, section, table
 from splitft.data.text import BatchStream, Example
 from splitft.model import Model, open_model
 from splitft.protocol import Activations, CutGradient, LastHidden, RoundStart
-from splitft.runtime import Client
-from splitft.runtime.ranks import Ranks
 from splitft.specs import LoraSpec, ModelSpec, TrainingSpec
+from splitft.training import Client
+from splitft.training.ranks import Ranks
 from step_overhead import ordinary, plain_step
 
 SEQUENCES, TOKENS = 8, 64

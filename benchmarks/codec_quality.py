@@ -28,12 +28,12 @@ from pathlib import Path
 
 from drawing import savings
 from measuring import REPOSITORY, Parts, begin, options, section, table
-from splitft.assemble import prepare
-from splitft.assemble.quiet import quiet
 from splitft.config import from_mapping
-from splitft.runtime import Simulation, train_rounds
+from splitft.model.quiet import quiet
+from splitft.run.setup import prepare
 from splitft.specs import WireSpec
 from splitft.tracking.events import StepDone, Traffic
+from splitft.training import Simulation, train_rounds
 
 DATA = REPOSITORY.parent / "shared/data"
 TEXTS = {

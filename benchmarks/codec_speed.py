@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from measuring import begin, options, section, table
-from splitft.wire import CODECS, Codec, Encoded, Passage, codec_of
+from splitft.codecs import CODECS, Codec, Encoded, Passage, codec_of
 
 GOALS = {"int8": 1e9, "int4": 4e8}
 """Bytes of float32 input by second, encoding and decoding each."""

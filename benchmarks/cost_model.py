@@ -21,21 +21,21 @@ import torch
 
 from client_memory import status
 from measuring import REPOSITORY, Spread, begin, options, section, table
-from splitft.assemble.fleet import exact_sizes
 from splitft.data.text import BatchStream
 from splitft.geometry import Span
 from splitft.model import Model, open_model
 from splitft.protocol import CutGradient, LastHidden, RoundStart
-from splitft.runtime import Client, Server
-from splitft.runtime.calibration import calibrate
-from splitft.runtime.ranks import Ranks
+from splitft.run.calibration import calibrate
+from splitft.run.fleet import exact_sizes
 from splitft.schedule.cost import step_legs
-from splitft.schedule.job import Client as Costed
-from splitft.schedule.job import Job, Workload
 from splitft.schedule.memory import client_memory
 from splitft.schedule.profile import Device, Link
 from splitft.schedule.profile import Server as ServerProfile
+from splitft.schedule.workload import Client as Costed
+from splitft.schedule.workload import Job, Workload
 from splitft.specs import LoraSpec, ModelSpec, SplitSpec, TrainingSpec
+from splitft.training import Client, Server
+from splitft.training.ranks import Ranks
 from step_overhead import read_text
 
 CUTS = (2, 8, 15, 22, 28)

@@ -26,12 +26,13 @@ from typing import Any
 import splitft
 from drawing import lines
 from measuring import REPOSITORY, Parts, begin, options, section, table
-from splitft.assemble.auditing import FULL, Depth, audit
+from splitft.audit.attacks import Effort
+from splitft.audit.audit import FULL, Depth, audit
+from splitft.audit.findings import table_rows
+from splitft.audit.report import rise
 from splitft.config import RunConfig, from_mapping
 from splitft.privacy.accounting import row_epsilon
-from splitft.privacy.attacks import Effort
-from splitft.privacy.findings import Setting, table_rows
-from splitft.tracking.leaks import rise
+from splitft.privacy.known_leakage import Setting
 
 WIDTH = 576
 """D of the demo's model."""

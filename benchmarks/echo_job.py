@@ -21,9 +21,9 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
-from splitft.deploy.desk import HOLD_S, WORKERS
-from splitft.deploy.envelope import Envelope, Lane, Repeats
-from splitft.deploy.flare.carrier import FlareAnswers, FlareCarrier
+from splitft.deploy.flare.transport import FlareAnswers, FlareCarrier
+from splitft.deploy.requests import Envelope, Lane, Repeats
+from splitft.deploy.server.inbox import HOLD_S, WORKERS
 
 LINK, LIMIT, WITHIN_S, TASK = bytes(16), 2**26, 120.0, "echo"
 TOGETHER_S = 5.0

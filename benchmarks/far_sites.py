@@ -48,7 +48,7 @@ def federation(
     folder: Path, near: Sequence[str], far: Sequence[str] = (), classes: Sequence[str] = ()
 ) -> Iterator[Ground]:
     """Start it, and end every process; `classes` are prefixes that jobs may start beside our own."""
-    from splitft.deploy.flare.console import Console
+    from splitft.deploy.flare.admin import Console
     from splitft.deploy.flare.poc import Poc
 
     here = str(Path(__file__).resolve().parent)

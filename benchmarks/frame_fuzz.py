@@ -21,8 +21,8 @@ from measuring import REPOSITORY, begin, options, section, table
 TESTS = REPOSITORY / "tests"
 sys.path.insert(0, str(TESTS))
 
-from wire.judge import MOST_BYTES, attack, good_frames  # noqa: E402
-from wire.mutations import MUTATIONS  # noqa: E402
+from protocol.judge import MOST_BYTES, attack, good_frames  # noqa: E402
+from protocol.mutations import MUTATIONS  # noqa: E402
 
 MOST_GROWTH = 64 * 2**20
 """Growth of the process over all frames, at most."""

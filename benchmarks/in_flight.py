@@ -97,7 +97,7 @@ class Rounds:
     """Follows a run folder, and gives every round a line of its own."""
 
     def __init__(self, ground: Ground, run: str, lines: Sequence[tuple[float, int | None]]) -> None:
-        from splitft.deploy.flare.federation import Follower
+        from splitft.deploy.flare.engine import Follower
 
         self._line, self._lines, self.steps = ground.lines[FAR], lines, list[Any]()
         self._follower = Follower(ground.runs / run / "events.jsonl", [self._take])

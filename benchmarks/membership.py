@@ -22,12 +22,12 @@ import numpy as np
 
 import splitft
 from measuring import REPOSITORY, Parts, begin, options, section, table
-from splitft.assemble.sharing import divide_text
+from membership_attack import Membership, by_gain, by_loss, losses
 from splitft.config import RunConfig, from_mapping
 from splitft.data.text import Example, held_out
 from splitft.export import with_adapter
 from splitft.model import open_model
-from splitft.privacy.membership import Membership, by_gain, by_loss, losses
+from splitft.run.inputs import divide_text
 
 MANY = {"clients": {"count": 4, "cuts": [2, 5, 10, 15], "shares": {"by": "iid"}}}
 SMALL = {"lora": {"rank": 1, "rank_at_cut": None}, "aggregate": {"rule": "zero-pad"}}

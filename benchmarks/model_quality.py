@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from measuring import REPOSITORY, Parts, begin, options, section, table
-from splitft.assemble import train
 from splitft.config import from_mapping
+from splitft.run.train import train
 
 METHODS = (
     "centralized", "local", "fedlora", "flexlora", "split", "splitfed-v2", "splitlora", "splitft-fixed",

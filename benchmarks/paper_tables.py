@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from measuring import REPOSITORY, Parts, begin, options, section, table
-from splitft.assemble import train
 from splitft.config import from_mapping
 from splitft.geometry import ModelShape
+from splitft.run.train import train
 from splitft.schedule.clock import client_round, simulate_round
-from splitft.schedule.coding import WireBytes
+from splitft.schedule.codec_cost import WireBytes
 from splitft.schedule.cost import adapter_legs, round_bytes
-from splitft.schedule.job import Client, Job, Workload
 from splitft.schedule.profile import Server, device_preset, link_preset
 from splitft.schedule.sizes import sizes_of
+from splitft.schedule.workload import Client, Job, Workload
 from splitft.specs import LoraSpec
 
 CLIENTS, RANK, BLOCKS, MB = 5, 16, 12, 1e6

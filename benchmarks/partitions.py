@@ -26,10 +26,12 @@ from typing import Any
 import numpy as np
 
 from measuring import REPOSITORY, begin, options, section, table
-from splitft.assemble import Trial, evaluate, shares, train
 from splitft.config import RunConfig, from_mapping
 from splitft.data.corpora import read_records
 from splitft.data.summary import ShareSummary
+from splitft.evaluation.evaluate import Trial, evaluate
+from splitft.run.inputs import shares
+from splitft.run.train import train
 from splitft.specs import DataSpec
 
 ALPHAS = (0.1, 0.5, 10.0)

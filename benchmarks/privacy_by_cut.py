@@ -24,13 +24,13 @@ from typing import Any
 
 from drawing import lines
 from measuring import REPOSITORY, Parts, begin, environment, options, section, table
-from splitft.assemble.auditing import FULL, Depth, audit
+from splitft.audit.attacks import ATTACKS, HIDDEN_ATTACKS, Effort
+from splitft.audit.audit import FULL, Depth, audit
+from splitft.audit.findings import table_rows
+from splitft.audit.report import HEADINGS, leak_rows
+from splitft.codecs import CODECS
 from splitft.config import RunConfig, from_mapping
-from splitft.privacy.attacks import ATTACKS, HIDDEN_ATTACKS, Effort
-from splitft.privacy.findings import Setting, table_rows
-from splitft.privacy.known import to_known
-from splitft.tracking.leaks import HEADINGS, leak_rows
-from splitft.wire import CODECS
+from splitft.privacy.known_leakage import Setting, to_known
 
 CUTS = (1, 2, 4, 8, 15, 29)
 DEFAULT_CUT = 2

@@ -23,10 +23,10 @@ from splitft.data.tokens import tokenise
 from splitft.geometry import Span
 from splitft.model import Model, open_model
 from splitft.protocol import Activations, CutGradient, HeadGradient, LastHidden, Message, RoundStart, Terms
-from splitft.runtime import Client, Server
-from splitft.runtime.line import Line
-from splitft.runtime.ranks import Ranks
+from splitft.protocol.channel import Line
 from splitft.specs import DataSpec, LoraSpec, ModelSpec, SplitSpec, TrainingSpec, WireSpec
+from splitft.training import Client, Server
+from splitft.training.ranks import Ranks
 
 DATA = REPOSITORY.parent / "shared/data"
 TEXTS = {

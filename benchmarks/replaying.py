@@ -19,9 +19,9 @@ from typing import Any
 
 import splitft
 from measuring import Parts, Spread
-from splitft.assemble.pace import Pace
-from splitft.assemble.planning import fleet_for
 from splitft.config import RunConfig, from_mapping
+from splitft.run.cut_schedule import Pace
+from splitft.run.plan import fleet_for
 from splitft.schedule.fleet import Fleet
 
 FLEETS: dict[str, list[str]] = {

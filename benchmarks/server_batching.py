@@ -18,9 +18,9 @@ from measuring import Spread, begin, interleaved, options, ratio, section, table
 from splitft.geometry import Span
 from splitft.model import Model, open_model
 from splitft.protocol import Activations, HeadGradient
-from splitft.runtime import Server
-from splitft.runtime.ranks import Ranks
 from splitft.specs import LoraSpec, ModelSpec, SplitSpec, TrainingSpec
+from splitft.training import Server
+from splitft.training.ranks import Ranks
 
 CUT = 2
 CLIENTS = (1, 2, 4, 8, 16)

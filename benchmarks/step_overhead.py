@@ -28,10 +28,10 @@ from splitft.geometry import Span
 from splitft.model import Model, open_model
 from splitft.model.attention import train_in_float32
 from splitft.protocol import RoundStart, Terms
-from splitft.runtime import Client, Server
-from splitft.runtime.line import Line
-from splitft.runtime.ranks import Ranks
+from splitft.protocol.channel import Line
 from splitft.specs import DataSpec, LoraSpec, ModelSpec, SplitSpec, TrainingSpec, WireSpec
+from splitft.training import Client, Server
+from splitft.training.ranks import Ranks
 
 CUTS = (2, 15)
 LORA = LoraSpec(rank=16, rank_at_cut=None, alpha=32)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import splitft
-from splitft.cli.training import DEMO
+from splitft.cli.train import DEMO
 from splitft.config import from_mapping, load
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -65,7 +65,7 @@ def test_importing_the_package_is_light():
     assert modules_after("import splitft").isdisjoint(HEAVY)
 
 
-LIGHT = ["geometry", "specs", "config", "schedule", "cli", "tracking.events", "tracking.report"]
+LIGHT = ["geometry", "specs", "config", "schedule", "cli", "tracking.events", "report.page"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

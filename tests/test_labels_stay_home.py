@@ -17,10 +17,10 @@ import torch
 import splitft
 from laws.federations import write_text
 from runs import settings
-from splitft.assemble import prepare
 from splitft.config import from_mapping
 from splitft.protocol import MESSAGES
-from splitft.wire import Frame
+from splitft.protocol.frame import Frame
+from splitft.run.setup import prepare
 
 WINDOW = 4
 """So many ids in a row are no chance: letters of a sentence as numbers."""

@@ -11,9 +11,9 @@ import pytest
 import splitft
 from laws.federations import write_text
 from runs import StoppedError, adapter_bytes, settings, settings_file, started, stop_at
-from splitft.assemble import folder as run_folder
 from splitft.config import from_mapping
 from splitft.errors import RunError
+from splitft.run import folder as run_folder
 from splitft.tracking.events import Evaluated, RoundDone, RunResumed, StepDone
 from splitft.tracking.log import read_events
 

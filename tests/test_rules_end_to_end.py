@@ -11,9 +11,9 @@ import splitft
 from laws.federations import write_text
 from runs import StoppedError, settings, stop_at
 from splitft.adapters import AGGREGATORS
-from splitft.assemble import prepare
 from splitft.config import from_mapping
 from splitft.errors import ConfigError, RunError
+from splitft.run.setup import prepare
 from splitft.tracking.events import StepDone
 
 RULES = sorted(set(AGGREGATORS) - {"factors"})  # which wants equal ranks

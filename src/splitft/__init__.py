@@ -14,19 +14,22 @@ from typing import TYPE_CHECKING, Any
 from splitft.version import __version__
 
 if TYPE_CHECKING:
-    from splitft.assemble import Run, evaluate, export, generate, train
     from splitft.config import RunConfig, load
+    from splitft.evaluation.evaluate import evaluate
+    from splitft.run.folder import Run
+    from splitft.run.results import export, generate
+    from splitft.run.train import train
 
 __all__ = ["Run", "RunConfig", "__version__", "evaluate", "export", "generate", "load", "train"]
 
 _HOMES = {
-    "Run": "splitft.assemble",
+    "Run": "splitft.run.folder",
     "RunConfig": "splitft.config",
-    "evaluate": "splitft.assemble",
-    "export": "splitft.assemble",
-    "generate": "splitft.assemble",
+    "evaluate": "splitft.evaluation.evaluate",
+    "export": "splitft.run.results",
+    "generate": "splitft.run.results",
     "load": "splitft.config",
-    "train": "splitft.assemble",
+    "train": "splitft.run.train",
 }
 
 

@@ -1,4 +1,4 @@
-"""The field's methods, each as a configuration of the same round (`runtime/rounds.py`).
+"""The field's methods, each as a configuration of the same round (`training/rounds.py`).
 
     method      clients hold    server trains              clients' factors         the server can read
     centralized whole model     nothing                    all text in one place    all text lies in one place

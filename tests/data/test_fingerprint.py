@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from splitft.data.fingerprint import fingerprint, fingerprint_of_batches
 from splitft.data.text import Example, eval_batches
-from splitft.tracking.same_data import united
+from splitft.tracking.comparability import united
 
 EXAMPLES = st.lists(
     st.lists(st.integers(0, 50000), min_size=2, max_size=9).map(lambda tokens: Example(tuple(tokens))),

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from laws.federations import Scripted
-from splitft.assemble import Prepared
-from splitft.deploy.carrier import Carrier, Direct
-from splitft.deploy.desk import Desk
-from splitft.deploy.envelope import Envelope
-from splitft.deploy.gathering import Gathering
-from splitft.deploy.keeping import Keeping
-from splitft.deploy.site import Guard
-from splitft.deploy.visit import Visit
+from splitft.deploy.requests import Envelope
+from splitft.deploy.server.federation import Gathering
+from splitft.deploy.server.inbox import Desk
+from splitft.deploy.site.optimizer_store import Keeping
+from splitft.deploy.site.policy import Guard
+from splitft.deploy.site.session import Visit
+from splitft.deploy.transport import Carrier, Direct
 from splitft.errors import DeployError
 from splitft.protocol import BaseFile, Hello
-from splitft.runtime import RunState, train_rounds
+from splitft.protocol.frame import open_frame
+from splitft.run.setup import Prepared
 from splitft.specs import DeploySpec
-from splitft.wire import open_frame
+from splitft.training import RunState, train_rounds
 
 LINK = bytes(range(16))
 LIMIT = 10**6

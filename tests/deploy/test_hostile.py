@@ -13,9 +13,10 @@ import torch
 from deploy.network import BATCH_TOKENS, LIMIT, LINK, SPEC, deployed, hello
 from laws.federations import federation, largest_relative_difference, play, write_text
 from splitft.adapters import AdapterState, Factors
-from splitft.deploy.carrier import Direct
-from splitft.deploy.desk import Desk, Fault
-from splitft.deploy.envelope import Envelope, Lane
+from splitft.codecs import Encoded
+from splitft.deploy.requests import Envelope, Lane
+from splitft.deploy.server.inbox import Desk, Fault
+from splitft.deploy.transport import Direct
 from splitft.errors import WireError
 from splitft.protocol import (
     Activations,
@@ -30,7 +31,7 @@ from splitft.protocol import (
     Train,
     Wait,
 )
-from splitft.wire import Encoded, Frame
+from splitft.protocol.frame import Frame
 
 CUTS = [1, 2, 3]
 TRAINING = {"rounds": 2, "steps": 3}

@@ -13,11 +13,11 @@ import pytest
 
 from laws.federations import largest_relative_difference, play
 from runs import settings_file
-from splitft.assemble import prepare
 from splitft.config import load
 from splitft.deploy.flare import poc
-from splitft.runtime.checkpoint import load_snapshot
+from splitft.run.setup import prepare
 from splitft.tracking.log import read_events
+from splitft.training.checkpoint import load_snapshot
 
 pytest.importorskip("nvflare")
 pytestmark = [

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from splitft.assemble import Prepared, prepare
 from splitft.config import from_mapping
 from splitft.geometry import Span
 from splitft.protocol import GlobalAdapters, Join, RoundReady, RoundStart
-from splitft.runtime import RunState, Simulation, train_rounds
-from splitft.schedule.cuts import Decision
+from splitft.run.setup import Prepared, prepare
+from splitft.schedule.controllers import Decision
+from splitft.training import RunState, Simulation, train_rounds
 
 WORDS = ("ward", "dose", "fever", "scan", "blood", "pulse", "nurse", "chart", "sleep", "acute", "daily")
 

@@ -10,9 +10,9 @@ import splitft
 from laws.federations import write_text
 from runs import adapter_bytes, settings
 from splitft.config import from_mapping
+from splitft.protocol.adapter_deltas import SAME, Holdings
+from splitft.protocol.frame import Frame
 from splitft.specs import AggregateSpec
-from splitft.wire import Frame
-from splitft.wire.changes import SAME, Holdings
 
 RULES = get_args(AggregateSpec.model_fields["rule"].annotation)
 

@@ -104,7 +104,7 @@ def test_a_server_that_groups_clients_trains_them_as_one_that_does_not(server_ad
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("rule", ["zero-pad", "svd"])
 def test_peft_loads_it_as_dora_with_the_loss_that_was_evaluated(rule, family, tiny_folders, text, tmp_path):
-    from splitft.assemble import prepare
+    from splitft.run.setup import prepare
     from test_rules_end_to_end import _loss
 
     lora = {**DORA, "scaling": "rslora" if rule == "svd" else "lora"}

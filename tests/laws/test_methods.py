@@ -12,10 +12,10 @@ import splitft
 from laws import methods_oracle as oracle
 from laws.federations import write_text
 from runs import StoppedError, adapter_bytes, stop_at
-from splitft.assemble import prepare
 from splitft.config import from_mapping
-from splitft.runtime import train_rounds
+from splitft.run.setup import prepare
 from splitft.tracking.events import RoundDone, RoundTimed, StepDone
+from splitft.training import train_rounds
 
 ROUNDS, STEPS, LR, CUT = 2, 4, 5e-3, 2
 EXACT = {"hidden": "fp64", "gradient": "fp64", "adapter": "fp64"}

@@ -73,7 +73,7 @@ def test_a_split_client_with_a_lower_rank_at_its_cut_trains_as_peft_does(rule, t
 
 @pytest.mark.parametrize("rule", sorted(set(AGGREGATORS) - {"factors", "fedsa"}))
 def test_peft_loads_it_as_rslora_with_the_loss_that_was_evaluated(rule, tiny_llama, text, tmp_path):
-    from splitft.assemble import prepare
+    from splitft.run.setup import prepare
     from test_rules_end_to_end import _loss
 
     once = from_mapping(
@@ -90,7 +90,7 @@ def test_peft_loads_it_as_rslora_with_the_loss_that_was_evaluated(rule, tiny_lla
 
 def test_with_unequal_ranks_svd_averages_the_true_updates(tiny_llama, text, monkeypatch):
     """What aggregation gets, times the one scale, is each client's own alpha / sqrt(r) B A."""
-    from splitft.runtime import rounds
+    from splitft.training import rounds
 
     prepared = federation(
         tiny_llama, text, [1, 2, 3], lora=LORA, aggregate={"rule": "svd"}, training={"rounds": 1, "steps": 3}

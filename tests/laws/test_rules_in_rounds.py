@@ -102,7 +102,7 @@ def test_what_is_evaluated_does_not_depend_on_the_cuts(rule, parties):
 @pytest.mark.parametrize("rule", ["stack", "exact", "ffa"])
 def test_with_unequal_ranks_too_the_round_ends_at_the_mean_of_what_was_trained(rule, parties, monkeypatch):
     """Clients of lower rank near their cuts carry the other rows along: nothing of the mean is lost."""
-    from splitft.runtime import rounds
+    from splitft.training import rounds
 
     seen = []
     united = rounds.aggregate

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from laws.federations import federation, write_text
+from splitft.codecs import CODECS, Passage
 from splitft.model import pack, pad, pick
 from splitft.protocol import RoundStart
-from splitft.runtime.line import Line
-from splitft.wire import CODECS, Passage
+from splitft.protocol.channel import Line
 
 CUT = 2
 

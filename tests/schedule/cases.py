@@ -7,11 +7,11 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from splitft.geometry import ModelShape
-from splitft.schedule.coding import WireBytes
-from splitft.schedule.job import Client, Job, Workload
+from splitft.schedule.codec_cost import WireBytes
+from splitft.schedule.problem import ClientSituation, CutOption, Situation
 from splitft.schedule.profile import Device, Link, Server
-from splitft.schedule.situation import ClientSituation, CutOption, Situation
 from splitft.schedule.sizes import ModelSizes
+from splitft.schedule.workload import Client, Job, Workload
 from splitft.specs import LoraSpec
 
 SHAPE = ModelShape("llama", 30, 576, 49152, 1536, 9, 3, True, 8192)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from schedule.cases import SERVER, SIZES, WORK, client, job
 from splitft.errors import GeometryError, ScheduleError
-from splitft.schedule.coding import WireBytes
+from splitft.schedule.codec_cost import WireBytes
 from splitft.schedule.cost import (
     adapter_legs,
     move_seconds,
@@ -20,7 +20,6 @@ from splitft.schedule.cost import (
     round_seconds,
     step_legs,
 )
-from splitft.schedule.job import Workload
 from splitft.schedule.memory import (
     ALLOCATOR_SLACK,
     RUNTIME_BYTES,
@@ -29,7 +28,8 @@ from splitft.schedule.memory import (
     server_peak_bytes,
     server_weights_bytes,
 )
-from splitft.schedule.situation import options
+from splitft.schedule.problem import options
+from splitft.schedule.workload import Workload
 from splitft.specs import LoraSpec
 
 CUTS = range(1, SIZES.blocks + 1)

@@ -9,8 +9,13 @@
 Heavy imports are inside the verbs, so that `--help` is instant.
 """
 
-from splitft.cli import auditing, comparing, deploying, looking, operating, training
-from splitft.cli.ending import app
+from splitft.cli import audit as auditing
+from splitft.cli import deploy as deploying
+from splitft.cli import measure as comparing
+from splitft.cli import operate as operating
+from splitft.cli import runs as looking
+from splitft.cli import train as training
+from splitft.cli.app import app
 
 __all__ = ["app", "auditing", "comparing", "deploying", "looking", "main", "operating", "training"]
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from splitft.config.faults import Place, explain
+from splitft.config.explain import Place, explain
 from splitft.config.run import RunConfig
 from splitft.errors import ConfigError
 from splitft.methods import METHODS, filled, taken_over

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from splitft.config.method_conflicts import method_conflicts
+from splitft.config.compatibility import method_conflicts
 from splitft.methods import MethodName
 from splitft.specs import (
     AggregateSpec,

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from splitft.config.faults import fits, schema_of
+from splitft.config.explain import fits, schema_of
 from splitft.config.reading import FLOAT
 from splitft.config.run import RunConfig
 from splitft.specs import Spec

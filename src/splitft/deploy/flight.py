@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from splitft.deploy.envelope import Lane
+from splitft.deploy.requests import Lane
 
 
 class Flight:

@@ -20,7 +20,7 @@ from typing import Any
 from splitft.errors import ForbiddenError, ModelError
 from splitft.model import Model
 from splitft.model.anatomy import locate
-from splitft.protocol.orders import BaseFile
+from splitft.protocol.control import BaseFile
 
 CONFIG = "config.json"
 WRITTEN_BY_TOOLS = ("transformers_version", "_name_or_path")

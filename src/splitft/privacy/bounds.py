@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from splitft.adapters import AdapterState
 from splitft.privacy.accounting import updates_epsilon
+from splitft.privacy.dp_fedavg import clipped, noise_deviation, noised, update_norm
 from splitft.privacy.noise import Noise
-from splitft.privacy.updates import clipped, noise_deviation, noised, update_norm
 from splitft.specs import PrivacySpec
 from splitft.tracking.events import PrivacySpent
 

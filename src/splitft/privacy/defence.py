@@ -24,7 +24,7 @@ from splitft.data.text import Batch
 from splitft.errors import ProtocolError
 from splitft.privacy.accounting import row_epsilon
 from splitft.privacy.noise import DEFENCES, Noise, typical_norm
-from splitft.privacy.randomised import randomised
+from splitft.privacy.randomized_response import randomised
 from splitft.specs import PrivacySpec, RowDefenceSpec, SiteBoundsSpec
 
 SAMPLED_ROWS = 64

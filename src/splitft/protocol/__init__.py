@@ -1,5 +1,19 @@
 """The conversation between a client and the server: its messages, and the terms they travel on."""
 
+from splitft.protocol.control import (
+    Alive,
+    BaseFile,
+    Declined,
+    Evaluate,
+    Hello,
+    Join,
+    Leave,
+    Next,
+    Refused,
+    Stop,
+    Train,
+    Wait,
+)
 from splitft.protocol.messages import (
     MESSAGES,
     Activations,
@@ -15,21 +29,7 @@ from splitft.protocol.messages import (
     RoundStart,
     expect,
 )
-from splitft.protocol.orders import (
-    Alive,
-    BaseFile,
-    Declined,
-    Evaluate,
-    Hello,
-    Join,
-    Leave,
-    Next,
-    Refused,
-    Stop,
-    Train,
-    Wait,
-)
-from splitft.protocol.terms import Terms
+from splitft.protocol.serializer import Terms
 
 __all__ = [
     "MESSAGES",

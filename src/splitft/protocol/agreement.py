@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 
+from splitft.codecs import CODECS, Codec, Entry, Part
+from splitft.codecs import codec_of as codec_named
 from splitft.errors import ProtocolError
+from splitft.protocol.adapter_deltas import SAME, Holdings, of_codec
+from splitft.protocol.codec_state import Streams
+from splitft.protocol.control import ORDERS
+from splitft.protocol.frame import MAX_FRAME_BYTES, SENDER, VERSION
 from splitft.protocol.messages import MESSAGES, Message
-from splitft.protocol.orders import ORDERS
 from splitft.specs import WireSpec
 from splitft.specs.wire import AUTO
 from splitft.tracking.events import Role
-from splitft.wire import CODECS, MAX_FRAME_BYTES, Codec, Entry, Part, Streams
-from splitft.wire import codec_of as codec_named
-from splitft.wire.changes import SAME, Holdings, of_codec
-from splitft.wire.frame import SENDER, VERSION
 
 RAW = "raw"
 """In place of a codec's name: bit by bit, for token ids and for moments, whose rounding would change the

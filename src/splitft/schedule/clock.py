@@ -25,9 +25,9 @@ from operator import attrgetter
 
 from splitft.errors import ScheduleError
 from splitft.schedule.cost import Leg, Place, exchange_legs, step_legs
-from splitft.schedule.job import Client, Job
 from splitft.schedule.profile import Server
-from splitft.schedule.turns import Batch, Turns
+from splitft.schedule.server_queue import Batch, Turns
+from splitft.schedule.workload import Client, Job
 
 SERVER = "server"
 """Name of the server among those who do things; no client may be called so."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from splitft.geometry import check_cut
-from splitft.schedule.job import Client, Job
+from splitft.schedule.workload import Client, Job
 
 Place = Literal["client", "up", "down", "server"]
 """What a leg occupies: the client's processor, its link in one direction, or the server."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from splitft.schedule.job import Client, Job
+from splitft.schedule.workload import Client, Job
 from splitft.specs import ChangeSpec
 
 

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 from splitft.errors import ScheduleError
-from splitft.schedule.situation import CutOption, Feasible, Situation, corrected
+from splitft.schedule.problem import CutOption, Feasible, Situation, corrected
 
 Prices = dict[str, list[CutOption]]
 """The possible options of each client, ascending in depth."""

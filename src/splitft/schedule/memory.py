@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields, replace
 
 from splitft.errors import ScheduleError
 from splitft.geometry import check_cut
-from splitft.schedule.job import Client, Job
+from splitft.schedule.workload import Client, Job
 
 HEAD_CHUNK = 256
 """Positions whose logits exist at one time."""

@@ -34,9 +34,9 @@ MISDEEDS = (not_finite, another_width, another_step, another_name)
 
 
 def change_software() -> None:
-    from splitft.deploy.visit import Visit
+    from splitft.deploy.site.session import Visit
     from splitft.protocol import Activations, RoundStart
-    from splitft.wire import Frame
+    from splitft.protocol.frame import Frame
 
     honest, do = Visit._send, Visit._do
 

@@ -29,13 +29,13 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
 from splitft.config import RunConfig, dump, from_mapping
-from splitft.deploy.flare.carrier import FlareAnswers, FlareCarrier
+from splitft.deploy.common import common_of, open_site
 from splitft.deploy.flare.times import GIVE_UP_S, STOP_S
-from splitft.deploy.keeping import Keeping
-from splitft.deploy.link import ServerLink
-from splitft.deploy.parties import common_of, open_site
-from splitft.deploy.site import NAME, at_site, load_site
-from splitft.deploy.visit import Visit, decline
+from splitft.deploy.flare.transport import FlareAnswers, FlareCarrier
+from splitft.deploy.server.session import ServerLink
+from splitft.deploy.site.optimizer_store import Keeping
+from splitft.deploy.site.policy import NAME, at_site, load_site
+from splitft.deploy.site.session import Visit, decline
 from splitft.errors import ForbiddenError, SplitftError
 
 TASK = "splitft"

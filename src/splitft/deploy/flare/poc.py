@@ -20,17 +20,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from splitft.assemble.folder import Run, find_snapshot
 from splitft.config import RunConfig
-from splitft.deploy.chain import run_chain
-from splitft.deploy.flare.console import Console
-from splitft.deploy.flare.federation import FlareFederation, Follower, explain_away
+from splitft.deploy.common import common_of, site_names
+from splitft.deploy.flare.admin import Console
+from splitft.deploy.flare.engine import FlareFederation, Follower, explain_away
 from splitft.deploy.flare.job import RUNS
-from splitft.deploy.flare.kits import Kits, provision
-from splitft.deploy.flare.service import CONSOLE, Service, ending_on_signals
+from splitft.deploy.flare.processes import CONSOLE, Service, ending_on_signals
+from splitft.deploy.flare.provisioning import Kits, provision
 from splitft.deploy.flare.times import START_S
-from splitft.deploy.parties import common_of, site_names
+from splitft.deploy.supervisor import run_chain
 from splitft.errors import DeployError
+from splitft.run.folder import Run, find_snapshot
 from splitft.tracking.events import Listener
 
 HOST = "localhost"

@@ -1,0 +1,107 @@
+"""Codecs that round each number by itself to a shorter floating-point type.
+
+Rounding to p bits of mantissa is off by at most 2^-(p+1) of the number, as long as it is in the type's normal
+range; below it, by at most half of the least subnormal number. `fp8` is E4M3 with a scale for each row, so
+that every row uses the whole range (Micikevicius et al. 2022, arXiv 2209.05433).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from splitft.codecs.encoded import Encoded, Parameter, Part
+from splitft.codecs.passage import Passage
+from splitft.codecs.rotation import as_rows, sizes
+from splitft.errors import WireError
+
+_E4M3 = torch.finfo(torch.float8_e4m3fn)
+_SUBNORMAL = 2.0**-9
+"""Least number above 0 of E4M3."""
+
+
+def no_parameters(codec: str, parameters: Mapping[str, Parameter]) -> None:
+    """Raise WireError for what a codec does not have."""
+    if parameters:
+        raise WireError(f"codec {codec} has no parameter {next(iter(parameters))!r}")
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Round to a floating-point type."""
+
+    name: str
+    dtype: torch.dtype
+    """Type on the wire."""
+
+    @property
+    def relative_error(self) -> float:
+        """Bound on |decoded - x| / |x| for x in the normal range of the wire's type."""
+        return torch.finfo(self.dtype).eps / 2
+
+    def bytes_for(self, shape: tuple[int, ...]) -> float:
+        """Payload of a tensor of this shape."""
+        rows, width = sizes(shape)
+        return float(rows * width * self.dtype.itemsize)
+
+    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+        """The one stored tensor."""
+        no_parameters(self.name, parameters)
+        return {"": Part(self.dtype, shape)}
+
+    def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
+        """Any shape, as it will travel."""
+        stored = tensor.detach().to(self.dtype)
+        return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), {"": stored})
+
+    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
+        """Back to the type that the receiver computes in."""
+        return encoded.parts[""].to(dtype)
+
+    def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
+        """(N,): what the error of a row may measure (Euclidean), from what was received."""
+        relative, least = self.relative_error, torch.finfo(self.dtype).tiny
+        rows = encoded.parts[""].reshape(-1, sizes(encoded.shape)[1]).double()
+        bound: torch.Tensor = (rows.abs() * (relative / (1 - relative)) + least).norm(dim=1)
+        return bound
+
+
+@dataclass(frozen=True)
+class ScaledCast:
+    """Round to E4M3, each row scaled to its range."""
+
+    name: str = "fp8"
+
+    def bytes_for(self, shape: tuple[int, ...]) -> float:
+        """A byte a number and four a row."""
+        rows, width = sizes(shape)
+        return float(rows * (width + 4))
+
+    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+        """Codes like the tensor, one scale a row."""
+        no_parameters(self.name, parameters)
+        rows, width = sizes(shape)
+        return {"codes": Part(torch.float8_e4m3fn, (rows, width)), "scales": Part(torch.float32, (rows,))}
+
+    def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
+        """The largest number of a row becomes the largest of the type."""
+        rows = as_rows(tensor)
+        largest = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
+        scales = (largest / _E4M3.max).clamp_min(torch.finfo(torch.float32).tiny)
+        codes = (rows / scales[:, None]).clamp(-_E4M3.max, _E4M3.max).to(torch.float8_e4m3fn)
+        parts = {"codes": codes, "scales": scales}
+        return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), parts)
+
+    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
+        """Codes times scales."""
+        rows = encoded.parts["codes"].float() * encoded.parts["scales"][:, None]
+        return rows.reshape(encoded.shape).to(dtype)
+
+    def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
+        """(N,): half a unit in the last place of each number, at least half the least number."""
+        codes, relative = encoded.parts["codes"].double(), _E4M3.eps / 2
+        largest = (codes.abs() * (relative / (1 - relative))).clamp_min(_SUBNORMAL / 2)
+        bound: torch.Tensor = largest.norm(dim=1) * encoded.parts["scales"].double() * (1 + 1e-5)
+        return bound

@@ -1,0 +1,1 @@
+"""A data owner's machine in a deployed run."""

@@ -1,0 +1,184 @@
+"""The federation as the schedule sees it: every client's machine, link and work, and the server's.
+
+    RunConfig, Model, the clients' text --fleet_of--> Job + schedule.Client for each
+
+Machines are presets, whose seconds follow from the model's operations and so are the same everywhere; numbers
+that the user gives; or `measured`, this machine's own calibration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from splitft.adapters import attach
+from splitft.codecs import codec_of
+from splitft.config import RunConfig
+from splitft.data.text import BatchStream
+from splitft.model import Model
+from splitft.model.anatomy import locate
+from splitft.run.calibration import measured
+from splitft.schedule.codec_cost import WireBytes, codec_seconds
+from splitft.schedule.fleet import Fleet
+from splitft.schedule.profile import (
+    GB,
+    MBIT_PER_S,
+    Calibration,
+    Device,
+    Link,
+    Server,
+    device_preset,
+    link_preset,
+)
+from splitft.schedule.sizes import ModelSizes, sizes_of
+from splitft.schedule.workload import Client, Exchange, Job, Workload
+from splitft.specs import DeviceSpec, LinkSpec, WireSpec
+from splitft.specs.wire import AUTO
+from splitft.training.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class _Machines:
+    """Turns what a user wrote into devices and links, measuring this machine if it is named."""
+
+    model: Model
+    sizes: ModelSizes
+    ranks: Ranks
+    config: RunConfig
+
+    def device(self, name: str, given: str | DeviceSpec) -> Device:
+        """A machine, called after who owns it."""
+        if isinstance(given, DeviceSpec):
+            return Device(
+                name=name,
+                block_forward_s_per_token=given.block_forward_ms_per_token / 1e3,
+                block_backward_s_per_token=given.block_backward_ms_per_token / 1e3,
+                head_s_per_token=given.head_ms_per_token / 1e3,
+                memory_bytes=given.memory_gb * GB,
+                block_overhead_s=given.block_overhead_ms / 1e3,
+            )
+        if given == "measured":
+            return replace(self._calibration.device, name=name)
+        return replace(device_preset(given, self.sizes, self.config.data.max_tokens), name=name)
+
+    def link(self, name: str, given: str | LinkSpec) -> Link:
+        """A connection, called after who owns it."""
+        if isinstance(given, LinkSpec):
+            up, down = given.up_mbit_per_s * MBIT_PER_S, given.down_mbit_per_s * MBIT_PER_S
+            return Link(name, up, down, given.latency_ms / 1e3)
+        return replace(link_preset(given), name=name)
+
+    @cached_property
+    def _calibration(self) -> Calibration:
+        return measured(self.model, self.sizes, self.ranks, self.config.training)
+
+
+def fleet_of(
+    config: RunConfig, model: Model, ranks: Ranks, names: Sequence[str], workloads: Sequence[Workload]
+) -> Fleet:
+    """The fleet of a run; a few seconds the first time if a machine is `measured`."""
+    sizes = exact_sizes(model, ranks)
+    machines, schedule, count = _Machines(model, sizes, ranks, config), config.schedule, len(names)
+    devices, links = _one_each(schedule.devices, count), _one_each(schedule.links, count)
+    clients = tuple(
+        Client(
+            name,
+            machines.device(name, devices[i]),
+            machines.link(name, links[i]),
+            workload,
+            rank=ranks.by_client.get(name),
+        )
+        for i, (name, workload) in enumerate(zip(names, workloads, strict=True))
+    )
+    job = Job(
+        sizes=sizes,
+        server=Server(
+            machines.device("server", schedule.server),
+            group_tokens=config.split.group_tokens,
+            adapters=config.split.server_adapters,
+        ),
+        lora=config.lora,
+        wire=wire_costs(config.wire, sizes.width),
+        labels=config.split.labels,
+        federated=config.aggregate.federated,
+        handed_on=config.training.order == "in-turn",
+        weight_bytes=model.dtype.itemsize,
+        moments=2 if config.training.optimizer == "adamw" else 0,
+        micro_batches=config.training.micro_batches,
+        in_flight=config.training.in_flight,
+        exchange=_exchange(config, model, ranks),
+    )  # fmt: skip
+    return Fleet(job, clients, schedule.changes)
+
+
+def _exchange(config: RunConfig, model: Model, ranks: Ranks) -> Exchange:
+    """What the rule lets travel, counted on one block of the model."""
+    blocks = locate(model.skeleton()).block_list()[:1]
+    sizes = attach(blocks, ranks.lora.targets, ranks.scale, model.dtype).sizes.values()
+    numbers = {"A": sum(width_in for width_in, _ in sizes), "B": sum(width_out for _, width_out in sizes)}
+    rule, whole = ranks.sharing, max(1, sum(numbers.values()))
+    participants = max(1, round(config.training.participation * config.clients.count))
+    return Exchange(
+        up=sum(numbers[half] for half in rule.up) / whole,
+        down=sum(numbers[half] for half in rule.down) / whole,
+        full_rank=rule.full_rank,
+        folded_members=participants if rule.folds else 0,
+    )
+
+
+def wire_costs(wire: WireSpec, width: int) -> WireBytes:
+    """Bytes and seconds of a number of many rows; `auto` is taken for bf16 until it is chosen."""
+    chosen = {role: getattr(wire, role) for role in ("hidden", "gradient", "adapter")}
+    codecs = {role: codec_of("bf16" if name == AUTO else name) for role, name in chosen.items()}
+    shape = (1024, width)
+    return WireBytes(
+        **{role: codec.bytes_for(shape) / math.prod(shape) for role, codec in codecs.items()},
+        hidden_s=codec_seconds(codecs["hidden"].name, "hidden"),
+        gradient_s=codec_seconds(codecs["gradient"].name, "gradient"),
+    )
+
+
+def exact_sizes(model: Model, ranks: Ranks) -> ModelSizes:
+    """The model's sizes, counted on its skeleton."""
+    skeleton = model.skeleton()
+    anatomy = locate(skeleton)
+    block = anatomy.block_list()[0]
+    block_parameters = sum(parameter.numel() for parameter in block.parameters())
+    embedding = sum(parameter.numel() for parameter in anatomy.embedding.parameters())
+    whole = sum(parameter.numel() for parameter in skeleton.parameters())
+    bank = attach(anatomy.block_list(), ranks.lora.targets, ranks.scale, model.dtype)
+    layers = [size for (index, _), size in bank.sizes.items() if index == 0]
+    counted = sizes_of(
+        model.shape,
+        block_parameters=block_parameters,
+        embedding_parameters=embedding,
+        head_parameters=max(0, whole - embedding - model.shape.blocks * block_parameters),
+        adapter_parameters_per_rank=sum(map(sum, layers)),
+    )
+    if ranks.lora.method != "dora":
+        return counted
+    outputs = sum(width_out for _, width_out in layers)  # each kept twice: from the base, and from B A
+    kept = counted.kept_elements_per_token + 2 * outputs
+    return replace(counted, magnitudes=outputs, kept_elements_per_token=kept)
+
+
+def workload_of(config: RunConfig, stream: BatchStream) -> Workload:
+    """Means over the batches of one epoch."""
+    batches = stream.sizes()
+    count = len(batches)
+    return Workload(
+        tokens=sum(one.tokens for one in batches) / count,
+        labelled_tokens=sum(one.labelled for one in batches) / count,
+        sequences=sum(one.sequences for one in batches) / count,
+        padded_length=sum(one.sequences * one.longest for one in batches)
+        / sum(one.sequences for one in batches),
+        steps=config.training.steps,
+        largest_tokens=max(one.sequences * one.longest for one in batches),
+    )
+
+
+def _one_each(given: Any, count: int) -> tuple[Any, ...]:
+    return given if isinstance(given, tuple) else (given,) * count

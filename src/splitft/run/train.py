@@ -1,0 +1,261 @@
+"""Train into a run folder, from the start or from its last checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from splitft.adapters import AdapterState, Factors, with_folded
+from splitft.config import RunConfig, load
+from splitft.data.tokens import Tokenised
+from splitft.errors import RunError
+from splitft.geometry import Span
+from splitft.model.quiet import quiet
+from splitft.privacy.audited import audited_sentence
+from splitft.privacy.defence import promises
+from splitft.protocol.channel import Tap
+from splitft.run.folder import Run, find_snapshot, is_finished, open_log, put_adapter
+from splitft.run.setup import Prepared, prepare
+from splitft.tracking.events import (
+    CheckpointSaved,
+    Event,
+    Listener,
+    Received,
+    RunDone,
+    RunResumed,
+    RunStarted,
+    Warned,
+)
+from splitft.tracking.summary import write_summary
+from splitft.training import RunState, Simulation, train_rounds
+from splitft.training.checkpoint import Snapshot, save_snapshot, what_is_safe
+from splitft.version import __version__
+
+
+def train(
+    config: RunConfig | Path | str,
+    out: Path | str,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    listeners: Sequence[Listener] = (),
+    tap: Tap | None = None,
+) -> Run:
+    """Train as the configuration says, into the folder `out`; with `resume`, continue what is there.
+
+    Raises RunError if `out` holds a run already (or, with `resume`, another one), and what `prepare` raises.
+    """
+    config = config if isinstance(config, RunConfig) else load(config, overrides)
+    run = Run(Path(out))
+    snapshot = find_snapshot(run.folder, config, resume)
+    if snapshot is not None and snapshot.state.round >= config.training.rounds and is_finished(run.folder):
+        return run
+    with quiet():
+        prepared = prepare(config)  # what does not fit is said before the folder is made
+    with stopping(run.folder), contextlib.closing(open_log(run.folder, config, snapshot)) as log, quiet():
+
+        def listener(event: Event) -> None:
+            log(event)
+            for other in listeners:
+                other(event)
+
+        simulation = prepared.simulation(tap)
+        state = _begin(prepared, snapshot, simulation, listener)
+        if snapshot is not None:  # the run may have stopped between the checkpoint and the adapter
+            _write_adapters(prepared, state, run)
+
+        def save(state: RunState) -> None:
+            path = save_snapshot(run.folder, _snapshot(prepared, state, simulation))
+            _write_adapters(prepared, state, run)
+            listener(CheckpointSaved(round=state.round, path=str(path.relative_to(run.folder))))
+            write_summary(run.folder)
+
+        train_rounds(
+            state,
+            prepared.server,
+            simulation,
+            prepared.ranks,
+            prepared.config.training,
+            prepared.pace,
+            listener,
+            save,
+            config.privacy,
+            aggregation=config.aggregate,
+        )
+        listener(RunDone(rounds=config.training.rounds))
+        write_summary(run.folder)
+        run.report()
+    return Run(run.folder)
+
+
+@contextlib.contextmanager
+def stopping(folder: Path) -> Iterator[None]:
+    """Say what is safe when the disk gives out under a run."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # the terminal's, not the disk's
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"the run stopped writing to {folder} ({reason}); {what_is_safe(folder)}") from error
+
+
+def _write_adapters(prepared: Prepared, state: RunState, run: Run) -> None:
+    """The global adapter, if there is one, and where a client has factors of its own, its adapter apart."""
+    model, ranks = prepared.model, prepared.ranks
+    if prepared.config.aggregate.federated:
+        put_adapter(_learnt(prepared, state), model, ranks, run.adapter_dir)
+    elif len(prepared.clients) == 1:  # what the only client learnt is all there is
+        put_adapter(state.adapters.updated(prepared.clients[0].private()), model, ranks, run.adapter_dir)
+    own = _own(prepared, state)
+    for client in prepared.clients:
+        if client.name in own or client.private():
+            mine = state.adapters.with_b_of(own.get(client.name, AdapterState())).updated(client.private())
+            put_adapter(with_folded(mine, state.folded), model, ranks, run.folder / "personal" / client.name)
+
+
+def _promises(prepared: Prepared) -> list[str]:
+    """What the run's defences promise, for the text that leaves its client most often.
+
+    A training text does once an epoch, a held-out one in every evaluation.
+    """
+    config, training = prepared.config, prepared.config.training
+    sequences = {one.name: one.workload.sequences for one in prepared.pace.fleet.clients}
+    seen = {
+        facts.name: training.rounds * training.steps * sequences[facts.name] / facts.train_examples
+        for facts in prepared.facts
+    }
+    passes = max(training.rounds + 1, *(math.ceil(often) for often in seen.values()))
+    longest = max(map(len, prepared.text.examples))
+    return promises(config.privacy, prepared.model.shape.width, longest, passes)
+
+
+def _learnt(prepared: Prepared, state: RunState) -> AdapterState:
+    """All that the run has learnt as one adapter: with what is folded, and with the mean of own factors.
+
+    The mean of the clients' own B is for whoever has none: it is no client's model.
+    """
+    own = list(_own(prepared, state).values())
+    if not own:
+        return with_folded(state.adapters, state.folded)
+    mean = {
+        key: Factors(factors.A, torch.stack([one[key].B for one in own]).mean(0))
+        for key, factors in state.adapters.items()
+    }
+    return AdapterState(mean)
+
+
+def received(config: RunConfig) -> Received:
+    """What comes to the server, by where the blocks and the text are."""
+    if config.clients.pooled:
+        return "text"
+    if not config.aggregate.federated:
+        return "nothing"
+    return "adapters" if config.clients.cuts == "whole" else "hidden"
+
+
+def _audited(prepared: Prepared) -> str:
+    """What is known of the run's setting, where hidden states leave the clients."""
+    cuts = [facts.cut for facts in prepared.facts]
+    return audited_sentence(prepared.config, cuts) if received(prepared.config) == "hidden" else ""
+
+
+def _begin(
+    prepared: Prepared, snapshot: Snapshot | None, simulation: Simulation, listener: Listener
+) -> RunState:
+    """Tell how the run begins, and put every party where the checkpoint has it."""
+    config = prepared.config
+    if snapshot is None:
+        listener(
+            RunStarted(
+                version=__version__,
+                method=config.method,
+                seed=config.seed,
+                model=config.model.name,
+                blocks=prepared.model.shape.blocks,
+                rounds=config.training.rounds,
+                steps=config.training.steps,
+                labels=config.split.labels,
+                received=received(config),
+                defences=tuple(_promises(prepared)),
+                audited=_audited(prepared),
+                clients=prepared.facts,
+                machines=prepared.pace.machines(),
+            )
+        )
+        for choice in prepared.chosen:
+            listener(choice)
+        _warn_of_losses(prepared.text, config, listener)
+        for message in (*prepared.pace.left_out, *prepared.pace.misfits):
+            listener(Warned(message=message))
+        return prepared.initial()
+    listener(RunResumed(round=snapshot.state.round + 1))
+    state = snapshot.state
+    arrived = _arrived(prepared, snapshot, simulation)
+    for client in prepared.clients:
+        cut = state.cuts[client.name]
+        span = Span(0, cut)
+        own = snapshot.own.get(client.name, AdapterState())
+        within = state.adapters.within(span)
+        known = within.updated(arrived[client.name].completed(within)).with_b_of(own)
+        client.restore(
+            cut,
+            known.updated(snapshot.private.get(client.name, AdapterState())),
+            snapshot.steps[client.name],
+            snapshot.client_moments.get(client.name, {}),
+            state.folded.within(span),
+        )
+        prepared.server.kept.take_own(client.name, own.within(Span(cut, prepared.model.shape.blocks)))
+    prepared.server.moments.update(snapshot.server_moments)
+    prepared.server.place(state.cuts)
+    return state
+
+
+def _arrived(prepared: Prepared, snapshot: Snapshot, simulation: Simulation) -> dict[str, AdapterState]:
+    """The global factors that came to each client over the wire, as its codec left them there."""
+    sent = {}
+    for client in prepared.clients:
+        private = snapshot.private.get(client.name, AdapterState())
+        within = snapshot.state.adapters.within(Span(0, snapshot.state.cuts[client.name]))
+        shared = AdapterState({key: one for key, one in within.items() if key not in private})
+        sent[client.name] = prepared.ranks.travelling(shared)
+    return simulation.recall(snapshot.memories, sent)
+
+
+def _warn_of_losses(text: Tokenised, config: RunConfig, listener: Listener) -> None:
+    count = len(text.examples)
+    if text.truncated:
+        message = f"{text.truncated} of {count} examples were cut off at {config.data.max_tokens} tokens"
+        listener(Warned(message=f"{message} (data.max_tokens)"))
+    if text.dropped:
+        listener(Warned(message=f"{text.dropped} records were left out: nothing in them could be learnt"))
+
+
+def _snapshot(prepared: Prepared, state: RunState, simulation: Simulation) -> Snapshot:
+    kept = {client.name: client.kept() for client in prepared.clients}
+    return Snapshot(
+        state,
+        {name: steps for name, (steps, _) in kept.items()},
+        {name: moments for name, (_, moments) in kept.items() if moments},
+        {slot: moments for slot, moments in prepared.server.moments.items() if moments},
+        {client.name: own for client in prepared.clients if (own := client.private())},
+        simulation.memories(),
+        _own(prepared, state),
+    )
+
+
+def _own(prepared: Prepared, state: RunState) -> dict[str, AdapterState]:
+    """The factors that are each client's own, over all blocks; none by rules that share everything."""
+    server = prepared.server
+    if not prepared.ranks.keeps_own:
+        return {}
+    start = state.adapters.only("B")
+    return {
+        client.name: start.updated(client.own()).updated(server.kept.own.get(client.name, AdapterState()))
+        for client in prepared.clients
+    }

@@ -1,0 +1,202 @@
+"""Controllers: who chooses the cuts. Each is a pure function from a Situation to a Decision.
+
+    fixed       as they are
+    resources   the same blocks on clients in all, distributed so that all compute for the same time
+    paper       better than the mean of all clients: deeper; worse: shallower (SplitFT, arXiv 2604.26388)
+    makespan    least predicted round time under memory, bounds and the server's capacity (`makespan`)
+
+`choose` runs one by its name, and lets no impossible cut out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from splitft.errors import ScheduleError
+from splitft.schedule.makespan import best_cuts, predicted_round_s
+from splitft.schedule.problem import Feasible, Situation, corrected, feasible
+from splitft.schedule.profile import chosen
+from splitft.schedule.simulated_search import quickest
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The cuts of the next round."""
+
+    cuts: Mapping[str, int]
+    """k of each client, by name."""
+    reason: str
+    """Why, in words."""
+
+
+def fixed(situation: Situation) -> Decision:
+    """The cuts as they are."""
+    return Decision(_current(situation), "the cuts are fixed")
+
+
+def resources(situation: Situation) -> Decision:
+    """Distribute the blocks on clients so that all compute for about the same time.
+
+    The level is the longest compute time T such that, with every client at its deepest cut of at most T
+    seconds (or its shallowest allowed one), the clients together hold no more blocks than `client_blocks`.
+    Losses, links and the server play no part.
+    """
+    allowed = feasible(situation)
+    prices = {
+        client.name: {
+            option.cut: option.compute_s
+            for option in corrected(client)
+            if option.cut in allowed[client.name].cuts
+        }
+        for client in situation.clients
+    }
+    blocks = situation.client_blocks
+    if blocks is None:
+        blocks = sum(client.current for client in situation.clients)
+    cuts = {name: min(price) for name, price in prices.items()}
+    reason = f"the shallowest cuts of all clients: {blocks} blocks do not suffice for deeper ones"
+    for level_s in sorted({seconds for price in prices.values() for seconds in price.values()}):
+        deeper = {
+            name: max((cut for cut, seconds in price.items() if seconds <= level_s), default=min(price))
+            for name, price in prices.items()
+        }
+        if sum(deeper.values()) > blocks:
+            break
+        cuts = deeper
+        reason = f"{sum(cuts.values())} blocks on clients, {level_s:.3g} s of computing a round at most"
+    return Decision(cuts, reason)
+
+
+def paper(situation: Situation) -> Decision:
+    """Move cuts by performance, within resources: the rule of SplitFT (arXiv 2604.26388).
+
+    What is known of it: a client whose performance is above the average of all clients gets more layers, one
+    below it fewer; each client has a weight; a step size gamma scales the change; resources bound it. The
+    formula is not in the abstract and no code is public, so the rest is our reading:
+
+        cut_i <- cut_i + round(gamma (mean - loss_i) / max_j |mean - loss_j|)
+
+    with performance = minus the held-out loss, the mean taken with the clients' weights, and the deviation in
+    units of the largest, so that gamma is in blocks whatever the scale of the losses. "Within resources" are
+    the cuts that fit the client's memory, bounds and compute time. With gamma 1 every client whose
+    deviation is at least half the largest moves by one block. It has no fixed point but the bounds.
+    """
+    current, allowed = _current(situation), feasible(situation)
+    losses = {client.name: client.loss for client in situation.clients if client.loss is not None}
+    if len(losses) < len(situation.clients):
+        return Decision(
+            {name: _nearest(allowed[name], cut) for name, cut in current.items()}, "no losses to go by yet"
+        )
+    weights = {client.name: client.weight for client in situation.clients}
+    mean = sum(weights[name] * loss for name, loss in losses.items()) / sum(weights.values())
+    largest = max(abs(mean - loss) for loss in losses.values())
+    if largest <= 1e-12 * abs(mean):
+        steps = dict.fromkeys(losses, 0)
+    else:
+        steps = {name: _rounded(situation.gamma * (mean - loss) / largest) for name, loss in losses.items()}
+    cuts = {name: _nearest(allowed[name], cut + steps[name]) for name, cut in current.items()}
+    up = [name for name in cuts if cuts[name] > current[name]]
+    down = [name for name in cuts if cuts[name] < current[name]]
+    return Decision(
+        cuts,
+        f"mean loss {mean:.4g}; better, so deeper: {', '.join(up) or 'nobody'}; "
+        f"worse, so shallower: {', '.join(down) or 'nobody'}",
+    )
+
+
+def makespan(situation: Situation) -> Decision:
+    """Least predicted round time, if the gain over the rounds left pays for the move.
+
+    By the model of `makespan`, exactly; or by the clock, among the candidates of `rehearsal`.
+
+    All clients move at once, so a move takes as long as its longest part. A current cut that is no longer
+    possible (less memory, a new bound) moves whatever it costs.
+    """
+    current, allowed = _current(situation), feasible(situation)
+    if situation.rehearse is None:
+        best = best_cuts(situation, allowed)
+    else:
+        best = quickest(situation, allowed, situation.rehearse)
+    predict = situation.rehearse or partial(predicted_round_s, situation)
+    best_s = predict(best)
+    if any(cut not in allowed[name].cuts for name, cut in current.items()):
+        return Decision(best, f"a current cut is not possible any more; predicted round {best_s:.4g} s")
+    if situation.server_bytes(current) > situation.server_memory_bytes:
+        return Decision(best, f"the server lacks memory as it is; predicted round {best_s:.4g} s")
+    current_s = predict(current)
+    gain_s = (current_s - best_s) * situation.rounds_left
+    move_s = max(client.option(best[client.name]).move_s for client in situation.clients)
+    against = f"{gain_s:.4g} s over {situation.rounds_left} rounds against {move_s:.4g} s of moving"
+    if gain_s >= move_s:  # also where moving is free and gains nothing: ties go to the deeper cut
+        return Decision(best, f"predicted round {best_s:.4g} s instead of {current_s:.4g} s: {against}")
+    return Decision(current, f"predicted round {current_s:.4g} s; another gains {against}")
+
+
+Controller = Callable[[Situation], Decision]
+
+CONTROLLERS: dict[str, Controller] = {
+    "fixed": fixed,
+    "resources": resources,
+    "paper": paper,
+    "makespan": makespan,
+}
+"""Every way to choose cuts, by the name in `schedule.controller`."""
+
+
+def choose(controller: str, situation: Situation) -> Decision:
+    """The decision of the controller of this name, checked.
+
+    Raises ScheduleError if there is no such controller, if a client has no possible cut (saying what it
+    lacks), or if the decision is impossible.
+    """
+    decide = chosen(controller, CONTROLLERS, "controller")
+    lacks = [found.lack for found in feasible(situation).values() if not found.cuts]
+    if lacks:
+        raise ScheduleError(f"{'; '.join(lacks)}; leave them out, or give them more")
+    return checked(controller, situation, decide(situation))
+
+
+def checked(controller: str, situation: Situation, decision: Decision) -> Decision:
+    """Return the decision if every client can have its cut and the server its memory.
+
+    Raises ScheduleError naming controller, client, cut and what fits.
+    """
+    allowed = feasible(situation)
+    if decision.cuts.keys() != allowed.keys():
+        names = ", ".join(sorted(decision.cuts.keys() ^ allowed.keys()))
+        raise ScheduleError(f"controller {controller!r} must give every client a cut, and no other: {names}")
+    for name, cut in decision.cuts.items():
+        found = allowed[name]
+        if cut not in found.cuts:
+            fits = f"cuts {_listed(found.cuts)} fit" if found.cuts else found.lack
+            raise ScheduleError(f"controller {controller!r} gives client {name!r} cut {cut}, but {fits}")
+    needed = situation.server_bytes(decision.cuts)
+    if needed > situation.server_memory_bytes:
+        raise ScheduleError(
+            f"controller {controller!r}: with cuts {', '.join(f'{n} {c}' for n, c in decision.cuts.items())} "
+            f"the server needs {needed / 1e9:.3g} GB of memory and has "
+            f"{situation.server_memory_bytes / 1e9:.3g} GB; deeper cuts need less there"
+        )
+    return decision
+
+
+def _current(situation: Situation) -> dict[str, int]:
+    return {client.name: client.current for client in situation.clients}
+
+
+def _nearest(found: Feasible, wanted: int) -> int:
+    """The deepest possible cut of at most `wanted`, or the shallowest there is."""
+    return max((cut for cut in found.cuts if cut <= wanted), default=min(found.cuts))
+
+
+def _rounded(value: float) -> int:
+    """To the nearest whole number, halves away from 0, so that up and down are treated alike."""
+    return int(math.copysign(math.floor(abs(value) + 0.5), value))
+
+
+def _listed(cuts: tuple[int, ...]) -> str:
+    whole = len(cuts) > 2 and cuts[-1] - cuts[0] == len(cuts) - 1
+    return f"{cuts[0]} to {cuts[-1]}" if whole else ", ".join(map(str, cuts))

@@ -1,0 +1,145 @@
+"""What is trained, as the schedule sees it: a round's work of each client, and what all clients share.
+
+Job(model, server, ranks, codecs, ...)  +  Client(machine, link, Workload)  -->  `cost`, `memory`, `clock`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+
+from splitft.errors import ScheduleError
+from splitft.geometry import Side, ranks_by_block
+from splitft.schedule.codec_cost import WireBytes
+from splitft.schedule.profile import Device, Link, Server
+from splitft.schedule.sizes import ModelSizes
+from splitft.specs import LoraSpec
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one client trains on in a round; means over its steps, so fractions fit."""
+
+    tokens: float
+    """N, real tokens of a step."""
+    labelled_tokens: float
+    """M, those of them that carry a label."""
+    sequences: float
+    """B, sequences of a step."""
+    padded_length: float
+    """T, tokens of a sequence after padding."""
+    steps: int
+    """Local steps of a round."""
+    largest_tokens: float = 0.0
+    """Padded tokens of the largest batch, which memory must hold; 0: all are alike."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            if entry.name != "largest_tokens" and not getattr(self, entry.name) > 0:
+                raise ScheduleError(
+                    f"workload: {entry.name} is {getattr(self, entry.name)}; it must be above 0"
+                )
+        if self.labelled_tokens > self.tokens or self.tokens > self.padded_tokens * (1 + 1e-9):
+            raise ScheduleError(
+                f"workload: {self.labelled_tokens:g} labelled of {self.tokens:g} real of "
+                f"{self.padded_tokens:g} padded tokens; each must be at most the next"
+            )
+
+    @property
+    def padded_tokens(self) -> float:
+        """B x T, what machines compute."""
+        return self.sequences * self.padded_length
+
+    @property
+    def peak_tokens(self) -> float:
+        """Padded tokens of the largest batch."""
+        return max(self.largest_tokens, self.padded_tokens)
+
+    def divided(self, parts: int) -> Workload:
+        """The workload of one of `parts` equal micro-batches of every step."""
+        return replace(
+            self,
+            tokens=self.tokens / parts,
+            labelled_tokens=self.labelled_tokens / parts,
+            sequences=self.sequences / parts,
+            largest_tokens=self.largest_tokens / parts,
+        )
+
+
+@dataclass(frozen=True)
+class Client:
+    """One client as its costs see it."""
+
+    name: str
+    """How messages call it."""
+    device: Device
+    """Its machine."""
+    link: Link
+    """Its connection to the server."""
+    workload: Workload
+    """What it trains on in a round."""
+    wire: WireBytes | None = None
+    """Its own codecs, where they are not those of all clients."""
+    rank: int | None = None
+    """Its LoRA rank away from the cut, where clients differ."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What the aggregation rule lets travel of a round's adapters."""
+
+    up: float = 1.0
+    """Share of the numbers of A and B together that a client sends: about half for one factor alone."""
+    down: float = 1.0
+    """Share that it gets back."""
+    full_rank: bool = False
+    """Whether what it gets has the full rank R in every block, also next to a cut."""
+    folded_members: int = 0
+    """Participants whose ranks together bound that of what joins the base; 0 if nothing does."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all clients of a run share."""
+
+    sizes: ModelSizes
+    """The model."""
+    server: Server
+    """The machine of the deeper blocks."""
+    lora: LoraSpec
+    """Ranks, also at the cut."""
+    wire: WireBytes = field(default_factory=WireBytes)
+    """What an element takes on the wire."""
+    labels: Side = "client"
+    """Where the labels live, and so the head and the loss."""
+    weight_bytes: int = 2
+    """Bytes of a frozen weight and of a kept activation: 2 for bfloat16, 4 for float32."""
+    moments: int = 2
+    """Optimizer moments of a parameter: 2 for AdamW, 0 for SGD."""
+    micro_batches: int = 1
+    """Parts of a step, where its batch has so many sequences."""
+    in_flight: int = 1
+    """Of these, how many are underway at once."""
+    exchange: Exchange = field(default_factory=Exchange)
+    """What of the adapters travels."""
+
+    federated: bool = True
+    """Whether adapters travel at all."""
+    handed_on: bool = False
+    """Whether moments travel with them, from client to client."""
+
+    def parts(self, workload: Workload) -> int:
+        """Micro-batches of a step with this workload: none is less than a sequence."""
+        return max(1, min(self.micro_batches, int(workload.sequences + 1e-9)))
+
+    def share_underway(self, workload: Workload) -> float:
+        """Share of a batch whose activations are kept at once: its largest micro-batches in flight."""
+        parts, sequences = self.parts(workload), max(1, int(workload.sequences + 1e-9))
+        sizes = [sequences // parts + (part < sequences % parts) for part in range(parts)]
+        return sum(sizes[: self.in_flight]) / sequences
+
+    def ranks(self, cut: int, rank: int | None = None) -> tuple[int, ...]:
+        """LoRA rank of each block for a client with this cut, and with a rank of its own if it has one."""
+        lora = self.lora
+        rank = lora.rank if rank is None else rank
+        at_cut = None if lora.rank_at_cut is None else min(rank, lora.rank_at_cut)
+        return ranks_by_block(cut, self.sizes.blocks, rank, at_cut, lora.cut_span, lora.cut_sides)

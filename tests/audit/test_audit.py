@@ -1,0 +1,140 @@
+"""An audit records a real step, and its attacks read from bytes alone what the client never meant to say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import splitft
+from laws.federations import write_text
+from runs import invoke, settings
+from splitft.audit.attacks import ATTACKS, HIDDEN_ATTACKS, Effort
+from splitft.audit.audit import SHORT, audit, settings_of
+from splitft.audit.public_text import public_tokens
+from splitft.audit.recording import record, recorded_config, seen_in
+from splitft.config import dump, from_mapping
+from splitft.errors import DataError
+from splitft.model import open_model
+from splitft.privacy.known_leakage import Setting
+from splitft.run.setup import gather
+from splitft.specs import ModelSpec
+
+TINY = replace(
+    SHORT,
+    texts=3,
+    tokens=24,
+    public=2048,
+    attacks=tuple(HIDDEN_ATTACKS),
+    effort=Effort(whole=True),
+    inverter_steps=2,
+)
+PLAIN = Setting(2, "bf16", 0.0, 0.0)
+
+
+@pytest.fixture
+def config(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPLITFT_CACHE", str(tmp_path / "cache"))
+    text = write_text(tmp_path / "notes.jsonl")
+    return from_mapping(settings(tiny_llama, text, training={"lr": 5e-4}))
+
+
+def reads(found) -> dict[str, float]:
+    return {one.attack: one.recovery.tokens for one in found.outcomes[0].findings}
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_matching_reads_every_token_off_the_hidden_states(config, cut):
+    depth = replace(TINY, attacks=("linear", "matching"))
+    found = audit(config, depth, settings=[Setting(cut, "bf16", 0.0, 0.0)])
+    assert reads(found)["matching"] == 1.0
+    assert found.outcomes[0].perplexity_cost == 0.0
+
+
+def test_every_attack_on_hidden_states_and_gradients_reports(config):
+    depth = replace(TINY, attacks=tuple(ATTACKS), tokens=16)
+    found = reads(audit(config, depth, settings=[PLAIN]))
+    assert set(found) == set(ATTACKS) - {"labels"}  # which did not travel
+    assert found["head gradient"] == 1.0
+    assert found["matching"] >= found["linear"] >= 0
+
+
+def test_labels_on_the_server_are_simply_read(config):
+    split = config.split.model_copy(update={"labels": "server"})
+    depth = replace(TINY, attacks=("head gradient", "labels"))
+    found = audit(config.model_copy(update={"split": split}), depth, settings=[PLAIN])
+    assert reads(found) == {"labels": 1.0}
+    assert "every label, since labels are sent to it" in found.to_json()["verdicts"][0]
+
+
+def test_noise_makes_reading_harder_and_costs_perplexity(config):
+    depth = replace(TINY, attacks=("matching", "head gradient"))
+    found = audit(config, depth, settings=[PLAIN, Setting(2, "bf16", 30.0, 30.0)])
+    plain, noisy = found.outcomes
+    for way in ("hidden", "labels"):
+        assert noisy.worst(way).recovery.tokens < plain.worst(way).recovery.tokens / 2
+    assert noisy.loss != plain.loss == plain.clean_loss
+
+
+def test_a_recording_is_of_frames_and_a_run_s_own_adapters(config, tmp_path):
+    fast = config.training.model_copy(update={"lr": 1e-2, "rounds": 1})
+    run = splitft.train(config.model_copy(update={"training": fast}), tmp_path / "run")
+    found = audit(run.folder, replace(TINY, attacks=("matching",)), settings=[PLAIN])
+    assert reads(found)["matching"] > 0.9  # in the second step the client's adapters have moved on
+
+
+def test_what_the_attacks_get_is_decoded_from_bytes(config):
+    small = recorded_config(config, 2, 2, 3)
+    gathered = gather(small)
+    recording = record(small, gathered)
+    assert [one.step for one in recording.seen] == [0, 1]
+    assert sum(map(len, recording.texts)) == sum(len(one.hidden) for one in recording.seen)
+    for one in recording.seen:
+        assert one.labels is None
+        assert len(one.labelled_rows()) == len(one.head_gradient) == len(one.last)
+        assert torch.equal(one.hidden, one.hidden.bfloat16().float())  # the codec's rounding is in it
+    assert seen_in([], recording.terms) == []
+
+
+def test_the_run_s_own_settings_come_first_and_only_known_codecs(config):
+    found = settings_of(config, replace(TINY, cuts=(3, 9), codecs=("bf16", "morse"), noises=(0.0, 1.0)), 4)
+    assert [one.cut for one in found[:3]] == [1, 2, 3]
+    assert Setting(1, "bf16", 1.0, 1.0) in found
+    assert all(one.cut < 4 and one.codec == "bf16" for one in found)
+    assert len(found) == len(set(found))
+
+
+def test_the_attacker_does_not_learn_on_the_audited_text(tiny_llama):
+    model = open_model(ModelSpec(name=str(tiny_llama)))
+    with pytest.raises(DataError, match="audited text"):
+        public_tokens(model, "notes.jsonl", "notes.jsonl", 1000)
+    tokens, source = public_tokens(model, None, "python-docs", 1000)
+    assert source == "docstrings of Python's library"
+    assert tokens.shape == (1000 // 64, 64)
+    assert public_tokens(model, None, "notes.jsonl", 1000)[1] == "python-docs"
+
+
+def test_the_verb_says_verdicts_and_writes_table_page_and_json(config, tmp_path, monkeypatch):
+    from splitft.audit import audit as auditing
+
+    monkeypatch.setattr(
+        auditing, "SHORT", replace(TINY, cuts=(), noises=(), codecs=(), attacks=("matching",))
+    )
+    one_cut = config.model_copy(update={"clients": config.clients.model_copy(update={"cuts": 1})})
+    file = tmp_path / "run.yaml"
+    file.write_text(dump(one_cut), encoding="utf-8")
+    shown = invoke("audit", file, "--html", tmp_path / "leaks.html")
+    assert shown.exit_code == 0, shown.output
+    assert "At cut 1 (bf16) without noise, the server can read all tokens" in shown.output
+    assert "Recovery against cost" in (tmp_path / "leaks.html").read_text(encoding="utf-8")
+    told = json.loads(invoke("audit", file, "--json").stdout)
+    assert [row["cut"] for row in told["rows"]] == [1]
+    assert told["rows"][0]["tokens"] == 1.0
+    assert invoke("audit", tmp_path / "none.yaml").exit_code == 2
+
+
+def test_a_run_begins_with_what_is_known_of_its_setting(config, tmp_path):
+    run = splitft.train(config, tmp_path / "run")
+    assert run.summary["privacy"].endswith("At cut 1 (bf16) without noise: not audited.")

@@ -1,0 +1,62 @@
+"""One sentence says what the worst attack of each way found."""
+
+from __future__ import annotations
+
+import pytest
+
+from splitft.audit.findings import Finding, Outcome, table_rows, verdict
+from splitft.audit.recovery import Recovery
+from splitft.privacy.known_leakage import Setting, in_ten, sentence
+
+PLAIN = Setting(cut=2, codec="bf16", noise=0.0, gradient_noise=0.0)
+
+
+def found(attack: str, way: str, tokens: float) -> Finding:
+    return Finding(PLAIN, attack, way, Recovery(tokens, tokens, tokens, 0.0, tokens, 100), 1.0)
+
+
+def test_the_verdict_is_of_the_strongest_attack_of_each_way():
+    findings = (
+        found("linear", "hidden", 0.55),
+        found("matching", "hidden", 0.91),
+        found("head gradient", "labels", 1.0),
+    )
+    outcome = Outcome(PLAIN, findings, loss=3.0, clean_loss=3.0)
+    assert verdict(outcome) == (
+        "At cut 2 (bf16) without noise, the server can read 9 of 10 tokens from the hidden states and "
+        "all labelled tokens from the gradients that return."
+    )
+    assert outcome.worst().attack == "head gradient"
+    assert outcome.worst("hidden").recovery.tokens == 0.91
+
+
+def test_labels_that_travel_are_called_what_they_are():
+    outcome = Outcome(PLAIN, (found("labels", "labels", 1.0),), 3.0, 3.0)
+    assert "every label, since labels are sent to it" in verdict(outcome)
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(1.0, "all"), (0.97, "more than 9 of 10"), (0.9, "9 of 10"), (0.31, "3 of 10"), (0.06, "1 of 10"),
+     (0.01, "fewer than 1 of 20")],
+)  # fmt: skip
+def test_shares_are_told_in_tenths(share, words):
+    assert in_ten(share) == words
+
+
+@pytest.mark.parametrize(
+    ("noise", "gradient_noise", "ending"),
+    [(0.2, 0.2, "that return."), (0.2, 0.0, "that return (noise 0)."), (0.0, 1.0, "that return (noise 1).")],
+)
+def test_noise_on_gradients_is_told_where_it_is_another(noise, gradient_noise, ending):
+    assert sentence(Setting(2, "bf16", noise, gradient_noise), 1.0, 1.0).endswith(ending)
+
+
+def test_what_was_not_attacked_is_not_audited():
+    assert sentence(PLAIN, None, None) == "At cut 2 (bf16) without noise: not audited."
+
+
+def test_the_cost_is_the_relative_rise_of_perplexity():
+    outcome = Outcome(PLAIN, (found("linear", "hidden", 0.5),), loss=3.0 + 0.0487902, clean_loss=3.0)
+    assert outcome.perplexity_cost == pytest.approx(0.05, abs=1e-6)
+    assert table_rows([outcome])[0]["perplexity_cost"] == 0.05

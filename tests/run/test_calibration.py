@@ -1,0 +1,72 @@
+"""A calibration times real blocks once, and is then read from the cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from splitft.adapters import attach, initial_state
+from splitft.geometry import Span
+from splitft.model import open_model
+from splitft.run import calibration
+from splitft.run.fleet import exact_sizes
+from splitft.specs import LoraSpec, ModelSpec, TrainingSpec
+from splitft.training.ranks import Ranks
+
+
+@pytest.fixture
+def measure(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPLITFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibration, "SECONDS", 0.1)
+    model = open_model(ModelSpec(name=str(tiny_llama), dtype="float32"))
+    ranks = Ranks(LoraSpec(rank=4, rank_at_cut=None), model.shape.blocks, "svd", 0)
+    return lambda: calibration.measured(model, exact_sizes(model, ranks), ranks, TrainingSpec())
+
+
+def test_what_was_measured_is_positive_and_kept(measure):
+    first = measure()
+    device = first.device
+    assert device.block_forward_s_per_token > 0
+    assert device.block_backward_s_per_token > 0
+    assert device.head_s_per_token > 0
+    assert measure() == first
+
+
+def test_a_damaged_cache_is_measured_again(measure, tmp_path):
+    measure()
+    (file,) = tmp_path.glob("calibrations/*.json")
+    file.write_text("{", encoding="utf-8")
+    assert measure().device.block_forward_s_per_token > 0
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float32", 0.1)])
+def test_the_activations_that_a_block_keeps_are_those_that_the_cost_model_counts(
+    tiny_llama, dtype, tolerance
+):
+    model = open_model(ModelSpec(name=str(tiny_llama), dtype=dtype))
+    ranks = Ranks(LoraSpec(rank=2, rank_at_cut=None), model.shape.blocks, "svd", 0)
+    sizes = exact_sizes(model, ranks)
+    few, many = (_saved_bytes(model, ranks, tokens) for tokens in (64, 128))
+    counted = sizes.kept_elements_per_token * model.dtype.itemsize + sizes.kept_wide_elements_per_token * 4
+    assert (many - few) / 64 == pytest.approx(counted, rel=tolerance)
+
+
+def _saved_bytes(model, ranks, tokens):
+    """Bytes of all storages that autograd keeps in the second block."""
+    span = Span(0, 2)
+    segment = model.segment(span, embedding=True)
+    bank = attach(segment.blocks, ranks.lora.targets, ranks.scale, model.dtype)
+    layers = {key: size for key, size in bank.sizes.items() if key[0] in span}
+    bank.put("s", initial_state(layers, ranks.initial(), 0, torch.float32))
+    held = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = (tensor, storage.nbytes())
+        return tensor
+
+    with torch.enable_grad(), bank.routed([("s", 1)]):
+        hidden = segment.run(torch.zeros(1, tokens, dtype=torch.long), Span(0, 1)).detach().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            segment.run(hidden, Span(1, 2))
+    return sum(nbytes for _, nbytes in held.values())

@@ -1,0 +1,209 @@
+"""Cuts that choose themselves in real runs, and the simulated clock that the rounds are charged to."""
+
+from __future__ import annotations
+
+import pytest
+
+from laws.federations import federation, largest_relative_difference, write_text
+from splitft.adapters import AdapterState
+from splitft.errors import ModelError, ScheduleError
+from splitft.protocol import RoundStart
+from splitft.run.cut_schedule import Pace
+from splitft.schedule.simulated_search import rehearsal
+from splitft.tracking.events import CutsChanged, RoundTimed
+from splitft.training import train_rounds
+
+SLOW = {
+    "block_forward_ms_per_token": 5.0,
+    "block_backward_ms_per_token": 5.0,
+    "head_ms_per_token": 1.0,
+    "memory_gb": 4.0,
+}
+QUICK = {**SLOW, "block_forward_ms_per_token": 0.05, "block_backward_ms_per_token": 0.05}
+SERVER = {**SLOW, "block_forward_ms_per_token": 0.5, "block_backward_ms_per_token": 0.5, "memory_gb": 100.0}
+TRAINING = {"rounds": 4, "steps": 2, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "notes.jsonl")
+
+
+@pytest.fixture
+def run(tiny_llama, text):
+    def play(cuts="auto", clients=3, **schedule):
+        schedule = {"links": "lan", "server": SERVER, **schedule}
+        prepared = federation(
+            tiny_llama, text, [1] * clients, training=TRAINING, clients={"cuts": cuts}, schedule=schedule
+        )
+        events = []
+        state = train_rounds(
+            prepared.initial(), prepared.server, prepared.simulation(), prepared.ranks,
+            prepared.config.training, prepared.pace, events.append, lambda state: None,
+        )  # fmt: skip
+        return prepared, state, events
+
+    return play
+
+
+def of(events, kind):
+    return [event for event in events if isinstance(event, kind)]
+
+
+def test_makespan_gives_quick_clients_more_blocks_than_slow_ones(run):
+    _, state, _ = run(controller="makespan", devices=[SLOW, QUICK, QUICK])
+    slow, quick, _ = state.cuts.values()
+    assert slow < quick
+
+
+def test_a_client_that_slows_down_is_relieved_in_the_next_round_and_the_model_does_not_notice(run):
+    change = [{"round": 2, "client": 2, "compute": 0.001}]
+    _, still, before = run(controller="makespan", devices=[SLOW, QUICK, QUICK])
+    _, moved, events = run(controller="makespan", devices=[SLOW, QUICK, QUICK], changes=change)
+    first, second = of(events, CutsChanged)
+    assert (first.round, second.round) == (1, 3)
+    assert second.cuts["client-2"] < first.cuts["client-2"]
+    assert second.reason
+    timed = of(events, RoundTimed)
+    assert timed[1].seconds > of(before, RoundTimed)[1].seconds  # hit by the change
+    assert timed[2].seconds < timed[1].seconds  # relieved
+    assert largest_relative_difference(moved.adapters.tensors(), still.adapters.tensors()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "change", [{"link": 0.1}, {"compute": 0.1}], ids=["a link at a tenth of its rates", "a busy machine"]
+)
+def test_makespan_needs_one_round_to_know_of_a_change_and_none_to_act_on_it(run, change):
+    """It shows in the round it begins; the cuts of the next are those of who always knew."""
+    numbers = {
+        "block_forward_ms_per_token": 0.2,
+        "block_backward_ms_per_token": 0.2,
+        "head_ms_per_token": 0.1,
+    }
+    machines = {
+        "devices": {**SLOW, **numbers},
+        "server": {**SERVER, "block_forward_ms_per_token": 0.5, "block_backward_ms_per_token": 0.5},
+        "links": {"up_mbit_per_s": 2.0, "down_mbit_per_s": 2.0, "latency_ms": 1.0},
+    }
+    changes = [{"round": 2, "client": 2, **change}]
+    prepared, _, events = run(controller="makespan", changes=changes, **machines)
+    first, second = of(events, CutsChanged)
+    assert (first.round, second.round) == (1, 3)
+    assert list(first.cuts.values()) == [3, 3, 3]
+    assert list(second.cuts.values()) == [3, 1, 3]
+    pace = prepared.pace
+    foretold = rehearsal(pace.fleet.job, pace.fleet.at(2))
+    assert foretold(second.cuts) <= foretold(first.cuts)
+    timed = of(events, RoundTimed)
+    assert timed[1].seconds > timed[0].seconds
+    assert timed[2].seconds - timed[2].move_seconds == pytest.approx(foretold(second.cuts))
+    _, _, known = run(controller="makespan", changes=[{**changes[0], "round": 1}], **machines)
+    assert [change.cuts for change in of(known, CutsChanged)] == [second.cuts]
+
+
+def test_a_move_to_a_deeper_cut_is_charged_with_the_weights_it_loads(run):
+    change = [{"round": 2, "client": 1, "compute": 1000.0}]
+    prepared, state, events = run(controller="makespan", devices=[SLOW, QUICK, QUICK], changes=change)
+    first, second = of(events, CutsChanged)
+    gained = second.cuts["client-1"] - first.cuts["client-1"]
+    assert gained > 0
+    job = prepared.pace.fleet.job
+    moved = next(event for event in of(events, RoundTimed) if event.round == second.round)
+    assert moved.weight_bytes >= gained * job.sizes.block_parameters * 8  # float64
+    assert moved.move_seconds > 0
+    assert prepared.clients[0].segment.span.stop == state.cuts["client-1"]
+
+
+def test_equal_seeds_give_equal_times_to_the_last_digit(run):
+    def timed():
+        _, _, events = run(controller="paper", devices=[SLOW, QUICK, QUICK])
+        return [event.model_dump(exclude={"t"}) for event in of(events, RoundTimed)]
+
+    assert timed() == timed()
+
+
+def test_paper_moves_clients_by_their_held_out_loss(run):
+    _, _, events = run(controller="paper", devices=QUICK)
+    changes = of(events, CutsChanged)
+    assert len(changes) > 1
+    assert "better, so deeper" in changes[1].reason
+
+
+def test_a_client_that_fits_at_no_cut_stops_the_run_before_it_trains(run):
+    tiny = {**SLOW, "memory_gb": 1e-6}
+    with pytest.raises(ScheduleError, match=r"'client-2' lacks .* of memory.*schedule\.misfit"):
+        run(controller="makespan", devices=[SLOW, tiny, QUICK])
+
+
+def test_or_it_is_left_out_and_the_others_train(run):
+    tiny = {**SLOW, "memory_gb": 1e-6}
+    prepared, state, _ = run(controller="makespan", devices=[SLOW, tiny, QUICK], misfit="leave-out")
+    assert set(state.cuts) == {"client-1", "client-3"}
+    assert "client-2" in prepared.pace.left_out[0]
+
+
+def test_bounds_on_the_cut_are_kept(run):
+    _, state, _ = run(controller="makespan", devices=QUICK, min_cut=2, max_cut=2)
+    assert set(state.cuts.values()) == {2}
+
+
+def test_a_fixed_run_that_would_not_fit_its_machines_is_warned_not_stopped(run):
+    tiny = {**SLOW, "memory_gb": 1e-6}
+    prepared, state, _ = run(cuts=[1, 2, 3], devices=tiny)
+    assert list(state.cuts.values()) == [1, 2, 3]
+    assert len(prepared.pace.misfits) == 3
+
+
+def test_a_client_that_cannot_load_its_new_blocks_keeps_its_old_cut(tiny_llama, text, monkeypatch):
+    prepared = federation(tiny_llama, text, [1, 1], training=TRAINING)
+    client, other = prepared.clients
+    adapters = prepared.initial().adapters
+    client.start(RoundStart(round=1, cut=1))
+    held, read = client.segment.parameter_count(), client.segment._checkpoint.read
+
+    def vanished(names):
+        if any(".2." in name for name in names):  # the second of the blocks that are new
+            raise ModelError("the disk is gone")
+        return read(names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client.segment._checkpoint, "read", vanished)
+        with pytest.raises(ModelError):
+            client.start(RoundStart(round=2, cut=3, adapters=adapters.within([1, 2])))
+    assert client.plan.cut == 1
+    assert client.segment.parameter_count() == held
+    client.start(RoundStart(round=2, cut=1, adapters=AdapterState()))
+    assert client.forward().hidden.shape[1] == prepared.model.shape.width
+    other.start(RoundStart(round=2, cut=3, adapters=adapters.within([1, 2])))
+    assert other.segment.span.stop == 3
+
+
+AUDIT = {1: 0.99, 2: 0.6, 3: 0.2}
+
+
+@pytest.mark.parametrize("controller", ["resources", "paper", "makespan"])
+def test_cuts_that_choose_themselves_keep_the_privacy_bound_in_every_round(run, controller):
+    _, _, events = run(controller=controller, devices=SLOW, max_recovery=0.7, recovery=AUDIT)
+    assert all(cut >= 2 for change in of(events, CutsChanged) for cut in change.cuts.values())
+
+
+def test_a_privacy_bound_that_cannot_be_kept_is_refused_before_training(run):
+    with pytest.raises(ScheduleError, match=r"cut 3 gives 0\.20"):
+        run(controller="makespan", devices=QUICK, max_recovery=0.1, recovery=AUDIT)
+    with pytest.raises(ScheduleError, match=r"client-1 cut 1 \(0\.99 by the audit\)"):
+        run(cuts=[1, 3, 3], max_recovery=0.3, recovery=AUDIT)
+    with pytest.raises(ScheduleError, match="was not audited"):
+        run(cuts=3, max_recovery=0.3)
+
+
+def test_a_site_that_allows_no_shallow_cut_is_asked_for_none(run):
+    prepared, _, _ = run(controller="makespan", devices=SLOW)
+    floors = {"client-2": 3}
+    _, cuts = Pace.begin(prepared.config, prepared.pace.fleet, floors)
+    assert cuts["client-2"] == 3
+    fixed = prepared.config.model_copy(
+        update={"schedule": prepared.config.schedule.model_copy(update={"controller": "fixed"}),
+                "clients": prepared.config.clients.model_copy(update={"cuts": 2})}
+    )  # fmt: skip
+    with pytest.raises(ScheduleError, match="client-2 has cut 2, but its site takes part from cut 3"):
+        Pace.begin(fixed, prepared.pace.fleet, floors)
