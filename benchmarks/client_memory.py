@@ -25,7 +25,7 @@ from splitft.model import Model, open_model
 from splitft.protocol import Activations, CutGradient, LastHidden, RoundStart
 from splitft.specs import LoraSpec, ModelSpec, TrainingSpec
 from splitft.training import Client
-from splitft.training.ranks import Ranks
+from splitft.training.ranks import RankPolicy
 from step_overhead import ordinary, plain_step
 
 SEQUENCES, TOKENS = 8, 64
@@ -50,7 +50,7 @@ def stream_of_random_text(model: Model, seed: int) -> BatchStream:
 def client_step(model: Model, cut: int, labels: str, seed: int) -> int:
     """Set up a client and take its first step, with random numbers for the server's answers."""
     side = "client" if labels == "client" else "server"
-    ranks = Ranks(LORA, model.shape.blocks, "svd", seed)
+    ranks = RankPolicy(LORA, model.shape.blocks, "svd", seed)
     client = Client("c", model, cut, side, ranks, TrainingSpec(), stream_of_random_text(model, seed), ())
     client.start(RoundStart(round=1, cut=cut))
     sent: Activations = client.forward()

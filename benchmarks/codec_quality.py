@@ -29,7 +29,7 @@ from pathlib import Path
 from drawing import savings
 from measuring import REPOSITORY, Parts, begin, options, section, table
 from splitft.config import from_mapping
-from splitft.model.quiet import quiet
+from splitft.model.quiet import silence_transformers
 from splitft.run.setup import prepare
 from splitft.specs import WireSpec
 from splitft.tracking.events import StepDone, Traffic
@@ -100,7 +100,7 @@ def outcome(
         "wire": {"hidden": hidden, "gradient": gradient, "in_process": "bytes"},
         "seed": seed,
     })  # fmt: skip
-    with quiet():
+    with silence_transformers():
         prepared = prepare(config)
     events: list[object] = []
     train_rounds(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from measuring import begin, options, section, table
-from splitft.codecs import CODECS, Codec, Encoded, Passage, codec_of
+from splitft.codecs import CODECS, Codec, CodecContext, Encoded, codec_of
 
 GOALS = {"int8": 1e9, "int4": 4e8}
 """Bytes of float32 input by second, encoding and decoding each."""
@@ -38,18 +38,18 @@ class Timed:
         self.sender: dict[str, torch.Tensor] = {}
         self.receiver: dict[str, torch.Tensor] = {}
         for _ in range(1 + 2 * rows.shape[1] // len(rows) + 1):
-            encoded = codec.encode(rows, Passage(role, 0, self.sender))
-            codec.decode(encoded, torch.float32, Passage(role, 0, self.receiver))
+            encoded = codec.encode(rows, CodecContext(role, 0, self.sender))
+            codec.decode(encoded, torch.float32, CodecContext(role, 0, self.receiver))
         self.encoded = self.encode()
         self.parts = dict(self.receiver)
 
     def encode(self) -> Encoded:
         """One more message."""
-        return self.codec.encode(self.rows, Passage(self.role, 0, self.sender))
+        return self.codec.encode(self.rows, CodecContext(self.role, 0, self.sender))
 
     def decode(self) -> None:
         """The same message again."""
-        self.codec.decode(self.encoded, torch.float32, Passage(self.role, 0, dict(self.receiver)))
+        self.codec.decode(self.encoded, torch.float32, CodecContext(self.role, 0, dict(self.receiver)))
 
 
 def seconds_of(

@@ -30,12 +30,12 @@ from splitft.run.fleet import exact_sizes
 from splitft.schedule.cost import step_legs
 from splitft.schedule.memory import client_memory
 from splitft.schedule.profile import Device, Link
-from splitft.schedule.profile import Server as ServerProfile
-from splitft.schedule.workload import Client as Costed
-from splitft.schedule.workload import Job, Workload
+from splitft.schedule.profile import ServerProfile as ServerProfile
+from splitft.schedule.workload import ClientProfile as Costed
+from splitft.schedule.workload import SharedCosts, Workload
 from splitft.specs import LoraSpec, ModelSpec, SplitSpec, TrainingSpec
 from splitft.training import Client, Server
-from splitft.training.ranks import Ranks
+from splitft.training.ranks import RankPolicy
 from step_overhead import read_text
 
 CUTS = (2, 8, 15, 22, 28)
@@ -64,7 +64,9 @@ def workload(stream: BatchStream, steps: range) -> Workload:
 class Pair:
     """A client at a cut and a server for it, without anything between."""
 
-    def __init__(self, model: Model, cut: int, stream: BatchStream, ranks: Ranks, training: TrainingSpec):
+    def __init__(
+        self, model: Model, cut: int, stream: BatchStream, ranks: RankPolicy, training: TrainingSpec
+    ):
         self.client = Client("c", model, cut, "client", ranks, training, stream, ())
         self.server = Server(model, Span(cut, model.shape.blocks), ranks, SplitSpec(), training)
         self.server.place({"c": cut})
@@ -84,7 +86,7 @@ def timed(model: Model, stream: BatchStream, batch: int, rounds: int, steps: int
     import time
 
     training = TrainingSpec(batch_size=batch)
-    ranks = Ranks(LORA, model.shape.blocks, "svd", seed)
+    ranks = RankPolicy(LORA, model.shape.blocks, "svd", seed)
     sizes = exact_sizes(model, ranks)
     pairs = {cut: Pair(model, cut, stream, ranks, training) for cut in CUTS}
     for pair in pairs.values():
@@ -94,7 +96,7 @@ def timed(model: Model, stream: BatchStream, batch: int, rounds: int, steps: int
     for _ in range(rounds):
         device = calibrate(model, sizes, ranks, training).device
         work = workload(stream, range(done, done + steps))
-        job = Job(sizes, ServerProfile(device), LORA)
+        job = SharedCosts(sizes, ServerProfile(device), LORA)
         for cut, pair in pairs.items():
             began = time.perf_counter()
             for _ in range(steps):
@@ -114,7 +116,7 @@ def peak(cut: int, batch: int, data: Path, seed: int) -> dict[str, float]:
     model = open_model(ModelSpec())
     model.skeleton()
     training = TrainingSpec(batch_size=batch)
-    ranks = Ranks(LORA, model.shape.blocks, "svd", seed)
+    ranks = RankPolicy(LORA, model.shape.blocks, "svd", seed)
     sizes = exact_sizes(model, ranks)
     stream, _ = read_text(model, data, seed, batch)
     torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
@@ -130,7 +132,7 @@ def peak(cut: int, batch: int, data: Path, seed: int) -> dict[str, float]:
     measured = status("VmHWM") - before
     device = Device("any", 1.0, 1.0, 1.0, float("inf"))
     costed = Costed("c", device, LINK, workload(stream, range(3)))
-    job = Job(sizes, ServerProfile(device), LORA)
+    job = SharedCosts(sizes, ServerProfile(device), LORA)
     return {"predicted": client_memory(job, costed, cut).total / 2**20, "measured": measured}
 
 

@@ -22,7 +22,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from splitft.deploy.flare.transport import FlareAnswers, FlareCarrier
-from splitft.deploy.requests import Envelope, Lane, Repeats
+from splitft.deploy.requests import Envelope, ReplyCache, RequestChannel
 from splitft.deploy.server.inbox import HOLD_S, WORKERS
 
 LINK, LIMIT, WITHIN_S, TASK = bytes(16), 2**26, 120.0, "echo"
@@ -34,7 +34,7 @@ class Echo:
     """What the server does with a message: numbers and repeats as in a run, then the same bytes back."""
 
     def __init__(self, sites: list[str]) -> None:
-        self._repeats = {site: Repeats() for site in sites}
+        self._repeats = {site: ReplyCache() for site in sites}
         self._workers = ThreadPoolExecutor(WORKERS)
 
     def answer(self, site: str, data: bytes) -> bytes:
@@ -47,13 +47,13 @@ class Asking:
     """A site's lanes over a carrier."""
 
     def __init__(self, carrier: Any, lanes: int = 4) -> None:
-        self._lanes = [Lane(carrier, LINK, number, LIMIT) for number in range(lanes)]
+        self._lanes = [RequestChannel(carrier, LINK, number, LIMIT) for number in range(lanes)]
 
     def ask(self, size: int, repeats: int, lanes: int, at: float = 0.0) -> dict[str, Any]:
         """Seconds of each message, and when the first was sent and the last answered; one warms up."""
         frame, seconds = bytes(size), list[float]()
 
-        def one_lane(lane: Lane) -> None:
+        def one_lane(lane: RequestChannel) -> None:
             for _ in range(repeats // lanes):
                 began = time.perf_counter()
                 lane.ask(frame, WITHIN_S)

@@ -29,9 +29,9 @@ from splitft.run.train import train
 from splitft.schedule.clock import client_round, simulate_round
 from splitft.schedule.codec_cost import WireBytes
 from splitft.schedule.cost import adapter_legs, round_bytes
-from splitft.schedule.profile import Server, device_preset, link_preset
+from splitft.schedule.profile import ServerProfile, device_preset, link_preset
 from splitft.schedule.sizes import sizes_of
-from splitft.schedule.workload import Client, Job, Workload
+from splitft.schedule.workload import ClientProfile, SharedCosts, Workload
 from splitft.specs import LoraSpec
 
 CLIENTS, RANK, BLOCKS, MB = 5, 16, 12, 1e6
@@ -64,20 +64,20 @@ class Setting:
     sides: tuple[str, ...] = ("client", "server")
 
 
-def job_of(setting: Setting) -> Job:
+def job_of(setting: Setting) -> SharedCosts:
     """What the paper's clients share: labels on the server, fp32 on the wire."""
     sizes = sizes_of(GPT2, adapter_parameters_per_rank=FUSED_ATTENTION)
     lora = LoraSpec(rank=RANK, rank_at_cut=setting.rank_at_cut, cut_sides=setting.sides)
-    server = Server(device_preset("server-gpu", sizes, 512))
+    server = ServerProfile(device_preset("server-gpu", sizes, 512))
     wire = WireBytes(hidden=4.0, gradient=4.0, adapter=4.0)
-    return Job(sizes, server, lora, wire, labels="server", weight_bytes=4)
+    return SharedCosts(sizes, server, lora, wire, labels="server", weight_bytes=4)
 
 
-def client_of(job: Job, tokens: float, name: str = "client") -> Client:
+def client_of(job: SharedCosts, tokens: float, name: str = "client") -> ClientProfile:
     """One client; a round is as many full batches of 4 x 512 tokens as hold these."""
     steps = max(1, round(tokens / 2048))
     work = Workload(tokens / steps, tokens / steps, 4, max(512.0, tokens / steps / 4), steps)
-    return Client(name, device_preset("laptop", job.sizes, 512), link_preset("fibre"), work)
+    return ClientProfile(name, device_preset("laptop", job.sizes, 512), link_preset("fibre"), work)
 
 
 def megabytes(setting: Setting, tokens: float) -> tuple[float, float]:

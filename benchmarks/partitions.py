@@ -29,7 +29,7 @@ from measuring import REPOSITORY, begin, options, section, table
 from splitft.config import RunConfig, from_mapping
 from splitft.data.corpora import read_records
 from splitft.data.summary import ShareSummary
-from splitft.evaluation.evaluate import Trial, evaluate
+from splitft.evaluation.evaluate import EvaluationRequest, evaluate
 from splitft.run.inputs import shares
 from splitft.run.train import train
 from splitft.specs import DataSpec
@@ -142,7 +142,7 @@ def measure(text: Text, kind: Kind, seeds: range, quick: bool, folder: Path) -> 
     """Divide, train and test for each seed and method."""
     summaries = [shares(config_of(text, kind, "splitft", seed, quick)).summary for seed in seeds]
     losses: dict[str, list[float]] = {method: [] for method in METHODS}
-    trial = Trial(("perplexity",), str(text.test))
+    trial = EvaluationRequest(("perplexity",), str(text.test))
     for seed in seeds:
         for method in METHODS:
             out = folder / f"{kind.division}-{kind.alpha}-{method}-{seed}"

@@ -22,11 +22,19 @@ from splitft.data.text import Batch, BatchStream
 from splitft.data.tokens import tokenise
 from splitft.geometry import Span
 from splitft.model import Model, open_model
-from splitft.protocol import Activations, CutGradient, HeadGradient, LastHidden, Message, RoundStart, Terms
-from splitft.protocol.channel import Line
+from splitft.protocol import (
+    Activations,
+    CutGradient,
+    HeadGradient,
+    LastHidden,
+    Message,
+    MessageSerializer,
+    RoundStart,
+)
+from splitft.protocol.channel import Channel
 from splitft.specs import DataSpec, LoraSpec, ModelSpec, SplitSpec, TrainingSpec, WireSpec
 from splitft.training import Client, Server
-from splitft.training.ranks import Ranks
+from splitft.training.ranks import RankPolicy
 
 DATA = REPOSITORY.parent / "shared/data"
 TEXTS = {
@@ -38,7 +46,7 @@ LEGS = ("hidden up", "hidden down", "gradient up", "gradient down")
 Ranges = Sequence[tuple[int, int]]
 
 
-def frames_of(batch: Batch, ways: str, terms: Terms) -> dict[str, int]:
+def frames_of(batch: Batch, ways: str, terms: MessageSerializer) -> dict[str, int]:
     """Bytes of a step's four frames, by leg."""
     lengths: tuple[int, ...] = batch.lengths
     labelled: Ranges = [(first - 1, n - 1) for first, n in zip(batch.labelled_from, lengths, strict=True)]
@@ -64,16 +72,16 @@ def stream_of(model: Model, spec: DataSpec, size: int, seed: int) -> tuple[Batch
     return BatchStream(text.examples, size, None, seed, 0), max(1, len(text.examples) // size)
 
 
-def real_step(model: Model, stream: BatchStream, terms: Terms, seed: int) -> dict[str, int]:
+def real_step(model: Model, stream: BatchStream, terms: MessageSerializer, seed: int) -> dict[str, int]:
     """Bytes of the frames of one step that is really trained."""
-    ranks, training = Ranks(LoraSpec(), model.shape.blocks, "svd", seed), TrainingSpec()
+    ranks, training = RankPolicy(LoraSpec(), model.shape.blocks, "svd", seed), TrainingSpec()
     server = Server(model, Span(2, model.shape.blocks), ranks, SplitSpec(), training)
     server.place({"client-1": 2})
     server.start(1, ["client-1"], server.initial())
     client = Client("client-1", model, 2, "client", ranks, training, stream, ())
     client.start(RoundStart(round=1, cut=2))
     sizes: list[int] = []
-    line = Line("client-1", terms, lambda client, direction, data: sizes.append(len(data)))
+    line = Channel("client-1", terms, lambda client, direction, data: sizes.append(len(data)))
     last = server.forward([line.up(client.forward())])["client-1"]
     at_cut = server.backward([line.up(client.head(line.down(last)))])["client-1"]
     client.backward(line.down(at_cut))
@@ -89,7 +97,7 @@ def main() -> None:
     begin(chosen.seed, chosen.threads)
     model = open_model(ModelSpec())
     wire = WireSpec(hidden=chosen.codec, gradient=chosen.codec)
-    terms = Terms(model.shape.width, model.dtype, torch.float32, wire)
+    terms = MessageSerializer(model.shape.width, model.dtype, torch.float32, wire)
     rows, facts = [], {}
     for name, (path, spec) in TEXTS.items():
         spec = spec.model_copy(update={"source": str(path), "max_tokens": chosen.max_tokens})

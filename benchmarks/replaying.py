@@ -20,7 +20,7 @@ from typing import Any
 import splitft
 from measuring import Parts, Spread
 from splitft.config import RunConfig, from_mapping
-from splitft.run.cut_schedule import Pace
+from splitft.run.cut_schedule import CutSchedule
 from splitft.run.plan import fleet_for
 from splitft.schedule.fleet import Fleet
 
@@ -76,7 +76,7 @@ def trained(config: RunConfig, runs: Parts) -> dict[str, Any]:
 
 def replayed(config: RunConfig, fleet: Fleet, losses: list[dict[str, float]], rounds: int) -> list[float]:
     """Simulated seconds at the end of each round, had this controller seen these losses; 0.0 first."""
-    pace, cuts = Pace.begin(config, fleet)
+    pace, cuts = CutSchedule.begin(config, fleet)
     clock = [0.0]
     for number in range(1, rounds + 1):
         new = dict(pace.choose(number, cuts, losses[number - 1]).cuts)

@@ -20,7 +20,7 @@ from splitft.model import Model, open_model
 from splitft.protocol import Activations, HeadGradient
 from splitft.specs import LoraSpec, ModelSpec, SplitSpec, TrainingSpec
 from splitft.training import Server
-from splitft.training.ranks import Ranks
+from splitft.training.ranks import RankPolicy
 
 CUT = 2
 CLIENTS = (1, 2, 4, 8, 16)
@@ -36,7 +36,7 @@ def server_for(model: Model, clients: Sequence[str], seed: int) -> Server:
     """A server in its first round with these clients, each with its own factors."""
     blocks = model.shape.blocks
     server = Server(
-        model, Span(CUT, blocks), Ranks(LoraSpec(), blocks, "svd", seed), SplitSpec(), TrainingSpec()
+        model, Span(CUT, blocks), RankPolicy(LoraSpec(), blocks, "svd", seed), SplitSpec(), TrainingSpec()
     )
     server.place(dict.fromkeys(clients, CUT))
     server.start(1, clients, server.initial())

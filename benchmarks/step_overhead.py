@@ -27,11 +27,11 @@ from splitft.data.tokens import tokenise
 from splitft.geometry import Span
 from splitft.model import Model, open_model
 from splitft.model.attention import train_in_float32
-from splitft.protocol import RoundStart, Terms
-from splitft.protocol.channel import Line
+from splitft.protocol import MessageSerializer, RoundStart
+from splitft.protocol.channel import Channel
 from splitft.specs import DataSpec, LoraSpec, ModelSpec, SplitSpec, TrainingSpec, WireSpec
 from splitft.training import Client, Server
-from splitft.training.ranks import Ranks
+from splitft.training.ranks import RankPolicy
 
 CUTS = (2, 15)
 LORA = LoraSpec(rank=16, rank_at_cut=None, alpha=32)
@@ -46,8 +46,8 @@ Step = Callable[[], float]
 def split_steps(model: Model, stream: BatchStream, seed: int) -> dict[str, Step]:
     """A step for each cut, through bytes, with the labels on the client."""
     blocks, names = model.shape.blocks, {f"cut {cut}": cut for cut in CUTS}
-    ranks = Ranks(LORA, blocks, "svd", seed)
-    terms = Terms(model.shape.width, model.dtype, torch.float32, WireSpec())
+    ranks = RankPolicy(LORA, blocks, "svd", seed)
+    terms = MessageSerializer(model.shape.width, model.dtype, torch.float32, WireSpec())
     server = Server(model, Span(min(CUTS), blocks), ranks, SplitSpec(), TRAINING)
     server.place(names)
     server.start(1, list(names), server.initial())
@@ -58,11 +58,17 @@ def split_steps(model: Model, stream: BatchStream, seed: int) -> dict[str, Step]
 
 
 def _split_step(
-    name: str, cut: int, model: Model, stream: BatchStream, ranks: Ranks, terms: Terms, server: Server
+    name: str,
+    cut: int,
+    model: Model,
+    stream: BatchStream,
+    ranks: RankPolicy,
+    terms: MessageSerializer,
+    server: Server,
 ) -> Step:
     client = Client(name, model, cut, "client", ranks, TRAINING, stream, ())
     client.start(RoundStart(round=1, cut=cut))
-    line = Line(name, terms)
+    line = Channel(name, terms)
 
     def step() -> float:
         last = server.forward([line.up(client.forward())])[name]

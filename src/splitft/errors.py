@@ -2,6 +2,7 @@
 
     SplitftError
     ├── ConfigError        the configuration file or a key=value override cannot be used
+    │   └── PluginError    a plug-in that cannot be found, loaded or added
     ├── GeometryError      spans, cuts or ranks that do not fit the model
     ├── ModelError         a model that cannot be found, read or split
     ├── DataError          text that cannot be read, or not enough of it
@@ -30,6 +31,10 @@ class SplitftError(Exception):
 
 class ConfigError(SplitftError):
     """The configuration cannot be used; the message lists every fault, one a line."""
+
+
+class PluginError(ConfigError):
+    """A plug-in cannot be found, loaded or added."""
 
 
 class GeometryError(SplitftError):

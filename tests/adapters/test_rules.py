@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.test_aggregate import FRESH, KEYS, OUT, RANKS, WIDE, _close, _mean_product, _top_ranks, members
-from splitft.adapters import AGGREGATORS, AdapterState, Factors, aggregate, merged, with_folded
+from splitft.adapters import AGGREGATORS, AdapterState, Factors, add_folded, aggregate, with_folded
 
 
 def _with_a_of_the_first(found):
@@ -133,7 +133,7 @@ def test_fedsa_needs_no_b_and_then_compares_nothing(found):
 @given(members(), members())
 def test_folded_parts_add_up_and_never_outgrow_a_full_matrix(one, other):
     parts = [aggregate("stack", found, _top_ranks(found), FRESH).folded for found in (one, other)]
-    both = merged(*parts)
+    both = add_folded(*parts)
     for key in KEYS:
         assert both[key].rank <= min(OUT, WIDE)
         wanted = sum(part[key].product().double() for part in parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from splitft.audit.findings import Finding, Outcome, table_rows, verdict
+from splitft.audit.findings import AuditResult, Finding, table_rows, verdict
 from splitft.audit.recovery import Recovery
 from splitft.privacy.known_leakage import Setting, in_ten, sentence
 
@@ -21,7 +21,7 @@ def test_the_verdict_is_of_the_strongest_attack_of_each_way():
         found("matching", "hidden", 0.91),
         found("head gradient", "labels", 1.0),
     )
-    outcome = Outcome(PLAIN, findings, loss=3.0, clean_loss=3.0)
+    outcome = AuditResult(PLAIN, findings, loss=3.0, clean_loss=3.0)
     assert verdict(outcome) == (
         "At cut 2 (bf16) without noise, the server can read 9 of 10 tokens from the hidden states and "
         "all labelled tokens from the gradients that return."
@@ -31,7 +31,7 @@ def test_the_verdict_is_of_the_strongest_attack_of_each_way():
 
 
 def test_labels_that_travel_are_called_what_they_are():
-    outcome = Outcome(PLAIN, (found("labels", "labels", 1.0),), 3.0, 3.0)
+    outcome = AuditResult(PLAIN, (found("labels", "labels", 1.0),), 3.0, 3.0)
     assert "every label, since labels are sent to it" in verdict(outcome)
 
 
@@ -57,6 +57,6 @@ def test_what_was_not_attacked_is_not_audited():
 
 
 def test_the_cost_is_the_relative_rise_of_perplexity():
-    outcome = Outcome(PLAIN, (found("linear", "hidden", 0.5),), loss=3.0 + 0.0487902, clean_loss=3.0)
+    outcome = AuditResult(PLAIN, (found("linear", "hidden", 0.5),), loss=3.0 + 0.0487902, clean_loss=3.0)
     assert outcome.perplexity_cost == pytest.approx(0.05, abs=1e-6)
     assert table_rows([outcome])[0]["perplexity_cost"] == 0.05

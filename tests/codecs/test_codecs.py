@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from splitft.codecs import CODECS, Passage, codec_of
+from splitft.codecs import CODECS, CodecContext, codec_of
 from splitft.codecs.quantize import pack_bits, unpack_bits
 from splitft.codecs.rotation import rotated, rotated_back
 from splitft.errors import WireError
@@ -48,21 +48,21 @@ def _error(codec, x, passage):
 @settings(max_examples=25, deadline=None)
 @given(x=rows(), seed=st.integers(0, 9))
 def test_no_row_is_off_by_more_than_the_codec_states(name, role, x, seed):
-    error, bound = _error(CODECS[name], x, Passage(role, seed))
+    error, bound = _error(CODECS[name], x, CodecContext(role, seed))
     assert bool((error <= bound).all()), (error / bound).max()
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("fp64", "fp32", "topk", "bounded")])
 def test_the_stated_error_is_not_far_above_the_real_one(name):
     x = torch.randn(64, 576, generator=torch.Generator().manual_seed(0))
-    error, bound = _error(CODECS[name], x, Passage("hidden"))
+    error, bound = _error(CODECS[name], x, CodecContext("hidden"))
     assert float((bound / error).median()) < 3.5
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shape_type_layout_and_bytes_are_as_stated(name, shape):
-    codec, passage = CODECS[name], Passage("hidden")
+    codec, passage = CODECS[name], CodecContext("hidden")
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     encoded = codec.encode(x, passage)
     encoded.entry.check("hidden", codec.layout(shape, encoded.parameters))
@@ -86,19 +86,19 @@ def test_bytes_shrink_as_the_names_promise(name, less):
 def test_what_the_wire_type_holds_travels_unchanged(name):
     codec = CODECS[name]
     x = torch.tensor([0.0, -0.0, 1.0, -1.5, 2.0**-20, 2.0**100], dtype=codec.dtype)
-    assert torch.equal(codec.decode(codec.encode(x, Passage()), codec.dtype, Passage()), x)
+    assert torch.equal(codec.decode(codec.encode(x, CodecContext()), codec.dtype, CodecContext()), x)
 
 
 def test_rounding_to_bfloat16_is_to_the_nearest_even():
     x = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8], dtype=torch.float32)  # each halfway between neighbours
-    assert CODECS["bf16"].encode(x, Passage()).parts[""].tolist() == [1.0, 1 + 2**-6]
+    assert CODECS["bf16"].encode(x, CodecContext()).parts[""].tolist() == [1.0, 1 + 2**-6]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_rows_and_seed_give_the_same_bytes(name):
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
     for role in ("hidden", "gradient"):
-        first, again = (CODECS[name].encode(x, Passage(role, 7, {})) for _ in range(2))
+        first, again = (CODECS[name].encode(x, CodecContext(role, 7, {})) for _ in range(2))
         assert first.parameters == again.parameters
         assert all(torch.equal(first.parts[part], again.parts[part]) for part in first.parts)
 
@@ -109,9 +109,9 @@ def test_gradients_are_right_on_average(name):
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(2))
     total = torch.zeros_like(x)
     for seed in range(draws):
-        passage = Passage("gradient", seed)
+        passage = CodecContext("gradient", seed)
         total += codec.decode(codec.encode(x, passage), torch.float32, passage)
-    bound = codec.error_bound(codec.encode(x, Passage("gradient")), Passage("gradient"))[:, None]
+    bound = codec.error_bound(codec.encode(x, CodecContext("gradient")), CodecContext("gradient"))[:, None]
     per_number = bound / 8 / math.sqrt(12 / 4)  # a step a number; rounding at random has at most half of it
     assert bool(((total / draws - x).abs() < 5 * per_number / math.sqrt(draws) + 2e-2).all())
 
@@ -119,7 +119,7 @@ def test_gradients_are_right_on_average(name):
 @pytest.mark.parametrize("name", ["int8", "int4", "int2"])
 def test_channels_far_larger_than_others_cost_the_others_nothing(name):
     x = torch.randn(50, 576, generator=torch.Generator().manual_seed(5))
-    large, passage = x.clone(), Passage("hidden")
+    large, passage = x.clone(), CodecContext("hidden")
     large[:, [3, 300]] *= 1000
     found, wanted = (
         CODECS[name].decode(CODECS[name].encode(rows, passage), torch.float32, passage) for rows in (large, x)
@@ -131,7 +131,7 @@ def test_channels_far_larger_than_others_cost_the_others_nothing(name):
 
 
 def test_of_a_row_alone_int8_takes_nothing_apart():
-    encoded = CODECS["int8"].encode(torch.randn(1, 4096), Passage("adapter"))
+    encoded = CODECS["int8"].encode(torch.randn(1, 4096), CodecContext("adapter"))
     assert encoded.nbytes == 4096 + 64
     assert [encoded.parts[name].numel() for name in ("mean", "channels", "apart")] == [0, 0, 0]
 
@@ -169,13 +169,13 @@ def test_no_number_breaks_the_bound_of_the_user(x, bound, kind):
     assume(kind == "rel" or float(x.abs().max()) < 2**28 * bound)
     codec = codec_of(f"bounded:{kind}={bound}")
     for role in ("hidden", "gradient"):
-        decoded = codec.decode(codec.encode(x, Passage(role)), torch.float64, Passage(role))
+        decoded = codec.decode(codec.encode(x, CodecContext(role)), torch.float64, CodecContext(role))
         assert bool(((decoded - x.double()).abs() <= bound * unit + 1e-29).all())
 
 
 def test_a_bound_out_of_reach_is_refused():
     with pytest.raises(WireError, match="give a larger one"):
-        codec_of("bounded:abs=1e-9").encode(torch.full((1, 2), 1e6), Passage())
+        codec_of("bounded:abs=1e-9").encode(torch.full((1, 2), 1e6), CodecContext())
 
 
 @pytest.mark.parametrize("name", ["int2", "topk"])
@@ -189,13 +189,13 @@ def test_what_is_left_out_is_owed_and_stays_bounded(name):
             torch.randn(int(torch.randint(3, 9, (), generator=generator)), 64, generator=generator)
             + 0.1 * mean
         )
-        passage = Passage("gradient", 0, memory)
+        passage = CodecContext("gradient", 0, memory)
         sent += codec.decode(codec.encode(x, passage), torch.float32, passage).sum(0)
         wanted += x.sum(0)
         owed.append(float(memory["owed"].norm()))
         torch.testing.assert_close(wanted - sent, memory["owed"], atol=1e-2, rtol=1e-3)
     assert max(owed[100:]) < 2 * max(owed[20:100])
-    plain = sum(CODECS[name].encode(x, Passage("gradient")).nbytes for _ in range(1))
+    plain = sum(CODECS[name].encode(x, CodecContext("gradient")).nbytes for _ in range(1))
     assert plain == codec.bytes_for(tuple(x.shape))
 
 
@@ -211,10 +211,10 @@ def test_what_is_left_out_is_owed_and_stays_bounded(name):
 )
 def test_contents_that_lie_are_refused(name, part, value, due):
     codec = CODECS[name]
-    encoded = codec.encode(torch.randn(4, 130), Passage())
+    encoded = codec.encode(torch.randn(4, 130), CodecContext())
     encoded.parts[part].fill_(value)
     with pytest.raises(WireError, match=due):
-        codec.decode(encoded, torch.float32, Passage())
+        codec.decode(encoded, torch.float32, CodecContext())
 
 
 @pytest.mark.parametrize("name", NAMES)

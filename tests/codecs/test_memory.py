@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitft.codecs import Passage, codec_of
+from splitft.codecs import CodecContext, codec_of
 from splitft.codecs import entropy_coder as entropy
 from splitft.codecs.principal_axes import Axes, learn
 from splitft.errors import WireError
-from splitft.protocol.codec_state import Streams
+from splitft.protocol.codec_state import CodecState
 
 WIDTH = 48
 
@@ -41,11 +41,11 @@ def test_axes_are_learnt_and_then_rows_take_the_bits_that_were_asked_for(bits):
     sizes, errors, stages = [], [], []
     for step in range(16):
         x = _hidden(100, step)
-        encoded = codec.encode(x, Passage("hidden", memory=sender))
+        encoded = codec.encode(x, CodecContext("hidden", memory=sender))
         encoded.entry.check("hidden", codec.layout(encoded.shape, encoded.parameters))
         bound_memory = dict(receiver)
-        decoded = codec.decode(encoded, torch.float32, Passage("hidden", memory=receiver))
-        bound = codec.error_bound(encoded, Passage("hidden", memory=bound_memory))
+        decoded = codec.decode(encoded, torch.float32, CodecContext("hidden", memory=receiver))
+        bound = codec.error_bound(encoded, CodecContext("hidden", memory=bound_memory))
         assert bool(((decoded - x).norm(dim=1) <= bound).all())
         sizes.append(encoded.nbytes * 8 / x.numel())
         errors.append(_relative(decoded, x))
@@ -57,8 +57,8 @@ def test_axes_are_learnt_and_then_rows_take_the_bits_that_were_asked_for(bits):
     assert torch.equal(sender["basis"], receiver["basis"])
     assert receiver.keys() == {"basis", "facts"}
     if bits == 2.0:
-        plain = codec_of("int2").encode(x, Passage("hidden"))
-        int2 = _relative(codec_of("int2").decode(plain, torch.float32, Passage("hidden")), x)
+        plain = codec_of("int2").encode(x, CodecContext("hidden"))
+        int2 = _relative(codec_of("int2").decode(plain, torch.float32, CodecContext("hidden")), x)
         assert max(errors[6:]) < 0.6 * int2
 
 
@@ -66,10 +66,10 @@ def test_gradients_take_the_same_way_rounded_at_random():
     codec, sender, receiver = codec_of("principal:bits=3"), {}, {}
     for step in range(6):
         x = _hidden(100, step)
-        encoded = codec.encode(x, Passage("gradient", step, sender))
+        encoded = codec.encode(x, CodecContext("gradient", step, sender))
         before = dict(receiver)
-        decoded = codec.decode(encoded, torch.float32, Passage("gradient", step, receiver))
-        bound = codec.error_bound(encoded, Passage("gradient", step, before))
+        decoded = codec.decode(encoded, torch.float32, CodecContext("gradient", step, receiver))
+        bound = codec.error_bound(encoded, CodecContext("gradient", step, before))
         assert bool(((decoded - x).norm(dim=1) <= bound).all())
 
 
@@ -78,8 +78,8 @@ def test_rows_unlike_what_was_learnt_travel_apart():
     for step in range(3):
         x = _hidden(60, step)
         x[7] = torch.randn(WIDTH, generator=torch.Generator().manual_seed(step)) * 1e4
-        encoded = codec.encode(x, Passage("hidden", memory=sender))
-        decoded = codec.decode(encoded, torch.float32, Passage("hidden", memory=receiver))
+        encoded = codec.encode(x, CodecContext("hidden", memory=sender))
+        decoded = codec.decode(encoded, torch.float32, CodecContext("hidden", memory=receiver))
     assert 7 in encoded.parts["places"].tolist()
     assert _relative(decoded[7], x[7]) < 0.2
 
@@ -91,8 +91,8 @@ def test_tokens_that_attention_rests_on_travel_apart_and_exactly_since_they_are_
         x = _hidden(60, step)
         x = x / x.square().mean(1, keepdim=True).sqrt()
         x[[0, 20, 40]] += sink
-        encoded = codec.encode(x, Passage("hidden", memory=sender))
-        decoded = codec.decode(encoded, torch.float32, Passage("hidden", memory=receiver))
+        encoded = codec.encode(x, CodecContext("hidden", memory=sender))
+        decoded = codec.decode(encoded, torch.float32, CodecContext("hidden", memory=receiver))
     assert {0, 20, 40} <= set(encoded.parts["places"].tolist())
     assert _relative(decoded[[0, 20, 40]], x[[0, 20, 40]]) < 0.01
 
@@ -134,9 +134,9 @@ def test_what_codes_are_said_to_take_is_what_they_take():
 def test_axes_that_never_came_are_asked_for():
     codec, sender = codec_of("principal"), {}
     for step in range(3):
-        encoded = codec.encode(_hidden(60, step), Passage("hidden", memory=sender))
+        encoded = codec.encode(_hidden(60, step), CodecContext("hidden", memory=sender))
     with pytest.raises(WireError, match="axes of this stream are not known here"):
-        codec.decode(encoded, torch.float32, Passage("hidden", memory={}))
+        codec.decode(encoded, torch.float32, CodecContext("hidden", memory={}))
 
 
 @settings(max_examples=40, deadline=None)
@@ -181,9 +181,9 @@ def _epochs(codec, change: float, epochs: int = 3):
     x = _hidden(12, 0)
     for epoch in range(epochs):
         x = x + change * x.norm(dim=1, keepdim=True) / math.sqrt(WIDTH) * _hidden(12, epoch + 1).sign()
-        encoded = codec.encode(x, Passage("hidden", memory=ends[0], examples=EXAMPLES))
+        encoded = codec.encode(x, CodecContext("hidden", memory=ends[0], examples=EXAMPLES))
         encoded.entry.check("hidden", codec.layout(encoded.shape, encoded.parameters))
-        decoded = codec.decode(encoded, torch.float32, Passage("hidden", memory=ends[1], examples=()))
+        decoded = codec.decode(encoded, torch.float32, CodecContext("hidden", memory=ends[1], examples=()))
         sizes.append(encoded.nbytes)
         errors.append((decoded - x).norm(dim=1) / x.norm(dim=1))
     assert ends[0].keys() == ends[1].keys() == {"3", "8"}
@@ -208,25 +208,25 @@ def test_a_budget_of_memory_is_kept_by_both_ends():
         ({}, {}),
     )  # 1000 bytes: example 3 takes 480, 8 takes 672
     for _ in range(2):
-        encoded = codec.encode(_hidden(12, 0), Passage("hidden", memory=ends[0], examples=EXAMPLES))
-        codec.decode(encoded, torch.float32, Passage("hidden", memory=ends[1]))
+        encoded = codec.encode(_hidden(12, 0), CodecContext("hidden", memory=ends[0], examples=EXAMPLES))
+        codec.decode(encoded, torch.float32, CodecContext("hidden", memory=ends[1]))
     assert ends[0].keys() == ends[1].keys() == {"3"}
 
 
 def test_ends_that_remember_different_things_find_out():
     codec, memory = codec_of("temporal"), {}
     for _ in range(2):
-        encoded = codec.encode(_hidden(12, 0), Passage("hidden", memory=memory, examples=EXAMPLES))
+        encoded = codec.encode(_hidden(12, 0), CodecContext("hidden", memory=memory, examples=EXAMPLES))
     with pytest.raises(WireError, match="the sender remembers 2 examples, this side 0"):
-        codec.decode(encoded, torch.float32, Passage("hidden", memory={}))
+        codec.decode(encoded, torch.float32, CodecContext("hidden", memory={}))
     lie = copy.deepcopy(memory)
     lie["9"] = lie.pop("3")
     with pytest.raises(WireError, match="not remembered here"):
-        codec.decode(encoded, torch.float32, Passage("hidden", memory=lie))
+        codec.decode(encoded, torch.float32, CodecContext("hidden", memory=lie))
 
 
 def test_streams_come_back_from_a_checkpoint_and_forget_another_cut():
-    streams = Streams(seed=1, client="a")
+    streams = CodecState(seed=1, client="a")
     streams.at_cut(3)
     streams.begin(True, [(4, 5, 2)])
     passage = streams.passage("Activations", "hidden", 7)
@@ -236,7 +236,7 @@ def test_streams_come_back_from_a_checkpoint_and_forget_another_cut():
     passage.memory["owed"] = torch.ones(2)
     streams.begin(False, [])
     assert streams.passage("Activations", "hidden", 7).memory == {}
-    again = Streams(seed=1, client="a")
+    again = CodecState(seed=1, client="a")
     again.restore(streams.tensors())
     again.at_cut(3)
     again.begin(True, [])

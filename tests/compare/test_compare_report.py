@@ -20,7 +20,7 @@ from splitft.compare.report import (
 from splitft.errors import RunError
 from splitft.report.cost_charts import against_costs, with_bands
 from splitft.tracking.comparability import differences
-from splitft.tracking.history import Point, course, first_below
+from splitft.tracking.history import Point, first_below, loss_history
 from splitft.tracking.summary import summarise
 from tracking.story import story
 
@@ -34,17 +34,17 @@ def trained(method: str, seed: int, losses: list[float], **changes) -> Trained:
 
 def test_a_course_adds_up_what_was_sent_and_how_long_it_took():
     # steps: 21 bytes a labelled token, 80 tokens in round 1 and 40 in round 2; adapters 3300 and 7000 bytes
-    assert course(story()) == [
+    assert loss_history(story()) == [
         Point(0, 4.0, 0, 0.0),
         Point(1, 3.5, 12.0, (80 * 21 + 3300) / 1e6),
         Point(2, 3.0, 20.0, (120 * 21 + 10300) / 1e6),
     ]
     untimed = [event for event in story() if event.event != "RoundTimed"]
-    assert {point.simulated_s for point in course(untimed)} == {None}
+    assert {point.simulated_s for point in loss_history(untimed)} == {None}
 
 
 def test_a_target_is_reached_at_the_first_evaluation_at_or_below_it():
-    points = course(story())
+    points = loss_history(story())
     assert first_below(points, 3.5) == points[1]
     assert first_below(points, 3.4999) == points[2]
     assert first_below(points, 2.9) is None

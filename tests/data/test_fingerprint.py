@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from splitft.data.fingerprint import fingerprint, fingerprint_of_batches
 from splitft.data.text import Example, eval_batches
-from splitft.tracking.comparability import united
+from splitft.tracking.comparability import common_fingerprint
 
 EXAMPLES = st.lists(
     st.lists(st.integers(0, 50000), min_size=2, max_size=9).map(lambda tokens: Example(tuple(tokens))),
@@ -23,7 +23,7 @@ def test_order_batches_and_owners_do_not_matter(examples, random, batch_size):
     random.shuffle(shuffled)
     assert fingerprint(shuffled) == whole
     assert fingerprint_of_batches(eval_batches(examples, batch_size)) == whole
-    assert united([fingerprint(shuffled[:1]), fingerprint(shuffled[1:])]) == whole
+    assert common_fingerprint([fingerprint(shuffled[:1]), fingerprint(shuffled[1:])]) == whole
 
 
 @given(EXAMPLES)
@@ -41,5 +41,5 @@ def test_where_the_loss_begins_is_part_of_it():
 
 
 def test_what_is_not_known_stays_so():
-    assert united(["", "0a"]) is None
-    assert united([]) is None
+    assert common_fingerprint(["", "0a"]) is None
+    assert common_fingerprint([]) is None

@@ -12,16 +12,16 @@ from typing import Any
 
 from laws.federations import Scripted
 from splitft.deploy.requests import Envelope
-from splitft.deploy.server.federation import Gathering
-from splitft.deploy.server.inbox import Desk
-from splitft.deploy.site.optimizer_store import Keeping
-from splitft.deploy.site.policy import Guard
-from splitft.deploy.site.session import Visit
-from splitft.deploy.transport import Carrier, Direct
+from splitft.deploy.server.federation import RemoteFederation
+from splitft.deploy.server.inbox import Inbox
+from splitft.deploy.site.optimizer_store import OptimizerStore
+from splitft.deploy.site.policy import SitePolicy
+from splitft.deploy.site.session import SiteSession
+from splitft.deploy.transport import Direct, Transport
 from splitft.errors import DeployError
-from splitft.protocol import BaseFile, Hello
+from splitft.protocol import BaseFile, Register
 from splitft.protocol.frame import open_frame
-from splitft.run.setup import Prepared
+from splitft.run.setup import RunSetup
 from splitft.specs import DeploySpec
 from splitft.training import RunState, train_rounds
 
@@ -65,19 +65,19 @@ def kind_of(data: bytes) -> str:
     return open_frame(data[HEAD_BYTES:]).kind
 
 
-def hello(name: str) -> Hello:
-    return Hello(
+def hello(name: str) -> Register:
+    return Register(
         client=name, train_examples=1, train_tokens=1, eval_examples=1, truncated=0,
         tokens_per_batch=1, labelled_per_batch=1, sequences_per_batch=1, padded_length=1,
     )  # fmt: skip
 
 
 def deployed(
-    prepared: Prepared,
-    carriers: Mapping[str, Callable[[Carrier], Carrier]] | None = None,
+    prepared: RunSetup,
+    carriers: Mapping[str, Callable[[Transport], Transport]] | None = None,
     spec: DeploySpec = SPEC,
-    impostors: Mapping[str, Callable[[Desk, Prepared], None]] | None = None,
-    guards: Mapping[str, Guard] | None = None,
+    impostors: Mapping[str, Callable[[Inbox, RunSetup], None]] | None = None,
+    guards: Mapping[str, SitePolicy] | None = None,
     manifest: tuple[BaseFile, ...] = (),
     controller: Callable[[int, Mapping[str, int]], Mapping[str, int]] = lambda number, cuts: cuts,
     kept: Path | None = None,
@@ -88,16 +88,16 @@ def deployed(
     """
     carriers, impostors = carriers or {}, impostors or {}
     names = [client.name for client in prepared.clients]
-    desk = Desk(names, LINK, prepared.terms, LIMIT, BATCH_TOKENS)
+    desk = Inbox(names, LINK, prepared.terms, LIMIT, BATCH_TOKENS)
     outcome, threads = Outcome(), []
     for client in prepared.clients:
         if client.name in impostors:
             target, arguments = impostors[client.name], (desk, prepared)
         else:
             carrier = carriers.get(client.name, lambda own: own)(Direct(client.name, desk.answer))
-            visit = Visit(
+            visit = SiteSession(
                 hello(client.name), carrier, LINK, prepared.terms, LIMIT,
-                lambda cut, client=client: client, Keeping(kept and kept / client.name),
+                lambda cut, client=client: client, OptimizerStore(kept and kept / client.name),
                 patience_s=30, alive_every_s=0.3,
                 guard=(guards or {}).get(client.name),
                 in_flight=min(prepared.config.training.in_flight, prepared.config.training.micro_batches),
@@ -110,7 +110,7 @@ def deployed(
     while any(desk.silence_s(name) > 1e9 for name in names) and time.monotonic() < until:
         desk.take(0, 0.01)
     state = prepared.initial()
-    gathering = Gathering(
+    gathering = RemoteFederation(
         desk, prepared.server, prepared.ranks, spec, state, {}, outcome.events.append, manifest
     )
     try:

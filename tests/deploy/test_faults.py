@@ -68,7 +68,7 @@ def of(events, kind: str) -> list:
 
 def test_a_job_process_that_is_killed_costs_its_round_once_more_and_nothing_else(run):
     ended, events = run(lambda folder: kill(folder, "client.worker_process", "kits/client-2"), 2)
-    assert [link.sites for link in of(events, "LinkStarted")] == [EVERYONE, EVERYONE]
+    assert [link.sites for link in of(events, "SessionStarted")] == [EVERYONE, EVERYONE]
     assert [event.participants for event in of(events, "RoundDone")] == [EVERYONE] * 6
     steps = [event.step for event in of(events, "StepDone") if event.client == "client-2"]
     assert steps == list(range(6 * 120))
@@ -77,7 +77,7 @@ def test_a_job_process_that_is_killed_costs_its_round_once_more_and_nothing_else
 
 def test_a_site_that_is_killed_as_a_whole_is_back_in_the_next_link(run):
     ended, events = run(lambda folder: kill(folder, "kits/client-2"), 2)
-    lost, links = of(events, "SiteChanged"), of(events, "LinkStarted")
+    lost, links = of(events, "SiteChanged"), of(events, "SessionStarted")
     assert [(event.site, event.state) for event in lost] == [("client-2", "lost")]
     participants = [event.participants for event in of(events, "RoundDone")]
     assert ("client-1", "client-3") in participants
@@ -90,7 +90,7 @@ def test_a_site_that_is_killed_as_a_whole_is_back_in_the_next_link(run):
 
 def test_a_run_survives_the_death_of_the_whole_server(run):
     ended, events = run(lambda folder: kill(folder, "kits/localhost"), 3)
-    assert len(of(events, "LinkStarted")) == 2
+    assert len(of(events, "SessionStarted")) == 2
     assert [event.round for event in of(events, "RoundDone")] == [1, 2, 3, 4, 5, 6]
     assert [event.participants for event in of(events, "RoundDone")][-1] == EVERYONE
     steps = [event.step for event in of(events, "StepDone") if event.client == "client-1"]

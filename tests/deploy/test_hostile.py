@@ -14,16 +14,16 @@ from deploy.network import BATCH_TOKENS, LIMIT, LINK, SPEC, deployed, hello
 from laws.federations import federation, largest_relative_difference, play, write_text
 from splitft.adapters import AdapterState, Factors
 from splitft.codecs import Encoded
-from splitft.deploy.requests import Envelope, Lane
-from splitft.deploy.server.inbox import Desk, Fault
+from splitft.deploy.requests import Envelope, RequestChannel
+from splitft.deploy.server.inbox import Fault, Inbox
 from splitft.deploy.transport import Direct
 from splitft.errors import WireError
 from splitft.protocol import (
     Activations,
+    EndSession,
     Evaluate,
     GlobalAdapters,
     Join,
-    Leave,
     Next,
     Refused,
     RoundStart,
@@ -49,7 +49,7 @@ class Hand:
     def __init__(self, desk, prepared):
         self.terms, self.desk = prepared.terms, desk
         self.client = next(client for client in prepared.clients if client.name == EVIL)
-        self.lane = Lane(Direct(EVIL, desk.answer), LINK, 0, LIMIT)
+        self.lane = RequestChannel(Direct(EVIL, desk.answer), LINK, 0, LIMIT)
         self.refusals = []
 
     def ask(self, message):
@@ -64,7 +64,7 @@ class Hand:
     def play(self, misdeed, at):
         """Behave, but for one misdeed in round 1: at the first `step`, its `head`, or the `upload`."""
         order, done = self.ask(hello(EVIL)), False
-        while not isinstance(order, Leave):
+        while not isinstance(order, EndSession):
             answer = None
             if isinstance(order, Join):
                 self.client.join(order, {})
@@ -257,7 +257,7 @@ def test_a_misdeed_changes_nothing_of_what_the_others_learn(tiny_llama, text):
 @pytest.fixture
 def desk(tiny_llama, text):
     prepared = federation(tiny_llama, text, CUTS, training=TRAINING)
-    return Desk(["client-1", "client-2"], LINK, prepared.terms, LIMIT, BATCH_TOKENS), prepared.terms
+    return Inbox(["client-1", "client-2"], LINK, prepared.terms, LIMIT, BATCH_TOKENS), prepared.terms
 
 
 def answered(desk, terms, data, site="client-1"):
@@ -331,7 +331,7 @@ def test_a_site_does_not_take_the_answer_to_another_message(desk):
             return Envelope(LINK, 0, 3, terms.to_bytes(Wait())).to_bytes()
 
     with pytest.raises(WireError, match="the answer to message 3 came"):
-        Lane(Wrong(), LINK, 0, LIMIT).ask(terms.to_bytes(Next(client="client-1")), 1)
+        RequestChannel(Wrong(), LINK, 0, LIMIT).ask(terms.to_bytes(Next(client="client-1")), 1)
 
 
 def test_two_threads_that_send_the_same_message_are_answered_alike(desk):

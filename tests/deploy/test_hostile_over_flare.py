@@ -71,7 +71,7 @@ def test_every_misdeed_is_refused_by_name_and_its_sender_is_out_for_that_round_a
     assert [event.state for event in changes] == ["refused", "back"] * 4
     participants = [event.participants for event in events if event.event == "RoundDone"]
     assert participants == [("client-1", "client-3")] * 4
-    assert len([event for event in events if event.event == "LinkStarted"]) == 1
+    assert len([event for event in events if event.event == "SessionStarted"]) == 1
     assert ended.summary["finished"]
 
 

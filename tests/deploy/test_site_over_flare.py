@@ -57,7 +57,7 @@ def test_what_a_site_forbids_does_not_happen_and_both_sides_say_so(ended):
     assert "this site takes part from 3 on" in declined["client-2"]
     assert "model.safetensors of the base model here is not the server's" in declined["client-3"]
     assert [e.participants for e in events if e.event == "RoundDone"] == [("client-1",)] * 2
-    assert len([e for e in events if e.event == "LinkStarted"]) == 1
+    assert len([e for e in events if e.event == "SessionStarted"]) == 1
     logs = {path.name: path.read_text(errors="replace") for path in (ended.folder / "logs").iterdir()}
     for party in ("client-2", "client-3"):
         for side in (party, "localhost"):

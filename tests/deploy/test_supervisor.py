@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from splitft.deploy import supervisor as chain
-from splitft.deploy.supervisor import Ending, run_chain
+from splitft.deploy.supervisor import Ending, supervise
 from splitft.errors import DeployError
 
 SITES = ("north", "south")
@@ -51,7 +51,7 @@ def at_once(monkeypatch):
 
 def played(federation, min_clients=1, gather_s=0.05):
     said = []
-    return run_chain(federation, SITES, min_clients, gather_s, said.append), said
+    return supervise(federation, SITES, min_clients, gather_s, said.append), said
 
 
 def test_links_follow_one_another_until_all_rounds_are_trained():

@@ -145,7 +145,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was_with_the_next_submit(organis
     assert (submit.returncode, "the same `submit` goes on from there" in said) == (130, True), said + errors
     us.run("hub", *words)
     events = read_events(us.folder / "hub/runs/second/events.jsonl")
-    assert [event.reason for event in events if event.event == "LinkEnded"] == ["stopped", "finished"]
+    assert [event.reason for event in events if event.event == "SessionEnded"] == ["stopped", "finished"]
     assert [event.round for event in events if event.event == "RoundDone"][-1] == 4
     steps = [event.step for event in settled(events) if event.event == "StepDone" and event.client == "north"]
     assert steps == list(range(4 * TRAINING["steps"]))

@@ -12,7 +12,7 @@ import numpy as np
 from splitft.config import from_mapping
 from splitft.geometry import Span
 from splitft.protocol import GlobalAdapters, Join, RoundReady, RoundStart
-from splitft.run.setup import Prepared, prepare
+from splitft.run.setup import RunSetup, prepare
 from splitft.schedule.controllers import Decision
 from splitft.training import RunState, Simulation, train_rounds
 
@@ -29,7 +29,7 @@ def write_text(path: Path, examples: int = 40, seed: int = 0) -> Path:
     return path
 
 
-def federation(folder: Path, text: Path, cuts: Sequence[int], **sections: Mapping[str, Any]) -> Prepared:
+def federation(folder: Path, text: Path, cuts: Sequence[int], **sections: Mapping[str, Any]) -> RunSetup:
     """Parties over a tiny model, exact by default: equal ranks, wide types, nothing rounded on the wire."""
     base: dict[str, dict[str, Any]] = {
         "model": {"name": str(folder), "dtype": "float64"},
@@ -93,7 +93,7 @@ class Losing:
 
 
 def play(
-    prepared: Prepared,
+    prepared: RunSetup,
     controller: Callable[[int, Mapping[str, int]], Mapping[str, int]] = lambda number, cuts: cuts,
     tap: Any = None,
     around: Callable[[Simulation], Any] = lambda simulation: simulation,

@@ -10,7 +10,7 @@ import splitft
 from laws.federations import write_text
 from runs import adapter_bytes, settings
 from splitft.config import from_mapping
-from splitft.protocol.adapter_deltas import SAME, Holdings
+from splitft.protocol.adapter_deltas import SAME, DeltaState
 from splitft.protocol.frame import Frame
 from splitft.specs import AggregateSpec
 
@@ -39,7 +39,7 @@ def _adapter_bytes_sent(run) -> int:
 def test_an_exact_federation_is_that_in_which_everything_travels(train, monkeypatch, rule):
     sections = {"aggregate": {"rule": rule}, "schedule": {"controller": "makespan"}}
     changes = train("changes", **sections)
-    monkeypatch.setattr(Holdings, "_hold", lambda *anything: None)
+    monkeypatch.setattr(DeltaState, "_hold", lambda *anything: None)
     whole = train("whole", **sections)
     assert adapter_bytes(changes.folder) == adapter_bytes(whole.folder)
     assert changes.summary["eval_loss"] == whole.summary["eval_loss"]

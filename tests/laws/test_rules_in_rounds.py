@@ -44,7 +44,7 @@ def _updates(prepared, state):
         if prepared.ranks.keeps_own:
             cut = state.cuts[client.name]
             server = prepared.server.kept.own[client.name].within(Span(cut, blocks))
-            adapters = adapters.with_b_of(client.own().within(Span(0, cut)).union(server))
+            adapters = adapters.replace_B(client.own().within(Span(0, cut)).union(server))
         for key, factors in with_folded(adapters, state.folded).items():
             found[f"{client.name}/{key}"] = factors.product()
     return found

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from laws.federations import federation, write_text
-from splitft.codecs import CODECS, Passage
+from splitft.codecs import CODECS, CodecContext
 from splitft.model import pack, pad, pick
 from splitft.protocol import RoundStart
-from splitft.protocol.channel import Line
+from splitft.protocol.channel import Channel
 
 CUT = 2
 
@@ -24,7 +24,7 @@ def test_a_rounded_step_is_that_of_the_unsplit_model_rounded_straight_through(ti
     server.place(state.cuts)
     server.start(1, [client.name], state.adapters)
     client.start(RoundStart(round=1, cut=CUT))
-    line = Line(client.name, prepared.terms)
+    line = Channel(client.name, prepared.terms)
     sent = line.up(client.forward())
     graded = client.head(line.down(server.forward([sent])[client.name]))
     reply = line.down(server.backward([line.up(graded)])[client.name])
@@ -43,7 +43,7 @@ def _unsplit(folder, batch, labelled, codec):
     caught = {}
 
     def rounded(rows):
-        passage = Passage("hidden")
+        passage = CodecContext("hidden")
         return codec.decode(codec.encode(rows, passage), torch.float32, passage)
 
     def at_cut(module, args, kwargs):

@@ -7,20 +7,20 @@ from importlib.resources import files
 
 import pytest
 
-from splitft.audit.findings import Finding, Outcome, to_known
+from splitft.audit.findings import AuditResult, Finding, to_known
 from splitft.audit.recovery import Recovery
 from splitft.privacy import known_leakage as known
 from splitft.privacy.known_leakage import Setting, known_sentence, recoveries, recovery
 
 
-def outcome(cut: int, noise: float, hidden: float, labels: float) -> Outcome:
+def outcome(cut: int, noise: float, hidden: float, labels: float) -> AuditResult:
     setting = Setting(cut, "bf16", noise, noise)
 
     def found(attack: str, way: str, tokens: float) -> Finding:
         return Finding(setting, attack, way, Recovery(tokens, tokens, tokens, 0.0, tokens, 100), 1.0)
 
     findings = (found("linear", "hidden", hidden / 2), found("matching", "hidden", hidden))
-    return Outcome(setting, (*findings, found("head gradient", "labels", labels)), 3.0, 3.0)
+    return AuditResult(setting, (*findings, found("head gradient", "labels", labels)), 3.0, 3.0)
 
 
 @pytest.fixture(autouse=True)

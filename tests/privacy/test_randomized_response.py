@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from splitft.audit.attacks.labels import GradientChannel, read_head_gradient
+from splitft.audit.attacks.labels import GradientObservationModel, read_head_gradient
 from splitft.geometry import Span
 from splitft.model import loss_and_gradient, open_model
 from splitft.privacy.randomized_response import believed, kept_with, randomised
@@ -79,5 +79,5 @@ def test_the_gradient_gives_away_what_was_told_and_no_more(tiny_folders):
     answers = randomised(logits, labels, 2.0, generator)
     gradient = loss_and_gradient(head, last, answers)[1]
     assert torch.equal(read_head_gradient(head, last, gradient), answers)
-    read = read_head_gradient(head, last, gradient, GradientChannel(epsilon=2.0))
+    read = read_head_gradient(head, last, gradient, GradientObservationModel(epsilon=2.0))
     assert torch.equal(read, believed(logits, answers, 2.0))

@@ -32,9 +32,9 @@ from splitft.protocol import (
     HeldOutLoss,
     LastHidden,
     Message,
+    MessageSerializer,
     RoundReady,
     RoundStart,
-    Terms,
 )
 from splitft.specs import WireSpec
 
@@ -68,18 +68,22 @@ def _messages() -> list[Message]:
     ]
 
 
-def good_frames() -> list[tuple[Terms, bytes]]:
+def good_frames() -> list[tuple[MessageSerializer, bytes]]:
     """A frame of every kind, in every codec, with labels and without."""
     frames = []
     for name in CODECS:
-        plain = Terms(WIDTH, torch.float32, torch.float32, WireSpec(hidden=name, gradient=name), most_rows=64)
+        plain = MessageSerializer(
+            WIDTH, torch.float32, torch.float32, WireSpec(hidden=name, gradient=name), most_rows=64
+        )
         frames += [(plain, plain.to_bytes(message)) for message in _messages()]
-    told = Terms(WIDTH, torch.float32, torch.float32, WireSpec(), labels_travel=True, most_rows=64)
+    told = MessageSerializer(
+        WIDTH, torch.float32, torch.float32, WireSpec(), labels_travel=True, most_rows=64
+    )
     labelled = _messages()[2].model_copy(update={"labels": torch.tensor([7, 2**40, 0])})
     return [*frames, (told, told.to_bytes(labelled))]
 
 
-def fault_of(message: Message, terms: Terms) -> str | None:
+def fault_of(message: Message, terms: MessageSerializer) -> str | None:
     """What is wrong with a message that was accepted, by the page's rules and not by the code's."""
     for name in type(message).model_fields:
         value = getattr(message, name)
@@ -128,7 +132,7 @@ class Tally:
 
 
 def attack(
-    frames: Sequence[tuple[Terms, bytes]],
+    frames: Sequence[tuple[MessageSerializer, bytes]],
     count: int,
     seed: int,
     mutations: Sequence[Mutation] = MUTATIONS,

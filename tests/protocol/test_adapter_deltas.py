@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from splitft.codecs import Encoded
 from splitft.errors import WireError
-from splitft.protocol.adapter_deltas import SAME, Holdings, version_of
+from splitft.protocol.adapter_deltas import SAME, DeltaState, version_of
 
 NAME = "7.self_attn.q_proj.A"
 
@@ -47,8 +47,8 @@ class Line:
 
     def __init__(self, writer, exact=False, feedback=True) -> None:
         self.writer = writer
-        self.client = Holdings(exact, feedback)
-        self.server = Holdings(exact, feedback)
+        self.client = DeltaState(exact, feedback)
+        self.server = DeltaState(exact, feedback)
 
     def down(self, tensor, name=NAME):
         return self._pass("global", name, tensor, self.server, self.client)
@@ -158,8 +158,8 @@ def test_a_difference_to_another_version_is_refused_and_the_whole_is_taken():
     line.down(torch.ones(2, 3))
     encoded = line.server.sent("global", NAME, torch.full((2, 3), 1.5), _int8, _read)
     for holdings in (
-        Holdings(exact=False),
-        Holdings(exact=False, held={f"global/{NAME}": torch.zeros(2, 3)}),
+        DeltaState(exact=False),
+        DeltaState(exact=False, held={f"global/{NAME}": torch.zeros(2, 3)}),
     ):
         with pytest.raises(WireError, match=f"difference to version {version_of(torch.ones(2, 3)):08x}"):
             holdings.received("global", NAME, encoded, _read)
@@ -207,7 +207,7 @@ def test_what_is_kept_is_all_there_is():
     line = Line(_int8)
     for index, tensor in enumerate(_rounds(1, 2)):
         (line.down if index % 2 else line.up)(tensor)
-    again = Holdings(exact=False, feedback=True)
+    again = DeltaState(exact=False, feedback=True)
     again.restore(line.client.tensors())
     tensor = torch.full((4, 6), 0.3)
     one, other = (h.sent("own", NAME, tensor, _int8, _read) for h in (line.client, again))

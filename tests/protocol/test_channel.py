@@ -11,8 +11,8 @@ import splitft
 from laws.federations import write_text
 from runs import adapter_bytes, settings
 from splitft.config import from_mapping
-from splitft.protocol import Activations, Evaluation, LastHidden, Terms
-from splitft.protocol.channel import Line
+from splitft.protocol import Activations, Evaluation, LastHidden, MessageSerializer
+from splitft.protocol.channel import Channel
 from splitft.protocol.frame import Frame
 from splitft.specs import WireSpec
 from splitft.tracking.events import Evaluated, RoundDone, StepDone
@@ -31,8 +31,10 @@ SENT = Activations(
 )
 
 
-def _line(tap=None, **wire) -> Line:
-    return Line("a", Terms(4, torch.float32, torch.float32, WireSpec(**wire), labels_travel=True), tap)
+def _line(tap=None, **wire) -> Channel:
+    return Channel(
+        "a", MessageSerializer(4, torch.float32, torch.float32, WireSpec(**wire), labels_travel=True), tap
+    )
 
 
 def test_a_line_counts_the_whole_frame_by_role_and_direction():

@@ -21,17 +21,17 @@ from splitft.protocol import (
     HeadGradient,
     HeldOutLoss,
     LastHidden,
+    MessageSerializer,
     RoundReady,
     RoundStart,
-    Terms,
     expect,
 )
 from splitft.protocol.frame import Frame
 from splitft.specs import WireSpec
 
 WIDTH = 4
-EXACT = Terms(WIDTH, torch.float32, torch.float32, WireSpec(hidden="fp32", gradient="fp32"))
-ROUNDED = Terms(WIDTH, torch.float32, torch.float32, WireSpec())
+EXACT = MessageSerializer(WIDTH, torch.float32, torch.float32, WireSpec(hidden="fp32", gradient="fp32"))
+ROUNDED = MessageSerializer(WIDTH, torch.float32, torch.float32, WireSpec())
 WITH_LABELS = dataclasses.replace(EXACT, labels_travel=True)
 
 
@@ -120,7 +120,7 @@ def test_rounding_without_bytes_equals_rounding_through_bytes(message):
     _assert_same(ROUNDED.rounded(message), message, tolerance=2**-8)
 
 
-def _refused(terms: Terms, frame: Frame, *due: str) -> None:
+def _refused(terms: MessageSerializer, frame: Frame, *due: str) -> None:
     """The frame is refused with an error that has these words."""
     with pytest.raises(ProtocolError) as caught:
         terms.from_bytes(frame.to_bytes())

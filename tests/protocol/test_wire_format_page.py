@@ -17,11 +17,18 @@ from splitft.codecs import CODECS
 from splitft.codecs import encoded as parts
 from splitft.codecs import entropy_coder as entropy
 from splitft.codecs.rotation import rotated
-from splitft.protocol import MESSAGES, Activations, GlobalAdapters, HeadGradient, LastHidden, Terms
+from splitft.protocol import (
+    MESSAGES,
+    Activations,
+    GlobalAdapters,
+    HeadGradient,
+    LastHidden,
+    MessageSerializer,
+)
 from splitft.protocol import frame_header as header
 from splitft.protocol.adapter_deltas import SAME
-from splitft.protocol.codec_state import Streams
-from splitft.protocol.control import ORDERS
+from splitft.protocol.codec_state import CodecState
+from splitft.protocol.control import CONTROL_MESSAGES
 from splitft.protocol.frame import MAX_FRAME_BYTES, MAX_HEADER_BYTES, PREFIX, SENDER, VERSION, Frame
 from splitft.specs import WireSpec
 
@@ -31,7 +38,7 @@ UP = {
     "Alive",
 }  # fmt: skip
 DUMPED = LastHidden(step=5, hidden=torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.25, -1.0, 8.0, -0.125]]))
-TERMS = Terms(4, torch.float32, torch.float32, WireSpec())
+TERMS = MessageSerializer(4, torch.float32, torch.float32, WireSpec())
 
 
 def _between(mark: str) -> str:
@@ -83,7 +90,8 @@ def test_the_dump_is_a_frame_that_the_code_writes_and_reads():
 
 
 @pytest.mark.parametrize(
-    ("mark", "kinds"), [("messages", MESSAGES), ("orders", {kind.__name__: kind for kind in ORDERS})]
+    ("mark", "kinds"),
+    [("messages", MESSAGES), ("orders", {kind.frame_kind(): kind for kind in CONTROL_MESSAGES})],
 )
 def test_the_page_names_every_message_with_its_fields_and_roles(mark, kinds):
     table = {row[0]: row[1:] for row in _rows(mark)}
@@ -128,11 +136,11 @@ def _messages(name: str) -> list:
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_reader_that_knows_the_page_alone_finds_what_we_find(name):
-    terms = Terms(WIDTH, torch.float64, torch.float64, WireSpec(hidden=name, gradient=name))
+    terms = MessageSerializer(WIDTH, torch.float64, torch.float64, WireSpec(hidden=name, gradient=name))
     for message in _messages(name):
         data = terms.to_bytes(message)
         facts, stored = read_frame(data)
-        assert facts["kind"] == type(message).__name__
+        assert facts["kind"] == message.frame_kind()
         assert facts["fields"].keys() == (
             type(message).model_fields.keys() - message.ROLES.keys() - message.LEFT_OUT
         )
@@ -149,8 +157,8 @@ def test_a_reader_that_knows_the_page_alone_finds_what_we_find(name):
 @pytest.mark.parametrize("bits", [2, 6])
 def test_the_reader_follows_a_stream_along_principal_axes(bits):
     width, held = 64, {}
-    terms = Terms(width, torch.float32, torch.float32, WireSpec(hidden=f"principal:bits={bits}"))
-    ends, turn = (Streams(), Streams()), rotated(torch.eye(width)).tolist()
+    terms = MessageSerializer(width, torch.float32, torch.float32, WireSpec(hidden=f"principal:bits={bits}"))
+    ends, turn = (CodecState(), CodecState()), rotated(torch.eye(width)).tolist()
     stages = []
     for step in range(4):
         hidden = torch.randn(71, width, generator=torch.Generator().manual_seed(step)) * torch.logspace(
@@ -189,8 +197,8 @@ def test_the_frame_of_a_message_is_what_the_page_calls_it():
 
 
 def test_the_reader_follows_adapters_that_travel_as_changes():
-    terms = Terms(WIDTH, torch.float32, torch.float32, WireSpec(adapter="int8"))
-    ends, held = (Streams(), Streams()), {}
+    terms = MessageSerializer(WIDTH, torch.float32, torch.float32, WireSpec(adapter="int8"))
+    ends, held = (CodecState(), CodecState()), {}
     first = {(0, "q"): Factors(_numbers(2, WIDTH), _numbers(WIDTH, 2))}
     second = {key: Factors(one.A * 1.01, one.B) for key, one in first.items()}
     for number, factors in enumerate((first, second)):

@@ -24,7 +24,7 @@ from splitft.tracking.events import (
     Warned,
 )
 from splitft.tracking.log import EventLog
-from splitft.tracking.summary import client_rows, summarise, verdict
+from splitft.tracking.summary import client_rows, headline, summarise
 from tracking.story import started, step, story
 
 HOSTILE = "</script><script>alert(1)</script><b>&\"'"
@@ -94,7 +94,7 @@ def test_the_page_says_what_the_summary_says(finished, tmp_path):
     words, summary = Seen(path.read_text(encoding="utf-8")).words, summarise(story())
     assert path == tmp_path / "new/report.html"
     for text in (
-        "a-run", "tiny", "splitft 0.1.0", "seed 7", "finished, 2 rounds", verdict(summary),
+        "a-run", "tiny", "splitft 0.1.0", "seed 7", "finished, 2 rounds", headline(summary),
         summary["privacy"], "4 of 14 examples were cut off", "4.000 → 3.000", "cut 2 to 4 of 6 blocks",
         "0:00:30", "simulated 0:00:20", "lora: {rank: 4}",
     ):  # fmt: skip

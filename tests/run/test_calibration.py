@@ -11,7 +11,7 @@ from splitft.model import open_model
 from splitft.run import calibration
 from splitft.run.fleet import exact_sizes
 from splitft.specs import LoraSpec, ModelSpec, TrainingSpec
-from splitft.training.ranks import Ranks
+from splitft.training.ranks import RankPolicy
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def measure(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("SPLITFT_CACHE", str(tmp_path))
     monkeypatch.setattr(calibration, "SECONDS", 0.1)
     model = open_model(ModelSpec(name=str(tiny_llama), dtype="float32"))
-    ranks = Ranks(LoraSpec(rank=4, rank_at_cut=None), model.shape.blocks, "svd", 0)
+    ranks = RankPolicy(LoraSpec(rank=4, rank_at_cut=None), model.shape.blocks, "svd", 0)
     return lambda: calibration.measured(model, exact_sizes(model, ranks), ranks, TrainingSpec())
 
 
@@ -44,7 +44,7 @@ def test_the_activations_that_a_block_keeps_are_those_that_the_cost_model_counts
     tiny_llama, dtype, tolerance
 ):
     model = open_model(ModelSpec(name=str(tiny_llama), dtype=dtype))
-    ranks = Ranks(LoraSpec(rank=2, rank_at_cut=None), model.shape.blocks, "svd", 0)
+    ranks = RankPolicy(LoraSpec(rank=2, rank_at_cut=None), model.shape.blocks, "svd", 0)
     sizes = exact_sizes(model, ranks)
     few, many = (_saved_bytes(model, ranks, tokens) for tokens in (64, 128))
     counted = sizes.kept_elements_per_token * model.dtype.itemsize + sizes.kept_wide_elements_per_token * 4

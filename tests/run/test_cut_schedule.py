@@ -8,7 +8,7 @@ from laws.federations import federation, largest_relative_difference, write_text
 from splitft.adapters import AdapterState
 from splitft.errors import ModelError, ScheduleError
 from splitft.protocol import RoundStart
-from splitft.run.cut_schedule import Pace
+from splitft.run.cut_schedule import CutSchedule
 from splitft.schedule.simulated_search import rehearsal
 from splitft.tracking.events import CutsChanged, RoundTimed
 from splitft.training import train_rounds
@@ -199,11 +199,11 @@ def test_a_privacy_bound_that_cannot_be_kept_is_refused_before_training(run):
 def test_a_site_that_allows_no_shallow_cut_is_asked_for_none(run):
     prepared, _, _ = run(controller="makespan", devices=SLOW)
     floors = {"client-2": 3}
-    _, cuts = Pace.begin(prepared.config, prepared.pace.fleet, floors)
+    _, cuts = CutSchedule.begin(prepared.config, prepared.pace.fleet, floors)
     assert cuts["client-2"] == 3
     fixed = prepared.config.model_copy(
         update={"schedule": prepared.config.schedule.model_copy(update={"controller": "fixed"}),
                 "clients": prepared.config.clients.model_copy(update={"cuts": 2})}
     )  # fmt: skip
     with pytest.raises(ScheduleError, match="client-2 has cut 2, but its site takes part from cut 3"):
-        Pace.begin(fixed, prepared.pace.fleet, floors)
+        CutSchedule.begin(fixed, prepared.pace.fleet, floors)

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from splitft.geometry import ModelShape
 from splitft.schedule.codec_cost import WireBytes
-from splitft.schedule.problem import ClientSituation, CutOption, Situation
-from splitft.schedule.profile import Device, Link, Server
+from splitft.schedule.problem import ClientChoices, CutOption, CutProblem
+from splitft.schedule.profile import Device, Link, ServerProfile
 from splitft.schedule.sizes import ModelSizes
-from splitft.schedule.workload import Client, Job, Workload
+from splitft.schedule.workload import ClientProfile, SharedCosts, Workload
 from splitft.specs import LoraSpec
 
 SHAPE = ModelShape("llama", 30, 576, 49152, 1536, 9, 3, True, 8192)
@@ -31,17 +31,17 @@ SIZES = ModelSizes(
 
 DEVICE = Device("laptop", 1.0, 2.0, 0.5, 1e9)
 LINK = Link("dsl", 100.0, 200.0, 0.25)
-SERVER = Server(Device("rack", 0.5, 1.0, 0.25, 1e9), group_overhead_s=3.0)
+SERVER = ServerProfile(Device("rack", 0.5, 1.0, 0.25, 1e9), group_overhead_s=3.0)
 WORK = Workload(tokens=12, labelled_tokens=8, sequences=2, padded_length=8, steps=5)
 LORA = LoraSpec(rank=4, rank_at_cut=2)
 
 
-def job(**changes) -> Job:
-    return replace(Job(SIZES, SERVER, LORA, WireBytes(2, 2, 4)), **changes)
+def job(**changes) -> SharedCosts:
+    return replace(SharedCosts(SIZES, SERVER, LORA, WireBytes(2, 2, 4)), **changes)
 
 
-def client(name="a", speed=1.0, **changes) -> Client:
-    return replace(Client(name, DEVICE.scaled(speed), LINK, WORK), **changes)
+def client(name="a", speed=1.0, **changes) -> ClientProfile:
+    return replace(ClientProfile(name, DEVICE.scaled(speed), LINK, WORK), **changes)
 
 
 def option(cut, compute_s, server_s, link_s=0.0, memory=0.0, server_memory=0.0, move_s=0.0) -> CutOption:
@@ -54,7 +54,7 @@ def option(cut, compute_s, server_s, link_s=0.0, memory=0.0, server_memory=0.0, 
 
 
 @st.composite
-def situations(draw, clients=3, blocks=4, **fields) -> Situation:
+def situations(draw, clients=3, blocks=4, **fields) -> CutProblem:
     """Whole-numbered prices, so that sums are exact: compute rises with depth, the server's work falls."""
     members = []
     for number in range(draw(st.integers(1, clients))):
@@ -77,7 +77,7 @@ def situations(draw, clients=3, blocks=4, **fields) -> Situation:
         low = draw(st.integers(1, blocks))
         least = options[low - 1].client_bytes
         members.append(
-            ClientSituation(
+            ClientChoices(
                 f"c{number}",
                 draw(st.integers(1, blocks)),
                 options,
@@ -88,4 +88,4 @@ def situations(draw, clients=3, blocks=4, **fields) -> Situation:
                 weight=draw(st.integers(1, 5)),
             )
         )
-    return Situation(tuple(members), rounds_left=draw(st.integers(0, 20)), **fields)
+    return CutProblem(tuple(members), rounds_left=draw(st.integers(0, 20)), **fields)

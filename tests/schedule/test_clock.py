@@ -14,7 +14,7 @@ from splitft.errors import ScheduleError
 from splitft.schedule.clock import WAIT, ClientRound, client_round, simulate_round
 from splitft.schedule.cost import Leg, pipelined_step_s, round_seconds
 from splitft.schedule.memory import client_memory
-from splitft.schedule.profile import Server
+from splitft.schedule.profile import ServerProfile
 
 STEP = ("client_forward", "up_hidden", "server_forward", "down_hidden", "head", "server_backward")
 """Some legs of each place; whole seconds keep sums exact."""
@@ -36,7 +36,7 @@ def rounds(draw, most_micro_batches=3):
         for number in range(draw(st.integers(1, 4)))
     ]
     overhead_s, limit = float(draw(st.integers(0, 3))), draw(st.sampled_from([0.0, 5.0, 1e9]))
-    return clients, Server(SERVER.device, overhead_s, limit)
+    return clients, ServerProfile(SERVER.device, overhead_s, limit)
 
 
 @given(rounds())
@@ -119,8 +119,8 @@ def test_groups_hold_one_leg_and_fit_unless_a_client_alone_does_not(case):
 def test_two_clients_that_arrive_together_share_a_group_and_its_overhead():
     step = (Leg("client_forward", 1.0), Leg("server_step", 2.0, tokens=8), Leg("client_backward", 1.0))
     clients = [ClientRound(name, (), step, 1, ()) for name in "ab"]
-    apart = simulate_round(clients, Server(SERVER.device, 3.0, 8))
-    together = simulate_round(clients, Server(SERVER.device, 3.0, 16))
+    apart = simulate_round(clients, ServerProfile(SERVER.device, 3.0, 8))
+    together = simulate_round(clients, ServerProfile(SERVER.device, 3.0, 16))
     assert [group.members for group in apart.of("server")] == [("a",), ("b",)]
     assert [group.members for group in together.of("server")] == [("a", "b")]
     assert (apart.round_s, together.round_s) == (1 + 5 + 5 + 1, 1 + 7 + 1)
@@ -137,7 +137,9 @@ def test_two_clients_that_arrive_together_share_a_group_and_its_overhead():
 def test_micro_batches_in_flight_hide_the_link_and_reach_the_bound():
     step = (Leg("client_forward", 2.0), Leg("up_hidden", 2.0), Leg("server_step", 2.0, tokens=1))
     one = ClientRound("a", (), step, 1, ())
-    assert simulate_round([replace(one, micro_batches=4)], Server(SERVER.device)).round_s == 2 + 2 + 4 * 2
+    assert (
+        simulate_round([replace(one, micro_batches=4)], ServerProfile(SERVER.device)).round_s == 2 + 2 + 4 * 2
+    )
     assert one.own_s == pipelined_step_s(step, 1) == 6
     assert pipelined_step_s(step, 4) == 8
 
@@ -192,7 +194,8 @@ def test_only_so_many_micro_batches_of_a_step_are_underway_as_are_allowed():
     )
     seconds = [
         simulate_round(
-            [ClientRound("a", (), step, 1, (), micro_batches=4, in_flight=count)], Server(SERVER.device)
+            [ClientRound("a", (), step, 1, (), micro_batches=4, in_flight=count)],
+            ServerProfile(SERVER.device),
         ).round_s
         for count in (1, 2, 4, None)
     ]

@@ -14,8 +14,8 @@ from splitft.errors import ScheduleError
 from splitft.schedule.controllers import CONTROLLERS, Decision, checked, choose
 from splitft.schedule.makespan import best_cuts, predicted_round_s
 from splitft.schedule.problem import (
-    ClientSituation,
-    Situation,
+    ClientChoices,
+    CutProblem,
     corrected,
     feasible,
     situation_of,
@@ -24,7 +24,7 @@ from splitft.schedule.problem import (
 every_controller = pytest.mark.parametrize("controller", sorted(set(CONTROLLERS) - {"fixed"}))
 
 
-def _possible(situation: Situation) -> list[dict[str, int]]:
+def _possible(situation: CutProblem) -> list[dict[str, int]]:
     """Every vector of allowed cuts that fits the server's memory."""
     allowed = feasible(situation)
     vectors = (
@@ -33,7 +33,7 @@ def _possible(situation: Situation) -> list[dict[str, int]]:
     return [cuts for cuts in vectors if situation.server_bytes(cuts) <= situation.server_memory_bytes]
 
 
-def _moved(situation: Situation, cuts, rounds_left=None) -> Situation:
+def _moved(situation: CutProblem, cuts, rounds_left=None) -> CutProblem:
     """The next round: the same prices seen from the new cuts, moving costs what it did."""
     return replace(
         situation,
@@ -42,7 +42,7 @@ def _moved(situation: Situation, cuts, rounds_left=None) -> Situation:
     )
 
 
-def _slower(situation: Situation, name: str, times: int) -> Situation:
+def _slower(situation: CutProblem, name: str, times: int) -> CutProblem:
     """The same situation with one client's processor that many times slower."""
     return replace(
         situation,
@@ -158,11 +158,11 @@ def test_resources_gives_a_machine_twice_as_fast_twice_the_blocks():
     assert choose("resources", replace(situation, client_blocks=3)).cuts == {"slow": 1, "fast": 2}
 
 
-def _three(losses, current=(2, 2, 2), **fields) -> Situation:
+def _three(losses, current=(2, 2, 2), **fields) -> CutProblem:
     prices = tuple(option(cut, cut, 9 - cut) for cut in range(1, 5))
-    return Situation(
+    return CutProblem(
         tuple(
-            ClientSituation(name, cut, prices, loss=loss)
+            ClientChoices(name, cut, prices, loss=loss)
             for name, cut, loss in zip("abc", current, losses, strict=True)
         ),
         **fields,
@@ -193,7 +193,7 @@ def test_paper_follows_the_sign_of_the_deviation(situation, gamma):
 
 def test_a_measured_leg_puts_the_profile_right_at_every_cut():
     prices = tuple(option(cut, 10 * cut, 9 - cut, link_s=4) for cut in range(1, 4))
-    one = ClientSituation("a", 2, prices, measured={"client_forward": 40.0, "head": 3.0})
+    one = ClientChoices("a", 2, prices, measured={"client_forward": 40.0, "head": 3.0})
     assert [price.compute_s for price in corrected(one)] == [20, 40, 60]
     assert [price.own_s for price in corrected(one)] == [20 + 8 + 4, 40 + 7 + 4, 60 + 6 + 4]
     assert corrected(replace(one, measured={})) == prices
@@ -201,9 +201,9 @@ def test_a_measured_leg_puts_the_profile_right_at_every_cut():
 
 def test_makespan_follows_a_client_that_turns_out_slow():
     prices = tuple(option(cut, 10 * cut, 40 - 10 * cut) for cut in range(1, 4))
-    one = ClientSituation("a", 3, prices)
+    one = ClientChoices("a", 3, prices)
     two = replace(one, name="b")
-    situation = Situation((one, two), rounds_left=10)
+    situation = CutProblem((one, two), rounds_left=10)
     assert choose("makespan", situation).cuts == {"a": 3, "b": 3}
     slow = replace(situation, clients=(replace(one, measured={"client_forward": 300.0}), two))
     decision = choose("makespan", slow)
@@ -213,23 +213,23 @@ def test_makespan_follows_a_client_that_turns_out_slow():
 
 def test_a_client_without_a_possible_cut_is_named_with_what_it_lacks():
     prices = tuple(option(cut, cut, 9 - cut, memory=cut * 1e9) for cut in range(1, 4))
-    fine = ClientSituation("fine", 1, prices, memory_bytes=2e9)
-    poor = ClientSituation("poor", 2, prices, min_cut=2, memory_bytes=5e8)
-    far = ClientSituation("far", 2, prices, min_cut=7)
-    late = ClientSituation("late", 2, prices, compute_s=0.5)
-    found = feasible(Situation((fine, poor, far, late)))
+    fine = ClientChoices("fine", 1, prices, memory_bytes=2e9)
+    poor = ClientChoices("poor", 2, prices, min_cut=2, memory_bytes=5e8)
+    far = ClientChoices("far", 2, prices, min_cut=7)
+    late = ClientChoices("late", 2, prices, compute_s=0.5)
+    found = feasible(CutProblem((fine, poor, far, late)))
     assert found["fine"].cuts == (1, 2)
     assert "client 'poor' lacks 1.5 GB: cut 2 takes 2 GB" in found["poor"].lack
     assert "allows cuts 7 to 3, but the model has 1 to 3" in found["far"].lack
     assert "'late' lacks time: cut 1 computes 1 s a round, and it may 0.5 s" in found["late"].lack
     with pytest.raises(ScheduleError, match=r"'poor' lacks 1.5 GB.*leave them out"):
-        choose("fixed", Situation((fine, poor)))
+        choose("fixed", CutProblem((fine, poor)))
 
 
 def test_an_impossible_decision_does_not_get_out():
     prices = tuple(option(cut, cut, 9 - cut, server_memory=9e9 - cut * 1e9) for cut in range(1, 5))
-    situation = Situation(
-        (ClientSituation("a", 1, prices, min_cut=2), ClientSituation("b", 1, prices)),
+    situation = CutProblem(
+        (ClientChoices("a", 1, prices, min_cut=2), ClientChoices("b", 1, prices)),
         server_memory_bytes=15e9,
     )
     with pytest.raises(ScheduleError, match="'fixed' gives client 'a' cut 1, but cuts 2 to 4 fit"):
@@ -243,15 +243,15 @@ def test_an_impossible_decision_does_not_get_out():
 
 
 def test_prices_that_rise_with_depth_at_the_server_are_refused():
-    odd = ClientSituation("a", 1, (option(1, 1, 5), option(2, 2, 6)))
+    odd = ClientChoices("a", 1, (option(1, 1, 5), option(2, 2, 6)))
     with pytest.raises(ScheduleError, match="cut 2 costs the server more than cut 1"):
-        choose("makespan", Situation((odd,)))
+        choose("makespan", CutProblem((odd,)))
 
 
 @pytest.mark.parametrize("fields", [{"loss": float("nan")}, {"weight": 0.0}, {"measured": {"head": -1.0}}])
 def test_numbers_that_mean_nothing_are_refused(fields):
     with pytest.raises(ScheduleError, match="client 'a'"):
-        ClientSituation("a", 1, (option(1, 1, 1),), **fields)
+        ClientChoices("a", 1, (option(1, 1, 1),), **fields)
 
 
 def test_the_whole_model_moves_to_a_client_only_where_that_is_allowed():
@@ -262,6 +262,6 @@ def test_the_whole_model_moves_to_a_client_only_where_that_is_allowed():
 
 
 def test_clients_have_names_of_their_own():
-    one = ClientSituation("a", 1, (option(1, 1, 1),))
+    one = ClientChoices("a", 1, (option(1, 1, 1),))
     with pytest.raises(ScheduleError, match="a name of its own"):
-        Situation((one, one))
+        CutProblem((one, one))

@@ -16,7 +16,7 @@ from splitft.schedule.profile import (
     Calibration,
     Device,
     Link,
-    Server,
+    ServerProfile,
     calibrated,
     device_preset,
     link_preset,
@@ -50,7 +50,7 @@ def test_a_device_has_speed_and_memory(bad):
 
 def test_a_server_has_no_negative_overhead():
     with pytest.raises(ScheduleError, match="group_overhead_s is -1; it must be a number of at least 0"):
-        Server(DEVICE, group_overhead_s=-1)
+        ServerProfile(DEVICE, group_overhead_s=-1)
 
 
 def test_a_device_twice_as_fast_takes_half_the_seconds():

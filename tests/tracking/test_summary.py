@@ -14,8 +14,8 @@ from splitft.tracking.summary import (
     change_text,
     client_rows,
     clock,
+    headline,
     summarise,
-    verdict,
     write_summary,
 )
 from tracking.story import ANN, BOB, started, step, story
@@ -109,7 +109,7 @@ def test_a_run_that_has_only_begun_is_told_as_far_as_it_is_known():
     assert (summary["finished"], summary["rounds"], summary["eval_loss"]) == (False, 0, [])
     assert [client["cut"] for client in summary["clients"]] == [[2], [3]]
     assert summary["simulated_seconds"] is None
-    assert verdict(summary) == "Held-out loss: not measured before and after."
+    assert headline(summary) == "Held-out loss: not measured before and after."
     assert client_rows(summary)[0] == (ANN, "2", "0", "0", "–", "–", "0.0", "0.0")
 
 
@@ -134,15 +134,15 @@ def test_numbers_that_are_not_finite_are_null_in_the_file(tmp_path):
 
 
 def test_the_verdict_names_the_change_and_who_did_not_gain(summary):
-    assert verdict(summary) == (
+    assert headline(summary) == (
         "Held-out loss of all clients: 4.000 before, 3.000 after (-25.0 %). It did not fall on bob."
     )
-    assert verdict({**summary, "not_improved": []}).endswith("It fell on every client.")
+    assert headline({**summary, "not_improved": []}).endswith("It fell on every client.")
 
 
 def test_the_verdict_counts_those_who_did_not_gain_when_they_are_many(summary):
     clients = [f"client-{i}" for i in range(9)]
-    told = verdict({**summary, "clients": clients, "not_improved": clients[:7]})
+    told = headline({**summary, "clients": clients, "not_improved": clients[:7]})
     assert told.endswith("It did not fall on 7 of 9 clients.")
 
 

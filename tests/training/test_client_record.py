@@ -6,7 +6,7 @@ import torch
 
 from splitft.adapters import AdapterState, Factors
 from splitft.geometry import Span
-from splitft.training.kept import Kept
+from splitft.training.kept import ClientState
 
 MOMENTS = {f"{block}.q_proj.A.exp_avg": torch.full((2,), float(block)) for block in range(2, 6)}
 
@@ -18,7 +18,7 @@ def _state(value: float) -> AdapterState:
 
 
 def test_moments_leave_with_their_blocks_when_the_client_has_moved_and_come_back_as_they_were():
-    kept = Kept(per_client=True)
+    kept = ClientState(per_client=True)
     kept.moments["a"] = dict(MOMENTS)
     gone = kept.moments_of("a", Span(2, 4))
     assert set(gone) == {name for name in MOMENTS if name[0] in "23"}
@@ -31,13 +31,13 @@ def test_moments_leave_with_their_blocks_when_the_client_has_moved_and_come_back
 
 
 def test_shared_moments_take_nothing_of_one_client():
-    kept = Kept(per_client=False)
+    kept = ClientState(per_client=False)
     kept.moved("a", (), dict(MOMENTS), AdapterState())
     assert not kept.moments
 
 
 def test_own_factors_leave_in_the_place_of_the_global_ones_and_come_back():
-    kept = Kept(per_client=True)
+    kept = ClientState(per_client=True)
     kept.own["a"] = _state(7.0).only("B")
     gone = kept.personal("a", _state(1.0).within(Span(2, 4)))
     kept.moved("a", Span(2, 4), {}, AdapterState())

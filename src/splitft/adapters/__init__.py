@@ -1,7 +1,7 @@
 """LoRA adapters of many clients on one frozen model, and their aggregation."""
 
 from splitft.adapters.aggregate import Aggregated, aggregate, fit, fit_all
-from splitft.adapters.folding import merged, with_folded
+from splitft.adapters.folding import add_folded, with_folded
 from splitft.adapters.lora import AdapterBank, attach
 from splitft.adapters.optimizer import LocalOptimizer, Moments, moments_within
 from splitft.adapters.rules import AGGREGATORS, Fresh, Rule
@@ -17,12 +17,12 @@ __all__ = [
     "LocalOptimizer",
     "Moments",
     "Rule",
+    "add_folded",
     "aggregate",
     "attach",
     "fit",
     "fit_all",
     "initial_state",
-    "merged",
     "moments_within",
     "with_folded",
 ]

@@ -12,7 +12,7 @@ from splitft.adapters.factoring import refactored
 from splitft.adapters.state import AdapterState, Factors
 
 
-def merged(folded: AdapterState, more: AdapterState) -> AdapterState:
+def add_folded(folded: AdapterState, more: AdapterState) -> AdapterState:
     """Both parts as one, layer by layer."""
     return AdapterState({
         key: _within_full_rank(folded[key].followed_by(more[key])) if key in folded and key in more

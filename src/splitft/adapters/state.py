@@ -126,7 +126,7 @@ class AdapterState(Mapping[Key, Factors]):
             for key, factors in self.items()
         })  # fmt: skip
 
-    def with_b_of(self, own: AdapterState) -> AdapterState:
+    def replace_B(self, own: AdapterState) -> AdapterState:  # noqa: N802 the factor is called B
         """With the factors B of `own` in place of its own where both have the layer."""
         return AdapterState({
             key: Factors(factors.A, own[key].B) if key in own else factors for key, factors in self.items()

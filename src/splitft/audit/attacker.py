@@ -10,7 +10,14 @@ from __future__ import annotations
 
 import torch
 
-from splitft.audit.attacks import Attacker, Channel, GradientChannel, Replica, Seen, calibrated
+from splitft.audit.attacks import (
+    Attacker,
+    GradientObservationModel,
+    Observation,
+    ObservationModel,
+    PublicModel,
+    calibrated,
+)
 from splitft.audit.recording import as_it_travels
 from splitft.cache import cache_folder
 from splitft.config import RunConfig
@@ -19,7 +26,7 @@ from splitft.model import loss_and_gradient, pack
 from splitft.privacy.defence import Defence
 from splitft.privacy.known_leakage import Setting
 from splitft.privacy.noise import Noise, deviation, typical_norm
-from splitft.protocol import Terms
+from splitft.protocol import MessageSerializer
 from splitft.run.defending import public_text
 from splitft.specs import PrivacySpec, RowDefenceSpec
 
@@ -30,7 +37,7 @@ CALIBRATION = (4, 24)
 
 
 def attacker_of(
-    setting: Setting, config: RunConfig, replica: Replica, public: torch.Tensor, terms: Terms
+    setting: Setting, config: RunConfig, replica: PublicModel, public: torch.Tensor, terms: MessageSerializer
 ) -> Attacker:
     """An attacker on this setting, with nothing learnt yet; `replica` is at the setting's cut."""
     cut, width = setting.cut, replica.shape.width
@@ -50,7 +57,7 @@ def attacker_of(
         spread = deviation(norm, privacy.hidden.noise, width)
     texts, length = CALIBRATION
     channel = calibrated(
-        Channel(deviation=spread, repeated=repeated), *replica.twice(public[:texts, :length])
+        ObservationModel(deviation=spread, repeated=repeated), *replica.twice(public[:texts, :length])
     )
     return Attacker(
         replica=replica,
@@ -63,12 +70,12 @@ def attacker_of(
 
 
 def _gradient_channel(
-    defence: Defence, privacy: PrivacySpec, replica: Replica, seen: Seen
-) -> GradientChannel:
+    defence: Defence, privacy: PrivacySpec, replica: PublicModel, seen: Observation
+) -> GradientObservationModel:
     last, labels = seen.last, privacy.labels
     epsilon = None if labels.defence == "none" else labels.epsilon
     if privacy.gradient.defence == "none" or last is None:
-        return GradientChannel(epsilon=epsilon)
+        return GradientObservationModel(epsilon=epsilon)
     head = replica.segment
     norms: list[float] = []
 
@@ -84,7 +91,7 @@ def _gradient_channel(
 
     clipped(torch.zeros(1, last.shape[-1]))
     spread = deviation(norms[0], privacy.gradient.noise, last.shape[-1])
-    return GradientChannel(spread, clipped, epsilon)
+    return GradientObservationModel(spread, clipped, epsilon)
 
 
 def with_noise(privacy: PrivacySpec, setting: Setting) -> PrivacySpec:

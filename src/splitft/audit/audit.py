@@ -20,17 +20,17 @@ import torch
 
 from splitft.adapters import AdapterState
 from splitft.audit.attacker import attacker_of, with_noise
-from splitft.audit.attacks import HIDDEN_ATTACKS, LABEL_ATTACKS, Effort, Replica
-from splitft.audit.findings import Finding, Outcome, table_rows, verdicts
+from splitft.audit.attacks import HIDDEN_ATTACKS, LABEL_ATTACKS, Effort, PublicModel
+from splitft.audit.findings import AuditResult, Finding, table_rows, verdicts
 from splitft.audit.public_text import public_tokens
 from splitft.audit.recording import Recording, record, recorded_config
 from splitft.audit.recovery import recovery
 from splitft.codecs import CODECS
 from splitft.config import RunConfig, load
-from splitft.model.quiet import quiet
+from splitft.model.quiet import silence_transformers
 from splitft.privacy.known_leakage import Setting
 from splitft.run.folder import Run
-from splitft.run.setup import Gathered, gather
+from splitft.run.setup import RunInputs, gather
 from splitft.training.checkpoint import latest, load_snapshot
 
 
@@ -91,7 +91,7 @@ class Audit:
     text: str
     public: str
     """Where the attacker's text is from."""
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[AuditResult, ...]
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -111,14 +111,14 @@ def audit(
     depth: Depth = SHORT,
     public: str | None = None,
     settings: Sequence[Setting] | None = None,
-    listener: Callable[[Outcome], None] = lambda outcome: None,
+    listener: Callable[[AuditResult], None] = lambda outcome: None,
 ) -> Audit:
     """Audit a configuration, or a run folder with what it has learnt; the settings are those of `depth`.
 
     Raises what `gather` raises, and RunError for a folder that holds no run.
     """
     began = time.perf_counter()
-    with quiet():
+    with silence_transformers():
         config, adapters, private = _target(target)
         config = _smaller(config, depth)
         gathered = gather(recorded_config(config, 1, STEPS, depth.texts))
@@ -153,7 +153,7 @@ class _Auditor:
     def __init__(
         self,
         config: RunConfig,
-        gathered: Gathered,
+        gathered: RunInputs,
         adapters: AdapterState | None,
         private: AdapterState | None,
         depth: Depth,
@@ -162,15 +162,15 @@ class _Auditor:
         self._config, self._gathered, self._depth, self._public = config, gathered, depth, public
         ranks = gathered.ranks
         self._adapters, self._private = adapters, private
-        self._replica = Replica(
+        self._replica = PublicModel(
             gathered.model, 1, adapters or AdapterState(), config.lora.targets, ranks.scale
         )
-        self._replicas: dict[int, Replica] = {}
+        self._replicas: dict[int, PublicModel] = {}
         self._clean: dict[int, float] = {}
         tokenizer = gathered.model.tokenizer()
         self._piece: Callable[[int], str] = lambda token: str(tokenizer.decode([token]))
 
-    def outcome(self, setting: Setting) -> Outcome:
+    def outcome(self, setting: Setting) -> AuditResult:
         """Record the setting and attack it."""
         recording = self._recorded(setting)
         if setting.cut not in self._clean:
@@ -197,7 +197,7 @@ class _Auditor:
             truth = recording.texts if hidden else recording.labels
             result = recovery(truth, read, self._piece)
             found.append(Finding(setting, name, "hidden" if hidden else "labels", result, spent))
-        return Outcome(setting, tuple(found), recording.loss, self._clean[setting.cut])
+        return AuditResult(setting, tuple(found), recording.loss, self._clean[setting.cut])
 
     def _recorded(self, setting: Setting) -> Recording:
         config = recorded_config(self._config, setting.cut, STEPS, self._depth.texts)

@@ -31,7 +31,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AuditResult:
     """All attacks in one setting, and what the setting costs."""
 
     setting: Setting
@@ -52,7 +52,7 @@ class Outcome:
         return max(fitting, key=lambda one: one.recovery.tokens, default=None)
 
 
-def verdict(outcome: Outcome) -> str:
+def verdict(outcome: AuditResult) -> str:
     """One sentence on what the server can read in this setting."""
     hidden, labels = outcome.worst("hidden"), outcome.worst("labels")
     recovered = {
@@ -63,7 +63,7 @@ def verdict(outcome: Outcome) -> str:
     return sentence(outcome.setting, recovered["hidden"], recovered["labels"], direct)
 
 
-def table_rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
+def table_rows(outcomes: Iterable[AuditResult]) -> list[dict[str, Any]]:
     """One row a setting and attack, as plain data."""
     rows: list[dict[str, Any]] = []
     for outcome in outcomes:
@@ -89,12 +89,12 @@ def table_rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
     return rows
 
 
-def verdicts(outcomes: Sequence[Outcome]) -> list[str]:
+def verdicts(outcomes: Sequence[AuditResult]) -> list[str]:
     """One sentence a setting."""
     return [verdict(outcome) for outcome in outcomes]
 
 
-def to_known(outcomes: Iterable[Outcome], story: Mapping[str, Any]) -> dict[str, Any]:
+def to_known(outcomes: Iterable[AuditResult], story: Mapping[str, Any]) -> dict[str, Any]:
     """The strongest attacks' figures in the form of `known.json`; `story` says where they come from."""
     entries: list[dict[str, Any]] = []
     for outcome in outcomes:

@@ -3,7 +3,7 @@
     RunConfig, cut --prepare--> one client and the server on a tapped line --evaluate, train some steps-->
     frames (client, direction, bytes) --Terms--> Seen    and, for the judge alone, the tokens
 
-The attacks get `Seen`. The client is a `Client` like any other, with its defences, codec and optimizer.
+Attacks get an `Observation`. The client is a `Client` like any other, with its defences, codec and optimizer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from splitft.adapters import AdapterState
-from splitft.audit.attacks import Seen
+from splitft.audit.attacks import Observation
 from splitft.config import RunConfig
 from splitft.geometry import Span
 from splitft.protocol import (
@@ -23,12 +23,12 @@ from splitft.protocol import (
     HeadGradient,
     LastHidden,
     Message,
+    MessageSerializer,
     RoundStart,
-    Terms,
 )
 from splitft.protocol.channel import Direction
-from splitft.protocol.codec_state import Streams
-from splitft.run.setup import Gathered, prepare
+from splitft.protocol.codec_state import CodecState
+from splitft.run.setup import RunInputs, prepare
 from splitft.specs import ClientsSpec, ScheduleSpec, SharesSpec
 
 Recorded = tuple[str, Direction, bytes]
@@ -39,7 +39,7 @@ Recorded = tuple[str, Direction, bytes]
 class Recording:
     """What passed between one client and the server, and what the attacks are judged by."""
 
-    seen: tuple[Seen, ...]
+    seen: tuple[Observation, ...]
     """Batches that were trained on, as the server has them."""
     texts: tuple[tuple[int, ...], ...]
     """Tokens of each sequence in them: the truth, which no attack is given."""
@@ -47,7 +47,7 @@ class Recording:
     """The labelled part of each."""
     loss: float
     """Held-out loss in nats per token before the recorded steps, with the defences on."""
-    terms: Terms
+    terms: MessageSerializer
     """What both sides agreed on."""
     adapters: AdapterState
     """Global adapters at the start of the round, which the server has."""
@@ -75,7 +75,7 @@ def recorded_config(config: RunConfig, cut: int, steps: int, batch_size: int) ->
 
 def record(
     config: RunConfig,
-    gathered: Gathered,
+    gathered: RunInputs,
     adapters: AdapterState | None = None,
     private: AdapterState | None = None,
 ) -> Recording:
@@ -115,18 +115,18 @@ def record(
     )
 
 
-def seen_in(frames: Iterable[Recorded], terms: Terms, seed: int = 0) -> list[Seen]:
+def seen_in(frames: Iterable[Recorded], terms: MessageSerializer, seed: int = 0) -> list[Observation]:
     """Decode recorded frames as the server would, and put together what belongs to one batch."""
-    ends: dict[str, Streams] = {}
-    underway: dict[str, Seen] = {}
-    done: list[Seen] = []
+    ends: dict[str, CodecState] = {}
+    underway: dict[str, Observation] = {}
+    done: list[Observation] = []
     for client, _, data in frames:
-        end = ends.setdefault(client, Streams(seed, client))  # what codecs that learn have learnt so far
+        end = ends.setdefault(client, CodecState(seed, client))  # what codecs that learn have learnt so far
         message = terms.from_bytes(data, streams=end)
         if isinstance(message, Activations):
             if client in underway:
                 done.append(underway.pop(client))
-            underway[client] = Seen(
+            underway[client] = Observation(
                 client=client,
                 step=message.step,
                 training=message.training,
@@ -140,7 +140,7 @@ def seen_in(frames: Iterable[Recorded], terms: Terms, seed: int = 0) -> list[See
     return [*done, *underway.values()]
 
 
-def as_it_travels(rows: torch.Tensor, terms: Terms) -> torch.Tensor:
+def as_it_travels(rows: torch.Tensor, terms: MessageSerializer) -> torch.Tensor:
     """Hidden states (N, D) as the server would decode them, by the run's own codec.
 
     A codec that learns as it goes is taken as in its first message, so its figures are lower bounds.
@@ -163,7 +163,7 @@ def as_it_travels(rows: torch.Tensor, terms: Terms) -> torch.Tensor:
     return torch.cat([one.hidden.float() for one in rounded if isinstance(one, Activations)])
 
 
-def _with(seen: Seen, message: Message) -> Seen:
+def _with(seen: Observation, message: Message) -> Observation:
     if isinstance(message, LastHidden):
         return replace(seen, last=message.hidden)
     if isinstance(message, HeadGradient):

@@ -12,7 +12,7 @@ import typer
 from splitft.cli.app import AsJson, console, verb
 
 if TYPE_CHECKING:
-    from splitft.audit.findings import Outcome
+    from splitft.audit.findings import AuditResult
 
 
 @verb
@@ -40,7 +40,7 @@ def audit(
 
     screen = console(stderr=as_json)
 
-    def say(outcome: Outcome) -> None:
+    def say(outcome: AuditResult) -> None:
         screen.print(verdict(outcome), highlight=False, markup=False, soft_wrap=True)
 
     told = audited(target, FULL if full else SHORT, public, listener=say).to_json()

@@ -48,10 +48,11 @@ def poc(
     as_json: AsJson = False,
 ) -> None:
     """Everything on this machine: real processes, real certificates, the run folder of `train`."""
-    from splitft.cli.progress import Progress, client_table, verdict
+    from splitft.cli.progress import Progress, client_table
     from splitft.cli.train import new_folder
     from splitft.config import load
     from splitft.deploy.flare.poc import run_poc
+    from splitft.tracking.summary import headline
 
     if resume and out is None:
         raise RunError("--resume needs --out DIR, the run folder to continue")
@@ -70,7 +71,7 @@ def poc(
         return
     screen.print()
     screen.print(client_table(run.summary))
-    say(f"\n{verdict(run.summary)}")
+    say(f"\n{headline(run.summary)}")
     say(f"Report   {run.folder / 'report.html'}")
     say(f"Adapter  {run.adapter_dir} (PEFT)")
     say(f"Logs     {run.folder / 'logs'}")
@@ -151,13 +152,14 @@ def submit(
     """Run a configuration on a running federation; stays to start the next link when sites come and go."""
     import tempfile
 
-    from splitft.cli.progress import client_table, verdict
+    from splitft.cli.progress import client_table
     from splitft.config import load
     from splitft.deploy.common import site_names
     from splitft.deploy.flare.admin import Console
     from splitft.deploy.flare.engine import FlareFederation
-    from splitft.deploy.supervisor import run_chain
+    from splitft.deploy.supervisor import supervise
     from splitft.run.folder import Run
+    from splitft.tracking.summary import headline
 
     config, screen = load(file, overrides or []), console()
     out = out or Path("runs") / file.stem
@@ -169,7 +171,7 @@ def submit(
     try:
         with tempfile.TemporaryDirectory() as scratch, Console(kit) as line:
             federation = FlareFederation(line, out.name, config, Path(scratch), out, fetch=True)
-            ending = run_chain(federation, sites, spec.min_clients, spec.join_s, say, _rounds(say))
+            ending = supervise(federation, sites, spec.min_clients, spec.join_s, say, _rounds(say))
     except KeyboardInterrupt:
         end("the run goes on; follow it with `status`, end it with `stop`, go on with `submit`", INTERRUPTED)
     if ending.stopped:
@@ -177,7 +179,7 @@ def submit(
         raise typer.Exit(INTERRUPTED)
     run = Run(out)
     screen.print(client_table(run.summary))
-    say(f"\n{verdict(run.summary)}\nRun folder  {run.folder}")
+    say(f"\n{headline(run.summary)}\nRun folder  {run.folder}")
 
 
 def _rounds(say: Callable[[str], None]) -> Callable[[str, Mapping[str, Any]], None]:

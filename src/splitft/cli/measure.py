@@ -16,7 +16,7 @@ from splitft.errors import ConfigError
 
 if TYPE_CHECKING:
     from splitft.cli.counting import Counting
-    from splitft.compare.compare import Entry
+    from splitft.compare.compare import ComparisonRow
     from splitft.tracking.events import Event
 
 Overrides = Annotated[
@@ -82,11 +82,13 @@ def eval(
 ) -> None:
     """Measure what a run's model can do: perplexity, BLEU, ROUGE-L and chrF, or exact match."""
     from splitft.cli.counting import Counting
-    from splitft.evaluation.evaluate import Trial, evaluate, source_is_trained_on
+    from splitft.evaluation.evaluate import EvaluationRequest, evaluate, source_is_trained_on
     from splitft.tracking.evaluations import evaluation_table, sample_lines
 
     tasks = tuple(name.strip() for name in task.split(",")) if task is not None else ()
-    trial = Trial(tasks, data, tuple(overrides or ()), not base, batch_size, max_new_tokens, client)
+    trial = EvaluationRequest(
+        tasks, data, tuple(overrides or ()), not base, batch_size, max_new_tokens, client
+    )
     if source_is_trained_on(folder, trial):
         typer.echo(f"splitft: note: the run trained on text of {data}; leave --data out to be fair", err=True)
     with Counting(console(stderr=True)) as counting:
@@ -157,14 +159,14 @@ def compare(
 class _Watching:
     """Shows each run as a bar of its steps, and how many runs are left."""
 
-    def __init__(self, entries: Sequence[Entry], counting: Counting) -> None:
+    def __init__(self, entries: Sequence[ComparisonRow], counting: Counting) -> None:
         self._entries, self._counting = list(entries), counting
         self._steps = 0
         cached = sum(entry.finished for entry in entries)
         if cached:
             counting.say(f"{cached} of {len(entries)} runs are there already")
 
-    def __call__(self, entry: Entry, event: Event) -> None:
+    def __call__(self, entry: ComparisonRow, event: Event) -> None:
         from splitft.tracking.events import Evaluated, RunDone, RunResumed, RunStarted, StepDone, Warned
 
         training = entry.config.training

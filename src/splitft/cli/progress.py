@@ -25,20 +25,20 @@ from splitft.tracking.events import (
     CutsChanged,
     Evaluated,
     Event,
-    LinkStarted,
     PrivacySpent,
     RoundDone,
     RunResumed,
     RunStarted,
+    SessionStarted,
     SiteChanged,
     StepDone,
     Warned,
     WireChosen,
 )
 from splitft.tracking.log import settled
-from splitft.tracking.summary import CLIENT_HEADINGS, client_rows, clock, verdict
+from splitft.tracking.summary import CLIENT_HEADINGS, client_rows, clock
 
-__all__ = ["Progress", "client_table", "verdict"]
+__all__ = ["Progress", "client_table"]
 
 _WINDOW_S = 20.0
 """Speeds are taken over this many seconds."""
@@ -108,7 +108,7 @@ class Progress:
                 self._say(f"round {event.round}: spent epsilon {event.epsilon:.3g} at delta {event.delta:g}")
             case Warned() | SiteChanged():
                 self._say(f"warning: {event.message}")
-            case LinkStarted():
+            case SessionStarted():
                 self._say(f"from round {event.round} on with {', '.join(event.sites)}")
             case _:
                 pass

@@ -87,9 +87,10 @@ DEMO: dict[str, Any] = {
 
 def _train(config: RunConfig, out: Path, resume: bool, quiet: bool = False) -> Run:
     """Train with a progress display, and say at the end what came out."""
-    from splitft.cli.progress import Progress, client_table, verdict
+    from splitft.cli.progress import Progress, client_table
     from splitft.run.train import train
     from splitft.tracking.log import read_events
+    from splitft.tracking.summary import headline
 
     screen = console(stderr=quiet)
     try:
@@ -103,7 +104,7 @@ def _train(config: RunConfig, out: Path, resume: bool, quiet: bool = False) -> R
     if not quiet:
         screen.print()
         screen.print(client_table(run.summary))
-        screen.print(f"\n{verdict(run.summary)}", highlight=False, soft_wrap=True)
+        screen.print(f"\n{headline(run.summary)}", highlight=False, soft_wrap=True)
         screen.print(f"Report   {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
         screen.print(f"Adapter  {run.adapter_dir} (PEFT)", highlight=False, soft_wrap=True)
     return run

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from splitft.codecs.encoded import Encoded, Parameter, Part
-from splitft.codecs.passage import Passage
+from splitft.codecs.encoded import Encoded, Parameter, StoredPart
+from splitft.codecs.passage import CodecContext
 from splitft.codecs.rotation import as_rows, sizes
 from splitft.errors import WireError
 
@@ -46,21 +46,21 @@ class Cast:
         rows, width = sizes(shape)
         return float(rows * width * self.dtype.itemsize)
 
-    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, StoredPart]:
         """The one stored tensor."""
         no_parameters(self.name, parameters)
-        return {"": Part(self.dtype, shape)}
+        return {"": StoredPart(self.dtype, shape)}
 
-    def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
+    def encode(self, tensor: torch.Tensor, passage: CodecContext) -> Encoded:
         """Any shape, as it will travel."""
         stored = tensor.detach().to(self.dtype)
         return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), {"": stored})
 
-    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
+    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: CodecContext) -> torch.Tensor:
         """Back to the type that the receiver computes in."""
         return encoded.parts[""].to(dtype)
 
-    def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
+    def error_bound(self, encoded: Encoded, passage: CodecContext) -> torch.Tensor:
         """(N,): what the error of a row may measure (Euclidean), from what was received."""
         relative, least = self.relative_error, torch.finfo(self.dtype).tiny
         rows = encoded.parts[""].reshape(-1, sizes(encoded.shape)[1]).double()
@@ -79,13 +79,16 @@ class ScaledCast:
         rows, width = sizes(shape)
         return float(rows * (width + 4))
 
-    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, StoredPart]:
         """Codes like the tensor, one scale a row."""
         no_parameters(self.name, parameters)
         rows, width = sizes(shape)
-        return {"codes": Part(torch.float8_e4m3fn, (rows, width)), "scales": Part(torch.float32, (rows,))}
+        return {
+            "codes": StoredPart(torch.float8_e4m3fn, (rows, width)),
+            "scales": StoredPart(torch.float32, (rows,)),
+        }
 
-    def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
+    def encode(self, tensor: torch.Tensor, passage: CodecContext) -> Encoded:
         """The largest number of a row becomes the largest of the type."""
         rows = as_rows(tensor)
         largest = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
@@ -94,12 +97,12 @@ class ScaledCast:
         parts = {"codes": codes, "scales": scales}
         return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), parts)
 
-    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
+    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: CodecContext) -> torch.Tensor:
         """Codes times scales."""
         rows = encoded.parts["codes"].float() * encoded.parts["scales"][:, None]
         return rows.reshape(encoded.shape).to(dtype)
 
-    def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
+    def error_bound(self, encoded: Encoded, passage: CodecContext) -> torch.Tensor:
         """(N,): half a unit in the last place of each number, at least half the least number."""
         codes, relative = encoded.parts["codes"].double(), _E4M3.eps / 2
         largest = (codes.abs() * (relative / (1 - relative))).clamp_min(_SUBNORMAL / 2)

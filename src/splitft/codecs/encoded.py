@@ -3,7 +3,7 @@
     tensor --codec--> Encoded(parts: codes, scales, ...; parameters) --frame--> Encoded --codec--> tensor
                       Entry(role, codec, logical shape and type; Part of each stored tensor) goes ahead
 
-An `Entry` is known before any payload is read: from it and from what was agreed, a codec says in its
+An `TensorEntry` is known before any payload is read: from it and from what was agreed, a codec says in its
 `layout` which parts there must be, of which type and how large, and a frame that promises anything else is
 refused there.
 """
@@ -52,7 +52,7 @@ PART_NAME = re.compile(r"[a-z_]{0,16}", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """One stored tensor: as announced, or as it must be."""
 
     dtype: torch.dtype
@@ -68,7 +68,7 @@ class Part:
             size *= length
         return size
 
-    def admits(self, other: Part) -> bool:
+    def admits(self, other: StoredPart) -> bool:
         """Whether what was announced is what must be."""
         if self.dtype != other.dtype or len(self.shape) != len(other.shape):
             return False
@@ -82,7 +82,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One logical tensor as its frame announces it; no payload yet."""
 
     role: str
@@ -95,10 +95,10 @@ class Entry:
     """Its own shape, whatever its parts are."""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     """What the codec noted."""
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    parts: Mapping[str, StoredPart] = field(default_factory=dict)
     """Stored tensors by name."""
 
-    def check(self, name: str, layout: Mapping[str, Part]) -> None:
+    def check(self, name: str, layout: Mapping[str, StoredPart]) -> None:
         """Raise WireError unless the parts announced are those of the layout."""
         if self.parts.keys() != layout.keys():
             due, found = (", ".join(map(repr, sorted(keys))) for keys in (layout, self.parts))
@@ -128,7 +128,7 @@ class Encoded:
         return sum(part.numel() * part.dtype.itemsize for part in self.parts.values())
 
     @property
-    def entry(self) -> Entry:
+    def entry(self) -> TensorEntry:
         """What a frame announces of it."""
-        parts = {name: Part(part.dtype, tuple(part.shape)) for name, part in self.parts.items()}
-        return Entry(self.role, self.codec, self.dtype, self.shape, self.parameters, parts)
+        parts = {name: StoredPart(part.dtype, tuple(part.shape)) for name, part in self.parts.items()}
+        return TensorEntry(self.role, self.codec, self.dtype, self.shape, self.parameters, parts)

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import zstandard
 
-from splitft.codecs.encoded import Encoded, Parameter, Part
-from splitft.codecs.passage import Passage
+from splitft.codecs.encoded import Encoded, Parameter, StoredPart
+from splitft.codecs.passage import CodecContext
 from splitft.codecs.rotation import sizes
 from splitft.errors import WireError
 
@@ -46,14 +46,17 @@ class Bounded:
         bits = max(0.1, 0.5 * math.log2(2 * math.pi * math.e) - math.log2(step)) if step < 4 else 0.1
         return rows * (width * bits / 8 + 4)
 
-    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, StoredPart]:
         """Compressed codes, of any length that zstandard could need, and a step for each row."""
         rows, width = sizes(shape)
         raw = rows * width * _nbytes(parameters)
         most = raw + raw // 128 + 1024
-        return {"codes": Part(torch.uint8, (most,), at_most=True), "steps": Part(torch.float32, (rows,))}
+        return {
+            "codes": StoredPart(torch.uint8, (most,), at_most=True),
+            "steps": StoredPart(torch.float32, (rows,)),
+        }
 
-    def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
+    def encode(self, tensor: torch.Tensor, passage: CodecContext) -> Encoded:
         """Round to multiples of twice the bound, then compress."""
         rows = tensor.detach().reshape(sizes(tuple(tensor.shape))).double()
         steps = self._steps(rows, passage)
@@ -71,7 +74,7 @@ class Bounded:
         parts = {"codes": stored, "steps": steps}
         return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), parts, {"nbytes": nbytes})
 
-    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
+    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: CodecContext) -> torch.Tensor:
         """Decompress to exactly what is due, and multiply. Raises WireError for anything else."""
         rows, width = sizes(encoded.shape)
         nbytes = _nbytes(encoded.parameters)
@@ -89,13 +92,13 @@ class Bounded:
         numbers = codes.reshape(width, rows).T.double() * steps[:, None]
         return numbers.to(dtype).reshape(encoded.shape).contiguous()  # products of columns are slow
 
-    def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
+    def error_bound(self, encoded: Encoded, passage: CodecContext) -> torch.Tensor:
         """(N,): half a step a number; a step where rounding is random, which is half as wide then."""
         share = 1.0 if encoded.role == "gradient" else 0.5
         width = sizes(encoded.shape)[1]
         return encoded.parts["steps"].double() * (share * (1 + 1e-6) * math.sqrt(width))
 
-    def _steps(self, rows: torch.Tensor, passage: Passage) -> torch.Tensor:
+    def _steps(self, rows: torch.Tensor, passage: CodecContext) -> torch.Tensor:
         """Twice the bound; the bound itself where rounding at random may be off by a whole step."""
         step = self.bound * (1.0 if passage.unbiased else 2.0) * (1 - 1e-5)  # a margin for float32
         if self.kind == "rel" and rows.numel():

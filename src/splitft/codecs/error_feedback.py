@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from splitft.codecs.encoded import Encoded, Parameter, Part
-from splitft.codecs.passage import Passage
+from splitft.codecs.encoded import Encoded, Parameter, StoredPart
+from splitft.codecs.passage import CodecContext
 from splitft.codecs.quantize import Packed
 from splitft.codecs.rotation import as_rows
 from splitft.codecs.top_k import TopK
@@ -40,11 +40,11 @@ class Feedback:
         """As the codec inside."""
         return self.inner.bytes_for(shape)
 
-    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, StoredPart]:
         """As the codec inside."""
         return self.inner.layout(shape, parameters)
 
-    def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
+    def encode(self, tensor: torch.Tensor, passage: CodecContext) -> Encoded:
         """Add what is owed, send, and note what is owed now."""
         memory = passage.memory
         if memory is None or not tensor.numel():
@@ -59,10 +59,10 @@ class Feedback:
             passage.role, self.name, tensor.dtype, tuple(tensor.shape), encoded.parts, encoded.parameters
         )
 
-    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
+    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: CodecContext) -> torch.Tensor:
         """As the codec inside."""
         return self.inner.decode(encoded, dtype, passage)
 
-    def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
+    def error_bound(self, encoded: Encoded, passage: CodecContext) -> torch.Tensor:
         """(N,): of the codec inside, for the rows with what was owed."""
         return self.inner.error_bound(encoded, passage)

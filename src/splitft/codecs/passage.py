@@ -1,6 +1,6 @@
 """What a codec is told about a tensor that travels, beside its numbers.
 
-    Passage(role, seed, memory, examples)   the same on both sides of the wire, except for the memory,
+    CodecContext(role, seed, memory, examples)   the same on both sides of the wire, except for the memory,
                                             of which each side keeps its own copy
 
 Some codecs learn from what has travelled before (feedback, differences to the last epoch, principal axes).
@@ -21,7 +21,7 @@ Memory = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Passage:
+class CodecContext:
     """One tensor's way over the wire."""
 
     role: str = "hidden"

@@ -19,7 +19,7 @@ import torch
 
 from splitft.codecs import entropy_coder as entropy
 from splitft.codecs.passage import Memory
-from splitft.codecs.rotation import sinks
+from splitft.codecs.rotation import attention_sinks
 
 LEARNT_ROWS = 2
 """Rows that axes are first learnt from, over the width."""
@@ -106,7 +106,7 @@ def learn(rows: torch.Tensor, memory: Memory) -> bool:
     which axes are learnt next.
     """
     width = rows.shape[1]
-    rows = rows[~sinks(rows)]
+    rows = rows[~attention_sinks(rows)]
     u = rows / rows.square().mean(1).sqrt().clamp_min(1e-30)[:, None]
     fresh = {"count": torch.tensor(float(len(u))), "sum": u.sum(0), "outer": u.T @ u}
     for name, value in fresh.items():

@@ -21,15 +21,15 @@ from dataclasses import dataclass
 
 import torch
 
-from splitft.codecs.encoded import Encoded, Parameter, Part
-from splitft.codecs.passage import Passage
+from splitft.codecs.encoded import Encoded, Parameter, StoredPart
+from splitft.codecs.passage import CodecContext
 from splitft.codecs.rotation import (
     as_rows,
+    attention_sinks,
     grouped,
     groups_of,
     rotated,
     rotated_back,
-    sinks,
     sizes,
     ungrouped,
 )
@@ -52,17 +52,17 @@ class Int8:
         """Payload of a tensor of this shape."""
         return float(sum(part.nbytes for part in self.layout(shape, {"top": 0}).values()))
 
-    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, StoredPart]:
         """Codes (N, D), one byte of scale a group, mean (D,), outlier channels and which they are."""
         top_of(parameters)
         rows, width = sizes(shape)
         return {
-            "codes": Part(torch.int8, (rows, width)),
-            "scales": Part(torch.uint8, (rows * groups_of(width)[0],)),
+            "codes": StoredPart(torch.int8, (rows, width)),
+            "scales": StoredPart(torch.uint8, (rows * groups_of(width)[0],)),
             **_layout_apart(rows, width, lone=True),
         }
 
-    def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
+    def encode(self, tensor: torch.Tensor, passage: CodecContext) -> Encoded:
         """Round to the nearest, or at random where it must be right on average."""
         rows = as_rows(tensor)
         rest, parts = _taken_apart(rows, lone=True)
@@ -87,7 +87,7 @@ class Int8:
         parts |= {"codes": ungrouped(codes, rows.shape[1]).contiguous(), "scales": scales}
         return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), parts, {"top": top})
 
-    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
+    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: CodecContext) -> torch.Tensor:
         """Codes times scales, and what was apart."""
         codes, scales = encoded.parts["codes"], steps_of(encoded.parts["scales"], top_of(encoded.parameters))
         width = codes.shape[1]
@@ -98,7 +98,7 @@ class Int8:
             rest = codes * scales.reshape(-1, count).repeat_interleave(size, 1)[:, :width]
         return _put_together(rest, encoded.parts).reshape(encoded.shape).to(dtype)
 
-    def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
+    def error_bound(self, encoded: Encoded, passage: CodecContext) -> torch.Tensor:
         """(N,): half a step a number, a whole one where rounding was random."""
         return _row_bound(encoded, 1.0 if encoded.role == "gradient" else 0.5)
 
@@ -120,18 +120,18 @@ class Packed:
         """Payload of a tensor of this shape."""
         return float(sum(part.nbytes for part in self.layout(shape, {"top": 0}).values()))
 
-    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, StoredPart]:
         """Packed codes, one byte of scale a group, mean (D,), outlier channels and which they are."""
         top_of(parameters)
         rows, width = sizes(shape)
         count, size = groups_of(width)
         return {
-            "codes": Part(torch.uint8, (-(-rows * count * size // (8 // self.bits)),)),
-            "scales": Part(torch.uint8, (rows * count,)),
+            "codes": StoredPart(torch.uint8, (-(-rows * count * size // (8 // self.bits)),)),
+            "scales": StoredPart(torch.uint8, (rows * count,)),
             **_layout_apart(rows, width),
         }
 
-    def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
+    def encode(self, tensor: torch.Tensor, passage: CodecContext) -> Encoded:
         """Take out what is large, rotate the rest, round it."""
         rows = as_rows(tensor)
         rest, parts = _taken_apart(rows)
@@ -149,7 +149,7 @@ class Packed:
         parts |= {"codes": pack_bits(codes.reshape(-1), self.bits), "scales": scales}
         return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), parts, {"top": top})
 
-    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
+    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: CodecContext) -> torch.Tensor:
         """The other way round."""
         rows, width = sizes(encoded.shape)
         count, size = groups_of(width)
@@ -160,7 +160,7 @@ class Packed:
         rest = rotated_back(ungrouped(groups, width))
         return _put_together(rest, encoded.parts).reshape(encoded.shape).to(dtype)
 
-    def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
+    def error_bound(self, encoded: Encoded, passage: CodecContext) -> torch.Tensor:
         """(N,): int4 half a step a number, a whole one at random; int2 a step at most."""
         return _row_bound(encoded, 0.5 if self.bits > 2 and encoded.role != "gradient" else 1.0)
 
@@ -225,13 +225,13 @@ def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return torch.cat([(packed >> (bits * place)) & mask for place in range(share)])[:count]
 
 
-def _layout_apart(rows: int, width: int, lone: bool = False) -> dict[str, Part]:
+def _layout_apart(rows: int, width: int, lone: bool = False) -> dict[str, StoredPart]:
     """What travels beside codes; with `lone`, nothing does of a row alone, which would be its own mean."""
     width, apart = (0, 0) if lone and rows == 1 else (width, channels_apart(width))
     return {
-        "mean": Part(torch.bfloat16, (width,)),
-        "channels": Part(torch.int32, (apart,)),
-        "apart": Part(torch.bfloat16, (rows, apart)),
+        "mean": StoredPart(torch.bfloat16, (width,)),
+        "channels": StoredPart(torch.int32, (apart,)),
+        "apart": StoredPart(torch.bfloat16, (rows, apart)),
     }
 
 
@@ -253,7 +253,7 @@ def _mean(rows: torch.Tensor) -> torch.Tensor:
     """(D,): of the rows of ordinary length, for one attention sink is longer than a hundred others."""
     if not len(rows):
         return rows.new_zeros(rows.shape[1])
-    ordinary = (~sinks(rows)).float()
+    ordinary = (~attention_sinks(rows)).float()
     mean: torch.Tensor = ordinary @ rows / ordinary.sum()
     return mean
 

@@ -2,7 +2,7 @@
 
     tensor --encode--> Encoded (parts, parameters) --(frame)--> --decode--> tensor of the receiver's type
 
-A codec is told the tensor's role and what its end of the stream remembers (`Passage`), is deterministic, says
+A codec is told the role and what its end of the stream remembers (`CodecContext`), is deterministic, says
 what it takes (`bytes_for`), what a receiver may hold a sender to (`layout`), and how far off a row may be
 (`error_bound`). What travels is rounded, what is differentiated is not: the receiver's gradient with
 respect to the decoded tensor is taken for the sender's with respect to its own (straight through).
@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import torch
 
 from splitft.codecs.cast import Cast, ScaledCast
-from splitft.codecs.encoded import Encoded, Parameter, Part
+from splitft.codecs.encoded import Encoded, Parameter, StoredPart
 from splitft.codecs.error_bounded import Bounded
 from splitft.codecs.error_feedback import Feedback
-from splitft.codecs.passage import Passage
+from splitft.codecs.passage import CodecContext
 from splitft.codecs.quantize import Int8, Packed
 from splitft.codecs.temporal import Temporal
 from splitft.codecs.top_k import TopK
@@ -38,16 +38,16 @@ class Codec(Protocol):
     def bytes_for(self, shape: tuple[int, ...]) -> float:
         """Payload of a tensor of this shape: exact, or expected where it follows the data."""
 
-    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, StoredPart]:
         """The parts of such a tensor. Raises WireError for parameters that are not its own."""
 
-    def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
+    def encode(self, tensor: torch.Tensor, passage: CodecContext) -> Encoded:
         """As it will travel."""
 
-    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
+    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: CodecContext) -> torch.Tensor:
         """Back to the type that the receiver computes in. Raises WireError for contents that lie."""
 
-    def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
+    def error_bound(self, encoded: Encoded, passage: CodecContext) -> torch.Tensor:
         """(N,) Euclidean length that the error of each row may have."""
 
 

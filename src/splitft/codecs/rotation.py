@@ -40,7 +40,7 @@ def groups_of(width: int) -> tuple[int, int]:
     return count, -(-width // count)
 
 
-def sinks(rows: torch.Tensor) -> torch.Tensor:
+def attention_sinks(rows: torch.Tensor) -> torch.Tensor:
     """(N,): which rows of (N, D) are far longer than others, as those of tokens that attention rests on."""
     length = torch.linalg.vector_norm(rows, dim=1)
     return length > SINK * length.median() if len(rows) else torch.zeros(0, dtype=torch.bool)

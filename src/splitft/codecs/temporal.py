@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from splitft.codecs.encoded import Encoded, Parameter, Part
-from splitft.codecs.passage import Memory, Passage
+from splitft.codecs.encoded import Encoded, Parameter, StoredPart
+from splitft.codecs.passage import CodecContext, Memory
 from splitft.codecs.quantize import Packed
 from splitft.codecs.rotation import as_rows, sizes
 from splitft.errors import WireError
@@ -41,7 +41,7 @@ class Temporal:
         """Of a first epoch, when nothing is known; later ones are shorter by the rows not sent."""
         return self.inner.bytes_for(shape) + 9 * sizes(shape)[0] / 8
 
-    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, StoredPart]:
         """The rows that are sent, as the codec inside has them; what each row is; whose they are."""
         rows, width = sizes(shape)
         sent, examples = parameters.get("sent"), parameters.get("examples")
@@ -50,12 +50,12 @@ class Temporal:
         if not (0 <= sent <= rows and 0 <= examples <= rows):
             raise WireError(f"temporal: {sent} rows of {examples} examples are sent of {rows}")
         return self.inner.layout((sent, width), parameters) | {
-            "how": Part(torch.uint8, (rows,)),
-            "examples": Part(torch.int64, (examples,)),
-            "counts": Part(torch.int32, (examples,)),
+            "how": StoredPart(torch.uint8, (rows,)),
+            "examples": StoredPart(torch.int64, (examples,)),
+            "counts": StoredPart(torch.int32, (examples,)),
         }
 
-    def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
+    def encode(self, tensor: torch.Tensor, passage: CodecContext) -> Encoded:
         """Compare with what is kept, send what is worth it."""
         rows = as_rows(tensor)
         names, counts = _examples(passage)
@@ -82,7 +82,7 @@ class Temporal:
         self._remember(self._rows(out, kept, passage), names, counts, passage.memory)
         return out
 
-    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
+    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: CodecContext) -> torch.Tensor:
         """Add differences to what is kept. Raises WireError if the ends do not remember the same."""
         how, rows = encoded.parts["how"], sizes(encoded.shape)[0]
         names = encoded.parts["examples"].tolist()
@@ -105,7 +105,7 @@ class Temporal:
         self._remember(decoded, names, counts, passage.memory)
         return decoded.reshape(encoded.shape).to(dtype)
 
-    def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
+    def error_bound(self, encoded: Encoded, passage: CodecContext) -> torch.Tensor:
         """(N,): of the codec inside where a row was sent; infinite here where none was (`skip` bounds it)."""
         how = encoded.parts["how"]
         bound = torch.full((len(how),), torch.inf, dtype=torch.float64)
@@ -119,7 +119,7 @@ class Temporal:
         shape = (int(encoded.parameters["sent"]), sizes(encoded.shape)[1])
         return Encoded(encoded.role, self.inner.name, torch.float32, shape, parts, encoded.parameters)
 
-    def _rows(self, encoded: Encoded, kept: torch.Tensor, passage: Passage) -> torch.Tensor:
+    def _rows(self, encoded: Encoded, kept: torch.Tensor, passage: CodecContext) -> torch.Tensor:
         """(N, D) as the receiver has it."""
         how = encoded.parts["how"]
         sent = self.inner.decode(self._sent(encoded), torch.float32, passage)
@@ -142,7 +142,7 @@ class Temporal:
                 taken += growth
 
 
-def _examples(passage: Passage) -> tuple[list[int], list[int]]:
+def _examples(passage: CodecContext) -> tuple[list[int], list[int]]:
     return [name for name, _ in passage.examples], [count for _, count in passage.examples]
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from splitft.codecs.cast import no_parameters
-from splitft.codecs.encoded import Encoded, Parameter, Part
-from splitft.codecs.passage import Passage
+from splitft.codecs.encoded import Encoded, Parameter, StoredPart
+from splitft.codecs.passage import CodecContext
 from splitft.codecs.rotation import as_rows, sizes
 from splitft.errors import WireError
 
@@ -36,15 +36,15 @@ class TopK:
         """Payload of a tensor of this shape."""
         return float(sum(part.nbytes for part in self.layout(shape, {}).values()))
 
-    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, StoredPart]:
         """Values (N, k) and their places in the row."""
         no_parameters(self.name, parameters)
         rows, width = sizes(shape)
         kept = (rows, self.kept(width))
         places = torch.int16 if width <= 2**15 else torch.int32
-        return {"values": Part(torch.bfloat16, kept), "places": Part(places, kept)}
+        return {"values": StoredPart(torch.bfloat16, kept), "places": StoredPart(places, kept)}
 
-    def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
+    def encode(self, tensor: torch.Tensor, passage: CodecContext) -> Encoded:
         """Choose by magnitude."""
         rows = as_rows(tensor)
         width = rows.shape[1]
@@ -54,7 +54,7 @@ class TopK:
         parts = {"values": values, "places": narrow}
         return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), parts)
 
-    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
+    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: CodecContext) -> torch.Tensor:
         """The kept numbers in their places. Raises WireError if a place is not in the row, or comes twice."""
         width = sizes(encoded.shape)[1]
         places = encoded.parts["places"].long()
@@ -64,7 +64,7 @@ class TopK:
         rows = torch.zeros(sizes(encoded.shape)).scatter_(1, places, encoded.parts["values"].float())
         return rows.reshape(encoded.shape).to(dtype)
 
-    def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
+    def error_bound(self, encoded: Encoded, passage: CodecContext) -> torch.Tensor:
         """(N,): what is left out is nowhere larger than the least that was kept."""
         values = encoded.parts["values"].double()
         width, near = sizes(encoded.shape)[1], 1 + 2 * torch.finfo(torch.bfloat16).eps

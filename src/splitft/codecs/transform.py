@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from splitft.codecs import entropy_coder as entropy
-from splitft.codecs.encoded import Encoded, Parameter, Part
-from splitft.codecs.passage import Memory, Passage
+from splitft.codecs.encoded import Encoded, Parameter, StoredPart
+from splitft.codecs.passage import CodecContext, Memory
 from splitft.codecs.principal_axes import Axes, learn
 from splitft.codecs.quantize import Packed, scale_bytes, steps_of, top_of
-from splitft.codecs.rotation import as_rows, sinks, sizes
+from splitft.codecs.rotation import as_rows, attention_sinks, sizes
 from splitft.errors import WireError
 
 LONE = 9.0
@@ -50,7 +50,7 @@ class Principal:
         rows, width = sizes(shape)
         return rows * width * self.bits / 8
 
-    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, Part]:
+    def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, StoredPart]:
         """Codes of any length, a scale a row, rows apart, and with new axes the axes."""
         rows, width = sizes(shape)
         stage, lone = parameters.get("stage"), parameters.get("lone")
@@ -63,18 +63,21 @@ class Principal:
             raise WireError(f"principal: the step is {step!r}; it must be a number above 0")
         top_of(parameters)
         parts = {
-            "codes": Part(torch.uint8, (4 * rows * width + 64,), at_most=True),
-            "scales": Part(torch.uint8, (rows,)),
-            "places": Part(torch.int32, (lone,)),
+            "codes": StoredPart(torch.uint8, (4 * rows * width + 64,), at_most=True),
+            "scales": StoredPart(torch.uint8, (rows,)),
+            "places": StoredPart(torch.int32, (lone,)),
         }
         if lone:
             inner = _INT4.layout((lone, width), {"top": parameters.get("lone_top", "")})
             parts |= {f"lone_{name}": part for name, part in inner.items()}
         if stage == _FIRST:
-            parts |= {"basis": Part(torch.int8, (width, width)), "facts": Part(torch.float32, (3, width))}
+            parts |= {
+                "basis": StoredPart(torch.int8, (width, width)),
+                "facts": StoredPart(torch.float32, (3, width)),
+            }
         return parts
 
-    def encode(self, tensor: torch.Tensor, passage: Passage) -> Encoded:
+    def encode(self, tensor: torch.Tensor, passage: CodecContext) -> Encoded:
         """Learn, and code along what is known."""
         rows, memory = as_rows(tensor), passage.memory
         new = memory is not None and bool(rows.numel()) and learn(rows, memory)
@@ -88,7 +91,7 @@ class Principal:
                 parts |= {"basis": memory["basis"], "facts": memory["facts"]}
         return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), parts, parameters)
 
-    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: Passage) -> torch.Tensor:
+    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: CodecContext) -> torch.Tensor:
         """The other way round. Raises WireError for axes that never came, and codes that do not fit them."""
         shape, parts = encoded.shape, encoded.parts
         if encoded.parameters["stage"] == _PLAIN:
@@ -108,7 +111,7 @@ class Principal:
             x[places] = _INT4.decode(_lone(encoded), torch.float32, passage)
         return x.reshape(shape).to(dtype)
 
-    def error_bound(self, encoded: Encoded, passage: Passage) -> torch.Tensor:
+    def error_bound(self, encoded: Encoded, passage: CodecContext) -> torch.Tensor:
         """(N,): half a step an axis (a whole one at random), and what int8 took from the axes themselves."""
         if encoded.parameters["stage"] == _PLAIN:
             return _INT4.error_bound(encoded, passage)
@@ -119,7 +122,7 @@ class Principal:
         rounding = float(torch.linalg.matrix_norm(basis, 2)) * share * step * math.sqrt(len(basis))
         scales = steps_of(encoded.parts["scales"], top_of(encoded.parameters)).double()
         decoded = self.decode(
-            encoded, torch.float64, Passage(encoded.role, memory=dict(passage.memory or {}))
+            encoded, torch.float64, CodecContext(encoded.role, memory=dict(passage.memory or {}))
         )
         u = decoded.reshape(len(scales), -1) / scales[:, None] - axes.mean
         bound: torch.Tensor = (slack * u.norm(dim=1) + rounding) / (1 - slack) * scales * (1 + 1e-4)
@@ -127,7 +130,7 @@ class Principal:
             bound[places] = _INT4.error_bound(_lone(encoded), passage)
         return bound
 
-    def _axes(self, encoded: Encoded, passage: Passage) -> Axes:
+    def _axes(self, encoded: Encoded, passage: CodecContext) -> Axes:
         source = encoded.parts if encoded.parameters["stage"] == _FIRST else passage.memory or {}
         if "basis" not in source or len(source["basis"]) != sizes(encoded.shape)[1]:
             raise WireError(
@@ -137,13 +140,15 @@ class Principal:
         return Axes.of(source["basis"], source["facts"])
 
     def _coded(
-        self, rows: torch.Tensor, memory: Memory, passage: Passage, new: bool
+        self, rows: torch.Tensor, memory: Memory, passage: CodecContext, new: bool
     ) -> tuple[dict[str, torch.Tensor], dict[str, Parameter]]:
         """Rows along known axes; `memory` gets the step for the next ones."""
         axes = Axes.of(memory["basis"], memory["facts"])
         scales, top = scale_bytes(rows.square().mean(1).sqrt())
         y = (rows / steps_of(scales, top)[:, None] - axes.mean) @ axes.basis
-        apart = sinks(rows) if passage.role == "hidden" else torch.zeros(len(rows), dtype=torch.bool)
+        apart = (
+            attention_sinks(rows) if passage.role == "hidden" else torch.zeros(len(rows), dtype=torch.bool)
+        )
         step = self._first_step(axes, y[~apart], passage) if new else float(memory["step"])
         grid, exact = axes.grid(step), y / step
         codes = self._rounded(exact, passage)
@@ -168,7 +173,7 @@ class Principal:
         memory["step"] = torch.tensor(step * 2.0 ** (weight * change), dtype=torch.float64)
         return parts, parameters
 
-    def _first_step(self, axes: Axes, y: torch.Tensor, passage: Passage) -> float:
+    def _first_step(self, axes: Axes, y: torch.Tensor, passage: CodecContext) -> float:
         """The step with which these rows (N, D) take the bits asked for, scales and lanes' states and all."""
         room = self.bits * y.numel() - 24 * len(y)
         low, high = 1e-4, 1e2
@@ -179,7 +184,7 @@ class Principal:
             low, high = (step, high) if taken > room else (low, step)
         return math.sqrt(low * high)
 
-    def _rounded(self, exact: torch.Tensor, passage: Passage) -> torch.Tensor:
+    def _rounded(self, exact: torch.Tensor, passage: CodecContext) -> torch.Tensor:
         """To the nearest, or at random where that is right on average and bits allow it."""
         at_random = passage.unbiased and self.bits >= LEAST_RANDOM_BITS
         return (exact + passage.uniform(exact)).floor() if at_random else exact.round()

@@ -28,20 +28,20 @@ from splitft.compare.report import (
 )
 from splitft.config import RunConfig, dump, load
 from splitft.errors import ConfigError, MethodError, RunError, SplitftError
-from splitft.evaluation.evaluate import HELD_OUT, Trial, check_tasks, evaluate
+from splitft.evaluation.evaluate import HELD_OUT, EvaluationRequest, check_tasks, evaluate
 from splitft.methods import METHODS, MethodName
 from splitft.report.page import write_page
 from splitft.run.folder import Run, is_finished
 from splitft.run.train import train
 from splitft.tracking.evaluations import METRICS, read_evaluations
 from splitft.tracking.events import Event, RunStarted
-from splitft.tracking.history import course
+from splitft.tracking.history import loss_history
 from splitft.tracking.log import read_events, settled
 from splitft.version import __version__
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparisonRow:
     """One run of a comparison."""
 
     method: MethodName
@@ -60,13 +60,13 @@ class Entry:
         return (self.folder / "events.jsonl").is_file() and is_finished(self.folder)
 
 
-Watch = Callable[[Entry, Event], None]
+Watch = Callable[[ComparisonRow, Event], None]
 """Told what happens in a run."""
 
 
 def laid_out(
     file: Path, methods: Sequence[str], seeds: Sequence[int], out: Path, overrides: Sequence[str] = ()
-) -> list[Entry]:
+) -> list[ComparisonRow]:
     """Every run of the comparison, seed by seed, each configuration checked; nothing is trained or written.
 
     Raises MethodError for a method that does not exist or cannot run as configured, and ConfigError.
@@ -95,14 +95,14 @@ def laid_out(
                 faults += [f"{name}: {line}" for line in str(error).splitlines()]
                 continue
             folder = out / "runs" / f"{name}-seed{seed}-{_digest(config)}"
-            entries.append(Entry(config.method, seed, config, folder))
+            entries.append(ComparisonRow(config.method, seed, config, folder))
     if faults:
         raise MethodError("\n".join(dict.fromkeys(faults)))
     return entries
 
 
 def compare(
-    entries: Sequence[Entry],
+    entries: Sequence[ComparisonRow],
     out: Path,
     *,
     target: float | None = None,
@@ -133,7 +133,9 @@ def compare(
     return found
 
 
-def _tried(entry: Entry, tasks: Sequence[str], told: Callable[[str, int, int], None]) -> dict[str, float]:
+def _tried(
+    entry: ComparisonRow, tasks: Sequence[str], told: Callable[[str, int, int], None]
+) -> dict[str, float]:
     """What the run's model can do, measured now where `eval.json` does not have it."""
     if not Run(entry.folder).adapter_dir.is_dir():  # every client has its own, and there is no one model
         return {}
@@ -142,7 +144,9 @@ def _tried(entry: Entry, tasks: Sequence[str], told: Callable[[str, int, int], N
     if missing:
         try:
             kept += evaluate(
-                entry.folder, Trial(missing), lambda task, *count: told(f"{entry.name}, {task}", *count)
+                entry.folder,
+                EvaluationRequest(missing),
+                lambda task, *count: told(f"{entry.name}, {task}", *count),
             )
         except SplitftError as error:
             raise type(error)(f"{entry.name}: {error}") from error
@@ -155,7 +159,7 @@ def _tried(entry: Entry, tasks: Sequence[str], told: Callable[[str, int, int], N
     }
 
 
-def _trained(entry: Entry, watch: Watch) -> Trained:
+def _trained(entry: ComparisonRow, watch: Watch) -> Trained:
     """A finished run, trained now if it has to be."""
     folder = entry.folder
     if not entry.finished:
@@ -177,7 +181,7 @@ def _trained(entry: Entry, watch: Watch) -> Trained:
         seed=entry.seed,
         folder=str(folder),
         summary=summary,
-        course=course(events),
+        course=loss_history(events),
         server_reads=server_reads(summary, started.received),
         about=f"{METHODS[entry.method].difference} {METHODS[entry.method].source}",
     )

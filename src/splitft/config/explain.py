@@ -19,6 +19,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from splitft.registry import generation
+
 Place = tuple[str | int, ...]
 """The keys and indices that lead to a value."""
 Schema = Mapping[str, Any]
@@ -193,9 +195,13 @@ def _remove(data: Any, place: Place) -> None:
         data.pop(place[-1], None)
 
 
-@cache
 def schema_of(kind: type[BaseModel]) -> Schema:
-    """The JSON schema of a specification with every reference written out."""
+    """The JSON schema of a specification, plug-ins' names included, with every reference written out."""
+    return _schema_of(kind, generation())
+
+
+@cache
+def _schema_of(kind: type[BaseModel], generation: int) -> Schema:
     schema = kind.model_json_schema()
     definitions = schema.pop("$defs", {})
 

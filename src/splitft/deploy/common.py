@@ -16,14 +16,14 @@ from pydantic import ValidationError
 
 from splitft.config import RunConfig
 from splitft.deploy.manifest import manifest_of
-from splitft.deploy.site.policy import Guard, at_site, refusals
+from splitft.deploy.site.policy import SitePolicy, at_site, refusals
 from splitft.deploy.unsupported import check_deployable
 from splitft.errors import DeployError, ForbiddenError
 from splitft.geometry import Span
 from splitft.model import Model, open_model
-from splitft.model.quiet import quiet
-from splitft.protocol import BaseFile, Hello, Terms
-from splitft.run.cut_schedule import Pace
+from splitft.model.quiet import silence_transformers
+from splitft.protocol import BaseFile, MessageSerializer, Register
+from splitft.run.cut_schedule import CutSchedule
 from splitft.run.defending import defence_of, public_text
 from splitft.run.fleet import exact_sizes, fleet_of, workload_of
 from splitft.run.setup import gather, ranks_of
@@ -34,7 +34,7 @@ from splitft.schedule.workload import Workload
 from splitft.specs import DeviceSpec, SiteSpec
 from splitft.tracking.events import ClientFacts
 from splitft.training import Client, Server
-from splitft.training.ranks import Ranks
+from splitft.training.ranks import RankPolicy
 
 HEADER_BYTES = 2**21
 """Room for the headers of a message."""
@@ -48,8 +48,8 @@ class Common:
 
     config: RunConfig
     model: Model
-    ranks: Ranks
-    terms: Terms
+    ranks: RankPolicy
+    terms: MessageSerializer
     frame_limit: int
     """Longest message of this run, in bytes."""
     batch_tokens: int
@@ -61,10 +61,10 @@ class SiteParty:
     """A site that is ready to say Hello."""
 
     common: Common
-    hello: Hello
+    hello: Register
     open_client: Callable[[int], Client]
     """Its client at a cut; loads the blocks."""
-    guard: Guard
+    guard: SitePolicy
     """What its data owner forbids."""
 
 
@@ -73,7 +73,7 @@ class ServerParty:
     """The server, ready for the first round of a link."""
 
     server: Server
-    pace: Pace
+    pace: CutSchedule
     cuts: dict[str, int]
     facts: tuple[ClientFacts, ...]
     manifest: tuple[BaseFile, ...]
@@ -114,17 +114,17 @@ def open_site(config: RunConfig, name: str, site: SiteSpec | None = None) -> Sit
             config, place = among(config, (name,)), 0
         config = at_site(config, site)
     site = site or SiteSpec()
-    with quiet():
+    with silence_transformers():
         common, gathered = common_of(config), gather(config)
         own = gathered.clients[place]
         work = workload_of(config, own.stream)
         machine, memory_at = _machine(config, name, common, work, site)
-    guard = Guard(site, common.model, config.split.labels == "client", memory_at)
+    guard = SitePolicy(site, common.model, config.split.labels == "client", memory_at)
     if fixed is None:
         guard.check_some_cut_fits()
     else:
         guard.check_memory(fixed)
-    hello = Hello(
+    hello = Register(
         client=name,
         train_examples=own.facts.train_examples,
         train_tokens=own.facts.train_tokens,
@@ -139,7 +139,7 @@ def open_site(config: RunConfig, name: str, site: SiteSpec | None = None) -> Sit
     )
 
     def open_client(cut: int) -> Client:
-        with quiet():
+        with silence_transformers():
             public = public_text(config, gathered.model, site.bounds)
             return Client(
                 name,
@@ -183,7 +183,7 @@ def _told(device: Device, budget_gb: float | None) -> dict[str, float]:
     }
 
 
-def unfit(config: RunConfig, blocks: int, name: str, hello: Hello) -> str | None:
+def unfit(config: RunConfig, blocks: int, name: str, hello: Register) -> str | None:
     """Why a site that has said Hello cannot take part, if what it tells of itself rules it out."""
     try:
         machine = DeviceSpec.model_validate(hello.device) if hello.device else None
@@ -201,13 +201,13 @@ def unfit(config: RunConfig, blocks: int, name: str, hello: Hello) -> str | None
     return f"its data owner allows cuts from {hello.min_cut} on, and this run goes to {deepest} ({key})"
 
 
-def open_server(common: Common, hellos: Mapping[str, Hello]) -> ServerParty:
+def open_server(common: Common, hellos: Mapping[str, Register]) -> ServerParty:
     """The server for the sites that have said Hello, in the order of the run's sites."""
     config = _as_told(among(common.config, tuple(hellos)), hellos)
     told = [_workload(config, one) for one in hellos.values()]
-    with quiet():
+    with silence_transformers():
         fleet = fleet_of(config, common.model, common.ranks, tuple(hellos), told)
-        pace, cuts = Pace.begin(config, fleet, {name: one.min_cut for name, one in hellos.items()})
+        pace, cuts = CutSchedule.begin(config, fleet, {name: one.min_cut for name, one in hellos.items()})
         manifest = manifest_of(common.model)
         deepest = Span(min(cuts.values()), common.model.shape.blocks)
         server = Server(common.model, deepest, common.ranks, config.split, config.training)
@@ -227,7 +227,7 @@ def open_server(common: Common, hellos: Mapping[str, Hello]) -> ServerParty:
     return ServerParty(server, pace, cuts, facts, manifest, left_out)
 
 
-def _as_told(config: RunConfig, hellos: Mapping[str, Hello]) -> RunConfig:
+def _as_told(config: RunConfig, hellos: Mapping[str, Register]) -> RunConfig:
     """With the machines that data owners have told of; one that fits at no cut does not stop the others."""
     if not any(one.device for one in hellos.values()):
         return config
@@ -241,7 +241,7 @@ def _as_told(config: RunConfig, hellos: Mapping[str, Hello]) -> RunConfig:
     return config.model_copy(update={"schedule": schedule})
 
 
-def _workload(config: RunConfig, hello: Hello) -> Workload:
+def _workload(config: RunConfig, hello: Register) -> Workload:
     """A site's batches as the schedule counts them, from the means that the site told."""
     return Workload(
         tokens=hello.tokens_per_batch,
@@ -272,7 +272,7 @@ def among(config: RunConfig, names: Sequence[str]) -> RunConfig:
     )
 
 
-def _frame_limit(config: RunConfig, model: Model, ranks: Ranks) -> int:
+def _frame_limit(config: RunConfig, model: Model, ranks: RankPolicy) -> int:
     """A batch's hidden states, all adapters with their moments, in the widest type, and the headers."""
     batch = most_rows(config) * model.shape.width * 8
     adapter = config.lora.rank * exact_sizes(model, ranks).adapter_parameters_per_rank * model.shape.blocks

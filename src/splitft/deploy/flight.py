@@ -13,15 +13,15 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from splitft.deploy.requests import Lane
+from splitft.deploy.requests import RequestChannel
 
 
-class Flight:
+class Pipeline:
     """The questions of one client that are underway."""
 
-    def __init__(self, lanes: Sequence[Lane], patience_s: float) -> None:
+    def __init__(self, lanes: Sequence[RequestChannel], patience_s: float) -> None:
         self._free, self._patience_s = deque(lanes), patience_s
-        self._underway: deque[tuple[Lane, Future[bytes]]] = deque()
+        self._underway: deque[tuple[RequestChannel, Future[bytes]]] = deque()
         self._threads = ThreadPoolExecutor(len(lanes), thread_name_prefix="lane")
 
     def __len__(self) -> int:

@@ -21,7 +21,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from threading import Lock
 
-from splitft.deploy.transport import Carrier
+from splitft.deploy.transport import Transport
 from splitft.errors import CarrierError, RepeatError, WireError
 
 MAGIC = b"SPFE"
@@ -75,10 +75,10 @@ class Envelope:
             return cls(link, 0, 0, b"")
 
 
-class Lane:
+class RequestChannel:
     """The client's side of one lane: asks until it is answered."""
 
-    def __init__(self, carrier: Carrier, link: bytes, lane: int, limit: int) -> None:
+    def __init__(self, carrier: Transport, link: bytes, lane: int, limit: int) -> None:
         self._carrier, self._link, self._lane, self._limit = carrier, link, lane, limit
         self._number = 0
 
@@ -115,7 +115,7 @@ class _Last:
     answer: Future[bytes]
 
 
-class Repeats:
+class ReplyCache:
     """The server's side of one site's lanes: a message is worked on once, answered as often as it comes."""
 
     def __init__(self) -> None:

@@ -40,7 +40,7 @@ class Ending:
     """Whether whoever runs the federation has stopped the run."""
 
 
-class Federation(Protocol):
+class Engine(Protocol):
     """A running federation, as the supervisor sees it. Raises DeployError while its server is away."""
 
     def connected(self) -> set[str]:
@@ -62,8 +62,8 @@ class Federation(Protocol):
         """After its end: what came of it."""
 
 
-def run_chain(
-    federation: Federation,
+def supervise(
+    federation: Engine,
     sites: tuple[str, ...],
     min_clients: int,
     gather_s: float,
@@ -96,7 +96,7 @@ def run_chain(
 
 
 def _await_sites(
-    federation: Federation,
+    federation: Engine,
     sites: tuple[str, ...],
     min_clients: int,
     gather_s: float,
@@ -120,7 +120,7 @@ def _await_sites(
 
 
 def _follow(
-    federation: Federation,
+    federation: Engine,
     link: str,
     say: Callable[[str], None],
     tell: Callable[[str, Mapping[str, Any]], None] | None,

@@ -16,7 +16,7 @@ Answer = Callable[[str, bytes], bytes]
 """The server's side: the sender's name, as the carrier vouches for it, and what it sends -> the answer."""
 
 
-class Carrier(Protocol):
+class Transport(Protocol):
     """The client's side."""
 
     def ask(self, data: bytes, within_s: float) -> bytes:

@@ -7,6 +7,6 @@
 what a user gets who loads the exported adapter.
 """
 
-from splitft.evaluation.tasks import TASKS, Advance, Outcome, Reader, suitable_tasks
+from splitft.evaluation.tasks import TASKS, Advance, Reader, TaskResult, suitable_tasks
 
-__all__ = ["TASKS", "Advance", "Outcome", "Reader", "suitable_tasks"]
+__all__ = ["TASKS", "Advance", "Reader", "TaskResult", "suitable_tasks"]

@@ -27,7 +27,7 @@ from splitft.evaluation import TASKS, Reader, suitable_tasks
 from splitft.evaluation.likelihood import windows
 from splitft.export import with_adapter
 from splitft.model import Model, open_model
-from splitft.model.quiet import quiet
+from splitft.model.quiet import silence_transformers
 from splitft.run.folder import Run
 from splitft.run.inputs import divide_text
 from splitft.tracking.evaluations import read_evaluations
@@ -40,7 +40,7 @@ Told = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Trial:
+class EvaluationRequest:
     """What to try a model on, and how."""
 
     tasks: tuple[str, ...] = ()
@@ -60,17 +60,17 @@ class Trial:
 
 
 def evaluate(
-    folder: Path | str, trial: Trial | None = None, told: Told = lambda task, done, total: None
+    folder: Path | str, trial: EvaluationRequest | None = None, told: Told = lambda task, done, total: None
 ) -> list[dict[str, Any]]:
     """Try the run's model, write `eval.json`, and return this trial's entries.
 
     Raises RunError if there is no adapter or a task does not suit, and what reading the text raises.
     """
-    run, trial = Run(Path(folder)), trial or Trial()
+    run, trial = Run(Path(folder)), trial or EvaluationRequest()
     check_tasks(trial.tasks)
     config = _configured(run.config, trial)
     rounds = run.summary["rounds"]
-    with quiet():
+    with silence_transformers():
         model = open_model(config.model)
         tokenizer = model.tokenizer()
         adapter = _adapter_of(run, trial)
@@ -115,7 +115,7 @@ def evaluate(
     return entries
 
 
-def _adapter_of(run: Run, trial: Trial) -> Path:
+def _adapter_of(run: Run, trial: EvaluationRequest) -> Path:
     """The global adapter, or a client's own. Raises RunError if it is not there."""
     personal = run.folder / "personal"
     names = sorted(path.name for path in personal.iterdir()) if personal.is_dir() else []
@@ -181,7 +181,7 @@ class _Texts:
         return tuple(found)
 
 
-def _configured(config: RunConfig, trial: Trial) -> RunConfig:
+def _configured(config: RunConfig, trial: EvaluationRequest) -> RunConfig:
     """The run's configuration with another text, where the trial names one."""
     other = [one for one in trial.overrides if not one.strip().startswith("data.")]
     if other:
@@ -215,7 +215,7 @@ def _keep(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
     os.replace(draft, folder / "eval.json")
 
 
-def source_is_trained_on(folder: Path | str, trial: Trial) -> bool:
+def source_is_trained_on(folder: Path | str, trial: EvaluationRequest) -> bool:
     """Whether the other text is the file that the run trained on."""
     if trial.data is None:
         return False

@@ -52,7 +52,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TaskResult:
     """What came out of a task."""
 
     metrics: dict[str, float]
@@ -61,7 +61,7 @@ class Outcome:
     """A few prompts, references and continuations."""
 
 
-def perplexity(reader: Reader) -> Outcome:
+def perplexity(reader: Reader) -> TaskResult:
     """Loss and perplexity over the labelled tokens of all examples."""
     batches = eval_batches(reader.examples, len(reader.examples), BATCH_TOKENS)
     done = 0
@@ -73,20 +73,20 @@ def perplexity(reader: Reader) -> Outcome:
 
     loss, tokens = mean_loss(reader.model, batches, advance)
     counts = {"tokens": tokens, "examples": len(reader.examples)}
-    return Outcome({"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **counts})
+    return TaskResult({"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **counts})
 
 
-def e2e(reader: Reader) -> Outcome:
+def e2e(reader: Reader) -> TaskResult:
     """BLEU, chrF and ROUGE-L of what is written for each different prompt."""
     return _written(reader, overlap, 64)
 
 
-def gsm8k(reader: Reader) -> Outcome:
+def gsm8k(reader: Reader) -> TaskResult:
     """Exact match of the final number."""
     return _written(reader, exact_match, 256)
 
 
-TASKS: Mapping[str, Callable[[Reader], Outcome]] = {
+TASKS: Mapping[str, Callable[[Reader], TaskResult]] = {
     "perplexity": perplexity,
     "windows": perplexity,
     "e2e": e2e,
@@ -111,7 +111,7 @@ def _written(
     reader: Reader,
     score: Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, float]],
     longest: int,
-) -> Outcome:
+) -> TaskResult:
     """Continue each different prompt and score it against all its references."""
     references: dict[tuple[int, ...], list[str]] = {}
     whole = [example for example in reader.examples if not example.truncated]
@@ -155,7 +155,7 @@ def _written(
         "left_out": len(reader.examples) - len(whole),
         "mean_new_tokens": sum(map(len, said)) / len(said),
     }
-    return Outcome({**score(texts, list(references.values())), **counts}, samples)
+    return TaskResult({**score(texts, list(references.values())), **counts}, samples)
 
 
 def _text(reader: Reader, tokens: Sequence[int]) -> str:

@@ -16,7 +16,7 @@ from splitft.specs import PrivacySpec
 from splitft.tracking.events import PrivacySpent
 
 
-class Bounds:
+class UpdateBounds:
     """Bounds and noise on the updates of a run; without `clip_norm` it changes nothing."""
 
     def __init__(self, privacy: PrivacySpec, rule: str, noise: Noise) -> None:

@@ -54,7 +54,7 @@ def of_codec(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
 
 
 @dataclass
-class Holdings:
+class DeltaState:
     """What one end of a client's line knows that the other end holds."""
 
     exact: bool = True

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from splitft.codecs import CODECS, Codec, Entry, Part
+from splitft.codecs import CODECS, Codec, StoredPart, TensorEntry
 from splitft.codecs import codec_of as codec_named
 from splitft.errors import ProtocolError
-from splitft.protocol.adapter_deltas import SAME, Holdings, of_codec
-from splitft.protocol.codec_state import Streams
-from splitft.protocol.control import ORDERS
+from splitft.protocol.adapter_deltas import SAME, DeltaState, of_codec
+from splitft.protocol.codec_state import CodecState
+from splitft.protocol.control import CONTROL_MESSAGES
 from splitft.protocol.frame import MAX_FRAME_BYTES, SENDER, VERSION
 from splitft.protocol.messages import MESSAGES, Message
 from splitft.specs import WireSpec
@@ -35,7 +35,7 @@ FLAT = frozenset({"int8"})
 """Codecs that take a factor as one row of all its numbers."""
 MEMBERED = frozenset({"adapters", "moments", "folded", "own"})
 """Fields that hold several tensors, each by a name of its own."""
-KINDS: dict[str, type[Message]] = {**MESSAGES, **{kind.__name__: kind for kind in ORDERS}}
+KINDS: dict[str, type[Message]] = {**MESSAGES, **{kind.frame_kind(): kind for kind in CONTROL_MESSAGES}}
 """Every message that may travel, by name."""
 EXACT = frozenset({"moments", "folded", "own"})
 """Those that travel as they are: rounding them would change the training, or undo what corrects a mean."""
@@ -77,20 +77,20 @@ class Agreement:
         """Type that both sides compute in."""
         return {"label": torch.int64, "adapter": self.adapter_dtype}.get(role, self.dtype)
 
-    def holdings(self, streams: Streams) -> Holdings:
+    def holdings(self, streams: CodecState) -> DeltaState:
         """What this end knows that the other holds of the client's factors."""
         exact = {"fp64": torch.float64, "fp32": torch.float32}.get(self.wire.adapter)
         streams.adapters.exact = exact is not None and exact.itemsize >= self.adapter_dtype.itemsize
         streams.adapters.feedback = self.feedback
         return streams.adapters
 
-    def admit(
+    def validate_header(
         self,
         name: str,
         fields: Mapping[str, Any],
-        entries: Mapping[str, Entry],
+        entries: Mapping[str, TensorEntry],
         sender: str,
-        streams: Streams,
+        streams: CodecState,
     ) -> type[Message]:
         """The kind of message, if all its tensors are announced as agreed. Raises ProtocolError if not."""
         kind = KINDS.get(name)
@@ -108,7 +108,7 @@ class Agreement:
                 self.holdings(streams).base_of(key, entry.dtype, entry.shape, entry.codec, entry.parameters)
         return kind
 
-    def _admit_entry(self, kind: str, role: Role, name: str, entry: Entry, sender: str) -> None:
+    def _admit_entry(self, kind: str, role: Role, name: str, entry: TensorEntry, sender: str) -> None:
         """Raise ProtocolError unless the tensor is announced as agreed."""
         field, _, key = name.partition("/")
         if role == "label" and not self.labels_travel:
@@ -137,7 +137,7 @@ class Agreement:
             )
         if math.prod(entry.shape) > MAX_FRAME_BYTES:
             raise ProtocolError(f"{kind}: {name} is {entry.shape}, larger than any frame")
-        layout = {"": Part(entry.dtype, entry.shape)}
+        layout = {"": StoredPart(entry.dtype, entry.shape)}
         if entry.codec == SAME:
             layout = {}
         elif codec != RAW:

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from splitft.protocol import Message, Terms
-from splitft.protocol.codec_state import Streams
+from splitft.protocol import Message, MessageSerializer
+from splitft.protocol.codec_state import CodecState
 from splitft.tracking.events import Role, Traffic
 
 Direction = Literal["up", "down"]
@@ -45,13 +45,13 @@ class Meter:
         return counted
 
 
-class Line:
+class Channel:
     """One client's metered line."""
 
-    def __init__(self, client: str, terms: Terms, tap: Tap | None = None, seed: int = 0) -> None:
+    def __init__(self, client: str, terms: MessageSerializer, tap: Tap | None = None, seed: int = 0) -> None:
         self._client, self._terms, self._tap = client, terms, tap
         self._meter = Meter()
-        self.ends = {"client": Streams(seed, client), "server": Streams(seed, client)}
+        self.ends = {"client": CodecState(seed, client), "server": CodecState(seed, client)}
         """What each end remembers for codecs that learn."""
 
     def up(self, message: Message) -> Message:

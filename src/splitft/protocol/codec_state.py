@@ -13,20 +13,20 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from splitft.codecs.passage import Memory, Passage
-from splitft.protocol.adapter_deltas import Holdings
+from splitft.codecs.passage import CodecContext, Memory
+from splitft.protocol.adapter_deltas import DeltaState
 
 _CUT = "line/cut"
 _ADAPTERS = "adapters|"
 
 
-class Streams:
+class CodecState:
     """One end of one client's line."""
 
     def __init__(self, seed: int = 0, client: str = "") -> None:
         self._seed, self._client = seed, client
         self._memories: dict[str, Memory] = {}
-        self.adapters = Holdings()
+        self.adapters = DeltaState()
         """The client's factors that both ends hold."""
         self._underway: dict[int, tuple[tuple[int, int, int], ...]] = {}  # by micro-batch
         self._training = True
@@ -44,7 +44,7 @@ class Streams:
         self._cut = cut
         self.adapters.at_cut(cut)
 
-    def passage(self, kind: str, role: str, number: int, micro_batch: int = 0) -> Passage:
+    def passage(self, kind: str, role: str, number: int, micro_batch: int = 0) -> CodecContext:
         """Of the message of this kind and step, and its part of the step; `Activations` have all rows."""
         purpose = "train" if self._training else "evaluate"
         name = f"{kind}|{purpose}"
@@ -53,7 +53,7 @@ class Streams:
         examples = tuple((one, rows if whole else labelled) for one, rows, labelled in underway)
         place = f"{number}.{micro_batch}" if micro_batch else str(number)
         seed = zlib.crc32(f"{self._seed}/{self._client}/{name}/{place}".encode())
-        return Passage(role, seed, self._memories.setdefault(name, {}), examples)
+        return CodecContext(role, seed, self._memories.setdefault(name, {}), examples)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything remembered, by stream and name, to be kept."""

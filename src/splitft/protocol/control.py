@@ -25,8 +25,10 @@ from splitft.protocol.messages import Count, Length, Message, Name
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Hello(Message):
+class Register(Message):
     """Client: I have my text and my tokenizer. Numbers only, nothing of the text."""
+
+    FRAME_KIND = "Hello"
 
     client: Name
     train_examples: Count
@@ -84,8 +86,10 @@ class Next(Message):
     client: Name
 
 
-class Alive(Message):
+class Heartbeat(Message):
     """Client: I am at work."""
+
+    FRAME_KIND = "Alive"
 
     client: Name
 
@@ -121,12 +125,14 @@ class Refused(Message):
     reason: Annotated[str, Field(max_length=2000)]
 
 
-class Leave(Message):
+class EndSession(Message):
     """Server: this link of the run ends."""
+
+    FRAME_KIND = "Leave"
 
     reason: Annotated[str, Field(max_length=2000)]
 
 
-ORDERS: tuple[type[Message], ...] = (
-    Hello, Declined, Join, Next, Alive, Wait, Train, Evaluate, Stop, Refused, Leave,
+CONTROL_MESSAGES: tuple[type[Message], ...] = (
+    Register, Declined, Join, Next, Heartbeat, Wait, Train, Evaluate, Stop, Refused, EndSession,
 )  # fmt: skip

@@ -8,8 +8,8 @@ and for each tensor its role, codec, type and shape (`header`). The body is a sa
 parts that the codecs made of the tensors (`parts`). The first checksum covers the 20 bytes of the prefix
 before it and the header, the second the body; both are CRC-32 as in zlib. Nothing here is ever unpickled.
 
-    open_frame(bytes) -> Announced    prefix, header and table of tensors checked; the payload is untouched
-    Announced.read() -> Frame         checksum of the body, then the tensors
+    open_frame(bytes) -> UnreadFrame    prefix, header and table of tensors checked; the payload is untouched
+    UnreadFrame.read() -> Frame         checksum of the body, then the tensors
 
 Between the two stands `protocol`, which knows what was due. Not covered: who sent it (the connection's
 business).
@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
-from splitft.codecs.encoded import Encoded, Entry
+from splitft.codecs.encoded import Encoded, TensorEntry
 from splitft.errors import WireError
 from splitft.protocol.frame_header import announced, entries_of, placed, strict_json
 from splitft.version import __version__
@@ -94,13 +94,13 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Announced:
+class UnreadFrame:
     """A frame whose tables are read and sound; its payload is as it came, nothing was allocated for it."""
 
     kind: str
     fields: Mapping[str, Any]
     sender: str
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     """Its tensors by name: role, codec, type, shape, and the parts that are stored."""
     data: bytes = field(repr=False)
     body_at: int
@@ -130,7 +130,7 @@ def seal(header: bytes, body: bytes) -> bytes:
     return b"".join((lengths, struct.pack("<II", *checksums), header, body))
 
 
-def open_frame(data: bytes, limit: int = MAX_FRAME_BYTES) -> Announced:
+def open_frame(data: bytes, limit: int = MAX_FRAME_BYTES) -> UnreadFrame:
     """Check everything of a frame but its payload. Raises WireError that says what is wrong with it."""
     if len(data) > limit:
         raise WireError(f"a frame of {len(data)} bytes is over the limit of {limit}")
@@ -152,7 +152,7 @@ def open_frame(data: bytes, limit: int = MAX_FRAME_BYTES) -> Announced:
         raise WireError("the frame's header is not a sender, a kind, fields and tensors")
     table, payload = _table(data, body_at)
     entries = placed(entries_of(facts["tensors"]), table, payload)
-    return Announced(facts["kind"], facts["fields"], facts["sender"], entries, data, body_at, body_crc)
+    return UnreadFrame(facts["kind"], facts["fields"], facts["sender"], entries, data, body_at, body_crc)
 
 
 def _prefix(data: bytes) -> tuple[int, int, int, int]:

@@ -27,8 +27,8 @@ from splitft.codecs.encoded import (
     MAX_PARTS,
     NAMES,
     PART_NAME,
-    Entry,
-    Part,
+    StoredPart,
+    TensorEntry,
 )
 from splitft.errors import WireError
 
@@ -61,7 +61,7 @@ def strict_json(text: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def entries_of(tensors: object) -> dict[str, Entry]:
+def entries_of(tensors: object) -> dict[str, TensorEntry]:
     """The logical tensors that a header announces, their parts still unknown."""
     if not isinstance(tensors, dict) or len(tensors) > MAX_TENSORS:
         raise WireError(f"the frame's header has no object of at most {MAX_TENSORS} tensors")
@@ -75,13 +75,17 @@ def entries_of(tensors: object) -> dict[str, Entry]:
         if not (isinstance(role, str) and isinstance(codec, str) and len(role) < 20 and len(codec) < 20):
             raise WireError(f"tensor {name!r} has a role or a codec that is no short name")
         dtype = _dtype(name, facts["dtype"])
-        entries[name] = Entry(role, codec, dtype, _shape(name, facts["shape"]), _parameters(name, facts))
+        entries[name] = TensorEntry(
+            role, codec, dtype, _shape(name, facts["shape"]), _parameters(name, facts)
+        )
     return entries
 
 
-def placed(entries: Mapping[str, Entry], table: Mapping[str, Any], payload: int) -> dict[str, Entry]:
+def placed(
+    entries: Mapping[str, TensorEntry], table: Mapping[str, Any], payload: int
+) -> dict[str, TensorEntry]:
     """The same entries with the parts that the tensor table has for them, which fill the payload exactly."""
-    parts: dict[str, dict[str, Part]] = {name: {} for name in entries}
+    parts: dict[str, dict[str, StoredPart]] = {name: {} for name in entries}
     places: list[tuple[int, int]] = []
     for stored, facts in table.items():
         name, mark, part = stored.partition("#")
@@ -89,7 +93,7 @@ def placed(entries: Mapping[str, Entry], table: Mapping[str, Any], payload: int)
             raise WireError(f"{stored[:60]!r} is stored, but the header announces no such tensor")
         if not isinstance(facts, dict) or facts.keys() != {"dtype", "shape", "data_offsets"}:
             raise WireError(f"{stored!r} is not stored by dtype, shape and data_offsets")
-        one = Part(_dtype(stored, facts["dtype"]), _shape(stored, facts["shape"]))
+        one = StoredPart(_dtype(stored, facts["dtype"]), _shape(stored, facts["shape"]))
         places.append(_place(stored, facts["data_offsets"], one.nbytes))
         parts[name][part] = one
         if len(parts[name]) > MAX_PARTS:
@@ -104,7 +108,7 @@ def placed(entries: Mapping[str, Entry], table: Mapping[str, Any], payload: int)
     return {name: replace(entry, parts=parts[name]) for name, entry in entries.items()}
 
 
-def announced(entries: Mapping[str, Entry]) -> dict[str, Any]:
+def announced(entries: Mapping[str, TensorEntry]) -> dict[str, Any]:
     """Entries as the header has them."""
     table: dict[str, Any] = {}
     for name, entry in entries.items():

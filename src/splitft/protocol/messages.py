@@ -52,6 +52,14 @@ class Message(BaseModel):
     LEFT_OUT: ClassVar[frozenset[str]] = frozenset()
     """Plain fields that a frame does not carry where they have their default."""
 
+    FRAME_KIND: ClassVar[str | None] = None
+    """Name of the kind in a frame, where it is not that of the class: frames keep the names they have."""
+
+    @classmethod
+    def frame_kind(cls) -> str:
+        """Name of this kind of message in a frame."""
+        return cls.FRAME_KIND or cls.__name__
+
     @property
     def main_role(self) -> Role:
         """What the message is mainly about."""
@@ -226,7 +234,7 @@ class Evaluation(Message):
 
 
 MESSAGES: dict[str, type[Message]] = {
-    kind.__name__: kind
+    kind.frame_kind(): kind
     for kind in (
         RoundStart, RoundReady, Activations, LastHidden, HeadGradient, CutGradient, AdapterUpload,
         GlobalAdapters, HeldOutLoss, Evaluation,

@@ -1,6 +1,6 @@
 """How a message becomes a frame by what was agreed, and a frame a checked message.
 
-    Message --pack--> Frame --bytes--> Announced --------> Frame --unpack--> Message
+    Message --pack--> Frame --bytes--> UnreadFrame --------> Frame --unpack--> Message
                                        |                                     every tensor by its role's codec
                                        + a message of shapes alone: what the payload may be is settled here
 
@@ -20,12 +20,12 @@ from pydantic import ValidationError
 
 from splitft.adapters import AdapterState
 from splitft.adapters.optimizer import Moments
-from splitft.codecs import Encoded, Passage
+from splitft.codecs import CodecContext, Encoded
 from splitft.errors import AdapterError, ProtocolError
 from splitft.protocol.adapter_deltas import Way
 from splitft.protocol.agreement import RAW, Agreement, as_stored
-from splitft.protocol.codec_state import Streams
-from splitft.protocol.frame import MAX_FRAME_BYTES, Announced, Frame, open_frame
+from splitft.protocol.codec_state import CodecState
+from splitft.protocol.frame import MAX_FRAME_BYTES, Frame, UnreadFrame, open_frame
 from splitft.protocol.messages import Message
 from splitft.tracking.events import Role
 
@@ -34,14 +34,14 @@ Check = Callable[[Message], None]
 
 
 @dataclass(frozen=True)
-class Terms(Agreement):
+class MessageSerializer(Agreement):
     """How messages travel under an agreement."""
 
     def rounded(self, message: Message) -> Message:
         """The message as the other side will see it, without passing through bytes."""
         return self.unpack(self.pack(message))
 
-    def to_bytes(self, message: Message, streams: Streams | None = None) -> bytes:
+    def to_bytes(self, message: Message, streams: CodecState | None = None) -> bytes:
         """The message as it travels. Raises ProtocolError if it may not.
 
         `streams` is what this end of the client's line remembers, for codecs that learn.
@@ -53,25 +53,25 @@ class Terms(Agreement):
         data: bytes,
         limit: int = MAX_FRAME_BYTES,
         check: Check | None = None,
-        streams: Streams | None = None,
+        streams: CodecState | None = None,
     ) -> Message:
         """A message from the other side, checked. Raises WireError or ProtocolError saying what is wrong.
 
         Before any payload is read, `check` is asked with the message of shapes.
         """
         announced = open_frame(data, limit)
-        streams = Streams() if streams is None else streams
+        streams = CodecState() if streams is None else streams
         outline = self._outline(announced, streams)
         if check is not None:
             check(outline)
         return self.unpack(announced.read(), streams)
 
-    def pack(self, message: Message, streams: Streams | None = None) -> Frame:
+    def pack(self, message: Message, streams: CodecState | None = None) -> Frame:
         """The message with its tensors as the codecs write them. Raises ProtocolError if it may not."""
         fields: dict[str, Any] = {}
         tensors: dict[str, Encoded] = {}
-        kind = type(message).__name__
-        streams = Streams() if streams is None else streams
+        kind = message.frame_kind()
+        streams = CodecState() if streams is None else streams
         _begin(streams, vars(message))
         for name in type(message).model_fields:
             value = getattr(message, name)
@@ -96,11 +96,11 @@ class Terms(Agreement):
                     )
         return Frame(kind, fields, tensors)
 
-    def unpack(self, frame: Frame, streams: Streams | None = None) -> Message:
+    def unpack(self, frame: Frame, streams: CodecState | None = None) -> Message:
         """The message of a frame whose tensors are there. Raises ProtocolError saying what is wrong."""
         entries = {name: encoded.entry for name, encoded in frame.tensors.items()}
-        streams = Streams() if streams is None else streams
-        kind = self.admit(frame.kind, frame.fields, entries, frame.sender, streams)
+        streams = CodecState() if streams is None else streams
+        kind = self.validate_header(frame.kind, frame.fields, entries, frame.sender, streams)
         _begin(streams, frame.fields)
         number = _number(frame.fields)
         decoded = {
@@ -111,7 +111,7 @@ class Terms(Agreement):
 
     # ----------------------------------------------------------------------------------------------
 
-    def _encoded(self, role: Role, field: str, tensor: torch.Tensor, passage: Passage) -> Encoded:
+    def _encoded(self, role: Role, field: str, tensor: torch.Tensor, passage: CodecContext) -> Encoded:
         codec, shape = self.codec(role, field), tuple(tensor.shape)
         if codec == RAW:
             return Encoded(role, RAW, tensor.dtype, shape, {"": tensor.detach()})
@@ -122,7 +122,7 @@ class Terms(Agreement):
         return replace(encoded, dtype=self.type_of(role), shape=shape)
 
     def _changed(
-        self, kind: str, key: str, tensor: torch.Tensor, passage: Passage, streams: Streams
+        self, kind: str, key: str, tensor: torch.Tensor, passage: CodecContext, streams: CodecState
     ) -> Encoded:
         """A factor as what changed since the other side last saw it."""
         return self.holdings(streams).sent(
@@ -134,30 +134,30 @@ class Terms(Agreement):
         )
 
     def _arrived(
-        self, kind: type[Message], name: str, encoded: Encoded, passage: Passage, streams: Streams
+        self, kind: type[Message], name: str, encoded: Encoded, passage: CodecContext, streams: CodecState
     ) -> torch.Tensor:
         """A tensor's numbers; a factor's may be what changed."""
         field, _, key = name.partition("/")
         if field != "adapters":
-            return self._decoded(kind.__name__, name, encoded, passage)
+            return self._decoded(kind.frame_kind(), name, encoded, passage)
         return self.holdings(streams).received(
-            _way(kind.__name__),
+            _way(kind.frame_kind()),
             key,
             encoded,
-            lambda one: self._decoded(kind.__name__, name, one, passage),
+            lambda one: self._decoded(kind.frame_kind(), name, one, passage),
         )
 
-    def _outline(self, announced: Announced, streams: Streams) -> Message:
+    def _outline(self, announced: UnreadFrame, streams: CodecState) -> Message:
         """The message with shapes alone, checked against what was agreed."""
         entries = announced.entries
-        kind = self.admit(announced.kind, announced.fields, entries, announced.sender, streams)
+        kind = self.validate_header(announced.kind, announced.fields, entries, announced.sender, streams)
         shapes = {
             name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
             for name, entry in entries.items()
         }
         return _message(kind, announced.fields, shapes)
 
-    def _decoded(self, kind: str, name: str, encoded: Encoded, passage: Passage) -> torch.Tensor:
+    def _decoded(self, kind: str, name: str, encoded: Encoded, passage: CodecContext) -> torch.Tensor:
         """The tensor's numbers, all of them finite."""
         if encoded.codec == RAW:
             tensor = encoded.parts[""]
@@ -193,9 +193,9 @@ def _message(kind: type[Message], fields: Mapping[str, Any], tensors: Mapping[st
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the whole"
-        raise ProtocolError(f"{kind.__name__}: {place}: {first['msg']}") from error
+        raise ProtocolError(f"{kind.frame_kind()}: {place}: {first['msg']}") from error
     except AdapterError as error:
-        raise ProtocolError(f"{kind.__name__}: {error}") from error
+        raise ProtocolError(f"{kind.frame_kind()}: {error}") from error
 
 
 def _way(kind: str) -> Way:
@@ -203,7 +203,7 @@ def _way(kind: str) -> Way:
     return "own" if kind == "AdapterUpload" else "global"
 
 
-def _begin(streams: Streams, values: Mapping[str, Any]) -> None:
+def _begin(streams: CodecState, values: Mapping[str, Any]) -> None:
     """Tell this end of the line of a round that begins, and of the batch that Activations bring."""
     if "cut" in values:
         streams.at_cut(values["cut"])

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from splitft.errors import RunError
 from splitft.report.markup import text
-from splitft.report.sections import Told, one_run
+from splitft.report.sections import RunRecord, one_run
 from splitft.report.side_by_side import several_runs
 from splitft.tracking.evaluations import read_evaluations
 from splitft.tracking.events import RunStarted
@@ -49,7 +49,7 @@ def _write(whole: str, to: Path) -> Path:
     return to
 
 
-def read_run(folder: Path, name: str | None = None) -> Told:
+def read_run(folder: Path, name: str | None = None) -> RunRecord:
     """Read one run folder; what it did before it was resumed is left out where it was done again."""
     path = folder / "events.jsonl"
     if not folder.is_dir():
@@ -66,10 +66,10 @@ def read_run(folder: Path, name: str | None = None) -> Told:
     config = folder / "config.yaml"
     written = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     found = read_evaluations(folder)
-    return Told(name or folder.resolve().name, started, events, summarise(events), written, found)
+    return RunRecord(name or folder.resolve().name, started, events, summarise(events), written, found)
 
 
-def page(told: Sequence[Told]) -> str:
+def page(told: Sequence[RunRecord]) -> str:
     """The whole page as text."""
     if len(told) == 1:
         title, body = f"{told[0].name} · {told[0].started.model}", one_run(told[0])

@@ -22,14 +22,14 @@ from splitft.tracking.summary import (
     change_text,
     client_rows,
     clock,
+    headline,
     loss_text,
     spent_text,
-    verdict,
 )
 
 
 @dataclass(frozen=True)
-class Told:
+class RunRecord:
     """What a run folder tells."""
 
     name: str
@@ -46,7 +46,7 @@ class Told:
     """What `splitft eval` found out about it."""
 
 
-def one_run(told: Told) -> str:
+def one_run(told: RunRecord) -> str:
     """The page about one run."""
     started, summary = told.started, told.summary
     begun = datetime.fromtimestamp(started.t, UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -54,7 +54,7 @@ def one_run(told: Told) -> str:
     return (
         f"<header>\n<p class=eyebrow>{text(told.name)}{state(told)}</p>\n<h1>{text(started.model)}</h1>\n"
         f"<p class=facts>{text(facts)}</p>\n</header>\n"
-        f"<p class=verdict>{text(verdict(summary))}</p>\n"
+        f"<p class=verdict>{text(headline(summary))}</p>\n"
         f"{_figures(told)}{privacy(summary)}{warnings(summary)}"
         f"<h2>Clients</h2>\n{clients(summary)}{tasks(told)}"
         f"<h2>How it went</h2>\n{charts(of_one_run(summary, told.events, started.blocks))}"
@@ -62,7 +62,7 @@ def one_run(told: Told) -> str:
     )
 
 
-def state(told: Told) -> str:
+def state(told: RunRecord) -> str:
     """Whether the run has come to its end, as a badge."""
     done, planned = told.summary["rounds"], told.started.rounds
     if told.summary["finished"]:
@@ -70,7 +70,7 @@ def state(told: Told) -> str:
     return f" <span class='badge open'>not finished: {done} of {count(planned, 'round')}</span>"
 
 
-def _figures(told: Told) -> str:
+def _figures(told: RunRecord) -> str:
     """The few numbers that one looks for first."""
     summary, started = told.summary, told.started
     cuts = sorted({cut for client in summary["clients"] for cut in client["cut"]})
@@ -129,7 +129,7 @@ def clients(summary: Mapping[str, Any]) -> str:
     return table((*CLIENT_HEADINGS, "held out", "truncated"), rows) + f"<p class=caption>{note}</p>\n"
 
 
-def tasks(told: Told) -> str:
+def tasks(told: RunRecord) -> str:
     """What the run's model can do, as `splitft eval` measured it; nothing where it did not."""
     if not told.evaluations:
         return ""
@@ -137,7 +137,7 @@ def tasks(told: Told) -> str:
     return f"<h2>Tasks</h2>\n{table(EVALUATION_HEADINGS, rows)}<p class=caption>{EVALUATION_NOTE}</p>\n"
 
 
-def _simulated_clock(told: Told) -> str:
+def _simulated_clock(told: RunRecord) -> str:
     """Where the time would go on the machines that the configuration describes; nothing without them."""
     timed = [event for event in told.events if isinstance(event, RoundTimed)]
     if not timed:
@@ -150,7 +150,7 @@ def _simulated_clock(told: Told) -> str:
     return f"<h2>Simulated clock</h2>\n{charts(of_the_clock(timed))}{machines}<p class=caption>{note}</p>\n"
 
 
-def config(told: Told) -> str:
+def config(told: RunRecord) -> str:
     """The configuration as the user wrote it, folded away."""
     if not told.config:
         return ""

@@ -17,18 +17,18 @@ import yaml
 from splitft.report.charts import of_several_runs
 from splitft.report.cost_charts import against_costs, simulated_by_round
 from splitft.report.markup import charts, table, text
-from splitft.report.sections import Told, clients, config, privacy, state, tasks, warnings
+from splitft.report.sections import RunRecord, clients, config, privacy, state, tasks, warnings
 from splitft.tracking import comparability as same_data
-from splitft.tracking.history import course
-from splitft.tracking.summary import change_text, clock, loss_text, verdict
+from splitft.tracking.history import loss_history
+from splitft.tracking.summary import change_text, clock, headline, loss_text
 
 
-def several_runs(told: Sequence[Told]) -> str:
+def several_runs(told: Sequence[RunRecord]) -> str:
     """The page about several runs."""
     summaries = {one.name: one.summary for one in told}
     drawn = [
         *of_several_runs(summaries, {one.name: one.events for one in told}),
-        *against_costs({one.name: course(one.events) for one in told}),
+        *against_costs({one.name: loss_history(one.events) for one in told}),
         *simulated_by_round(summaries),
     ]
     warned = "".join(
@@ -39,7 +39,7 @@ def several_runs(told: Sequence[Told]) -> str:
     differences = table(("key", *(one.name for one in told)), differing)
     differences = f"<h2>What differs</h2>\n{differences}" if differing else ""
     runs = "".join(
-        f"<h2>{text(one.name)}{state(one)}</h2>\n<p class=facts>{text(verdict(one.summary))}</p>\n"
+        f"<h2>{text(one.name)}{state(one)}</h2>\n<p class=facts>{text(headline(one.summary))}</p>\n"
         f"{privacy(one.summary)}{warnings(one.summary)}{clients(one.summary)}{tasks(one)}{config(one)}"
         for one in told
     )
@@ -50,7 +50,7 @@ def several_runs(told: Sequence[Told]) -> str:
     )
 
 
-def _runs(told: Sequence[Told]) -> str:
+def _runs(told: Sequence[RunRecord]) -> str:
     """One row a run."""
     headings = (
         "run", "method", "model", "seed", "rounds", "loss before", "loss after", "change",
@@ -81,7 +81,7 @@ def _runs(told: Sequence[Told]) -> str:
     return table(headings, rows)
 
 
-def _differences(told: Sequence[Told]) -> list[tuple[str, ...]]:
+def _differences(told: Sequence[RunRecord]) -> list[tuple[str, ...]]:
     """The configuration keys on which the runs differ, with each run's value."""
     flat = [dict(_leaves(_mapping(one.config))) for one in told]
     keys = dict.fromkeys(key for one in flat for key in one)

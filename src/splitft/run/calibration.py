@@ -26,7 +26,7 @@ from splitft.model import Model, loss_and_gradient
 from splitft.schedule.profile import Calibration, Device, calibrated
 from splitft.schedule.sizes import ModelSizes
 from splitft.specs import TrainingSpec
-from splitft.training.ranks import Ranks
+from splitft.training.ranks import RankPolicy
 
 BLOCKS = 4
 """Blocks timed together, or all of a smaller model."""
@@ -39,7 +39,7 @@ SECONDS = 4.0
 SLOT = "calibration"
 
 
-def measured(model: Model, sizes: ModelSizes, ranks: Ranks, training: TrainingSpec) -> Calibration:
+def measured(model: Model, sizes: ModelSizes, ranks: RankPolicy, training: TrainingSpec) -> Calibration:
     """This machine's calibration for this model: from the cache, or measured now and cached."""
     path = cache_folder() / "calibrations" / f"{_key(model, ranks)}.json"
     try:
@@ -51,7 +51,7 @@ def measured(model: Model, sizes: ModelSizes, ranks: Ranks, training: TrainingSp
     return calibration
 
 
-def calibrate(model: Model, sizes: ModelSizes, ranks: Ranks, training: TrainingSpec) -> Calibration:
+def calibrate(model: Model, sizes: ModelSizes, ranks: RankPolicy, training: TrainingSpec) -> Calibration:
     """Time blocks and head now."""
     span = Span(0, min(BLOCKS, model.shape.blocks))
     length = min(LENGTH, model.shape.max_positions)
@@ -127,7 +127,7 @@ def _machine() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def _key(model: Model, ranks: Ranks) -> str:
+def _key(model: Model, ranks: RankPolicy) -> str:
     """Whatever the seconds depend on, as a file name."""
     facts = (
         FEW, SEQUENCES, LENGTH,

@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from splitft.codecs import Passage, codec_of
+from splitft.codecs import CodecContext, codec_of
 from splitft.model import divergence
-from splitft.protocol import Activations, HeldOutLoss, LastHidden, Terms
-from splitft.protocol.channel import Line
+from splitft.protocol import Activations, HeldOutLoss, LastHidden, MessageSerializer
+from splitft.protocol.channel import Channel
 from splitft.specs import WireSpec
 from splitft.specs.wire import AUTO
 from splitft.tracking.events import WireChosen
@@ -46,7 +46,7 @@ EXPECTED_GAIN = 0.5
 
 
 @dataclass(frozen=True)
-class Trial:
+class CodecTrial:
     """One candidate on one client."""
 
     codec: str
@@ -63,7 +63,7 @@ class Trial:
 
 
 def choose_wires(
-    clients: Sequence[Client], server: Server, terms: Terms
+    clients: Sequence[Client], server: Server, terms: MessageSerializer
 ) -> tuple[dict[str, WireSpec], tuple[WireChosen, ...]]:
     """The wire of each client, and what to tell the user; some seconds for each client."""
     server.place({client.name: client.plan.client.stop for client in clients})
@@ -81,10 +81,10 @@ def choose_wires(
     return wires, tuple(told)
 
 
-def _trials(client: Client, server: Server, terms: Terms) -> dict[str, list[Trial]]:
+def _trials(client: Client, server: Server, terms: MessageSerializer) -> dict[str, list[CodecTrial]]:
     """By role; hidden states may cause what gradients leave of the budget."""
     wire, left = terms.wire, terms.wire.budget
-    trials: dict[str, list[Trial]] = {}
+    trials: dict[str, list[CodecTrial]] = {}
     if wire.gradient == AUTO:
         allowed = left / 2 if wire.hidden == AUTO else left
         trials["gradient"] = _gradient_trials(client, server, terms, allowed)
@@ -94,12 +94,14 @@ def _trials(client: Client, server: Server, terms: Terms) -> dict[str, list[Tria
     return trials
 
 
-def _hidden_trials(client: Client, server: Server, terms: Terms, allowed: float) -> list[Trial]:
+def _hidden_trials(
+    client: Client, server: Server, terms: MessageSerializer, allowed: float
+) -> list[CodecTrial]:
     """Candidates until one fits."""
     count = min(MEASURED, max(1, client.held_out_batches // 2))
     exact = _replies(client, server, _with(terms, "fp32"), count)
     shaken = _replies(client, server, _with(terms, "fp32"), count, shaken=True)
-    trials: list[Trial] = []
+    trials: list[CodecTrial] = []
     for codec in HIDDEN[:-1]:
         found = _replies(client, server, _with(terms, codec), count)
         if not found:  # too little text to learn axes from: what was measured was not the codec
@@ -107,17 +109,17 @@ def _hidden_trials(client: Client, server: Server, terms: Terms, allowed: float)
         rises = [_rise(client, *replies) for replies in zip(exact, found, shaken, strict=True)]
         rise = statistics.fmean(rises)
         error = statistics.stdev(rises) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
-        trials.append(Trial(codec, rise, error, abs(rise) + error <= allowed))
+        trials.append(CodecTrial(codec, rise, error, abs(rise) + error <= allowed))
         if trials[-1].fits:
             return trials
-    return [*trials, Trial(HIDDEN[-1], 0.0, 0.0, True)]
+    return [*trials, CodecTrial(HIDDEN[-1], 0.0, 0.0, True)]
 
 
 def _replies(
-    client: Client, server: Server, terms: Terms, count: int, shaken: bool = False
+    client: Client, server: Server, terms: MessageSerializer, count: int, shaken: bool = False
 ) -> list[LastHidden | HeldOutLoss]:
     """What comes back of the first batches, after the others taught the codec; none if it did not learn."""
-    line = Line(client.name, terms)
+    line = Channel(client.name, terms)
     if terms.wire.hidden.startswith("principal"):
         for index in range(count, client.held_out_batches):
             _reply(client, server, line, index)
@@ -129,7 +131,7 @@ def _replies(
 
 
 def _reply(
-    client: Client, server: Server, line: Line, index: int, shaken: bool = False
+    client: Client, server: Server, line: Channel, index: int, shaken: bool = False
 ) -> LastHidden | HeldOutLoss:
     sent = client.held_out(index)
     if shaken:
@@ -166,39 +168,41 @@ def _rise(
     return math.expm1((found.loss - exact.loss) / max(1, exact.tokens))
 
 
-def _gradient_trials(client: Client, server: Server, terms: Terms, allowed: float) -> list[Trial]:
+def _gradient_trials(
+    client: Client, server: Server, terms: MessageSerializer, allowed: float
+) -> list[CodecTrial]:
     """Candidates until one fits; without the head on the client nothing is measured, and int8 is taken."""
     if terms.labels_travel:
-        return [Trial("int8", 0.0, 0.0, True)]
-    reply = _reply(client, server, Line(client.name, _with(terms, "fp32")), 0)
+        return [CodecTrial("int8", 0.0, 0.0, True)]
+    reply = _reply(client, server, Channel(client.name, _with(terms, "fp32")), 0)
     assert isinstance(reply, LastHidden)
     gradient = client.held_out_gradient(reply).float()
     inputs = reply.hidden.float()
     inputs = inputs / inputs.norm(dim=1, keepdim=True).clamp_min(1e-30)  # as behind a norm
     wanted = gradient.T @ inputs
-    trials: list[Trial] = []
+    trials: list[CodecTrial] = []
     for name in GRADIENT[:-1]:
-        codec, passage = codec_of(name), Passage("gradient", 0, {})
+        codec, passage = codec_of(name), CodecContext("gradient", 0, {})
         rounded = codec.decode(codec.encode(gradient, passage), torch.float32, passage)
         noise = 2 * float(
             (rounded.T @ inputs - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30)
         )
         rise = math.expm1(EXPECTED_GAIN * noise / (1 + noise))
-        trials.append(Trial(name, rise, 0.0, rise <= allowed))
+        trials.append(CodecTrial(name, rise, 0.0, rise <= allowed))
         if trials[-1].fits:
             return trials
-    return [*trials, Trial(GRADIENT[-1], 0.0, 0.0, True)]
+    return [*trials, CodecTrial(GRADIENT[-1], 0.0, 0.0, True)]
 
 
-def _fitting(trials: Sequence[Trial]) -> Trial:
+def _fitting(trials: Sequence[CodecTrial]) -> CodecTrial:
     return next(trial for trial in trials if trial.fits)
 
 
-def _reason(wire: WireSpec, trials: Mapping[str, Sequence[Trial]]) -> str:
+def _reason(wire: WireSpec, trials: Mapping[str, Sequence[CodecTrial]]) -> str:
     tried = "; ".join(f"{role}: {', '.join(map(str, found))}" for role, found in trials.items())
     return f"estimated rise of perplexity, {100 * wire.budget:.2f} % allowed in all: {tried}"
 
 
-def _with(terms: Terms, hidden: str) -> Terms:
+def _with(terms: MessageSerializer, hidden: str) -> MessageSerializer:
     """The same terms with this codec for hidden states, and gradients that are not rounded."""
     return replace(terms, wire=terms.wire.model_copy(update={"hidden": hidden, "gradient": "fp32"}))

@@ -22,9 +22,9 @@ from splitft.schedule.controllers import Decision, choose
 from splitft.schedule.cost import move_seconds
 from splitft.schedule.fleet import Fleet
 from splitft.schedule.memory import client_memory, server_peak_bytes
-from splitft.schedule.problem import Situation, feasible, situation_of
+from splitft.schedule.problem import CutProblem, feasible, situation_of
 from splitft.schedule.simulated_search import rehearsal
-from splitft.schedule.workload import Client, Job
+from splitft.schedule.workload import ClientProfile, SharedCosts
 from splitft.tracking.events import Bar, RoundTimed
 
 AUTO_SHARE = 4
@@ -32,7 +32,7 @@ AUTO_SHARE = 4
 
 
 @dataclass
-class Pace:
+class CutSchedule:
     """Who chooses the cuts, and the clock."""
 
     config: RunConfig
@@ -55,7 +55,7 @@ class Pace:
     @classmethod
     def begin(
         cls, config: RunConfig, fleet: Fleet, site_cuts: Mapping[str, int] | None = None
-    ) -> tuple[Pace, dict[str, int]]:
+    ) -> tuple[CutSchedule, dict[str, int]]:
         """The pace and the cuts of round 1.
 
         Raises ScheduleError, naming what a client lacks, if it fits at no cut and `schedule.misfit` is stop,
@@ -97,7 +97,7 @@ class Pace:
 
     def situation(
         self, number: int, cuts: Mapping[str, int], losses: Mapping[str, float] | None = None
-    ) -> Situation:
+    ) -> CutProblem:
         """What a controller knows before a round."""
         schedule, training = self.config.schedule, self.config.training
         clients = self._clients(max(1, number - 1))
@@ -197,7 +197,7 @@ class Pace:
         described = {one.name: f"{one.device.source}; link: {one.link.source}" for one in self._clients(1)}
         return {**described, SERVER: self.fleet.job.server.device.source}
 
-    def _clients(self, number: int) -> list[Client]:
+    def _clients(self, number: int) -> list[ClientProfile]:
         return [client for client in self.fleet.at(number) if client.name in self.names]
 
     def _misfits(self, cuts: Mapping[str, int]) -> list[str]:
@@ -213,7 +213,7 @@ class Pace:
         return found
 
 
-def _memory(job: Job, clients: Sequence[Client], cuts: Mapping[str, int]) -> dict[str, float]:
+def _memory(job: SharedCosts, clients: Sequence[ClientProfile], cuts: Mapping[str, int]) -> dict[str, float]:
     """Foretold peak memory of each of these clients, and of the server with all of them."""
     needed = {one.name: client_memory(job, one, cuts[one.name]).total for one in clients}
     return {**needed, SERVER: server_peak_bytes(job, clients, [cuts[one.name] for one in clients])}

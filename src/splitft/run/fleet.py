@@ -29,15 +29,15 @@ from splitft.schedule.profile import (
     Calibration,
     Device,
     Link,
-    Server,
+    ServerProfile,
     device_preset,
     link_preset,
 )
 from splitft.schedule.sizes import ModelSizes, sizes_of
-from splitft.schedule.workload import Client, Exchange, Job, Workload
+from splitft.schedule.workload import AdapterTraffic, ClientProfile, SharedCosts, Workload
 from splitft.specs import DeviceSpec, LinkSpec, WireSpec
 from splitft.specs.wire import AUTO
-from splitft.training.ranks import Ranks
+from splitft.training.ranks import RankPolicy
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class _Machines:
 
     model: Model
     sizes: ModelSizes
-    ranks: Ranks
+    ranks: RankPolicy
     config: RunConfig
 
     def device(self, name: str, given: str | DeviceSpec) -> Device:
@@ -77,14 +77,14 @@ class _Machines:
 
 
 def fleet_of(
-    config: RunConfig, model: Model, ranks: Ranks, names: Sequence[str], workloads: Sequence[Workload]
+    config: RunConfig, model: Model, ranks: RankPolicy, names: Sequence[str], workloads: Sequence[Workload]
 ) -> Fleet:
     """The fleet of a run; a few seconds the first time if a machine is `measured`."""
     sizes = exact_sizes(model, ranks)
     machines, schedule, count = _Machines(model, sizes, ranks, config), config.schedule, len(names)
     devices, links = _one_each(schedule.devices, count), _one_each(schedule.links, count)
     clients = tuple(
-        Client(
+        ClientProfile(
             name,
             machines.device(name, devices[i]),
             machines.link(name, links[i]),
@@ -93,9 +93,9 @@ def fleet_of(
         )
         for i, (name, workload) in enumerate(zip(names, workloads, strict=True))
     )
-    job = Job(
+    job = SharedCosts(
         sizes=sizes,
-        server=Server(
+        server=ServerProfile(
             machines.device("server", schedule.server),
             group_tokens=config.split.group_tokens,
             adapters=config.split.server_adapters,
@@ -114,14 +114,14 @@ def fleet_of(
     return Fleet(job, clients, schedule.changes)
 
 
-def _exchange(config: RunConfig, model: Model, ranks: Ranks) -> Exchange:
+def _exchange(config: RunConfig, model: Model, ranks: RankPolicy) -> AdapterTraffic:
     """What the rule lets travel, counted on one block of the model."""
     blocks = locate(model.skeleton()).block_list()[:1]
     sizes = attach(blocks, ranks.lora.targets, ranks.scale, model.dtype).sizes.values()
     numbers = {"A": sum(width_in for width_in, _ in sizes), "B": sum(width_out for _, width_out in sizes)}
     rule, whole = ranks.sharing, max(1, sum(numbers.values()))
     participants = max(1, round(config.training.participation * config.clients.count))
-    return Exchange(
+    return AdapterTraffic(
         up=sum(numbers[half] for half in rule.up) / whole,
         down=sum(numbers[half] for half in rule.down) / whole,
         full_rank=rule.full_rank,
@@ -141,7 +141,7 @@ def wire_costs(wire: WireSpec, width: int) -> WireBytes:
     )
 
 
-def exact_sizes(model: Model, ranks: Ranks) -> ModelSizes:
+def exact_sizes(model: Model, ranks: RankPolicy) -> ModelSizes:
     """The model's sizes, counted on its skeleton."""
     skeleton = model.skeleton()
     anatomy = locate(skeleton)

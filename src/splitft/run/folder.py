@@ -21,7 +21,7 @@ from splitft.model import Model
 from splitft.tracking.events import RunDone
 from splitft.tracking.log import EventLog, read_events, settled
 from splitft.training.checkpoint import Snapshot, latest, load_snapshot
-from splitft.training.ranks import Ranks
+from splitft.training.ranks import RankPolicy
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def open_log(folder: Path, config: RunConfig, snapshot: Snapshot | None) -> Even
         raise RunError(f"{folder} cannot be written ({error.strerror}); give another --out") from error
 
 
-def put_adapter(adapters: AdapterState, model: Model, ranks: Ranks, folder: Path) -> None:
+def put_adapter(adapters: AdapterState, model: Model, ranks: RankPolicy, folder: Path) -> None:
     """Write an adapter as a PEFT folder, put in place when it is whole."""
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)

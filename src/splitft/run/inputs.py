@@ -16,7 +16,7 @@ from splitft.data.shares import Shares, divide, values_of
 from splitft.data.summary import ShareSummary, summarise_shares
 from splitft.data.tokens import Tokenised, tokenise
 from splitft.model import Model, open_model
-from splitft.model.quiet import quiet
+from splitft.model.quiet import silence_transformers
 from splitft.specs import SharesSpec
 
 
@@ -67,7 +67,7 @@ def divide_text(config: RunConfig, model: Model) -> Divided:
 
 def shares(config: RunConfig) -> SharesTold:
     """Divide the text as a run would, and count; trains nothing. Raises what `divide_text` raises."""
-    with quiet():
+    with silence_transformers():
         divided = divide_text(config, open_model(config.model))
     spec, text = config.clients.shares, divided.text
     bins = spec.classes if spec.by == "length" else SharesSpec().classes

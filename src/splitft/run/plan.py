@@ -20,16 +20,16 @@ from pydantic import TypeAdapter, ValidationError
 from splitft.cache import cache_folder, put
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
-from splitft.model.quiet import quiet
+from splitft.model.quiet import silence_transformers
 from splitft.run.counted import counted, digest_of
-from splitft.run.cut_schedule import Pace
+from splitft.run.cut_schedule import CutSchedule
 from splitft.schedule.clock import client_round, simulate_round
 from splitft.schedule.controllers import CONTROLLERS
 from splitft.schedule.cost import LEGS, round_bytes, round_seconds
 from splitft.schedule.fleet import Fleet
 from splitft.schedule.memory import client_memory
 from splitft.schedule.problem import feasible
-from splitft.schedule.workload import Client
+from splitft.schedule.workload import ClientProfile
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def plan(config: RunConfig) -> RunPlan:
     given = config.cuts or (1,) * len(fleet.clients)
     names = tuple(client.name for client in fleet.clients)
     current = dict(zip(names, given, strict=True))
-    allowed = feasible(Pace(config, fleet, names).situation(1, current))
+    allowed = feasible(CutSchedule(config, fleet, names).situation(1, current))
     clients = tuple(
         ClientPlan(
             client.name,
@@ -122,7 +122,7 @@ def fleet_for(config: RunConfig) -> Fleet:
     from splitft.run.setup import check_cuts, ranks_of
 
     here = in_one_place(config)
-    with quiet():
+    with silence_transformers():
         model = open_model(config.model)
         check_cuts(here, model.shape.blocks)
         work = counted(config, model)
@@ -148,7 +148,7 @@ def _path(config: RunConfig) -> Path:
     return cache_folder() / "fleets" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
 
 
-def _price(fleet: Fleet, client: Client, cut: int, fits: bool) -> CutPrice:
+def _price(fleet: Fleet, client: ClientProfile, cut: int, fits: bool) -> CutPrice:
     sent = round_bytes(fleet.job, client, cut)
     by_way = {way: sum(n for leg, n in sent.items() if LEGS[leg] == way) for way in ("up", "down")}
     return CutPrice(
@@ -167,7 +167,7 @@ def _choice(config: RunConfig, fleet: Fleet, controller: str) -> Choice:
         return Choice(controller, {}, None, "clients.cuts is auto: nothing is given")
     schedule = config.schedule.model_copy(update={"controller": controller})
     try:
-        pace, cuts = Pace.begin(config.model_copy(update={"schedule": schedule}), fleet)
+        pace, cuts = CutSchedule.begin(config.model_copy(update={"schedule": schedule}), fleet)
     except ScheduleError as error:
         return Choice(controller, {}, None, str(error))
     rounds = [

@@ -9,14 +9,14 @@ from pathlib import Path
 from splitft.errors import RunError
 from splitft.export import with_adapter, write_merged
 from splitft.model import open_model
-from splitft.model.quiet import quiet
+from splitft.model.quiet import silence_transformers
 from splitft.run.folder import Run
 
 
 def generate(folder: Path | str, prompt: str, *, max_new_tokens: int = 60, adapter: bool = True) -> str:
     """Continue a prompt with a run's model, by greedy decoding; without its adapter if so asked."""
     run = Run(Path(folder))
-    with quiet():
+    with silence_transformers():
         model = open_model(run.config.model)
         tokenizer = model.tokenizer()
         whole = with_adapter(run.adapter_dir, model.path, model.dtype)
@@ -41,7 +41,7 @@ def export(folder: Path | str, to: Path | str, *, merged: bool = False) -> Path:
     if not (run.adapter_dir / "adapter_config.json").is_file():
         raise RunError(f"{run.folder} holds no adapter; it is written when a run has finished a round")
     if merged:
-        with quiet():
+        with silence_transformers():
             return write_merged(run.adapter_dir, open_model(run.config.model), to)
     shutil.copytree(run.adapter_dir, to, dirs_exist_ok=True)
     return to

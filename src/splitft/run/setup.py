@@ -17,10 +17,10 @@ from splitft.data.tokens import Tokenised
 from splitft.errors import ConfigError, GeometryError
 from splitft.geometry import Span, check_cut
 from splitft.model import Model, open_model
-from splitft.protocol import Terms
+from splitft.protocol import MessageSerializer
 from splitft.protocol.channel import Tap
 from splitft.run.codec_choice import choose_wires
-from splitft.run.cut_schedule import Pace
+from splitft.run.cut_schedule import CutSchedule
 from splitft.run.defending import check_accountant, defence_of, privacy_of, public_text
 from splitft.run.fleet import fleet_of, wire_costs, workload_of
 from splitft.run.inputs import divide_text
@@ -30,7 +30,7 @@ from splitft.schedule.fleet import Fleet
 from splitft.specs import WireSpec
 from splitft.tracking.events import ClientFacts, WireChosen
 from splitft.training import Client, RunState, Server, Simulation
-from splitft.training.ranks import Ranks
+from splitft.training.ranks import RankPolicy
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class ClientText:
 
 
 @dataclass(frozen=True)
-class Gathered:
+class RunInputs:
     """What is known before anyone holds a block."""
 
     config: RunConfig
     model: Model
-    ranks: Ranks
+    ranks: RankPolicy
     text: Tokenised
     clients: tuple[ClientText, ...]
 
@@ -65,25 +65,25 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class RunSetup:
     """All parties of a run, ready for their first round."""
 
     config: RunConfig
     model: Model
-    ranks: Ranks
+    ranks: RankPolicy
     server: Server
     clients: tuple[Client, ...]
     facts: tuple[ClientFacts, ...]
     text: Tokenised
-    terms: Terms
-    pace: Pace
+    terms: MessageSerializer
+    pace: CutSchedule
     """Who chooses the cuts, and the simulated clock."""
     wires: Mapping[str, WireSpec] = field(default_factory=dict)
     """Codecs of each client, where `wire: auto` has chosen."""
     chosen: tuple[WireChosen, ...] = ()
     """And why."""
 
-    def terms_of(self, client: str) -> Terms:
+    def terms_of(self, client: str) -> MessageSerializer:
         """What one client and the server agreed on."""
         return replace(self.terms, wire=self.wires.get(client, self.terms.wire))
 
@@ -98,7 +98,7 @@ class Prepared:
         return RunState(0, cuts, self.server.initial())
 
 
-def gather(config: RunConfig) -> Gathered:
+def gather(config: RunConfig) -> RunInputs:
     """Open the model, read the text and divide it.
 
     Raises a SplitftError that names the key to mend if the configuration does not fit the model or the text.
@@ -119,17 +119,17 @@ def gather(config: RunConfig) -> Gathered:
             for index, (name, part) in enumerate(zip(divided.names, divided.parts, strict=True))
         )
     ranks = ranks_of(config, model.shape.blocks, [client.name for client in clients])
-    return Gathered(config, model, ranks, text, clients)
+    return RunInputs(config, model, ranks, text, clients)
 
 
-def ranks_of(config: RunConfig, blocks: int, names: Sequence[str]) -> Ranks:
+def ranks_of(config: RunConfig, blocks: int, names: Sequence[str]) -> RankPolicy:
     """The rank rule of a run with these clients."""
     lora = config.lora
     by_client = {name: lora.rank_of(index) for index, name in enumerate(names)} if lora.client_ranks else {}
-    return Ranks(lora, blocks, config.aggregate.rule, config.seed, by_client)
+    return RankPolicy(lora, blocks, config.aggregate.rule, config.seed, by_client)
 
 
-def prepare(config: RunConfig, gathered: Gathered | None = None) -> Prepared:
+def prepare(config: RunConfig, gathered: RunInputs | None = None) -> RunSetup:
     """Gather (unless that was done before), choose the first cuts, and set up every party.
 
     Raises what `gather` raises, and ScheduleError if a client fits at no cut.
@@ -138,7 +138,7 @@ def prepare(config: RunConfig, gathered: Gathered | None = None) -> Prepared:
     gathered = gather(config) if gathered is None else gathered
     config = gathered.config
     model, ranks = gathered.model, gathered.ranks
-    pace, cuts = Pace.begin(config, gathered.fleet())
+    pace, cuts = CutSchedule.begin(config, gathered.fleet())
     here = [client for client in gathered.clients if client.name in cuts]
     labels, training = config.split.labels, config.training
     numbered = config.wire.hidden.startswith("temporal")
@@ -165,7 +165,7 @@ def prepare(config: RunConfig, gathered: Gathered | None = None) -> Prepared:
     terms = terms_of(config, model)
     wires, chosen = choose_wires(clients, server, terms) if config.wire.chooses else ({}, ())
     pace.take_wires({name: wire_costs(wire, model.shape.width) for name, wire in wires.items()})
-    return Prepared(config, model, ranks, server, clients, facts, gathered.text, terms, pace, wires, chosen)
+    return RunSetup(config, model, ranks, server, clients, facts, gathered.text, terms, pace, wires, chosen)
 
 
 def check_cuts(config: RunConfig, blocks: int) -> None:

@@ -6,13 +6,13 @@ import torch
 
 from splitft.config import RunConfig
 from splitft.model import Model
-from splitft.protocol import Terms
+from splitft.protocol import MessageSerializer
 from splitft.protocol.adapter_deltas import AXES_KEPT
 
 
-def terms_of(config: RunConfig, model: Model) -> Terms:
+def terms_of(config: RunConfig, model: Model) -> MessageSerializer:
     """The run's terms; both sides make them of the same configuration."""
-    return Terms(
+    return MessageSerializer(
         width=model.shape.width,
         dtype=model.dtype,
         adapter_dtype=torch.promote_types(model.dtype, torch.float32),

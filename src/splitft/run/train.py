@@ -15,12 +15,12 @@ from splitft.config import RunConfig, load
 from splitft.data.tokens import Tokenised
 from splitft.errors import RunError
 from splitft.geometry import Span
-from splitft.model.quiet import quiet
+from splitft.model.quiet import silence_transformers
 from splitft.privacy.audited import audited_sentence
 from splitft.privacy.defence import promises
 from splitft.protocol.channel import Tap
 from splitft.run.folder import Run, find_snapshot, is_finished, open_log, put_adapter
-from splitft.run.setup import Prepared, prepare
+from splitft.run.setup import RunSetup, prepare
 from splitft.tracking.events import (
     CheckpointSaved,
     Event,
@@ -55,9 +55,13 @@ def train(
     snapshot = find_snapshot(run.folder, config, resume)
     if snapshot is not None and snapshot.state.round >= config.training.rounds and is_finished(run.folder):
         return run
-    with quiet():
+    with silence_transformers():
         prepared = prepare(config)  # what does not fit is said before the folder is made
-    with stopping(run.folder), contextlib.closing(open_log(run.folder, config, snapshot)) as log, quiet():
+    with (
+        stopping(run.folder),
+        contextlib.closing(open_log(run.folder, config, snapshot)) as log,
+        silence_transformers(),
+    ):
 
         def listener(event: Event) -> None:
             log(event)
@@ -105,7 +109,7 @@ def stopping(folder: Path) -> Iterator[None]:
         raise RunError(f"the run stopped writing to {folder} ({reason}); {what_is_safe(folder)}") from error
 
 
-def _write_adapters(prepared: Prepared, state: RunState, run: Run) -> None:
+def _write_adapters(prepared: RunSetup, state: RunState, run: Run) -> None:
     """The global adapter, if there is one, and where a client has factors of its own, its adapter apart."""
     model, ranks = prepared.model, prepared.ranks
     if prepared.config.aggregate.federated:
@@ -115,11 +119,11 @@ def _write_adapters(prepared: Prepared, state: RunState, run: Run) -> None:
     own = _own(prepared, state)
     for client in prepared.clients:
         if client.name in own or client.private():
-            mine = state.adapters.with_b_of(own.get(client.name, AdapterState())).updated(client.private())
+            mine = state.adapters.replace_B(own.get(client.name, AdapterState())).updated(client.private())
             put_adapter(with_folded(mine, state.folded), model, ranks, run.folder / "personal" / client.name)
 
 
-def _promises(prepared: Prepared) -> list[str]:
+def _promises(prepared: RunSetup) -> list[str]:
     """What the run's defences promise, for the text that leaves its client most often.
 
     A training text does once an epoch, a held-out one in every evaluation.
@@ -135,7 +139,7 @@ def _promises(prepared: Prepared) -> list[str]:
     return promises(config.privacy, prepared.model.shape.width, longest, passes)
 
 
-def _learnt(prepared: Prepared, state: RunState) -> AdapterState:
+def _learnt(prepared: RunSetup, state: RunState) -> AdapterState:
     """All that the run has learnt as one adapter: with what is folded, and with the mean of own factors.
 
     The mean of the clients' own B is for whoever has none: it is no client's model.
@@ -159,14 +163,14 @@ def received(config: RunConfig) -> Received:
     return "adapters" if config.clients.cuts == "whole" else "hidden"
 
 
-def _audited(prepared: Prepared) -> str:
+def _audited(prepared: RunSetup) -> str:
     """What is known of the run's setting, where hidden states leave the clients."""
     cuts = [facts.cut for facts in prepared.facts]
     return audited_sentence(prepared.config, cuts) if received(prepared.config) == "hidden" else ""
 
 
 def _begin(
-    prepared: Prepared, snapshot: Snapshot | None, simulation: Simulation, listener: Listener
+    prepared: RunSetup, snapshot: Snapshot | None, simulation: Simulation, listener: Listener
 ) -> RunState:
     """Tell how the run begins, and put every party where the checkpoint has it."""
     config = prepared.config
@@ -202,7 +206,7 @@ def _begin(
         span = Span(0, cut)
         own = snapshot.own.get(client.name, AdapterState())
         within = state.adapters.within(span)
-        known = within.updated(arrived[client.name].completed(within)).with_b_of(own)
+        known = within.updated(arrived[client.name].completed(within)).replace_B(own)
         client.restore(
             cut,
             known.updated(snapshot.private.get(client.name, AdapterState())),
@@ -216,14 +220,14 @@ def _begin(
     return state
 
 
-def _arrived(prepared: Prepared, snapshot: Snapshot, simulation: Simulation) -> dict[str, AdapterState]:
+def _arrived(prepared: RunSetup, snapshot: Snapshot, simulation: Simulation) -> dict[str, AdapterState]:
     """The global factors that came to each client over the wire, as its codec left them there."""
     sent = {}
     for client in prepared.clients:
         private = snapshot.private.get(client.name, AdapterState())
         within = snapshot.state.adapters.within(Span(0, snapshot.state.cuts[client.name]))
         shared = AdapterState({key: one for key, one in within.items() if key not in private})
-        sent[client.name] = prepared.ranks.travelling(shared)
+        sent[client.name] = prepared.ranks.part_sent(shared)
     return simulation.recall(snapshot.memories, sent)
 
 
@@ -236,7 +240,7 @@ def _warn_of_losses(text: Tokenised, config: RunConfig, listener: Listener) -> N
         listener(Warned(message=f"{text.dropped} records were left out: nothing in them could be learnt"))
 
 
-def _snapshot(prepared: Prepared, state: RunState, simulation: Simulation) -> Snapshot:
+def _snapshot(prepared: RunSetup, state: RunState, simulation: Simulation) -> Snapshot:
     kept = {client.name: client.kept() for client in prepared.clients}
     return Snapshot(
         state,
@@ -249,7 +253,7 @@ def _snapshot(prepared: Prepared, state: RunState, simulation: Simulation) -> Sn
     )
 
 
-def _own(prepared: Prepared, state: RunState) -> dict[str, AdapterState]:
+def _own(prepared: RunSetup, state: RunState) -> dict[str, AdapterState]:
     """The factors that are each client's own, over all blocks; none by rules that share everything."""
     server = prepared.server
     if not prepared.ranks.keeps_own:

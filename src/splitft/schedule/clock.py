@@ -25,9 +25,9 @@ from operator import attrgetter
 
 from splitft.errors import ScheduleError
 from splitft.schedule.cost import Leg, Place, exchange_legs, step_legs
-from splitft.schedule.profile import Server
-from splitft.schedule.server_queue import Batch, Turns
-from splitft.schedule.workload import Client, Job
+from splitft.schedule.profile import ServerProfile
+from splitft.schedule.server_queue import ServerBatch, Turns
+from splitft.schedule.workload import ClientProfile, SharedCosts
 
 SERVER = "server"
 """Name of the server among those who do things; no client may be called so."""
@@ -127,7 +127,7 @@ class RoundTimeline:
         return self.round_s - self.busy_s(who)
 
 
-def client_round(job: Job, client: Client, cut: int) -> ClientRound:
+def client_round(job: SharedCosts, client: ClientProfile, cut: int) -> ClientRound:
     """A client's round at this cut, with the legs that `cost` predicts."""
     before, after = exchange_legs(job, client, cut)
     micro_batches = job.parts(client.workload)
@@ -139,7 +139,7 @@ def client_round(job: Job, client: Client, cut: int) -> ClientRound:
     return ClientRound(client.name, before, legs, steps, after, micro_batches, in_flight)
 
 
-def simulate_round(clients: Sequence[ClientRound], server: Server) -> RoundTimeline:
+def simulate_round(clients: Sequence[ClientRound], server: ServerProfile) -> RoundTimeline:
     """Run one round of these clients to its end.
 
     Raises ScheduleError if a name appears twice, or if a client has no work or endless work.
@@ -150,7 +150,7 @@ def simulate_round(clients: Sequence[ClientRound], server: Server) -> RoundTimel
     return _Clock(clients, server).run()
 
 
-def simulate_in_turn(clients: Sequence[ClientRound], server: Server) -> RoundTimeline:
+def simulate_in_turn(clients: Sequence[ClientRound], server: ServerProfile) -> RoundTimeline:
     """One round of clients that train one after the other: each has the server to itself, and times add up.
 
     Raises what `simulate_round` raises.
@@ -176,10 +176,10 @@ class _Clock:
     """The state of a running simulation."""
 
     clients: Sequence[ClientRound]
-    server: Server
-    ends: list[tuple[float, int, _Where, list[Batch]]] = field(default_factory=list)
+    server: ServerProfile
+    ends: list[tuple[float, int, _Where, list[ServerBatch]]] = field(default_factory=list)
     """Heap of what is under way: end, number, place, members."""
-    waiting: dict[_Where, list[Batch]] = field(default_factory=dict)
+    waiting: dict[_Where, list[ServerBatch]] = field(default_factory=dict)
     """What waits for each place, in order of arrival; places for which nothing waits are not in it."""
     busy: set[_Where] = field(default_factory=set)
     intervals: list[Interval] = field(default_factory=list)
@@ -209,7 +209,7 @@ class _Clock:
                     self.wait(batch, now_s)
                     continue
                 if queued := self.queued[batch.client]:
-                    self.wait(Batch(batch.client, queued.pop()), now_s)
+                    self.wait(ServerBatch(batch.client, queued.pop()), now_s)
                     continue
                 open_batches[batch.client] -= 1
                 if not open_batches[batch.client]:  # the barrier: on to the next step
@@ -226,16 +226,16 @@ class _Clock:
         at_once = self.clients[client].in_flight or len(chains)
         self.queued[client] = list(chains[at_once:])
         for legs in chains[:at_once]:
-            self.wait(Batch(client, legs), now_s)
+            self.wait(ServerBatch(client, legs), now_s)
         return len(chains[:at_once])
 
-    def wait(self, batch: Batch, now_s: float) -> None:
+    def wait(self, batch: ServerBatch, now_s: float) -> None:
         place = batch.leg.place
         where: _Where = (-1, place) if place == "server" else (batch.client, place)
         batch.ready_s = now_s
         self.waiting.setdefault(where, []).append(batch)
 
-    def ended(self, now_s: float) -> Iterator[Batch]:
+    def ended(self, now_s: float) -> Iterator[ServerBatch]:
         """All batches whose leg ends now; their places are free again."""
         while self.ends and self.ends[0][0] == now_s:
             _, _, where, members = heapq.heappop(self.ends)
@@ -254,7 +254,7 @@ class _Clock:
             if group:
                 self.work(where, group, now_s)
 
-    def work(self, where: _Where, group: list[Batch], now_s: float) -> None:
+    def work(self, where: _Where, group: list[ServerBatch], now_s: float) -> None:
         """Occupy a place with one leg of this group, and write it down."""
         seconds = sum(batch.leg.seconds for batch in group)
         if where[1] == "server":

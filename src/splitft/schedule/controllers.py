@@ -17,7 +17,7 @@ from functools import partial
 
 from splitft.errors import ScheduleError
 from splitft.schedule.makespan import best_cuts, predicted_round_s
-from splitft.schedule.problem import Feasible, Situation, corrected, feasible
+from splitft.schedule.problem import CutProblem, Feasible, corrected, feasible
 from splitft.schedule.profile import chosen
 from splitft.schedule.simulated_search import quickest
 
@@ -32,12 +32,12 @@ class Decision:
     """Why, in words."""
 
 
-def fixed(situation: Situation) -> Decision:
+def fixed(situation: CutProblem) -> Decision:
     """The cuts as they are."""
     return Decision(_current(situation), "the cuts are fixed")
 
 
-def resources(situation: Situation) -> Decision:
+def resources(situation: CutProblem) -> Decision:
     """Distribute the blocks on clients so that all compute for about the same time.
 
     The level is the longest compute time T such that, with every client at its deepest cut of at most T
@@ -70,7 +70,7 @@ def resources(situation: Situation) -> Decision:
     return Decision(cuts, reason)
 
 
-def paper(situation: Situation) -> Decision:
+def paper(situation: CutProblem) -> Decision:
     """Move cuts by performance, within resources: the rule of SplitFT (arXiv 2604.26388).
 
     What is known of it: a client whose performance is above the average of all clients gets more layers, one
@@ -107,7 +107,7 @@ def paper(situation: Situation) -> Decision:
     )
 
 
-def makespan(situation: Situation) -> Decision:
+def makespan(situation: CutProblem) -> Decision:
     """Least predicted round time, if the gain over the rounds left pays for the move.
 
     By the model of `makespan`, exactly; or by the clock, among the candidates of `rehearsal`.
@@ -135,7 +135,7 @@ def makespan(situation: Situation) -> Decision:
     return Decision(current, f"predicted round {current_s:.4g} s; another gains {against}")
 
 
-Controller = Callable[[Situation], Decision]
+Controller = Callable[[CutProblem], Decision]
 
 CONTROLLERS: dict[str, Controller] = {
     "fixed": fixed,
@@ -146,7 +146,7 @@ CONTROLLERS: dict[str, Controller] = {
 """Every way to choose cuts, by the name in `schedule.controller`."""
 
 
-def choose(controller: str, situation: Situation) -> Decision:
+def choose(controller: str, situation: CutProblem) -> Decision:
     """The decision of the controller of this name, checked.
 
     Raises ScheduleError if there is no such controller, if a client has no possible cut (saying what it
@@ -159,7 +159,7 @@ def choose(controller: str, situation: Situation) -> Decision:
     return checked(controller, situation, decide(situation))
 
 
-def checked(controller: str, situation: Situation, decision: Decision) -> Decision:
+def checked(controller: str, situation: CutProblem, decision: Decision) -> Decision:
     """Return the decision if every client can have its cut and the server its memory.
 
     Raises ScheduleError naming controller, client, cut and what fits.
@@ -183,7 +183,7 @@ def checked(controller: str, situation: Situation, decision: Decision) -> Decisi
     return decision
 
 
-def _current(situation: Situation) -> dict[str, int]:
+def _current(situation: CutProblem) -> dict[str, int]:
     return {client.name: client.current for client in situation.clients}
 
 

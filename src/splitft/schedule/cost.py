@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from splitft.geometry import check_cut
-from splitft.schedule.workload import Client, Job
+from splitft.schedule.workload import ClientProfile, SharedCosts
 
 Place = Literal["client", "up", "down", "server"]
 """What a leg occupies: the client's processor, its link in one direction, or the server."""
@@ -70,7 +70,7 @@ class Leg:
         return LEGS[self.name]
 
 
-def step_legs(job: Job, client: Client, cut: int) -> tuple[Leg, ...]:
+def step_legs(job: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg, ...]:
     """The legs of one step, in order; they follow one another, so the step takes the sum of their seconds."""
     L, D = job.sizes.blocks, job.sizes.width
     check_cut(cut, L)
@@ -109,7 +109,7 @@ def step_legs(job: Job, client: Client, cut: int) -> tuple[Leg, ...]:
     )
 
 
-def adapter_legs(job: Job, client: Client, cut: int) -> tuple[Leg, Leg]:
+def adapter_legs(job: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg, Leg]:
     """adapters_down and adapters_up of one round: the factors of the client's own blocks, as they travel.
 
     What is folded into the base travels in float32 at most at the members' rank sum, or the width if less.
@@ -127,7 +127,9 @@ def adapter_legs(job: Job, client: Client, cut: int) -> tuple[Leg, Leg]:
     return _down(client, "adapters_down", down + folded * FOLDED_BYTES), _up(client, "adapters_up", up)
 
 
-def exchange_legs(job: Job, client: Client, cut: int) -> tuple[tuple[Leg, ...], tuple[Leg, ...]]:
+def exchange_legs(
+    job: SharedCosts, client: ClientProfile, cut: int
+) -> tuple[tuple[Leg, ...], tuple[Leg, ...]]:
     """Legs before the first step of a round and after the last; none if adapters stay where they are."""
     if not job.federated:
         return (), ()
@@ -149,7 +151,7 @@ def pipelined_step_s(micro_batch: Sequence[Leg], micro_batches: int) -> float:
     return max(chain_s, micro_batches * max(by_place.values()))
 
 
-def round_seconds(job: Job, client: Client, cut: int) -> dict[str, float]:
+def round_seconds(job: SharedCosts, client: ClientProfile, cut: int) -> dict[str, float]:
     """Seconds of a round by leg, with the server to itself: each visit pays the overhead of a group."""
     seconds: dict[str, float] = {}
     for leg, times in _round(job, client, cut):
@@ -158,13 +160,18 @@ def round_seconds(job: Job, client: Client, cut: int) -> dict[str, float]:
     return seconds
 
 
-def round_bytes(job: Job, client: Client, cut: int) -> dict[str, float]:
+def round_bytes(job: SharedCosts, client: ClientProfile, cut: int) -> dict[str, float]:
     """Bytes of a round by leg; legs that send nothing are left out."""
     return {leg.name: times * leg.nbytes for leg, times in _round(job, client, cut) if leg.nbytes}
 
 
 def move_seconds(
-    job: Job, client: Client, old: int, new: int, weights_kept: bool = False, moments_kept: bool = False
+    job: SharedCosts,
+    client: ClientProfile,
+    old: int,
+    new: int,
+    weights_kept: bool = False,
+    moments_kept: bool = False,
 ) -> float:
     """Seconds that changing a client's cut takes before its next round can begin.
 
@@ -187,7 +194,7 @@ def total_by_place(by_leg: Mapping[str, float], place: Place) -> float:
     return sum(value for leg, value in by_leg.items() if LEGS[leg] == place)
 
 
-def _round(job: Job, client: Client, cut: int) -> list[tuple[Leg, int]]:
+def _round(job: SharedCosts, client: ClientProfile, cut: int) -> list[tuple[Leg, int]]:
     """The legs of a round, and how often each runs: those of a step for each of its micro-batches."""
     before, after = exchange_legs(job, client, cut)
     parts = job.parts(client.workload)
@@ -196,9 +203,9 @@ def _round(job: Job, client: Client, cut: int) -> list[tuple[Leg, int]]:
     return [*((leg, 1) for leg in before), *((leg, steps) for leg in legs), *((leg, 1) for leg in after)]
 
 
-def _up(client: Client, name: str, nbytes: float) -> Leg:
+def _up(client: ClientProfile, name: str, nbytes: float) -> Leg:
     return Leg(name, client.link.seconds_up(nbytes), nbytes)
 
 
-def _down(client: Client, name: str, nbytes: float) -> Leg:
+def _down(client: ClientProfile, name: str, nbytes: float) -> Leg:
     return Leg(name, client.link.seconds_down(nbytes), nbytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from splitft.schedule.workload import Client, Job
+from splitft.schedule.workload import ClientProfile, SharedCosts
 from splitft.specs import ChangeSpec
 
 
@@ -12,14 +12,14 @@ from splitft.specs import ChangeSpec
 class Fleet:
     """All machines of a run."""
 
-    job: Job
+    job: SharedCosts
     """What all clients share, the server among it."""
-    clients: tuple[Client, ...]
+    clients: tuple[ClientProfile, ...]
     """As they are before any scripted change."""
     changes: tuple[ChangeSpec, ...] = ()
     """What happens to them, and when."""
 
-    def at(self, number: int) -> tuple[Client, ...]:
+    def at(self, number: int) -> tuple[ClientProfile, ...]:
         """The clients under the conditions of a round."""
         clients = list(self.clients)
         for change in sorted(self.changes, key=lambda one: one.round):
@@ -28,7 +28,7 @@ class Fleet:
         return tuple(clients)
 
 
-def _changed(client: Client, change: ChangeSpec) -> Client:
+def _changed(client: ClientProfile, change: ChangeSpec) -> ClientProfile:
     link = replace(
         client.link,
         up_bytes_per_s=client.link.up_bytes_per_s * change.link,

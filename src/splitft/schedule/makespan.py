@@ -27,13 +27,13 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 from splitft.errors import ScheduleError
-from splitft.schedule.problem import CutOption, Feasible, Situation, corrected
+from splitft.schedule.problem import CutOption, CutProblem, Feasible, corrected
 
 Prices = dict[str, list[CutOption]]
 """The possible options of each client, ascending in depth."""
 
 
-def predicted_round_s(situation: Situation, cuts: Mapping[str, int]) -> float:
+def predicted_round_s(situation: CutProblem, cuts: Mapping[str, int]) -> float:
     """Seconds of a round with these cuts, by the model above."""
     taken = [
         option
@@ -44,7 +44,7 @@ def predicted_round_s(situation: Situation, cuts: Mapping[str, int]) -> float:
     return _round_s(taken)
 
 
-def best_cuts(situation: Situation, allowed: Mapping[str, Feasible]) -> dict[str, int]:
+def best_cuts(situation: CutProblem, allowed: Mapping[str, Feasible]) -> dict[str, int]:
     """The cuts, among the allowed ones, with the least predicted round time; ties go to the deeper cut.
 
     Raises ScheduleError if the server's memory does not suffice even with every client at its deepest cut.
@@ -69,7 +69,7 @@ def best_cuts(situation: Situation, allowed: Mapping[str, Feasible]) -> dict[str
     return _cuts(deepest(prices, best_s))
 
 
-def prices_of(situation: Situation, allowed: Mapping[str, Feasible]) -> Prices:
+def prices_of(situation: CutProblem, allowed: Mapping[str, Feasible]) -> Prices:
     """The allowed options of each client; raises ScheduleError unless a deeper cut spares the server."""
     prices: Prices = {}
     for client in situation.clients:
@@ -100,12 +100,12 @@ def _round_s(taken: Iterable[CutOption]) -> float:
     return max(max(option.own_s for option in options), sum(option.server_s for option in options))
 
 
-def fits_memory(situation: Situation, cuts: Mapping[str, int]) -> bool:
+def fits_memory(situation: CutProblem, cuts: Mapping[str, int]) -> bool:
     """Whether the server's memory suffices for these cuts."""
     return situation.server_bytes(cuts) <= situation.server_memory_bytes
 
 
-def _raise_lack(situation: Situation, taken: Mapping[str, CutOption]) -> None:
+def _raise_lack(situation: CutProblem, taken: Mapping[str, CutOption]) -> None:
     cuts = _cuts(taken)
     raise ScheduleError(
         f"the server lacks memory: with every client at its deepest possible cut "

@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields, replace
 
 from splitft.errors import ScheduleError
 from splitft.geometry import check_cut
-from splitft.schedule.workload import Client, Job
+from splitft.schedule.workload import ClientProfile, SharedCosts
 
 HEAD_CHUNK = 256
 """Positions whose logits exist at one time."""
@@ -71,7 +71,7 @@ class Memory:
         return sum(float(getattr(self, part.name)) for part in fields(self))
 
 
-def client_memory(job: Job, client: Client, cut: int) -> Memory:
+def client_memory(job: SharedCosts, client: ClientProfile, cut: int) -> Memory:
     """Peak memory of a client; the whole model on the client (k = L) includes the head."""
     check_cut(cut, job.sizes.blocks)
     head = job.labels == "client" or cut == job.sizes.blocks
@@ -82,7 +82,7 @@ def client_memory(job: Job, client: Client, cut: int) -> Memory:
     return replace(trained, runtime=RUNTIME_BYTES)
 
 
-def server_memory(job: Job, client: Client, cut: int) -> Memory:
+def server_memory(job: SharedCosts, client: ClientProfile, cut: int) -> Memory:
     """What one client adds to the server's peak; the frozen weights, shared by all, are not in it."""
     L = job.sizes.blocks
     check_cut(cut, L)
@@ -90,7 +90,7 @@ def server_memory(job: Job, client: Client, cut: int) -> Memory:
     return _trained(job, client, range(cut, L), cut, 0.0, head)
 
 
-def server_weights_bytes(job: Job, shallowest: int) -> float:
+def server_weights_bytes(job: SharedCosts, shallowest: int) -> float:
     """Frozen weights and runtime on the server, once for all clients with cuts from `shallowest` on."""
     check_cut(shallowest, job.sizes.blocks)
     if shallowest == job.sizes.blocks:
@@ -101,7 +101,7 @@ def server_weights_bytes(job: Job, shallowest: int) -> float:
     return parameters * job.weight_bytes + RUNTIME_BYTES
 
 
-def server_peak_bytes(job: Job, clients: Sequence[Client], cuts: Sequence[int]) -> float:
+def server_peak_bytes(job: SharedCosts, clients: Sequence[ClientProfile], cuts: Sequence[int]) -> float:
     """Peak memory of the server with all these clients in the middle of a step."""
     if not clients or len(clients) != len(cuts):
         raise ScheduleError(f"{len(clients)} clients but {len(cuts)} cuts; give one cut a client")
@@ -111,7 +111,9 @@ def server_peak_bytes(job: Job, clients: Sequence[Client], cuts: Sequence[int]) 
     )
 
 
-def _trained(job: Job, client: Client, blocks: range, cut: int, weights: float, head: bool) -> Memory:
+def _trained(
+    job: SharedCosts, client: ClientProfile, blocks: range, cut: int, weights: float, head: bool
+) -> Memory:
     """Memory of training these blocks for this client, with the head or without."""
     work, sizes = client.workload, job.sizes
     tokens = work.peak_tokens * job.share_underway(work)

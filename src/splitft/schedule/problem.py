@@ -19,7 +19,7 @@ from typing import Protocol
 from splitft.errors import ScheduleError
 from splitft.schedule.cost import move_seconds, round_seconds, total_by_place
 from splitft.schedule.memory import client_memory, server_memory, server_weights_bytes
-from splitft.schedule.workload import Client, Job
+from splitft.schedule.workload import ClientProfile, SharedCosts
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class CutOption:
 
 
 @dataclass(frozen=True)
-class ClientSituation:
+class ClientChoices:
     """One client before the next round."""
 
     name: str
@@ -111,10 +111,10 @@ class Rehearse(Protocol):
 
 
 @dataclass(frozen=True)
-class Situation:
+class CutProblem:
     """All clients and the server before the next round: everything a controller decides from."""
 
-    clients: tuple[ClientSituation, ...]
+    clients: tuple[ClientChoices, ...]
     """Who takes part."""
     rounds_left: int = 1
     """Rounds still to come, over which a move must pay."""
@@ -153,7 +153,7 @@ class Feasible:
     """What is missing if there are none, in words."""
 
 
-def feasible(situation: Situation) -> dict[str, Feasible]:
+def feasible(situation: CutProblem) -> dict[str, Feasible]:
     """For each client the cuts that fit its bounds, memory and time, or what it lacks.
 
     Whether a client without any is left out or stops the run is for the caller to say.
@@ -162,7 +162,11 @@ def feasible(situation: Situation) -> dict[str, Feasible]:
 
 
 def options(
-    job: Job, client: Client, current: int, weights_kept: bool = False, moments_kept: bool = False
+    job: SharedCosts,
+    client: ClientProfile,
+    current: int,
+    weights_kept: bool = False,
+    moments_kept: bool = False,
 ) -> tuple[CutOption, ...]:
     """The predicted price of every cut 1..L for one client, now at cut `current`."""
     return tuple(
@@ -178,14 +182,14 @@ def options(
 
 
 def situation_of(
-    job: Job,
-    clients: Sequence[Client],
+    job: SharedCosts,
+    clients: Sequence[ClientProfile],
     cuts: Sequence[int],
     rounds_left: int = 1,
     weights_kept: bool = False,
     moments_kept: bool = False,
     whole_allowed: bool = False,
-) -> Situation:
+) -> CutProblem:
     """A situation of predicted prices and device memories; bounds, losses and measurements by `replace`.
 
     Cuts end at L - 1 unless `whole_allowed`: the whole model on a client sends no hidden states, so on slow
@@ -194,9 +198,9 @@ def situation_of(
     if len(clients) != len(cuts):
         raise ScheduleError(f"{len(clients)} clients but {len(cuts)} cuts; give one cut a client")
     L = job.sizes.blocks
-    return Situation(
+    return CutProblem(
         clients=tuple(
-            ClientSituation(
+            ClientChoices(
                 client.name,
                 current,
                 options(job, client, current, weights_kept, moments_kept),
@@ -212,7 +216,7 @@ def situation_of(
     )
 
 
-def corrected(client: ClientSituation) -> tuple[CutOption, ...]:
+def corrected(client: ClientChoices) -> tuple[CutOption, ...]:
     """The client's options with each measured leg put right at every cut.
 
     A leg that took twice what was predicted at the current cut is taken to take twice everywhere: the
@@ -232,7 +236,7 @@ def corrected(client: ClientSituation) -> tuple[CutOption, ...]:
     )
 
 
-def _feasible(client: ClientSituation) -> Feasible:
+def _feasible(client: ClientChoices) -> Feasible:
     known = [option.cut for option in client.options]
     largest = known[-1] if client.max_cut is None else client.max_cut
     within = [option for option in corrected(client) if client.min_cut <= option.cut <= largest]

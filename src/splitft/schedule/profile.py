@@ -125,7 +125,7 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Server:
+class ServerProfile:
     """The machine that runs the deeper blocks of all clients, one group of waiting clients at a time."""
 
     device: Device

@@ -15,11 +15,11 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from splitft.schedule.cost import Leg
-from splitft.schedule.profile import Server
+from splitft.schedule.profile import ServerProfile
 
 
 @dataclass(eq=False)
-class Batch:
+class ServerBatch:
     """One micro-batch (or an exchange of adapters) on its way through its legs; equal to itself alone."""
 
     client: int
@@ -37,11 +37,11 @@ class Batch:
 class Turns:
     """The order at one server."""
 
-    server: Server
+    server: ServerProfile
     holder: int | None = None
     """The client whose turn has begun and not ended."""
 
-    def next(self, queue: Sequence[Batch], stepping: Set[int]) -> list[Batch]:
+    def next(self, queue: Sequence[ServerBatch], stepping: Set[int]) -> list[ServerBatch]:
         """Of those that wait, in order of arrival, the ones to work on now; none if all have to wait on.
 
         `stepping`: the clients that still have steps at the server.
@@ -52,7 +52,7 @@ class Turns:
             return self._one(queue)
         return _group(queue, self.server.group_tokens)
 
-    def _one(self, queue: Sequence[Batch]) -> list[Batch]:
+    def _one(self, queue: Sequence[ServerBatch]) -> list[ServerBatch]:
         found = next((batch for batch in queue if self.holder in (None, batch.client)), None)
         if found is None:
             return []
@@ -61,7 +61,7 @@ class Turns:
         return [found]
 
 
-def _group(queue: Sequence[Batch], group_tokens: float) -> list[Batch]:
+def _group(queue: Sequence[ServerBatch], group_tokens: float) -> list[ServerBatch]:
     """The first in the queue, and the others that wait for the same leg while they fit together."""
     group, tokens = [queue[0]], queue[0].leg.tokens
     for batch in queue[1:]:
@@ -73,10 +73,10 @@ def _group(queue: Sequence[Batch], group_tokens: float) -> list[Batch]:
     return group
 
 
-def _all_of_a_leg(queue: Sequence[Batch], stepping: Set[int]) -> list[Batch]:
+def _all_of_a_leg(queue: Sequence[ServerBatch], stepping: Set[int]) -> list[ServerBatch]:
     """A batch of every client that still has steps, all waiting for the same leg; none if one is missing."""
     for name in dict.fromkeys(batch.leg.name for batch in queue):
-        first: dict[int, Batch] = {}
+        first: dict[int, ServerBatch] = {}
         for batch in queue:
             if batch.leg.name == name:
                 first.setdefault(batch.client, batch)

@@ -17,8 +17,8 @@ from dataclasses import replace
 
 from splitft.schedule.clock import client_round, simulate_round
 from splitft.schedule.makespan import best_cuts, deepest, fits_memory, prices_of
-from splitft.schedule.problem import Feasible, Rehearse, Situation
-from splitft.schedule.workload import Client, Job
+from splitft.schedule.problem import CutProblem, Feasible, Rehearse
+from splitft.schedule.workload import ClientProfile, SharedCosts
 
 RUNGS = 40
 """Times on the ladder, evenly among the clients' own times."""
@@ -30,7 +30,7 @@ FINALISTS = 8
 """Rungs, and common cuts, that are rehearsed in full."""
 
 
-def rehearsal(job: Job, clients: Sequence[Client]) -> Rehearse:
+def rehearsal(job: SharedCosts, clients: Sequence[ClientProfile]) -> Rehearse:
     """The clock, for these clients."""
 
     def seconds(cuts: Mapping[str, int], steps: int) -> float:
@@ -50,7 +50,7 @@ def rehearsal(job: Job, clients: Sequence[Client]) -> Rehearse:
     return rehearse
 
 
-def quickest(situation: Situation, allowed: Mapping[str, Feasible], rehearse: Rehearse) -> dict[str, int]:
+def quickest(situation: CutProblem, allowed: Mapping[str, Feasible], rehearse: Rehearse) -> dict[str, int]:
     """The candidate that is quickest on the clock; ties go to the deeper one.
 
     Raises ScheduleError if the server's memory does not suffice even with every client at its deepest cut.

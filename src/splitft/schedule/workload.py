@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from splitft.errors import ScheduleError
 from splitft.geometry import Side, ranks_by_block
 from splitft.schedule.codec_cost import WireBytes
-from splitft.schedule.profile import Device, Link, Server
+from splitft.schedule.profile import Device, Link, ServerProfile
 from splitft.schedule.sizes import ModelSizes
 from splitft.specs import LoraSpec
 
@@ -66,7 +66,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Client:
+class ClientProfile:
     """One client as its costs see it."""
 
     name: str
@@ -84,7 +84,7 @@ class Client:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class AdapterTraffic:
     """What the aggregation rule lets travel of a round's adapters."""
 
     up: float = 1.0
@@ -98,12 +98,12 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Job:
+class SharedCosts:
     """What all clients of a run share."""
 
     sizes: ModelSizes
     """The model."""
-    server: Server
+    server: ServerProfile
     """The machine of the deeper blocks."""
     lora: LoraSpec
     """Ranks, also at the cut."""
@@ -119,7 +119,7 @@ class Job:
     """Parts of a step, where its batch has so many sequences."""
     in_flight: int = 1
     """Of these, how many are underway at once."""
-    exchange: Exchange = field(default_factory=Exchange)
+    exchange: AdapterTraffic = field(default_factory=AdapterTraffic)
     """What of the adapters travels."""
 
     federated: bool = True

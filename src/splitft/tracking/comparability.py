@@ -14,7 +14,7 @@ from typing import Any
 _MODULUS = 1 << 128
 
 
-def united(prints: Iterable[str]) -> str | None:
+def common_fingerprint(prints: Iterable[str]) -> str | None:
     """The fingerprint of the texts of several clients together; None if one is not known."""
     known = list(prints)
     if not known or not all(known):
@@ -49,7 +49,9 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
         ("held_out", "were evaluated on different text", "eval_examples"),
         ("trained_on", "trained on different text", "train_examples"),
     ):
-        prints = [united(client.get(key, "") for client in run["clients"]) for run in (one, other)]
+        prints = [
+            common_fingerprint(client.get(key, "") for client in run["clients"]) for run in (one, other)
+        ]
         if None not in prints and prints[0] != prints[1]:
             counts = [sum(client[counted] for client in run["clients"]) for run in (one, other)]
             said.append(f"{what} ({counts[0]:,} and {counts[1]:,} examples)")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from splitft.tracking.facts import PRIVACY, Fact
 from splitft.tracking.facts import Bar as Bar
@@ -213,10 +213,15 @@ class Warned(Stamped):
     """One sentence."""
 
 
-class LinkStarted(Stamped):
+def _renamed(name: str) -> AfterValidator:
+    """Read an event under the name that earlier versions wrote, and keep today's."""
+    return AfterValidator(lambda _: name)
+
+
+class SessionStarted(Stamped):
     """A deployed run goes on with the sites that are there: one link of its chain of jobs."""
 
-    event: Literal["LinkStarted"] = "LinkStarted"
+    event: Annotated[Literal["SessionStarted", "LinkStarted"], _renamed("SessionStarted")] = "SessionStarted"
     round: int
     """First round that it trains."""
     sites: tuple[str, ...]
@@ -246,10 +251,10 @@ class SiteChanged(Stamped):
         return f"round {self.round}: {self.site} {verb} {self.state}: {self.reason}"
 
 
-class LinkEnded(Stamped):
+class SessionEnded(Stamped):
     """The sites that are there do not fit any more; a supervisor starts the next link."""
 
-    event: Literal["LinkEnded"] = "LinkEnded"
+    event: Annotated[Literal["SessionEnded", "LinkEnded"], _renamed("SessionEnded")] = "SessionEnded"
     round: int
     """Rounds finished."""
     reason: Literal["finished", "back", "paused", "stopped"]
@@ -279,9 +284,9 @@ Event = Annotated[
     | Evaluated
     | CheckpointSaved
     | Warned
-    | LinkStarted
+    | SessionStarted
     | SiteChanged
-    | LinkEnded
+    | SessionEnded
     | RunDone,
     Field(discriminator="event"),
 ]

@@ -29,7 +29,7 @@ class Point:
     """MB (10^6 bytes) that training had sent until then, both directions, all clients."""
 
 
-def course(events: Iterable[Event]) -> list[Point]:
+def loss_history(events: Iterable[Event]) -> list[Point]:
     """The points of settled events, in order of rounds; a loss that is not finite is left out."""
     sent: defaultdict[int, int] = defaultdict(int)
     seconds: dict[int, float] = {}

@@ -139,7 +139,7 @@ def client_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def verdict(summary: Mapping[str, Any]) -> str:
+def headline(summary: Mapping[str, Any]) -> str:
     """One sentence on the held-out loss, and the clients that did not gain."""
     losses = summary["eval_loss"]
     if len(losses) < 2 or losses[0] is None or losses[-1] is None:

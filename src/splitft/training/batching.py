@@ -50,7 +50,7 @@ def of_step(message: Activations, gradient: torch.Tensor) -> torch.Tensor:
     return gradient * (message.labelled_tokens / message.step_tokens)
 
 
-def like_lengths(messages: Sequence[Activations], group_tokens: int) -> list[list[Activations]]:
+def group_by_length(messages: Sequence[Activations], group_tokens: int) -> list[list[Activations]]:
     """Neighbours in length together, up to `group_tokens` padded tokens and `MOST_PADDING`."""
     groups: list[list[Activations]] = []
     for message in sorted(messages, key=lambda one: (max(one.lengths), one.client)):
@@ -70,7 +70,7 @@ def in_random_order(messages: Sequence[Activations], seed: Sequence[int]) -> lis
     return [[messages[place]] for place in order]
 
 
-def merged(rows: Sequence[tuple[str | None, int]]) -> list[tuple[str | None, int]]:
+def merge_runs(rows: Sequence[tuple[str | None, int]]) -> list[tuple[str | None, int]]:
     """(slot, sequences) of a batch's rows, neighbours with the same slot as one."""
     runs: list[tuple[str | None, int]] = []
     for slot, count in rows:

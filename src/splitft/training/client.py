@@ -41,9 +41,9 @@ from splitft.protocol import (
     expect,
 )
 from splitft.specs import PrivacySpec, TrainingSpec
-from splitft.training.client_blocks import Holding
-from splitft.training.micro_batch import Part, Underway, check_finite, mean_loss
-from splitft.training.ranks import Ranks
+from splitft.training.client_blocks import ClientBlocks
+from splitft.training.micro_batch import BatchPart, MicroBatch, check_finite, mean_loss
+from splitft.training.ranks import RankPolicy
 
 
 class Client:
@@ -55,7 +55,7 @@ class Client:
         model: Model,
         cut: int,
         labels: Side,
-        ranks: Ranks,
+        ranks: RankPolicy,
         training: TrainingSpec,
         stream: BatchStream,
         held_out: Sequence[Batch],
@@ -73,13 +73,13 @@ class Client:
         self._ranks, self._training = ranks, training
         self._stream, self._held_out, self._numbered = stream, tuple(held_out), numbered
         plan = Plan(cut, model.shape.blocks, labels)
-        self._holding = Holding(name, model, plan, ranks, self._defence.privacy.private_blocks)
+        self._holding = ClientBlocks(name, model, plan, ranks, self._defence.privacy.private_blocks)
         self.segment, self._bank = self._holding.segment, self._holding.bank
         self._moments: Moments = {}
         self._optimizer: LocalOptimizer | None = None
         self._step: tuple[Batch, ...] = ()  # micro-batches of the step that has begun
         self._sent = self._taken = 0  # of these: have left, and are back
-        self._underway: dict[int, Underway] = {}  # those between, by number; in evaluation 0 alone
+        self._underway: dict[int, MicroBatch] = {}  # those between, by number; in evaluation 0 alone
         self._graded: set[int] = set()  # those for which the head has answered
         self._round = 0
         self._tokens = 0  # labelled, trained on in this round without a server
@@ -129,7 +129,7 @@ class Client:
         with torch.enable_grad():
             hidden = self._leaving(batch, "training", self._round, self.steps, *_beyond_first(number))
         labelled = sum(one.labelled_tokens for one in self._step)
-        self._underway[number] = Underway(batch, hidden, Part(number, len(self._step), labelled))
+        self._underway[number] = MicroBatch(batch, hidden, BatchPart(number, len(self._step), labelled))
         self._sent += 1
         return self._activations(self.steps, number, training=True)
 
@@ -197,7 +197,9 @@ class Client:
             part_loss, gradient = loss_and_gradient(self.segment, last.detach(), own.targets())
             check_finite(part_loss, self.name, self._round, self.steps)
             losses.append((part_loss, own.labelled_tokens))
-            gradient = Part(number, len(parts), batch.labelled_tokens).weighted(gradient, own.labelled_tokens)
+            gradient = BatchPart(number, len(parts), batch.labelled_tokens).weighted(
+                gradient, own.labelled_tokens
+            )
             if last.requires_grad:
                 torch.autograd.backward([last], [gradient.to(last.dtype)])
         loss = mean_loss(losses)
@@ -242,7 +244,7 @@ class Client:
     def held_out(self, index: int) -> Activations:
         """One held-out batch through the client's blocks, without gradient."""
         batch = self._held_out[index]
-        self._underway = {0: Underway(batch, self._leaving(batch, "evaluation", self._round, index))}
+        self._underway = {0: MicroBatch(batch, self._leaving(batch, "evaluation", self._round, index))}
         return self._activations(index, 0, training=False)
 
     @torch.no_grad()
@@ -341,7 +343,7 @@ class Client:
             raise ProtocolError(f"{self.name}: no round is underway; RoundStart is due first")
         return self._optimizer
 
-    def _awaited(self, message: Message | None = None) -> Underway:
+    def _awaited(self, message: Message | None = None) -> MicroBatch:
         number = getattr(message, "micro_batch", 0)
         if not self._underway:
             raise ProtocolError(f"{self.name}: a reply came, but no batch is underway")

@@ -15,21 +15,21 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from splitft.adapters import AdapterState, attach, merged
+from splitft.adapters import AdapterState, add_folded, attach
 from splitft.data.text import Batch
 from splitft.errors import ProtocolError
 from splitft.geometry import Plan, Span
 from splitft.model import Model, Segment
-from splitft.training.ranks import Ranks
+from splitft.training.ranks import RankPolicy
 
 SLOT = "own"
 """The one set of factors that a client has."""
 
 
-class Holding:
+class ClientBlocks:
     """The blocks of one client and their factors, over a whole run."""
 
-    def __init__(self, name: str, model: Model, plan: Plan, ranks: Ranks, private_blocks: int) -> None:
+    def __init__(self, name: str, model: Model, plan: Plan, ranks: RankPolicy, private_blocks: int) -> None:
         """Load the client's blocks of the model. Raises ModelError if that cannot be."""
         self.name, self.plan = name, plan
         self._ranks, self._private_blocks = ranks, private_blocks
@@ -61,7 +61,7 @@ class Holding:
     def train(self, round: int) -> Mapping[tuple[int, str, str], nn.Parameter]:
         """Take up the factors to train in this round; returns them by block, target and half."""
         ranks = self._ranks.of(self.plan.cut, self.name)
-        trained, rest = self._ranks.parted(self._known, ranks, round)
+        trained, rest = self._ranks.split_trained(self._known, ranks, round)
         self.bank.put(SLOT, trained, rest, self._folded, self._ranks.sharing.trains)
         return self.bank.parameters(SLOT)
 
@@ -83,7 +83,7 @@ class Holding:
         news = adapters.completed(self._known)
         news = news if down else self._ranks.start(sizes, self._dtype, round)
         self._known = self.private().union(news)
-        self._folded = merged(self._folded, folded)
+        self._folded = add_folded(self._folded, folded)
         self.bank.put(SLOT, self._known, folded=self._folded)
 
     def join(self, cut: int, round: int, adapters: AdapterState, folded: AdapterState) -> None:

@@ -17,7 +17,7 @@ from splitft.specs import TrainingSpec
 
 
 @dataclass
-class Seat:
+class RoundProgress:
     """One participant's part in a round, as the server has it."""
 
     cut: int

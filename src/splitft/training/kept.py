@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from splitft.adapters import AdapterState, Moments, moments_within
 
 
-class Kept:
+class ClientState:
     """What is kept of all clients."""
 
     def __init__(self, per_client: bool) -> None:
@@ -29,7 +29,7 @@ class Kept:
 
     def personal(self, client: str, state: AdapterState) -> AdapterState:
         """Global factors with those that are the client's own in their place."""
-        return state.with_b_of(self.own.get(client, AdapterState()))
+        return state.replace_B(self.own.get(client, AdapterState()))
 
     def moments_of(self, client: str, blocks: Sequence[int]) -> Moments:
         """Moments of these blocks that are the client's own; what all share stays with the others."""

@@ -1,6 +1,6 @@
 """A client's batch between its hidden states, which have left, and the answer to them.
 
-    Underway(batch, hidden) --activations--> Activations(lengths, labelled, hidden)    leaves
+    MicroBatch(batch, hidden) --activations--> Activations(lengths, labelled, hidden)    leaves
     LastHidden, loss        --check_rows, check_finite-->                              comes, and is looked at
 
 The batch itself, its tokens, stays here until the answer has come.
@@ -20,7 +20,7 @@ from splitft.protocol import Activations, LastHidden
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """A micro-batch's place in its step."""
 
     number: int = 0
@@ -39,13 +39,13 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Underway:
+class MicroBatch:
     """A batch whose hidden states have left and whose gradient has not come back."""
 
     batch: Batch
     hidden: torch.Tensor
     """(N, D) at the cut, as it leaves, with its graph if it is trained on."""
-    part: Part = Part()
+    part: BatchPart = BatchPart()
     """Which of its step it is."""
 
     def activations(
@@ -77,7 +77,7 @@ class Underway:
             raise ProtocolError(f"{client}: LastHidden has {len(message.hidden)} rows, {due} were due")
 
 
-class Tally:
+class StepTotals:
     """What the micro-batches of one step come to, as they are done."""
 
     def __init__(self) -> None:

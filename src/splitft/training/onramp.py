@@ -18,10 +18,10 @@ from splitft.adapters import AdapterBank
 from splitft.geometry import Span
 from splitft.model import Segment, pack, pad, pick
 from splitft.protocol import Activations
-from splitft.training.batching import Group, merged
+from splitft.training.batching import Group, merge_runs
 
 
-def join(
+def forward_together(
     segment: Segment,
     bank: AdapterBank,
     cuts: Mapping[str, int],
@@ -43,7 +43,7 @@ def join(
         rows.append((slot(message.client), len(message.lengths)))
         span = Span(cuts[message.client], stop)
         if len(span):
-            with bank.routed(merged(rows)):
+            with bank.routed(merge_runs(rows)):
                 hidden = segment.run(hidden, span)
     assert hidden is not None
     parts = torch.split(hidden, [len(message.lengths) for message in order])
@@ -52,7 +52,7 @@ def join(
     return group
 
 
-def back(
+def backward_together(
     group: Group, gradients: Mapping[str, torch.Tensor], weights: Mapping[str, int], again: bool
 ) -> dict[str, torch.Tensor]:
     """Backward from gradients (M, D) at these clients' outputs; returns gradients (N, D) at their cuts.

@@ -22,7 +22,7 @@ from splitft.specs import LoraSpec
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankPolicy:
     """The rank rule of a run (SplitFT, arXiv 2604.26388: lowered on both sides of the cut)."""
 
     lora: LoraSpec
@@ -66,7 +66,7 @@ class Ranks:
         """Rank by block before the first round."""
         return dict.fromkeys(range(self.blocks), self.lora.rank)
 
-    def travelling(self, state: AdapterState) -> AdapterState:
+    def part_sent(self, state: AdapterState) -> AdapterState:
         """The part of global factors that a client is sent; what it does not get, it has or can make."""
         return state.only(self.sharing.down) if self.sharing.down else AdapterState()
 
@@ -94,7 +94,7 @@ class Ranks:
             return self.initial()
         return _combined(max, [self.of(cut, client) for client, cut in cuts.items()])
 
-    def parted(
+    def split_trained(
         self, state: AdapterState, ranks: Mapping[int, int], round: int
     ) -> tuple[AdapterState, AdapterState]:
         """Global factors as trained at these ranks in this round, and the rows that are only carried along.
@@ -107,7 +107,9 @@ class Ranks:
         rest = {key: factors.beyond(ranks[key[0]]) for key, factors in state.items()}
         return AdapterState(trained), AdapterState({key: one for key, one in rest.items() if one.rank})
 
-    def brought(self, client: str, sent: AdapterState, before: AdapterState, cut: int) -> AdapterState:
+    def validate_upload(
+        self, client: str, sent: AdapterState, before: AdapterState, cut: int
+    ) -> AdapterState:
         """What a client sent, checked, and completed with what it carried along from `before`.
 
         `before` are the global factors. Raises ProtocolError if something does not fit.
@@ -121,9 +123,9 @@ class Ranks:
             key: self._brought(client, key, sent[key], before[key], ranks[key[0]]) for key in sent
         })  # fmt: skip
 
-    def begun(self, state: AdapterState, cut: int, round: int, client: str = "") -> AdapterState:
+    def factors_at_start(self, state: AdapterState, cut: int, round: int, client: str = "") -> AdapterState:
         """What `brought` and the server's factors of a client together were before the round."""
-        return state if self.sharing.full_rank else self.parted(state, self.of(cut, client), round)[0]
+        return state if self.sharing.full_rank else self.split_trained(state, self.of(cut, client), round)[0]
 
     def _brought(self, client: str, key: Key, sent: Factors, before: Factors, rank: int) -> Factors:
         due = before.first(min(rank, before.rank)).only(self.sharing.up)

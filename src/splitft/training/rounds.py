@@ -20,16 +20,16 @@ from typing import Protocol
 
 import numpy as np
 
-from splitft.adapters import AdapterState, Fresh, aggregate, merged
+from splitft.adapters import AdapterState, Fresh, add_folded, aggregate
 from splitft.adapters.server_optimizer import Memory, stepped
 from splitft.geometry import Span
-from splitft.privacy.bounds import Bounds
+from splitft.privacy.bounds import UpdateBounds
 from splitft.privacy.noise import Noise
 from splitft.protocol import AdapterUpload, Evaluation, GlobalAdapters, RoundReady, RoundStart
 from splitft.schedule.controllers import Decision
 from splitft.specs import AggregateSpec, PrivacySpec, TrainingSpec
 from splitft.tracking.events import CutsChanged, Evaluated, Listener, RoundDone, RoundTimed, StepDone, Traffic
-from splitft.training.ranks import Ranks
+from splitft.training.ranks import RankPolicy
 from splitft.training.server import Server
 
 HANDED_ON = "=handed on"
@@ -93,7 +93,7 @@ def train_rounds(
     state: RunState,
     server: Server,
     federation: Federation,
-    ranks: Ranks,
+    ranks: RankPolicy,
     training: TrainingSpec,
     schedule: Schedule,
     listener: Listener,
@@ -106,7 +106,7 @@ def train_rounds(
 
     Noise on updates follows from the run's seed, or is fresh if `secret`, as a real deployment needs.
     """
-    bounds = Bounds(privacy, ranks.rule, Noise(ranks.seed, "=updates", secret))
+    bounds = UpdateBounds(privacy, ranks.rule, Noise(ranks.seed, "=updates", secret))
     if state.round == 0:
         server.place(state.cuts)
         server.install(state.adapters, state.folded)
@@ -147,10 +147,10 @@ def _round(
     participants: Sequence[str],
     server: Server,
     federation: Federation,
-    ranks: Ranks,
+    ranks: RankPolicy,
     training: TrainingSpec,
     listener: Listener,
-    bounds: Bounds,
+    bounds: UpdateBounds,
     aggregation: AggregateSpec,
 ) -> tuple[RunState, list[str]]:
     """One round of training and aggregation: the next global factors, and whose training is in them."""
@@ -182,8 +182,10 @@ def _round(
     full_sets = []
     for name, upload in uploads.items():
         others, tokens = server.trained(name)
-        trained = ranks.brought(name, upload.adapters, state.adapters, cuts[name]).union(others)
-        start = ranks.begun(state.adapters, cuts[name], number, name) if bounds.bounding else trained
+        trained = ranks.validate_upload(name, upload.adapters, state.adapters, cuts[name]).union(others)
+        start = (
+            ranks.factors_at_start(state.adapters, cuts[name], number, name) if bounds.bounding else trained
+        )
         full_sets.append((bounds.weight(tokens or upload.tokens), bounds.clipped(start, trained)))
     server.finish()
     fresh = Fresh(ranks.seed, salt=number)
@@ -191,7 +193,7 @@ def _round(
     shared = bounds.noised(result.state.completed(state.adapters), len(full_sets), number)
     shared, memory = stepped(aggregation, state.adapters, shared, state.memory)
     adapters = state.adapters.updated(shared)  # blocks that clients keep private stay as they began
-    folded = merged(state.folded, result.folded)
+    folded = add_folded(state.folded, result.folded)
     server.install(adapters, folded)
     after = RunState(number, cuts, adapters, folded=folded, memory=memory)
     lacking = {name: _lacking(number, Span(0, cuts[name]), ranks, shared, result.folded) for name in clients}
@@ -210,10 +212,10 @@ def _round(
 
 
 def _lacking(
-    number: int, span: Span, ranks: Ranks, adapters: AdapterState, folded: AdapterState
+    number: int, span: Span, ranks: RankPolicy, adapters: AdapterState, folded: AdapterState
 ) -> GlobalAdapters:
     """What a client of these blocks lacks of the round's result."""
-    sent = ranks.travelling(adapters.within(span))
+    sent = ranks.part_sent(adapters.within(span))
     return GlobalAdapters(round=number, adapters=sent, folded=folded.within(span))
 
 
@@ -224,10 +226,10 @@ def _round_in_turn(
     participants: Sequence[str],
     server: Server,
     federation: Federation,
-    ranks: Ranks,
+    ranks: RankPolicy,
     training: TrainingSpec,
     listener: Listener,
-    bounds: Bounds,
+    bounds: UpdateBounds,
     aggregation: AggregateSpec,
 ) -> tuple[RunState, list[str]]:
     """One round in which clients train one after the other: each hands its factors and moments on.

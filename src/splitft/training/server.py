@@ -28,11 +28,11 @@ from splitft.geometry import Plan, Span
 from splitft.model import Model, Segment, loss_and_gradient, summed_loss
 from splitft.protocol import Activations, CutGradient, HeadGradient, HeldOutLoss, LastHidden, expect
 from splitft.specs import SplitSpec, TrainingSpec
-from splitft.training.batching import Group, in_random_order, like_lengths, of_step
-from splitft.training.client_record import Seat
-from splitft.training.kept import Kept
-from splitft.training.onramp import back, join
-from splitft.training.ranks import Ranks
+from splitft.training.batching import Group, group_by_length, in_random_order, of_step
+from splitft.training.client_record import RoundProgress
+from splitft.training.kept import ClientState
+from splitft.training.onramp import backward_together, forward_together
+from splitft.training.ranks import RankPolicy
 
 GLOBAL, SHARED = "=global", "=shared"
 """Slots of the aggregated factors and of those that all clients train; no client's name begins with `=`."""
@@ -42,7 +42,7 @@ class Server:
     """The server's side of a whole run."""
 
     def __init__(
-        self, model: Model, deepest: Span, ranks: Ranks, split: SplitSpec, training: TrainingSpec
+        self, model: Model, deepest: Span, ranks: RankPolicy, split: SplitSpec, training: TrainingSpec
     ) -> None:
         """Load `deepest`, the blocks after the shallowest cut, and the head if labels are here."""
         self._ranks, self._split, self._training = ranks, split, training
@@ -50,12 +50,12 @@ class Server:
         self._bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype, ranks.gain)
         self._dtype = torch.promote_types(model.dtype, torch.float32)
         self._round = 0
-        self._seats: dict[str, Seat] = {}
+        self._seats: dict[str, RoundProgress] = {}
         self._cuts: dict[str, int] = {}
         self._groups: dict[tuple[str, int], Group] = {}  # by client and micro-batch
         self._optimizers: dict[str, LocalOptimizer] = {}
         self._heard: dict[str, int] = {}  # shared factors: labelled tokens of who was heard this step
-        self.kept = Kept(per_client=not self._shared)
+        self.kept = ClientState(per_client=not self._shared)
         """What is kept of clients across rounds."""
 
     def initial(self) -> AdapterState:
@@ -86,7 +86,7 @@ class Server:
     ) -> None:
         """Give every participant (or all together) the round's factors and a fresh optimizer."""
         blocks = self.segment.shape.blocks
-        self._seats = {name: Seat(self._cuts[name]) for name in participants}
+        self._seats = {name: RoundProgress(self._cuts[name]) for name in participants}
         self._round, self._groups, self._heard, self._optimizers = number, {}, {}, {}
         if self._shared:
             cuts = [self._cuts[name] for name in participants]
@@ -97,7 +97,9 @@ class Server:
                 for name, seat in self._seats.items()
             }
         for slot, (span, ranks) in slots.items():
-            trained, rest = self._ranks.parted(self.kept.personal(slot, state.within(span)), ranks, number)
+            trained, rest = self._ranks.split_trained(
+                self.kept.personal(slot, state.within(span)), ranks, number
+            )
             self._bank.put(slot, trained, rest, folded, self._ranks.sharing.trains)
             moments = moments_within(self.moments.get(slot, {}), span)
             self._optimizers[slot] = LocalOptimizer(
@@ -136,7 +138,7 @@ class Server:
         if self._split.server_adapters == "shared-in-turn" and messages[0].training:
             step = self._seat(messages[0].client).step
             return in_random_order(messages, [self._ranks.seed, self._round, step])
-        return like_lengths(messages, self._split.group_tokens)
+        return group_by_length(messages, self._split.group_tokens)
 
     def forward(self, messages: Sequence[Activations]) -> dict[str, LastHidden | CutGradient | HeldOutLoss]:
         """One batch of one or several clients through the server's blocks; a reply for each.
@@ -151,7 +153,7 @@ class Server:
             raise ProtocolError("a client sends two batches at once")
         slot = self._slot if training else self._evaluated
         with torch.set_grad_enabled(training):
-            group = join(self.segment, self._bank, self._cuts, slot, messages, training)
+            group = forward_together(self.segment, self._bank, self._cuts, slot, messages, training)
         if training:
             for message in messages:
                 self._groups[message.client, message.micro_batch] = group
@@ -270,7 +272,7 @@ class Server:
             for client, message in group.messages.items()
             if client not in gradients and self._groups.get((client, message.micro_batch)) is group
         ]
-        at_cuts = back(group, gradients, weights, again=bool(awaited))
+        at_cuts = backward_together(group, gradients, weights, again=bool(awaited))
         for client in gradients:
             self._groups.pop((client, group.messages[client].micro_batch), None)
         self._step({client: weights[client] for client in gradients if self._seats[client].give_back()})
@@ -305,7 +307,7 @@ class Server:
     def _evaluated(self, client: str) -> str:
         return f"{GLOBAL}/{client}" if self._ranks.keeps_own else GLOBAL
 
-    def _seat(self, client: str) -> Seat:
+    def _seat(self, client: str) -> RoundProgress:
         if client not in self._seats:
             raise ProtocolError(f"{client} does not take part in this round")
         return self._seats[client]

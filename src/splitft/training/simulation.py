@@ -25,14 +25,14 @@ from splitft.protocol import (
     GlobalAdapters,
     HeadGradient,
     Message,
+    MessageSerializer,
     RoundReady,
     RoundStart,
-    Terms,
 )
-from splitft.protocol.channel import Line, Tap
+from splitft.protocol.channel import Channel, Tap
 from splitft.tracking.events import Role, StepDone, Traffic
 from splitft.training.client import Client
-from splitft.training.micro_batch import Tally
+from splitft.training.micro_batch import StepTotals
 from splitft.training.rounds import RunState
 from splitft.training.server import Server
 
@@ -47,7 +47,7 @@ class Simulation:
         self,
         server: Server,
         clients: Sequence[Client],
-        terms: Terms | Mapping[str, Terms],
+        terms: MessageSerializer | Mapping[str, MessageSerializer],
         tap: Tap | None = None,
         seed: int = 0,
     ) -> None:
@@ -55,10 +55,10 @@ class Simulation:
         self.server = server
         self.clients: Mapping[str, Client] = {client.name: client for client in clients}
         self._lines = {
-            name: Line(name, terms if isinstance(terms, Terms) else terms[name], tap, seed)
+            name: Channel(name, terms if isinstance(terms, MessageSerializer) else terms[name], tap, seed)
             for name in self.clients
         }
-        self._tallies: dict[str, Tally] = {}  # of steps that have begun
+        self._tallies: dict[str, StepTotals] = {}  # of steps that have begun
         self._aside: dict[str, list[Traffic]] = {name: [] for name in self.clients}
         self._seconds: dict[str, defaultdict[str, float]] = {
             name: defaultdict(float) for name in self.clients
@@ -192,7 +192,7 @@ class Simulation:
             with self._timed("client_backward", [name]):
                 self.clients[name].backward(reply)
             loss = losses[name] if reply.loss is None else reply.loss
-            tally = self._tallies.setdefault(name, Tally())
+            tally = self._tallies.setdefault(name, StepTotals())
             if not tally.add(message, loss):
                 continue
             del self._tallies[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from splitft.audit.attacks.labels import GradientChannel, fit_cut_reader, read_head_gradient
+from splitft.audit.attacks.labels import GradientObservationModel, fit_cut_reader, read_head_gradient
 from splitft.geometry import Span
 from splitft.model import loss_and_gradient, open_model
 from splitft.specs import ModelSpec
@@ -32,7 +32,7 @@ def test_noise_hides_labels_and_a_noise_aware_attacker_does_no_worse_than_guessi
     _, gradient = loss_and_gradient(head, last, labels)
     typical = float(gradient.square().mean().sqrt())
     noisy = gradient + 20 * typical * torch.randn(gradient.shape, generator=generator)
-    read = read_head_gradient(head, last, noisy, GradientChannel(deviation=20 * typical))
+    read = read_head_gradient(head, last, noisy, GradientObservationModel(deviation=20 * typical))
     assert float((read == labels).float().mean()) < 0.3
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from splitft.adapters import AdapterState
-from splitft.audit.attacks.replica import FIRST, Replica
+from splitft.audit.attacks.replica import FIRST, PublicModel
 from splitft.model import open_model
 from splitft.specs import ModelSpec
 
 
 @pytest.mark.parametrize("cuts", [(3,), (1, 3), (2, 1, 3)])
 def test_the_table_is_of_every_token_after_the_first_whatever_was_tabled_before(tiny_llama, cuts):
-    replica = Replica(open_model(ModelSpec(name=str(tiny_llama))), 1, AdapterState(), "attention", 1.0)
+    replica = PublicModel(open_model(ModelSpec(name=str(tiny_llama))), 1, AdapterState(), "attention", 1.0)
     for cut in cuts:
         table = replica.at(cut).table
     tokens = torch.arange(replica.shape.vocab)

@@ -135,8 +135,8 @@ def test_hidden_states_take_as_many_bytes_as_in_simulation(both):
 def test_it_leaves_no_process_and_says_how_its_links_began_and_ended(both):
     _, deployed = both
     events = read_events(deployed.folder / "events.jsonl")
-    assert [e.sites for e in events if e.event == "LinkStarted"] == [("client-1", "client-2", "client-3")]
-    assert [e.reason for e in events if e.event == "LinkEnded"] == ["finished"]
+    assert [e.sites for e in events if e.event == "SessionStarted"] == [("client-1", "client-2", "client-3")]
+    assert [e.reason for e in events if e.event == "SessionEnded"] == ["finished"]
     scratch = deployed.folder.parent / "scratch"
     assert not list(scratch.iterdir())
     assert not lines_with(str(scratch))

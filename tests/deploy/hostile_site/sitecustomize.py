@@ -34,11 +34,11 @@ MISDEEDS = (not_finite, another_width, another_step, another_name)
 
 
 def change_software() -> None:
-    from splitft.deploy.site.session import Visit
+    from splitft.deploy.site.session import SiteSession
     from splitft.protocol import Activations, RoundStart
     from splitft.protocol.frame import Frame
 
-    honest, do = Visit._send, Visit._do
+    honest, do = SiteSession._send, SiteSession._do
 
     def order(self, message):
         if isinstance(message, RoundStart):
@@ -56,7 +56,7 @@ def change_software() -> None:
         self._flight.ask(Frame(frame.kind, fields, {**frame.tensors, "hidden": hidden}).to_bytes())
         return None
 
-    Visit._do, Visit._send = order, send
+    SiteSession._do, SiteSession._send = order, send
 
 
 if any("client.worker_process" in word for word in sys.orig_argv):

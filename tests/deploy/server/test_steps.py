@@ -9,10 +9,10 @@ from splitft.adapters import AdapterState, Factors
 from splitft.deploy.server.steps import check_factors
 from splitft.errors import AdapterError
 from splitft.specs import LoraSpec
-from splitft.training.ranks import Ranks
+from splitft.training.ranks import RankPolicy
 
 KEY = (1, "q_proj")
-RANKS = Ranks(LoraSpec(rank=4, rank_at_cut=2), 4, "svd", seed=0)
+RANKS = RankPolicy(LoraSpec(rank=4, rank_at_cut=2), 4, "svd", seed=0)
 
 
 def _state(rank: int = 2, out: int = 5, magnitude: bool = False) -> AdapterState:

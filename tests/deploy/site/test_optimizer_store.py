@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from splitft.deploy.site.optimizer_store import Keeping
+from splitft.deploy.site.optimizer_store import OptimizerStore
 
 
 def moments(value: float) -> dict[str, torch.Tensor]:
@@ -16,7 +16,7 @@ def value_of(found) -> float | None:
 
 
 def test_a_site_goes_on_with_what_the_server_knows_of(tmp_path):
-    keeping = Keeping(tmp_path)
+    keeping = OptimizerStore(tmp_path)
     keeping.keep(1, 2, 10, moments(1.0))
     keeping.keep(2, 3, 10, moments(2.0))  # it has moved in round 2
     assert value_of(keeping.moments_of(1, 2, 10)) == 1.0  # the server went back to round 1
@@ -29,7 +29,7 @@ def test_a_site_goes_on_with_what_the_server_knows_of(tmp_path):
 
 
 def test_the_last_two_rounds_stay_and_what_is_damaged_is_none(tmp_path):
-    keeping = Keeping(tmp_path)
+    keeping = OptimizerStore(tmp_path)
     for number in (1, 2, 3):
         keeping.keep(number, 2, 10 * number, moments(number))
     assert value_of(keeping.moments_of(3, 2, 10)) is None

@@ -14,7 +14,7 @@ from runs import invoke, settings
 from splitft.config import from_mapping
 from splitft.deploy.common import common_of, open_server, open_site, unfit
 from splitft.deploy.manifest import manifest_of
-from splitft.deploy.site.policy import Guard, load_site, refusals, site_template
+from splitft.deploy.site.policy import SitePolicy, load_site, refusals, site_template
 from splitft.errors import ConfigError, ForbiddenError
 from splitft.specs import SiteSpec
 from splitft.specs.wire import ADAPTER_CODECS, OPTIONS
@@ -201,8 +201,8 @@ def test_a_site_adds_the_noise_that_it_insists_on(config, text):
 
 def test_a_site_that_declines_is_out_and_the_others_finish(tiny_llama, text, caplog):
     prepared = federation(tiny_llama, text, CUTS, training={"rounds": 2, "steps": 2})
-    strict = Guard(site(bounds={"min_cut": 3}), prepared.model, head=True)
-    lax = Guard(SiteSpec(), prepared.model, head=True)
+    strict = SitePolicy(site(bounds={"min_cut": 3}), prepared.model, head=True)
+    lax = SitePolicy(SiteSpec(), prepared.model, head=True)
     guards = {"client-1": lax, "client-2": strict, "client-3": lax}
     with caplog.at_level(logging.WARNING, logger="splitft.deploy"):
         outcome = deployed(prepared, guards=guards, manifest=manifest_of(prepared.model))
@@ -221,9 +221,9 @@ def test_a_base_model_that_is_not_the_servers_is_never_loaded(tiny_llama, text):
     other = tuple(
         one._replace(sha256="0" * 64) if one.name.endswith(".safetensors") else one for one in manifest
     )
-    guards = {name: Guard(SiteSpec(), prepared.model, head=True) for name in ("client-1", "client-3")} | {
-        "client-2": Guard(site(model={"trusted": {}}), prepared.model, head=True)
-    }
+    guards = {
+        name: SitePolicy(SiteSpec(), prepared.model, head=True) for name in ("client-1", "client-3")
+    } | {"client-2": SitePolicy(site(model={"trusted": {}}), prepared.model, head=True)}
     outcome = deployed(prepared, guards=guards, manifest=manifest)
     assert outcome.states("client-2") == ["declined"]
     assert "model.safetensors" in outcome.reasons("client-2")

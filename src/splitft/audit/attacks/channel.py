@@ -29,7 +29,7 @@ LEAST_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
-class Channel:
+class ObservationModel:
     """The known part of what happens to a row before it is seen."""
 
     rounding: float = 2**-6
@@ -54,7 +54,7 @@ class Channel:
         return misfit <= 1 + 6 * math.sqrt(2 / width)
 
 
-def calibrated(channel: Channel, together: torch.Tensor, apart: torch.Tensor) -> Channel:
+def calibrated(channel: ObservationModel, together: torch.Tensor, apart: torch.Tensor) -> ObservationModel:
     """With the rounding found between two computations (N, D) of the same public hidden states."""
     one, other = channel.repeated(together), channel.repeated(apart)
     off = float(((one - other).square() / _size(one)).mean().sqrt())

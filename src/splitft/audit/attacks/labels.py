@@ -44,7 +44,7 @@ CHUNK = 128
 
 
 @dataclass(frozen=True)
-class GradientChannel:
+class GradientObservationModel:
     """What is known of the way from the true gradient to the one that was seen."""
 
     deviation: float = 0.0
@@ -56,7 +56,10 @@ class GradientChannel:
 
 
 def read_head_gradient(
-    head: Segment, last: torch.Tensor, gradient: torch.Tensor, channel: GradientChannel = GradientChannel()
+    head: Segment,
+    last: torch.Tensor,
+    gradient: torch.Tensor,
+    channel: GradientObservationModel = GradientObservationModel(),
 ) -> torch.Tensor:
     """The labels (M,) behind the gradients (M, D) of the mean loss at last hidden states (M, D)."""
     count = len(last)
@@ -71,7 +74,7 @@ def _chunk(
     seen: torch.Tensor,
     count: int,
     lengths: torch.Tensor,
-    channel: GradientChannel,
+    channel: GradientObservationModel,
 ) -> torch.Tensor:
     h = last.detach().requires_grad_()
     with torch.enable_grad():

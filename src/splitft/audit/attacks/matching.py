@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from splitft.audit.attacks.channel import Channel
-from splitft.audit.attacks.replica import Replica
+from splitft.audit.attacks.channel import ObservationModel
+from splitft.audit.attacks.replica import PublicModel
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class _Tried:
 
 def match(
     sequences: Sequence[torch.Tensor],
-    replica: Replica,
+    replica: PublicModel,
     guesses: Sequence[torch.Tensor],
-    channel: Channel,
+    channel: ObservationModel,
     effort: Effort = Effort(),
 ) -> list[list[int]]:
     """Read tokens off hidden states (T_b, D) of several sequences; `guesses` are an inverter's (T_b, V)."""
@@ -80,9 +80,9 @@ class _Search:
     def __init__(
         self,
         sequences: Sequence[torch.Tensor],
-        replica: Replica,
+        replica: PublicModel,
         guesses: Sequence[torch.Tensor],
-        channel: Channel,
+        channel: ObservationModel,
         effort: Effort,
     ) -> None:
         self._sequences, self._replica, self._guesses = sequences, replica, guesses

@@ -7,7 +7,7 @@
     up    HeadGradient  d loss / d last hidden (M, D), which depends on the labels
     down  CutGradient   d loss / d hidden at the cut (N, D)
 
-An attack gets `Seen` and nothing of a client's inside. What it knows besides is public or the server's own:
+An attack gets this and nothing of a client's inside. What it knows besides is public or the server's:
 the base model, the global adapters, the codecs and the defences' settings (but not their random numbers).
 """
 
@@ -19,7 +19,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """One batch of one client, as the server has it."""
 
     client: str

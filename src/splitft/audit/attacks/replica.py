@@ -26,7 +26,7 @@ ROWS_AT_ONCE = 1024
 """Candidates whose keys and values exist at one time."""
 
 
-class Replica:
+class PublicModel:
     """Runs the public model as a client would, up to the cut, and as a language model."""
 
     def __init__(self, model: Model, cut: int, adapters: AdapterState, targets: Any, scale: float) -> None:
@@ -37,7 +37,7 @@ class Replica:
         self._slot = SLOT if adapters else None  # None runs the base model
         self._tables: dict[int, torch.Tensor] = {}  # by cut, for this copy and all that `at` makes
 
-    def at(self, cut: int) -> Replica:
+    def at(self, cut: int) -> PublicModel:
         """The same copy of the model, looked at from another cut."""
         other = copy.copy(self)
         other.cut = cut

@@ -28,12 +28,17 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch.nn import functional
 
-from splitft.audit.attacks.channel import Channel
+from splitft.audit.attacks.channel import ObservationModel
 from splitft.audit.attacks.inverter import Context, Linear, fit_context, fit_linear, nearest_embedding, read
-from splitft.audit.attacks.labels import CutReader, GradientChannel, fit_cut_reader, read_head_gradient
+from splitft.audit.attacks.labels import (
+    CutReader,
+    GradientObservationModel,
+    fit_cut_reader,
+    read_head_gradient,
+)
 from splitft.audit.attacks.matching import Effort, match
-from splitft.audit.attacks.observation import Seen
-from splitft.audit.attacks.replica import Replica
+from splitft.audit.attacks.observation import Observation
+from splitft.audit.attacks.replica import PublicModel
 
 TOGETHER = 16
 """Public texts run at one time."""
@@ -45,13 +50,13 @@ PREDICTED = 128
 class Attacker:
     """What the attacker knows and can do at one cut, and what it has learnt on public text."""
 
-    replica: Replica
+    replica: PublicModel
     """The public model, with the global adapters."""
     public: torch.Tensor
     """(B, T) tokens of public texts, all of one length."""
-    channel: Channel
+    channel: ObservationModel
     """What is known of the way of hidden states."""
-    gradients: Callable[[Seen], GradientChannel] = lambda seen: GradientChannel()
+    gradients: Callable[[Observation], GradientObservationModel] = lambda seen: GradientObservationModel()
     """What is known of the way of a batch's gradients."""
     effort: Effort = Effort()  # noqa: RUF009 frozen
     training_steps: int = 150
@@ -145,26 +150,26 @@ class Attacker:
 
 Read = list[list[int]]
 """Tokens read of each text."""
-Attack = Callable[[Attacker, Sequence[Seen]], Read | None]
+Attack = Callable[[Attacker, Sequence[Observation]], Read | None]
 """What was read; None where what the attack needs was not seen."""
 
 
-def by_nearest(attacker: Attacker, seen: Sequence[Seen]) -> Read:
+def by_nearest(attacker: Attacker, seen: Sequence[Observation]) -> Read:
     """By cosine with the input embeddings."""
     return read([nearest_embedding(attacker.replica.embedding, one) for one in _sequences(seen)])
 
 
-def by_linear(attacker: Attacker, seen: Sequence[Seen]) -> Read:
+def by_linear(attacker: Attacker, seen: Sequence[Observation]) -> Read:
     """With the linear inverter."""
     return read([attacker.linear().logits(one.float()) for one in _sequences(seen)])
 
 
-def by_transformer(attacker: Attacker, seen: Sequence[Seen]) -> Read:
+def by_transformer(attacker: Attacker, seen: Sequence[Observation]) -> Read:
     """With the transformer."""
     return read([attacker.transformer().logits(one.float()) for one in _sequences(seen)])
 
 
-def by_matching(attacker: Attacker, seen: Sequence[Seen]) -> Read:
+def by_matching(attacker: Attacker, seen: Sequence[Observation]) -> Read:
     """By running candidates."""
     sequences = _sequences(seen)
     return match(
@@ -172,7 +177,7 @@ def by_matching(attacker: Attacker, seen: Sequence[Seen]) -> Read:
     )
 
 
-def by_prediction(attacker: Attacker, seen: Sequence[Seen]) -> Read | None:
+def by_prediction(attacker: Attacker, seen: Sequence[Observation]) -> Read | None:
     """What the model expects, at the last hidden states that the server itself has made."""
     found: Read = []
     for batch in seen:
@@ -185,7 +190,7 @@ def by_prediction(attacker: Attacker, seen: Sequence[Seen]) -> Read | None:
     return found
 
 
-def by_head_gradient(attacker: Attacker, seen: Sequence[Seen]) -> Read | None:
+def by_head_gradient(attacker: Attacker, seen: Sequence[Observation]) -> Read | None:
     """Labels off what the client returns."""
     found: Read = []
     for batch in seen:
@@ -197,7 +202,7 @@ def by_head_gradient(attacker: Attacker, seen: Sequence[Seen]) -> Read | None:
     return found
 
 
-def by_cut_gradient(attacker: Attacker, seen: Sequence[Seen]) -> Read | None:
+def by_cut_gradient(attacker: Attacker, seen: Sequence[Observation]) -> Read | None:
     """Labels off the gradient at the cut alone."""
     found: Read = []
     for batch in seen:
@@ -207,7 +212,7 @@ def by_cut_gradient(attacker: Attacker, seen: Sequence[Seen]) -> Read | None:
     return found
 
 
-def by_labels(attacker: Attacker, seen: Sequence[Seen]) -> Read | None:
+def by_labels(attacker: Attacker, seen: Sequence[Observation]) -> Read | None:
     """The labels as they came."""
     found: Read = []
     for batch in seen:
@@ -235,5 +240,5 @@ ATTACKS: Mapping[str, Attack] = {**HIDDEN_ATTACKS, **LABEL_ATTACKS}
 """Every attack by name."""
 
 
-def _sequences(seen: Sequence[Seen]) -> list[torch.Tensor]:
+def _sequences(seen: Sequence[Observation]) -> list[torch.Tensor]:
     return [rows.float() for batch in seen for rows in batch.sequences()]

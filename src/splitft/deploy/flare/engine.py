@@ -14,7 +14,7 @@ from splitft.deploy.flare.admin import Console
 from splitft.deploy.flare.job import MAKE_ROOM, STATUS, write_job
 from splitft.deploy.supervisor import Ending
 from splitft.errors import DeployError
-from splitft.tracking.events import Event, LinkEnded, Listener
+from splitft.tracking.events import Event, Listener, SessionEnded
 from splitft.tracking.log import parse_event, read_events
 from splitft.training.checkpoint import latest
 
@@ -73,7 +73,7 @@ class FlareFederation:
         path = self._out / "events.jsonl"
         if not path.is_file():
             return Ending(0)
-        endings = [event for event in read_events(path) if isinstance(event, LinkEnded)]
+        endings = [event for event in read_events(path) if isinstance(event, SessionEnded)]
         last = endings[-1] if endings else None
         if last is not None and last.reason == "finished":
             return Ending(last.round, finished=True)

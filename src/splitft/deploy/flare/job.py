@@ -32,10 +32,10 @@ from splitft.config import RunConfig, dump, from_mapping
 from splitft.deploy.common import common_of, open_site
 from splitft.deploy.flare.times import GIVE_UP_S, STOP_S
 from splitft.deploy.flare.transport import FlareAnswers, FlareCarrier
-from splitft.deploy.server.session import ServerLink
-from splitft.deploy.site.optimizer_store import Keeping
+from splitft.deploy.server.session import ServerSession
+from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.policy import NAME, at_site, load_site
-from splitft.deploy.site.session import Visit, decline
+from splitft.deploy.site.session import SiteSession, decline
 from splitft.errors import ForbiddenError, SplitftError
 
 TASK = "splitft"
@@ -57,7 +57,7 @@ class ServerJob(Controller):
         super().__init__()
         self._run, self._secret = run, bytes.fromhex(link)
         self._config = read_config(config)
-        self._link: ServerLink | None = None
+        self._link: ServerSession | None = None
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         """Be there for messages and commands."""
@@ -75,7 +75,7 @@ class ServerJob(Controller):
         self.broadcast(task=task, fl_ctx=fl_ctx, targets=list(present), min_responses=len(present))
         folder = runs_of(engine.get_workspace().get_root_dir()) / self._run
         try:
-            self._link = ServerLink(common_of(self._config), folder, present, self._secret)
+            self._link = ServerSession(common_of(self._config), folder, present, self._secret)
             self._answers.open(self._link.desk.answer)
             done = threading.Event()
             threading.Thread(target=self._watch, args=(abort_signal, done), daemon=True).start()
@@ -155,14 +155,14 @@ class SiteJob(Executor):
                 common = common_of(self._config if site is None else at_site(self._config, site))
                 decline(name, str(error), carrier, self._secret, common.terms, common.frame_limit, GIVE_UP_S)
                 return make_reply(ReturnCode.OK)
-            visit = Visit(
+            visit = SiteSession(
                 party.hello,
                 carrier,
                 self._secret,
                 party.common.terms,
                 party.common.frame_limit,
                 party.open_client,
-                Keeping(runs_of(workspace.get_root_dir()) / self._run / name),
+                OptimizerStore(runs_of(workspace.get_root_dir()) / self._run / name),
                 patience_s=GIVE_UP_S,
                 alive_every_s=self._config.deploy.silence_s / 4,
                 seed=self._config.seed,

@@ -28,7 +28,7 @@ from splitft.deploy.flare.job import RUNS
 from splitft.deploy.flare.processes import CONSOLE, Service, ending_on_signals
 from splitft.deploy.flare.provisioning import Kits, provision
 from splitft.deploy.flare.times import START_S
-from splitft.deploy.supervisor import run_chain
+from splitft.deploy.supervisor import supervise
 from splitft.errors import DeployError
 from splitft.run.folder import Run, find_snapshot
 from splitft.tracking.events import Listener
@@ -121,7 +121,7 @@ def run_poc(
                 say(f"starting a server and {len(sites)} sites")
                 poc.start(console)
                 federation = FlareFederation(console, out.name, config, folder, out, False, tend)
-                run_chain(federation, sites, config.deploy.min_clients, config.deploy.join_s, say, tell)
+                supervise(federation, sites, config.deploy.min_clients, config.deploy.join_s, say, tell)
         finally:
             poc.stop()
             if out.is_dir():

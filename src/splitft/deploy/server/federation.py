@@ -1,6 +1,6 @@
 """The federation of a deployed run, as `runtime.rounds` sees it: orders out, answers in.
 
-    rounds --start, train, install, evaluate--> Gathering --orders--> desk --> sites
+    rounds --start, train, install, evaluate--> RemoteFederation --orders--> desk --> sites
                      server.forward, server.backward <--what arrived in a short window, in groups
 
 A site may fall silent, be slow, or send what cannot be. Then it is out for the round and the others never
@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from splitft.adapters import AdapterState
-from splitft.deploy.server.inbox import Arrival, Desk, Fault
-from splitft.deploy.server.liveness import Attendance
-from splitft.deploy.server.steps import Stepping, answer_refused, check_factors
+from splitft.deploy.server.inbox import Arrival, Fault, Inbox
+from splitft.deploy.server.liveness import Liveness
+from splitft.deploy.server.steps import StepService, answer_refused, check_factors
 from splitft.errors import AdapterError, PausedError, ProtocolError, SplitftError
 from splitft.geometry import Span
 from splitft.protocol import (
@@ -33,9 +33,9 @@ from splitft.protocol import (
     Evaluation,
     GlobalAdapters,
     HeadGradient,
-    Hello,
     Join,
     Message,
+    Register,
     RoundReady,
     RoundStart,
     Train,
@@ -43,7 +43,7 @@ from splitft.protocol import (
 )
 from splitft.specs import DeploySpec
 from splitft.tracking.events import Listener, StepDone, Traffic
-from splitft.training.ranks import Ranks
+from splitft.training.ranks import RankPolicy
 from splitft.training.rounds import RunState
 from splitft.training.server import Server
 
@@ -52,14 +52,14 @@ TICK_S = 0.5
 """How often silence and deadlines are looked at."""
 
 
-class Gathering:
+class RemoteFederation:
     """Carries rounds to the sites of one link. Implements `runtime.rounds.Federation`."""
 
     def __init__(
         self,
-        desk: Desk,
+        desk: Inbox,
         server: Server,
-        ranks: Ranks,
+        ranks: RankPolicy,
         spec: DeploySpec,
         state: RunState,
         steps: Mapping[str, int],
@@ -71,8 +71,8 @@ class Gathering:
         self._manifest = manifest
         self._state = state
         self._moving: dict[str, int] = {}  # cuts of the round that is underway
-        self._there = Attendance(desk, spec.silence_s, state.round, listener, self._dropped)
-        self._stepping = Stepping(desk, server, steps, self._there.refuse)
+        self._there = Liveness(desk, spec.silence_s, state.round, listener, self._dropped)
+        self._stepping = StepService(desk, server, steps, self._there.refuse)
 
     @property
     def steps(self) -> dict[str, int]:
@@ -182,7 +182,7 @@ class Gathering:
                     self._there.refuse(arrival.site, arrival.error)
                 elif isinstance(arrival.message, Declined):
                     self.decline(arrival.site, arrival.message.reason)
-                elif arrival.stale or isinstance(arrival.message, Hello) or arrival.site not in waiting:
+                elif arrival.stale or isinstance(arrival.message, Register) or arrival.site not in waiting:
                     self._put_off(arrival)
                 elif isinstance(arrival.message, Activations | HeadGradient):
                     if arrival.site in stopped:
@@ -248,7 +248,7 @@ class Gathering:
                 round=number,
                 cut=span.stop,
                 steps=self.steps[site],
-                adapters=self._ranks.travelling(held) if number else AdapterState(),
+                adapters=self._ranks.part_sent(held) if number else AdapterState(),
                 folded=self._state.folded.within(span),
                 manifest=self._manifest,
             ),

@@ -19,30 +19,30 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
 from threading import Condition, Lock
 
-from splitft.deploy.requests import Envelope, Repeats
+from splitft.deploy.requests import Envelope, ReplyCache
 from splitft.errors import CarrierError, ProtocolError, SplitftError, WireError
 from splitft.protocol import (
     Activations,
     AdapterUpload,
-    Alive,
     Declined,
+    EndSession,
     Evaluate,
     Evaluation,
     HeadGradient,
-    Hello,
+    Heartbeat,
     Join,
-    Leave,
     Message,
+    MessageSerializer,
     Next,
     Refused,
+    Register,
     RoundReady,
     RoundStart,
-    Terms,
     Train,
     Wait,
 )
 from splitft.protocol.channel import Meter
-from splitft.protocol.codec_state import Streams
+from splitft.protocol.codec_state import CodecState
 from splitft.protocol.frame import open_frame
 from splitft.tracking.events import Traffic
 
@@ -56,7 +56,7 @@ STEP_ANSWER_S = 3600.0
 """A step's answer is due in this time; the round's own deadline comes much earlier."""
 
 FROM_CLIENTS = (
-    Hello, Declined, Next, Alive, RoundReady, Activations, HeadGradient, AdapterUpload, Evaluation,
+    Register, Declined, Next, Heartbeat, RoundReady, Activations, HeadGradient, AdapterUpload, Evaluation,
 )  # fmt: skip
 """What a client may say at all."""
 
@@ -89,36 +89,36 @@ class Fault:
 class _Site:
     """What the desk keeps for one site."""
 
-    repeats: Repeats = field(default_factory=Repeats)
+    repeats: ReplyCache = field(default_factory=ReplyCache)
     orders: deque[Message] = field(default_factory=deque)
     meter: Meter = field(default_factory=Meter)
     heard: float | None = None
-    streams: Streams = field(default_factory=Streams)
+    streams: CodecState = field(default_factory=CodecState)
     owed: str = ""
     """The order that it has fetched and has to answer."""
     coding: Lock = field(default_factory=Lock)
     """Held while its streams are read or written: its lanes have threads of their own."""
 
 
-class Desk:
+class Inbox:
     """The server's counter for the sites of one link."""
 
     def __init__(
         self,
         sites: Iterable[str],
         link: bytes,
-        terms: Terms,
+        terms: MessageSerializer,
         frame_limit: int,
         batch_tokens: int,
         seed: int = 0,
     ) -> None:
-        self._sites = {name: _Site(streams=Streams(seed, name)) for name in sites}
+        self._sites = {name: _Site(streams=CodecState(seed, name)) for name in sites}
         self._link, self._terms, self._limit, self._batch_tokens = link, terms, frame_limit, batch_tokens
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="desk")
         self._inbox: deque[Arrival | Fault] = deque()
         self._unanswered: dict[int, Arrival] = {}
         self._changed = Condition()
-        self._closed: Leave | None = None
+        self._closed: EndSession | None = None
 
     # --- the carrier's threads --------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ class Desk:
                 )
 
     def _reply_to(self, site: str, message: Message) -> Message:
-        if isinstance(message, Alive):
+        if isinstance(message, Heartbeat):
             return Wait()
         if isinstance(message, Next):
             self._check_owed(site)
@@ -271,7 +271,7 @@ class Desk:
     def close(self, reason: str) -> None:
         """End the link: whoever asks, now or later, is told to leave."""
         with self._changed:
-            self._closed = Leave(reason=reason)
+            self._closed = EndSession(reason=reason)
             for arrival in self._unanswered.values():
                 arrival.reply(self._closed)
             self._inbox.clear()

@@ -10,18 +10,18 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-from splitft.deploy.server.inbox import Desk
+from splitft.deploy.server.inbox import Inbox
 from splitft.errors import SplitftError
 from splitft.tracking.events import Listener, SiteChanged
 
 logger = logging.getLogger(__name__)
 
 
-class Attendance:
+class Liveness:
     """The sites of one link, and what became of them."""
 
     def __init__(
-        self, desk: Desk, silence_s: float, number: int, listener: Listener, dropped: Callable[[str], None]
+        self, desk: Inbox, silence_s: float, number: int, listener: Listener, dropped: Callable[[str], None]
     ) -> None:
         """Begin after round `number`, with everybody there; `dropped` hears of everyone who is out."""
         self._desk, self._silence_s, self._listener, self._dropped = desk, silence_s, listener, dropped

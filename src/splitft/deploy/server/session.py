@@ -19,23 +19,23 @@ from threading import Event as Flag
 
 from splitft.adapters import with_folded
 from splitft.deploy.common import Common, ServerParty, open_server, site_names, unfit
-from splitft.deploy.server.federation import Gathering
-from splitft.deploy.server.inbox import Arrival, Desk
-from splitft.deploy.server.status import Board
+from splitft.deploy.server.federation import RemoteFederation
+from splitft.deploy.server.inbox import Arrival, Inbox
+from splitft.deploy.server.status import RunStatus
 from splitft.errors import PausedError
-from splitft.model.quiet import quiet
-from splitft.protocol import Declined, Hello
+from splitft.model.quiet import silence_transformers
+from splitft.protocol import Declined, Register
 from splitft.run.folder import Run, find_snapshot, is_finished, open_log, put_adapter
 from splitft.run.train import stopping
 from splitft.tracking.events import (
     CheckpointSaved,
     Event,
-    LinkEnded,
-    LinkStarted,
     Listener,
     RunDone,
     RunResumed,
     RunStarted,
+    SessionEnded,
+    SessionStarted,
     SiteChanged,
     Warned,
 )
@@ -51,7 +51,7 @@ class _BackError(Exception):
     """Somebody who was away can join."""
 
 
-class ServerLink:
+class ServerSession:
     """The server's side of one link."""
 
     def __init__(self, common: Common, folder: Path, present: tuple[str, ...], link: bytes) -> None:
@@ -60,10 +60,10 @@ class ServerLink:
         everyone = site_names(common.config)
         self._present = tuple(name for name in everyone if name in present)
         self._absent = tuple(name for name in everyone if name not in present)
-        self.desk = Desk(
+        self.desk = Inbox(
             self._present, link, common.terms, common.frame_limit, common.batch_tokens, common.config.seed
         )
-        self.board = Board(everyone, common.config.training.rounds)
+        self.board = RunStatus(everyone, common.config.training.rounds)
         self._back, self._stopped = Flag(), Flag()
         self._declined: dict[str, str] = {}  # sites whose data owners forbid what is asked, and why
 
@@ -84,14 +84,14 @@ class ServerLink:
         """Where the run is, as plain data."""
         return self.board.status({name: self.desk.silence_s(name) for name in self._present})
 
-    def serve(self) -> LinkEnded:
+    def serve(self) -> SessionEnded:
         """Train from the last finished round on. Raises what stops a run for good, such as a full disk."""
         config, folder = self._common.config, self._folder
         snapshot = find_snapshot(folder, config, resume=(folder / "config.yaml").is_file())
         with (
             stopping(folder),
             contextlib.closing(open_log(folder, config, snapshot)) as log,
-            quiet(),
+            silence_transformers(),
             self._letting_go(),
         ):
 
@@ -119,9 +119,9 @@ class ServerLink:
 
     # ----------------------------------------------------------------------------------------------
 
-    def _greet(self) -> dict[str, Hello]:
+    def _greet(self) -> dict[str, Register]:
         """Wait until every site that is reached has read its text; who takes too long is left out."""
-        found: dict[str, Hello] = {}
+        found: dict[str, Register] = {}
         config, blocks = self._common.config, self._common.model.shape.blocks
         until = time.monotonic() + self._common.config.deploy.join_s
         while len(found) + len(self._declined) < len(self._present) and time.monotonic() < until:
@@ -132,7 +132,7 @@ class ServerLink:
                     continue
                 if isinstance(arrival.message, Declined):
                     self._declined[arrival.site] = arrival.message.reason
-                elif isinstance(arrival.message, Hello):
+                elif isinstance(arrival.message, Register):
                     if reason := unfit(config, blocks, arrival.site, arrival.message):
                         self._declined[arrival.site] = reason
                     else:
@@ -156,10 +156,10 @@ class ServerLink:
         self.board.place(state.cuts)
         names = [name for name in here if name in party.cuts]
         absent = tuple(name for name in site_names(config) if name not in names)
-        listener(LinkStarted(round=state.round + 1, sites=tuple(names), absent=absent))
+        listener(SessionStarted(round=state.round + 1, sites=tuple(names), absent=absent))
         self._declined.update(party.left_out)
         self._tell_declined(listener, state.round)
-        gathering = Gathering(
+        gathering = RemoteFederation(
             self.desk, party.server, common.ranks, config.deploy, state, steps, listener, party.manifest
         )
 
@@ -212,20 +212,20 @@ class ServerLink:
     def _rounds_done(self) -> int:
         return self.board.rounds_done
 
-    def _finish(self, listener: Listener, rounds: int) -> LinkEnded:
+    def _finish(self, listener: Listener, rounds: int) -> SessionEnded:
         if not is_finished(self._folder):
             listener(RunDone(rounds=rounds))
         write_summary(self._folder)
         Run(self._folder).report()
         return self._end(listener, rounds, "finished", "")
 
-    def _let_go(self, listener: Listener, rounds: int, detail: str) -> LinkEnded:
+    def _let_go(self, listener: Listener, rounds: int, detail: str) -> SessionEnded:
         """It ends before its time, for want of sites or since it was stopped."""
         reason = "stopped" if self._stopped.is_set() else "paused"
         return self._end(listener, rounds, reason, detail)
 
-    def _end(self, listener: Listener, rounds: int, reason: str, detail: str) -> LinkEnded:
-        ended = LinkEnded.model_validate({"round": rounds, "reason": reason, "detail": detail})
+    def _end(self, listener: Listener, rounds: int, reason: str, detail: str) -> SessionEnded:
+        ended = SessionEnded.model_validate({"round": rounds, "reason": reason, "detail": detail})
         listener(ended)
         logger.info("the link ends after round %d: %s %s", rounds, reason, detail)
         return ended

@@ -18,8 +18,8 @@ from splitft.tracking.events import (
     CutsChanged,
     Evaluated,
     Event,
-    LinkStarted,
     RunResumed,
+    SessionStarted,
     SiteChanged,
     StepDone,
 )
@@ -43,7 +43,7 @@ class _Line:
     """(time, tokens) of its last steps."""
 
 
-class Board:
+class RunStatus:
     """Listens to the events of a link."""
 
     def __init__(self, sites: Sequence[str], rounds: int) -> None:
@@ -65,7 +65,7 @@ class Board:
         """Take in one event."""
         with self._lock:
             match event:
-                case LinkStarted():
+                case SessionStarted():
                     self._started = True
                     self.rounds_done = event.round - 1
                     for name, line in self._lines.items():

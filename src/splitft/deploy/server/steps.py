@@ -15,22 +15,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from splitft.adapters import AdapterState
-from splitft.deploy.server.inbox import Arrival, Desk
+from splitft.deploy.server.inbox import Arrival, Inbox
 from splitft.errors import AdapterError, ProtocolError, SplitftError
 from splitft.geometry import Span
 from splitft.protocol import Activations, CutGradient, HeadGradient, Refused, Stop, expect
 from splitft.tracking.events import StepDone
-from splitft.training.micro_batch import Tally
-from splitft.training.ranks import Ranks
+from splitft.training.micro_batch import StepTotals
+from splitft.training.ranks import RankPolicy
 from splitft.training.server import Server
 
 
-class Stepping:
+class StepService:
     """The steps of all sites."""
 
     def __init__(
         self,
-        desk: Desk,
+        desk: Inbox,
         server: Server,
         steps: Mapping[str, int],
         refuse: Callable[[str, SplitftError], None],
@@ -42,7 +42,7 @@ class Stepping:
         self.done: dict[str, int] = {}
         """Steps finished in this round."""
         self._underway: dict[tuple[str, int], Activations] = {}  # by site and micro-batch
-        self._tallies: dict[str, Tally] = {}  # of steps of which some micro-batches are done
+        self._tallies: dict[str, StepTotals] = {}  # of steps of which some micro-batches are done
         self._seconds: dict[str, dict[str, float]] = {}  # by leg, of steps that have begun
 
     def begin(self, participants: Iterable[str]) -> None:
@@ -109,7 +109,7 @@ class Stepping:
     def _finish(self, site: str, number: int, loss: float, listener: Callable[[StepDone], None]) -> None:
         """A micro-batch is done here, and the step if it was the last; the site has it with the answer."""
         message = self._underway.pop((site, number))
-        tally = self._tallies.setdefault(site, Tally())
+        tally = self._tallies.setdefault(site, StepTotals())
         if not tally.add(message, loss):
             return
         del self._tallies[site]
@@ -176,11 +176,13 @@ def answer_refused(arrival: Arrival, error: SplitftError) -> None:
     arrival.reply(Refused(error=type(error).__name__, reason=str(error)[:2000]))
 
 
-def check_factors(site: str, adapters: AdapterState, state: AdapterState, cut: int, ranks: Ranks) -> None:
+def check_factors(
+    site: str, adapters: AdapterState, state: AdapterState, cut: int, ranks: RankPolicy
+) -> None:
     """Raise AdapterError unless these are what a site of this cut owes, given the global factors."""
     if odd := adapters.keys() ^ state.within(Span(0, cut)).keys():
         raise AdapterError(f"{site} sends other factors than those of its blocks: {min(odd)}")
     try:
-        ranks.brought(site, adapters, state, cut)
+        ranks.validate_upload(site, adapters, state, cut)
     except ProtocolError as error:
         raise AdapterError(str(error)) from error

@@ -24,7 +24,7 @@ KEPT = 2
 """Rounds that stay on disk."""
 
 
-class Keeping:
+class OptimizerStore:
     """One site's folder for one run; without a folder, nothing is kept."""
 
     def __init__(self, folder: Path | None) -> None:

@@ -83,7 +83,7 @@ def at_site(config: RunConfig, site: SiteSpec) -> RunConfig:
     return config.model_copy(update={"model": model, "data": data, "clients": clients, "schedule": schedule})
 
 
-class Guard:
+class SitePolicy:
     """Stands before a site's client, and lets nothing through that the data owner forbids."""
 
     def __init__(

@@ -17,33 +17,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from splitft.deploy.flight import Flight
-from splitft.deploy.requests import LANES, Lane
-from splitft.deploy.site.optimizer_store import Keeping
-from splitft.deploy.site.policy import Guard
-from splitft.deploy.transport import Carrier
+from splitft.deploy.flight import Pipeline
+from splitft.deploy.requests import LANES, RequestChannel
+from splitft.deploy.site.optimizer_store import OptimizerStore
+from splitft.deploy.site.policy import SitePolicy
+from splitft.deploy.transport import Transport
 from splitft.errors import CarrierError, ForbiddenError, ProtocolError, SplitftError
 from splitft.protocol import (
     AdapterUpload,
-    Alive,
     Declined,
+    EndSession,
     Evaluate,
     GlobalAdapters,
-    Hello,
+    Heartbeat,
     Join,
     LastHidden,
-    Leave,
     Message,
+    MessageSerializer,
     Next,
     Refused,
+    Register,
     RoundReady,
     RoundStart,
     Stop,
-    Terms,
     Train,
     Wait,
 )
-from splitft.protocol.codec_state import Streams
+from splitft.protocol.codec_state import CodecState
 from splitft.training.client import Client
 
 ALIVE_LANE = LANES - 1
@@ -63,30 +63,36 @@ class _LeftError(Exception):
 
 
 def decline(
-    name: str, reason: str, carrier: Carrier, link: bytes, terms: Terms, frame_limit: int, patience_s: float
+    name: str,
+    reason: str,
+    carrier: Transport,
+    link: bytes,
+    terms: MessageSerializer,
+    frame_limit: int,
+    patience_s: float,
 ) -> None:
     """Tell the server that a site takes no part, and why. Raises CarrierError if it cannot be told."""
     logger.warning("%s declines: %s", name, reason)
     message = Declined(client=name, reason=reason[:2000])
-    Lane(carrier, link, 0, frame_limit).ask(terms.to_bytes(message), patience_s)
+    RequestChannel(carrier, link, 0, frame_limit).ask(terms.to_bytes(message), patience_s)
 
 
-class Visit:
+class SiteSession:
     """One site in one link of the chain."""
 
     def __init__(
         self,
-        hello: Hello,
-        carrier: Carrier,
+        hello: Register,
+        carrier: Transport,
         link: bytes,
-        terms: Terms,
+        terms: MessageSerializer,
         frame_limit: int,
         open_client: Callable[[int], Client],
-        keeping: Keeping,
+        keeping: OptimizerStore,
         patience_s: float,
         alive_every_s: float | None = None,
         seed: int = 0,
-        guard: Guard | None = None,
+        guard: SitePolicy | None = None,
         in_flight: int = 1,
     ) -> None:
         """`open_client` makes the client at a cut; after `patience_s` without answer the server is gone.
@@ -97,13 +103,13 @@ class Visit:
         self._hello, self._terms, self._open = hello, terms, open_client
         self._name, self._keeping, self._patience_s = hello.client, keeping, patience_s
         self._alive_every_s = alive_every_s
-        self._lane = Lane(carrier, link, 0, frame_limit)
-        others = [Lane(carrier, link, number, frame_limit) for number in range(1, in_flight)]
-        self._flight = Flight((self._lane, *others), patience_s)
-        self._alive = Lane(carrier, link, ALIVE_LANE, frame_limit)
+        self._lane = RequestChannel(carrier, link, 0, frame_limit)
+        others = [RequestChannel(carrier, link, number, frame_limit) for number in range(1, in_flight)]
+        self._flight = Pipeline((self._lane, *others), patience_s)
+        self._alive = RequestChannel(carrier, link, ALIVE_LANE, frame_limit)
         self._client: Client | None = None
         self._knows = False  # where the run is
-        self._streams = Streams(seed, self._name)
+        self._streams = CodecState(seed, self._name)
 
     def run(self) -> str:
         """Take part until the link ends; returns why it did. Raises CarrierError if the server is gone."""
@@ -210,7 +216,7 @@ class Visit:
 
     def _read(self, data: bytes) -> Message:
         answer = self._terms.from_bytes(data, streams=self._streams)
-        if isinstance(answer, Leave):
+        if isinstance(answer, EndSession):
             raise _LeftError(answer.reason)
         return answer
 
@@ -221,11 +227,11 @@ class Visit:
 
     @contextmanager
     def _signs_of_life(self) -> Iterator[None]:
-        """Say `Alive` now and then, so that a slow site is not taken for a lost one."""
+        """Say `Heartbeat` now and then, so that a slow site is not taken for a lost one."""
         done = threading.Event()
 
         def speak(every_s: float) -> None:
-            alive = self._terms.to_bytes(Alive(client=self._name))
+            alive = self._terms.to_bytes(Heartbeat(client=self._name))
             while not done.wait(every_s):
                 try:
                     self._alive.ask(alive, self._patience_s)
