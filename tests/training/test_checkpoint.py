@@ -101,7 +101,7 @@ LIMITED = """
     import resource, sys
     from pathlib import Path
     sys.path[:0] = {path!r}
-    from runtime.test_checkpoint import _snapshot
+    from training.test_checkpoint import _snapshot
     from splitft.errors import RunError
     from splitft.training.checkpoint import save_snapshot
     run = Path({run!r})
