@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +18,13 @@ from pydantic import ValidationError
 
 from splitft.config.explain import Place, explain
 from splitft.config.run import RunConfig
-from splitft.errors import ConfigError
+from splitft.errors import ConfigError, PluginError
 from splitft.methods import METHODS, filled, taken_over
+from splitft.plugins import check_allowed
+from splitft.plugins import find as find_plugin
+from splitft.plugins import load as load_plugins
 from splitft.specs import Spec
+from splitft.specs.plugins import PluginSpec
 
 S = TypeVar("S", bound=Spec)
 
@@ -56,13 +60,16 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(*FLOAT, list("-+.0123456789"))
 
 
-def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a configuration file, apply `key.path=value` overrides, check everything.
+def load(
+    path: Path | str, overrides: Sequence[str] = (), allowed: Collection[str] | None = None
+) -> RunConfig:
+    """Read a configuration file, load its plug-ins, apply `key.path=value` overrides, check everything.
 
+    With `allowed`, only plug-ins with these SHA-256 are loaded: for a file that is not the user's own.
     Raises ConfigError with one line for each fault, each with the file's line where it has one.
     """
     data, lines = _read(Path(path), "`splitft init`")
-    return _check(data, _origins(path, lines), f"{path}: ", overrides)
+    return _check(data, _origins(path, lines), f"{path}: ", overrides, Path(path).parent, allowed)
 
 
 def load_spec(path: Path | str, kind: type[S], written_by: str) -> S:
@@ -102,7 +109,7 @@ def _origins(path: Path | str, lines: Mapping[Place, int]) -> dict[Place, str]:
 
 def from_mapping(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """The same for a mapping that is there already, such as one a Python caller wrote."""
-    return _check(dict(data), {}, "", overrides)
+    return _check(dict(data), {}, "", overrides, Path.cwd(), None)
 
 
 def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
@@ -144,7 +151,12 @@ def _note_lines(node: yaml.Node, place: Place, lines: dict[Place, int]) -> None:
 
 
 def _check(
-    data: dict[str, Any], origins: dict[Place, str], default: str, overrides: Sequence[str]
+    data: dict[str, Any],
+    origins: dict[Place, str],
+    default: str,
+    overrides: Sequence[str],
+    folder: Path,
+    allowed: Collection[str] | None,
 ) -> RunConfig:
     """Apply overrides and validate; `origins` says where each key stands, as a prefix of its faults."""
     data = {
@@ -161,6 +173,12 @@ def _check(
         origins[place] = f"{override}: "
         overridden.append(override)
     plain = _plain(_taken_over(data, overridden))
+    try:
+        plain = _with_plugins(plain, folder, allowed)
+    except PluginError as error:
+        raise ConfigError(
+            "\n".join([*faults, f"{origins.get(('plugins',), default)}plugins: {error}"])
+        ) from error
     if (name := plain.get("method", "splitft")) in METHODS:
         plain = filled(name, plain)
     try:
@@ -170,6 +188,24 @@ def _check(
     if faults:
         raise ConfigError("\n".join(faults))
     return config
+
+
+def _with_plugins(plain: dict[str, Any], folder: Path, allowed: Collection[str] | None) -> dict[str, Any]:
+    """Load the plug-ins that the data name; returns the data with each one's path and hash.
+
+    What is no list of files is left for the check of all keys to refuse.
+    """
+    try:
+        specs = [PluginSpec.model_validate(one) for one in plain.get("plugins", [])]
+    except (ValidationError, TypeError):
+        return plain
+    if not specs:
+        return plain
+    found = [find_plugin(spec.file, folder, spec.sha256) for spec in specs]
+    if allowed is not None:
+        check_allowed(found, allowed)
+    load_plugins(found)
+    return {**plain, "plugins": [{"file": str(one.path.resolve()), "sha256": one.sha256} for one in found]}
 
 
 def _taken_over(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from splitft.specs import (
     TrainingSpec,
     WireSpec,
 )
+from splitft.specs.plugins import PluginSpec, TrackerName, TrackerSpec
 
 Conflict = tuple[tuple[str, ...], str]
 """The key paths that do not fit together, the first being the one to blame, and why with what to do."""
@@ -55,6 +56,11 @@ class RunConfig(Spec):
     """What clients do to their messages before they leave."""
     deploy: DeploySpec = DeploySpec()
     """Sites and waiting times, when the run is on real machines."""
+    trackers: tuple[TrackerName | TrackerSpec, ...] = ()
+    """What is told of the run while it trains, beside its folder: `csv`, or a plug-in's name."""
+    plugins: tuple[PluginSpec, ...] = ()
+    """Python files that add rules, controllers, codecs and the like by name (docs/write-your-own.md). They
+    are code that runs with your rights: name only files that you have read."""
     method: MethodName = "splitft"
     """The method to run: it sets what defines it, and has defaults of its own (`splitft.methods`)."""
     seed: int = Field(0, ge=0, lt=2**32)

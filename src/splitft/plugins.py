@@ -1,0 +1,111 @@
+"""Load plug-in files: Python files of a user's own, which add rules, codecs and the like by name.
+
+    plugins: [my_rule.py]  --load--> my_rule.py runs:  RULES.add("mine", Rule(...))
+
+A plug-in is code and may do what the user may do. A file is loaded only if a configuration of the user's own
+names it; a file that comes from elsewhere only if its SHA-256 is on the owner's list. A file
+is known by its content: the same content runs once, and a run folder keeps the hash and a copy of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import traceback
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from splitft.errors import PluginError
+
+FOLDER = "plugins"
+"""Where a run folder keeps copies of its plug-ins."""
+LARGEST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class PluginFile:
+    """One file of a plug-in, as it was found."""
+
+    path: Path
+    """Where it lies."""
+    sha256: str
+    """Of its content."""
+
+
+def find(file: str, folder: Path, sha256: str | None = None) -> PluginFile:
+    """Find a plug-in's file by its path from `folder`, or its copy in `folder/plugins`.
+
+    Raises PluginError if there is none, or none with the content of this hash.
+    """
+    candidates = [folder / file, folder / FOLDER / Path(file).name]
+    found = [PluginFile(path, digest(path)) for path in candidates if path.is_file()]
+    if not found:
+        raise PluginError(f"the plug-in {candidates[0]} is not there; give the path of a Python file")
+    for plugin in found:
+        if sha256 in (None, plugin.sha256):
+            return plugin
+    raise PluginError(
+        f"the plug-in {found[0].path} is not the one that was used: its SHA-256 is {found[0].sha256[:12]}, "
+        f"not {str(sha256)[:12]}; put the old file back, or start a new run with the new one"
+    )
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal. Raises PluginError if it cannot be read."""
+    try:
+        if path.stat().st_size > LARGEST_BYTES:
+            raise PluginError(f"the plug-in {path} is over {LARGEST_BYTES} bytes; give a Python source file")
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise PluginError(f"the plug-in {path} cannot be read ({error.strerror})") from error
+
+
+def load(plugins: Iterable[PluginFile]) -> None:
+    """Run each file, once for the same content. Raises PluginError with the line that failed."""
+    for plugin in plugins:
+        name = f"splitft_plugin_{plugin.sha256[:16]}"
+        if name in sys.modules:
+            continue
+        spec = spec_from_file_location(name, plugin.path)
+        if spec is None or spec.loader is None:
+            raise PluginError(f"the plug-in {plugin.path} is not a Python file; its name ends in .py")
+        module = module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException as error:
+            del sys.modules[name]
+            if not isinstance(error, Exception):
+                raise
+            raise PluginError(f"{_place(plugin.path, error)}: {type(error).__name__}: {error}") from error
+
+
+def check_allowed(plugins: Sequence[PluginFile], allowed: Collection[str]) -> None:
+    """Raise PluginError, naming each file and its hash, unless all are on the owner's list of SHA-256."""
+    refused = [f"{one.path.name} (SHA-256 {one.sha256})" for one in plugins if one.sha256 not in allowed]
+    if refused:
+        raise PluginError(
+            f"the run brings plug-ins that this site does not allow: {', '.join(refused)}; read the code, "
+            "then add the hash to allows.plugins in site.yaml"
+        )
+
+
+def keep_copies(plugins: Iterable[PluginFile], folder: Path) -> None:
+    """Copy the files into `folder/plugins`, so that the folder can be read without the originals."""
+    for plugin in plugins:
+        copy = folder / FOLDER / plugin.path.name
+        if not copy.is_file() or digest(copy) != plugin.sha256:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(plugin.path.read_bytes())
+
+
+def _place(path: Path, error: Exception) -> str:
+    """Return `file:line` of where the plug-in's own code failed."""
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f"{path}:{error.lineno}"
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+    ]
+    return f"{path}:{lines[-1]}" if lines else str(path)
