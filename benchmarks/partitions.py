@@ -28,7 +28,7 @@ import numpy as np
 from measuring import REPOSITORY, begin, options, section, table
 from splitft.config import RunConfig, from_mapping
 from splitft.data.corpora import read_records
-from splitft.data.summary import ShareSummary
+from splitft.data.share_statistics import ShareSummary
 from splitft.evaluation.evaluate import EvaluationRequest, evaluate
 from splitft.run.inputs import shares
 from splitft.run.train import train

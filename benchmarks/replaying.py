@@ -22,7 +22,7 @@ from measuring import Parts, Spread
 from splitft.config import RunConfig, from_mapping
 from splitft.run.cut_schedule import CutSchedule
 from splitft.run.plan import fleet_for
-from splitft.schedule.fleet import Fleet
+from splitft.schedule.workload import Fleet
 
 FLEETS: dict[str, list[str]] = {
     "strongly unequal": ["phone"] * 3 + ["laptop"] * 2 + ["workstation"] * 5,
@@ -116,9 +116,9 @@ def contenders(
     devices = FLEETS[fleet_name]
     fleet = _fleet(data, seed, alpha, fleet_name, SERVER)
     if capacity is not None:
-        laptop = _fleet(data, seed, alpha, fleet_name, "laptop").job.server
+        laptop = _fleet(data, seed, alpha, fleet_name, "laptop").costs.server
         device = laptop.device.scaled(capacity, memory_bytes=float("inf"))
-        fleet = replace(fleet, job=replace(fleet.job, server=replace(laptop, device=device)))
+        fleet = replace(fleet, costs=replace(fleet.costs, server=replace(laptop, device=device)))
     works = [replace(one, workload=replace(one.workload, steps=steps)) for one in fleet.clients]
     fleet = replace(fleet, clients=tuple(works))
 
@@ -126,7 +126,7 @@ def contenders(
         config = configuration(data, seed, alpha, rounds=rounds, steps=steps, devices=devices, **changes)
         return replayed(config, fleet, losses, rounds)
 
-    common = {cut: clock(cuts=cut) for cut in range(1, fleet.job.sizes.blocks)}
+    common = {cut: clock(cuts=cut) for cut in range(1, fleet.costs.sizes.blocks)}
     best = min(common, key=lambda cut: common[cut][-1])
     found = {f"best common cut ({best})": common[best], "cut 2": common[2]}
     return found | {name: clock(cuts="auto", controller=name) for name in controllers}

@@ -138,7 +138,7 @@ def test_the_simulated_clock_charges_the_adapters_that_travel(tiny_llama, text, 
     (done,) = (event for event in events if isinstance(event, RoundDone))
     fleet = prepared.pace.fleet
     for client, cut in zip(fleet.clients, (1, 2, 3), strict=True):
-        told, sent = round_bytes(fleet.job, client, cut), done.traffic[client.name]
+        told, sent = round_bytes(fleet.costs, client, cut), done.traffic[client.name]
         assert sent.up["adapter"] == pytest.approx(told["adapters_up"])
         down = sent.down["adapter"]
         if AGGREGATORS[rule].folds:  # the rank sum is the most that is folded

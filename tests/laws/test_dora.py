@@ -130,7 +130,7 @@ def test_rules_that_magnitudes_do_not_fit_are_refused_with_what_does(rule, tiny_
 def test_the_schedule_counts_the_magnitudes(tiny_llama, text):
     prepared = federation(tiny_llama, text, [2], lora=DORA, training={"rounds": 1, "steps": 1})
     numbers = sum(tensor.numel() for tensor in prepared.initial().adapters.tensors().values())
-    sizes = prepared.pace.fleet.job.sizes
+    sizes = prepared.pace.fleet.costs.sizes
     assert sizes.adapter_parameters(list(prepared.ranks.of(2).values())) == numbers
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from schedule.cases import situations
+from schedule.cases import problems
 from splitft.errors import ScheduleError
 from splitft.privacy.recovery_bounds import check_kept, shallowest_cut
 from splitft.schedule.controllers import CONTROLLERS, choose
@@ -45,15 +45,15 @@ def test_every_audited_cut_from_the_bound_on_keeps_it_and_the_one_before_does_no
 
 
 @pytest.mark.parametrize("controller", sorted(set(CONTROLLERS) - {"fixed"}))
-@given(situation=situations(), table=tables, bound=st.integers(0, 10).map(lambda tenth: tenth / 10))
-def test_no_controller_chooses_a_cut_at_which_more_may_be_recovered(controller, situation, table, bound):
+@given(problem=problems(), table=tables, bound=st.integers(0, 10).map(lambda tenth: tenth / 10))
+def test_no_controller_chooses_a_cut_at_which_more_may_be_recovered(controller, problem, table, bound):
     try:
         floor = shallowest_cut(table, bound, deepest=4)
     except ScheduleError:
         assume(False)
     bounded = replace(
-        situation,
-        clients=tuple(replace(one, min_cut=max(one.min_cut, floor)) for one in situation.clients),
+        problem,
+        clients=tuple(replace(one, min_cut=max(one.min_cut, floor)) for one in problem.clients),
     )
     assume(all(found.cuts for found in feasible(bounded).values()))
     for cut in choose(controller, bounded).cuts.values():

@@ -9,7 +9,7 @@ from splitft.adapters import AdapterState
 from splitft.errors import ModelError, ScheduleError
 from splitft.protocol import RoundStart
 from splitft.run.cut_schedule import CutSchedule
-from splitft.schedule.simulated_search import rehearsal
+from splitft.schedule.simulated_search import round_simulator
 from splitft.tracking.events import CutsChanged, RoundTimed
 from splitft.training import train_rounds
 
@@ -92,7 +92,7 @@ def test_makespan_needs_one_round_to_know_of_a_change_and_none_to_act_on_it(run,
     assert list(first.cuts.values()) == [3, 3, 3]
     assert list(second.cuts.values()) == [3, 1, 3]
     pace = prepared.pace
-    foretold = rehearsal(pace.fleet.job, pace.fleet.at(2))
+    foretold = round_simulator(pace.fleet.costs, pace.fleet.at(2))
     assert foretold(second.cuts) <= foretold(first.cuts)
     timed = of(events, RoundTimed)
     assert timed[1].seconds > timed[0].seconds
@@ -107,7 +107,7 @@ def test_a_move_to_a_deeper_cut_is_charged_with_the_weights_it_loads(run):
     first, second = of(events, CutsChanged)
     gained = second.cuts["client-1"] - first.cuts["client-1"]
     assert gained > 0
-    job = prepared.pace.fleet.job
+    job = prepared.pace.fleet.costs
     moved = next(event for event in of(events, RoundTimed) if event.round == second.round)
     assert moved.weight_bytes >= gained * job.sizes.block_parameters * 8  # float64
     assert moved.move_seconds > 0

@@ -1,4 +1,4 @@
-"""Small jobs, clients and situations that the tests of this room share."""
+"""Small jobs, clients and problems that the tests of this room share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WORK = Workload(tokens=12, labelled_tokens=8, sequences=2, padded_length=8, step
 LORA = LoraSpec(rank=4, rank_at_cut=2)
 
 
-def job(**changes) -> SharedCosts:
+def costs(**changes) -> SharedCosts:
     return replace(SharedCosts(SIZES, SERVER, LORA, WireBytes(2, 2, 4)), **changes)
 
 
@@ -54,7 +54,7 @@ def option(cut, compute_s, server_s, link_s=0.0, memory=0.0, server_memory=0.0, 
 
 
 @st.composite
-def situations(draw, clients=3, blocks=4, **fields) -> CutProblem:
+def problems(draw, clients=3, blocks=4, **fields) -> CutProblem:
     """Whole-numbered prices, so that sums are exact: compute rises with depth, the server's work falls."""
     members = []
     for number in range(draw(st.integers(1, clients))):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schedule.cases import SERVER, client, job
+from schedule.cases import SERVER, client, costs
 from splitft.errors import ScheduleError
 from splitft.schedule.clock import WAIT, ClientRound, client_round, simulate_round
 from splitft.schedule.cost import Leg, pipelined_step_s, round_seconds
@@ -154,9 +154,9 @@ def test_the_next_step_waits_for_all_micro_batches_of_this_one():
 @pytest.mark.parametrize("labels", ["client", "server"])
 @pytest.mark.parametrize("cut", [1, 3, 6])
 def test_a_client_alone_takes_what_its_costs_predict(labels, cut):
-    our_job = job(labels=labels)
-    timeline = simulate_round([client_round(our_job, client(), cut)], our_job.server)
-    predicted = round_seconds(our_job, client(), cut)
+    our_costs = costs(labels=labels)
+    timeline = simulate_round([client_round(our_costs, client(), cut)], our_costs.server)
+    predicted = round_seconds(our_costs, client(), cut)
     assert timeline.seconds_by_leg("a") == pytest.approx(predicted)
     assert timeline.round_s == pytest.approx(sum(predicted.values()))
 
@@ -165,8 +165,8 @@ def test_a_client_alone_takes_what_its_costs_predict(labels, cut):
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=5), st.integers(1, 6))
 def test_a_round_lasts_at_least_as_long_as_the_slowest_clients_own(speeds, cut):
     members = [client(f"c{number}", speed) for number, speed in enumerate(speeds)]
-    timeline = simulate_round([client_round(job(), one, cut) for one in members], job().server)
-    slowest = max(sum(round_seconds(job(), one, cut).values()) for one in members)
+    timeline = simulate_round([client_round(costs(), one, cut) for one in members], costs().server)
+    slowest = max(sum(round_seconds(costs(), one, cut).values()) for one in members)
     assert timeline.round_s >= slowest * (1 - 1e-12)
 
 
@@ -204,11 +204,11 @@ def test_only_so_many_micro_batches_of_a_step_are_underway_as_are_allowed():
 
 
 def test_a_job_in_micro_batches_hides_the_link_and_keeps_the_activations_of_those_in_flight():
-    one, plain = client(), job()
-    divided = job(micro_batches=2, in_flight=2)
+    one, plain = client(), costs()
+    divided = costs(micro_batches=2, in_flight=2)
     assert divided.parts(one.workload) == 2
     assert divided.share_underway(one.workload) == 1
-    in_turn = job(micro_batches=2, in_flight=1)
+    in_turn = costs(micro_batches=2, in_flight=1)
     for each, share in ((plain, 1), (divided, 1), (in_turn, in_turn.share_underway(one.workload))):
         kept = client_memory(each, one, 2).activations
         assert kept == pytest.approx(share * client_memory(plain, one, 2).activations)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from schedule.cases import client, job
+from schedule.cases import client, costs
 from splitft.errors import ScheduleError
 from splitft.schedule.codec_cost import SPEEDS, WireBytes, codec_seconds
 from splitft.schedule.cost import step_legs
@@ -18,7 +18,7 @@ QUICK = replace(SLOW, hidden_s=(0.0, 0.0), gradient_s=(0.0, 0.0))
 
 @pytest.mark.parametrize("labels", ["client", "server"])
 def test_each_leg_pays_for_what_it_encodes_and_decodes(labels):
-    one, wide = client("a"), job(labels=labels)
+    one, wide = client("a"), costs(labels=labels)
     D, work = wide.sizes.width, one.workload
     N, M = work.tokens * D, work.labelled_tokens * D
     slow, quick = (
@@ -36,7 +36,7 @@ def test_each_leg_pays_for_what_it_encodes_and_decodes(labels):
 
 
 def test_a_client_with_codecs_of_its_own_is_charged_for_them():
-    one, wide = client("a"), job()
+    one, wide = client("a"), costs()
     own = step_legs(wide, replace(one, wire=SLOW), 2)
     assert own == step_legs(replace(wide, wire=SLOW), one, 2)
     assert own != step_legs(wide, one, 2)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from schedule.cases import client, job, option, situations
+from schedule.cases import client, costs, option, problems
 from splitft.errors import ScheduleError
 from splitft.schedule.controllers import CONTROLLERS, Decision, checked, choose
 from splitft.schedule.makespan import best_cuts, predicted_round_s
@@ -18,34 +18,34 @@ from splitft.schedule.problem import (
     CutProblem,
     corrected,
     feasible,
-    situation_of,
+    problem_of,
 )
 
 every_controller = pytest.mark.parametrize("controller", sorted(set(CONTROLLERS) - {"fixed"}))
 
 
-def _possible(situation: CutProblem) -> list[dict[str, int]]:
+def _possible(problem: CutProblem) -> list[dict[str, int]]:
     """Every vector of allowed cuts that fits the server's memory."""
-    allowed = feasible(situation)
+    allowed = feasible(problem)
     vectors = (
         dict(zip(allowed, cuts, strict=True)) for cuts in product(*(one.cuts for one in allowed.values()))
     )
-    return [cuts for cuts in vectors if situation.server_bytes(cuts) <= situation.server_memory_bytes]
+    return [cuts for cuts in vectors if problem.server_bytes(cuts) <= problem.server_memory_bytes]
 
 
-def _moved(situation: CutProblem, cuts, rounds_left=None) -> CutProblem:
+def _moved(problem: CutProblem, cuts, rounds_left=None) -> CutProblem:
     """The next round: the same prices seen from the new cuts, moving costs what it did."""
     return replace(
-        situation,
-        clients=tuple(replace(one, current=cuts[one.name]) for one in situation.clients),
-        rounds_left=max(0, situation.rounds_left - 1) if rounds_left is None else rounds_left,
+        problem,
+        clients=tuple(replace(one, current=cuts[one.name]) for one in problem.clients),
+        rounds_left=max(0, problem.rounds_left - 1) if rounds_left is None else rounds_left,
     )
 
 
-def _slower(situation: CutProblem, name: str, times: int) -> CutProblem:
-    """The same situation with one client's processor that many times slower."""
+def _slower(problem: CutProblem, name: str, times: int) -> CutProblem:
+    """The same problem with one client's processor that many times slower."""
     return replace(
-        situation,
+        problem,
         clients=tuple(
             replace(
                 one,
@@ -56,106 +56,106 @@ def _slower(situation: CutProblem, name: str, times: int) -> CutProblem:
             )
             if one.name == name
             else one
-            for one in situation.clients
+            for one in problem.clients
         ),
     )
 
 
 @every_controller
-@given(situation=situations())
-def test_no_controller_leaves_bounds_or_memory(controller, situation):
-    cuts = choose(controller, situation).cuts
-    for one in situation.clients:
+@given(problem=problems())
+def test_no_controller_leaves_bounds_or_memory(controller, problem):
+    cuts = choose(controller, problem).cuts
+    for one in problem.clients:
         cut = cuts[one.name]
         assert one.min_cut <= cut <= one.max_cut
         assert one.option(cut).client_bytes <= one.memory_bytes
 
 
-@given(situation=situations(), budget=st.integers(0, 60), weights=st.lists(st.integers(0, 20), min_size=5))
-def test_makespan_equals_brute_force_also_when_the_servers_memory_binds(situation, budget, weights):
+@given(problem=problems(), budget=st.integers(0, 60), weights=st.lists(st.integers(0, 20), min_size=5))
+def test_makespan_equals_brute_force_also_when_the_servers_memory_binds(problem, budget, weights):
     shared = tuple(float(held) for held in sorted(weights[:5], reverse=True))
-    situation = replace(situation, server_memory_bytes=float(budget), server_weights_bytes=shared)
-    possible = _possible(situation)
+    problem = replace(problem, server_memory_bytes=float(budget), server_weights_bytes=shared)
+    possible = _possible(problem)
     if not possible:
         with pytest.raises(ScheduleError, match="the server lacks memory"):
-            best_cuts(situation, feasible(situation))
+            best_cuts(problem, feasible(problem))
         return
-    best = best_cuts(situation, feasible(situation))
-    best_s = predicted_round_s(situation, best)
+    best = best_cuts(problem, feasible(problem))
+    best_s = predicted_round_s(problem, best)
     assert best in possible
-    assert best_s == min(predicted_round_s(situation, cuts) for cuts in possible)
-    tied = [cuts for cuts in possible if predicted_round_s(situation, cuts) == best_s]
+    assert best_s == min(predicted_round_s(problem, cuts) for cuts in possible)
+    tied = [cuts for cuts in possible if predicted_round_s(problem, cuts) == best_s]
     for name, cut in best.items():  # ties go to the deeper cut
         assert cut == max(cuts[name] for cuts in tied)
 
 
-@given(situations())
-def test_makespan_is_never_worse_than_the_best_common_cut(situation):
-    best_s = predicted_round_s(situation, best_cuts(situation, feasible(situation)))
-    for cuts in _possible(situation):
+@given(problems())
+def test_makespan_is_never_worse_than_the_best_common_cut(problem):
+    best_s = predicted_round_s(problem, best_cuts(problem, feasible(problem)))
+    for cuts in _possible(problem):
         if len(set(cuts.values())) == 1:
-            assert best_s <= predicted_round_s(situation, cuts)
+            assert best_s <= predicted_round_s(problem, cuts)
 
 
-@given(situations())
-def test_makespan_moves_only_if_the_gain_pays_for_the_move(situation):
-    current = {one.name: one.current for one in situation.clients}
-    decision = choose("makespan", situation)
-    if decision.cuts != current and current in _possible(situation):
-        gain_s = predicted_round_s(situation, current) - predicted_round_s(situation, decision.cuts)
-        assert gain_s * situation.rounds_left > max(
-            one.option(decision.cuts[one.name]).move_s for one in situation.clients
+@given(problems())
+def test_makespan_moves_only_if_the_gain_pays_for_the_move(problem):
+    current = {one.name: one.current for one in problem.clients}
+    decision = choose("makespan", problem)
+    if decision.cuts != current and current in _possible(problem):
+        gain_s = predicted_round_s(problem, current) - predicted_round_s(problem, decision.cuts)
+        assert gain_s * problem.rounds_left > max(
+            one.option(decision.cuts[one.name]).move_s for one in problem.clients
         )
 
 
 @pytest.mark.parametrize("controller", ["fixed", "resources", "makespan"])
-@given(situation=situations())
-def test_with_constant_inputs_cuts_change_once_at_most(controller, situation):
+@given(problem=problems())
+def test_with_constant_inputs_cuts_change_once_at_most(controller, problem):
     decide = CONTROLLERS[controller]
-    first = decide(situation).cuts
-    later = _moved(situation, first)
+    first = decide(problem).cuts
+    later = _moved(problem, first)
     for _ in range(5):
         assert decide(later).cuts == first
         later = _moved(later, first)
 
 
-@given(situation=situations(), times=st.integers(2, 5), data=st.data())
-def test_a_slower_client_never_gets_a_deeper_cut(situation, times, data):
-    name = data.draw(st.sampled_from([one.name for one in situation.clients]))
-    slower = _slower(situation, name, times)
-    assert best_cuts(slower, feasible(slower))[name] <= best_cuts(situation, feasible(situation))[name]
+@given(problem=problems(), times=st.integers(2, 5), data=st.data())
+def test_a_slower_client_never_gets_a_deeper_cut(problem, times, data):
+    name = data.draw(st.sampled_from([one.name for one in problem.clients]))
+    slower = _slower(problem, name, times)
+    assert best_cuts(slower, feasible(slower))[name] <= best_cuts(problem, feasible(problem))[name]
     for controller in ("resources", "paper"):
         decide = CONTROLLERS[controller]
-        assert decide(slower).cuts[name] <= decide(situation).cuts[name]
+        assert decide(slower).cuts[name] <= decide(problem).cuts[name]
 
 
 @settings(max_examples=50)
 @given(st.lists(st.floats(0.05, 20), min_size=1, max_size=3), st.floats(0.1, 0.9))
 def test_with_predicted_costs_too_makespan_is_exact_and_a_slower_client_is_not_deeper(speeds, slower):
-    def situation(speeds):
+    def problem(speeds):
         members = [client(f"c{number}", speed) for number, speed in enumerate(speeds)]
-        return situation_of(job(), members, [1] * len(members), rounds_left=10)
+        return problem_of(costs(), members, [1] * len(members), rounds_left=10)
 
-    fast = situation(speeds)
+    fast = problem(speeds)
     best = best_cuts(fast, feasible(fast))
     assert predicted_round_s(fast, best) == min(predicted_round_s(fast, cuts) for cuts in _possible(fast))
-    slow = situation([speeds[0] * slower, *speeds[1:]])
+    slow = problem([speeds[0] * slower, *speeds[1:]])
     assert best_cuts(slow, feasible(slow))["c0"] <= best["c0"]
 
 
-@given(situations())
-def test_resources_puts_no_more_blocks_on_clients_than_given_or_needed(situation):
-    cuts = CONTROLLERS["resources"](situation).cuts
-    given_blocks = sum(one.current for one in situation.clients)
-    least = sum(found.cuts[0] for found in feasible(situation).values())
+@given(problems())
+def test_resources_puts_no_more_blocks_on_clients_than_given_or_needed(problem):
+    cuts = CONTROLLERS["resources"](problem).cuts
+    given_blocks = sum(one.current for one in problem.clients)
+    least = sum(found.cuts[0] for found in feasible(problem).values())
     assert sum(cuts.values()) <= max(given_blocks, least)
 
 
 def test_resources_gives_a_machine_twice_as_fast_twice_the_blocks():
     members = [client("slow", 1.0), client("fast", 2.0)]
-    situation = situation_of(job(), members, [3, 3])
-    assert choose("resources", situation).cuts == {"slow": 2, "fast": 4}
-    assert choose("resources", replace(situation, client_blocks=3)).cuts == {"slow": 1, "fast": 2}
+    problem = problem_of(costs(), members, [3, 3])
+    assert choose("resources", problem).cuts == {"slow": 2, "fast": 4}
+    assert choose("resources", replace(problem, client_blocks=3)).cuts == {"slow": 1, "fast": 2}
 
 
 def _three(losses, current=(2, 2, 2), **fields) -> CutProblem:
@@ -177,14 +177,14 @@ def test_paper_moves_better_clients_deeper_and_worse_ones_shallower():
     assert "deeper: a; worse, so shallower: c" in choose("paper", _three([1.0, 2.0, 3.0])).reason
 
 
-@given(situations(), st.floats(0, 5))
-def test_paper_follows_the_sign_of_the_deviation(situation, gamma):
-    assume(all(one.loss is not None for one in situation.clients))
-    situation = replace(situation, gamma=gamma)
-    total = sum(one.weight for one in situation.clients)
-    mean = sum(one.weight * one.loss for one in situation.clients) / total
-    cuts, allowed = choose("paper", situation).cuts, feasible(situation)
-    for one in situation.clients:
+@given(problems(), st.floats(0, 5))
+def test_paper_follows_the_sign_of_the_deviation(problem, gamma):
+    assume(all(one.loss is not None for one in problem.clients))
+    problem = replace(problem, gamma=gamma)
+    total = sum(one.weight for one in problem.clients)
+    mean = sum(one.weight * one.loss for one in problem.clients) / total
+    cuts, allowed = choose("paper", problem).cuts, feasible(problem)
+    for one in problem.clients:
         if one.current in allowed[one.name].cuts and one.loss < mean - 1e-9:
             assert cuts[one.name] >= one.current
         if one.current in allowed[one.name].cuts and one.loss > mean + 1e-9:
@@ -203,9 +203,9 @@ def test_makespan_follows_a_client_that_turns_out_slow():
     prices = tuple(option(cut, 10 * cut, 40 - 10 * cut) for cut in range(1, 4))
     one = ClientChoices("a", 3, prices)
     two = replace(one, name="b")
-    situation = CutProblem((one, two), rounds_left=10)
-    assert choose("makespan", situation).cuts == {"a": 3, "b": 3}
-    slow = replace(situation, clients=(replace(one, measured={"client_forward": 300.0}), two))
+    problem = CutProblem((one, two), rounds_left=10)
+    assert choose("makespan", problem).cuts == {"a": 3, "b": 3}
+    slow = replace(problem, clients=(replace(one, measured={"client_forward": 300.0}), two))
     decision = choose("makespan", slow)
     assert decision.cuts == {"a": 1, "b": 3}
     assert "predicted round 130 s instead of 310 s" in decision.reason
@@ -228,18 +228,18 @@ def test_a_client_without_a_possible_cut_is_named_with_what_it_lacks():
 
 def test_an_impossible_decision_does_not_get_out():
     prices = tuple(option(cut, cut, 9 - cut, server_memory=9e9 - cut * 1e9) for cut in range(1, 5))
-    situation = CutProblem(
+    problem = CutProblem(
         (ClientChoices("a", 1, prices, min_cut=2), ClientChoices("b", 1, prices)),
         server_memory_bytes=15e9,
     )
     with pytest.raises(ScheduleError, match="'fixed' gives client 'a' cut 1, but cuts 2 to 4 fit"):
-        choose("fixed", situation)
+        choose("fixed", problem)
     with pytest.raises(ScheduleError, match="'mine' must give every client a cut, and no other: b"):
-        checked("mine", situation, Decision({"a": 2}, ""))
+        checked("mine", problem, Decision({"a": 2}, ""))
     with pytest.raises(ScheduleError, match="cuts a 2, b 1 the server needs 15 GB of memory and has 14 GB"):
-        checked("mine", replace(situation, server_memory_bytes=14e9), Decision({"a": 2, "b": 1}, ""))
+        checked("mine", replace(problem, server_memory_bytes=14e9), Decision({"a": 2, "b": 1}, ""))
     with pytest.raises(ScheduleError, match=r"no controller 'makespam'.*did you mean 'makespan'"):
-        choose("makespam", situation)
+        choose("makespam", problem)
 
 
 def test_prices_that_rise_with_depth_at_the_server_are_refused():
@@ -256,8 +256,8 @@ def test_numbers_that_mean_nothing_are_refused(fields):
 
 def test_the_whole_model_moves_to_a_client_only_where_that_is_allowed():
     members = [client("a", 100.0), client("b", 100.0)]
-    assert choose("makespan", situation_of(job(), members, [1, 1], 100)).cuts == {"a": 5, "b": 5}
-    whole = situation_of(job(), members, [1, 1], 100, whole_allowed=True)
+    assert choose("makespan", problem_of(costs(), members, [1, 1], 100)).cuts == {"a": 5, "b": 5}
+    whole = problem_of(costs(), members, [1, 1], 100, whole_allowed=True)
     assert choose("makespan", whole).cuts == {"a": 6, "b": 6}
 
 

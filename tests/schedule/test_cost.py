@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schedule.cases import SERVER, SIZES, WORK, client, job
+from schedule.cases import SERVER, SIZES, WORK, client, costs
 from splitft.errors import GeometryError, ScheduleError
 from splitft.schedule.codec_cost import WireBytes
 from splitft.schedule.cost import (
@@ -36,7 +36,7 @@ CUTS = range(1, SIZES.blocks + 1)
 
 
 def test_a_step_leg_by_leg():
-    legs = {leg.name: leg for leg in step_legs(job(), client(), cut=2)}
+    legs = {leg.name: leg for leg in step_legs(costs(), client(), cut=2)}
     assert {name: leg.seconds for name, leg in legs.items()} == {
         "client_forward": 2 * 16 * 1.0,  # blocks x padded tokens x seconds
         "up_hidden": 0.25 + 12 * 10 * 2 / 100,  # latency + real tokens x D x bytes / rate
@@ -57,7 +57,7 @@ def test_a_step_leg_by_leg():
 
 
 def test_with_labels_on_the_server_there_is_one_visit_and_the_text_travels():
-    legs = {leg.name: leg for leg in step_legs(job(labels="server"), client(), cut=2)}
+    legs = {leg.name: leg for leg in step_legs(costs(labels="server"), client(), cut=2)}
     assert list(legs) == ["client_forward", "up_hidden", "server_step", "down_gradient", "client_backward"]
     assert legs["up_hidden"].nbytes == 240 + 8 * 8
     assert legs["server_step"].seconds == 4 * 16 * 0.5 + 8 * 0.25 + 4 * 16 * 1.0
@@ -65,8 +65,8 @@ def test_with_labels_on_the_server_there_is_one_visit_and_the_text_travels():
 
 @pytest.mark.parametrize("labels", ["client", "server"])
 def test_the_whole_model_on_the_client_sends_adapters_only(labels):
-    assert set(round_bytes(job(labels=labels), client(), 6)) == {"adapters_down", "adapters_up"}
-    assert [leg.name for leg in step_legs(job(labels=labels), client(), 6)] == [
+    assert set(round_bytes(costs(labels=labels), client(), 6)) == {"adapters_down", "adapters_up"}
+    assert [leg.name for leg in step_legs(costs(labels=labels), client(), 6)] == [
         "client_forward",
         "head",
         "client_backward",
@@ -74,13 +74,13 @@ def test_the_whole_model_on_the_client_sends_adapters_only(labels):
 
 
 def test_adapters_carry_the_lowered_rank_at_the_cut():
-    down, up = adapter_legs(job(), client(), cut=3)
+    down, up = adapter_legs(costs(), client(), cut=3)
     assert down.nbytes == up.nbytes == (4 + 4 + 2) * 20 * 4
 
 
 def test_codecs_divide_the_bytes_of_their_role():
-    full = round_bytes(job(wire=WireBytes(4, 4, 4)), client(), 2)
-    coded = round_bytes(job(wire=WireBytes(1, 2, 4)), client(), 2)
+    full = round_bytes(costs(wire=WireBytes(4, 4, 4)), client(), 2)
+    coded = round_bytes(costs(wire=WireBytes(1, 2, 4)), client(), 2)
     assert {leg: full[leg] / coded[leg] for leg in full} == {
         "adapters_down": 1,
         "up_hidden": 4,
@@ -94,12 +94,12 @@ def test_codecs_divide_the_bytes_of_their_role():
 @pytest.mark.parametrize("labels", ["client", "server"])
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_round_is_its_steps_and_the_exchange_of_adapters(labels, cut):
-    our_job, one = job(labels=labels), client()
-    legs = step_legs(our_job, one, cut)
+    our_costs, one = costs(labels=labels), client()
+    legs = step_legs(our_costs, one, cut)
     visits = sum(leg.place == "server" for leg in legs)
     step_s = sum(leg.seconds for leg in legs) + visits * SERVER.group_overhead_s
-    exchange_s = sum(leg.seconds for leg in adapter_legs(our_job, one, cut))
-    assert sum(round_seconds(our_job, one, cut).values()) == pytest.approx(5 * step_s + exchange_s)
+    exchange_s = sum(leg.seconds for leg in adapter_legs(our_costs, one, cut))
+    assert sum(round_seconds(our_costs, one, cut).values()) == pytest.approx(5 * step_s + exchange_s)
 
 
 @given(
@@ -110,7 +110,7 @@ def test_a_round_is_its_steps_and_the_exchange_of_adapters(labels, cut):
 )
 def test_deeper_cuts_cost_the_client_more_and_the_server_less(labels, rank_at_cut, cut_span, speed):
     lora = LoraSpec(rank=4, rank_at_cut=rank_at_cut, cut_span=cut_span)
-    prices = options(job(labels=labels, lora=lora), client(speed=speed), current=1)
+    prices = options(costs(labels=labels, lora=lora), client(speed=speed), current=1)
     assert [price.cut for price in prices] == list(CUTS)
     for shallow, deep in pairwise(prices):
         assert deep.compute_s > shallow.compute_s
@@ -122,12 +122,12 @@ def test_deeper_cuts_cost_the_client_more_and_the_server_less(labels, rank_at_cu
 
 @pytest.mark.parametrize("cut", range(1, 6))
 def test_what_a_split_sends_in_a_step_does_not_depend_on_the_cut(cut):
-    sent = round_bytes(job(), client(), cut)
+    sent = round_bytes(costs(), client(), cut)
     assert sum(value for leg, value in sent.items() if "adapters" not in leg) == 5 * 800
 
 
 def test_the_memory_of_a_client_part_by_part():
-    memory = client_memory(job(), client(), cut=3)
+    memory = client_memory(costs(), client(), cut=3)
     adapters = (4 + 4 + 2) * 20 * 4
     assert (memory.weights, memory.adapters) == ((1000 + 3 * 1000 + 10) * 2, adapters)
     assert (memory.gradients, memory.moments) == (adapters, 2 * adapters)
@@ -138,16 +138,19 @@ def test_the_memory_of_a_client_part_by_part():
 
 def test_logits_exist_for_one_chunk_of_256_positions_at_most():
     one = client(workload=Workload(1000, 1000, 10, 100, 1))
-    assert client_memory(job(), one, 1).logits == 3 * 256 * 100 * 4
+    assert client_memory(costs(), one, 1).logits == 3 * 256 * 100 * 4
 
 
 def test_the_memory_of_the_server_holds_the_weights_once():
     both = [client("a"), client("b")]
-    assert server_weights_bytes(job(), 2) == 4 * 1000 * 2 + RUNTIME_BYTES
-    assert server_peak_bytes(job(), both, [2, 4]) == (
-        8000 + RUNTIME_BYTES + server_memory(job(), both[0], 2).total + server_memory(job(), both[1], 4).total
+    assert server_weights_bytes(costs(), 2) == 4 * 1000 * 2 + RUNTIME_BYTES
+    assert server_peak_bytes(costs(), both, [2, 4]) == (
+        8000
+        + RUNTIME_BYTES
+        + server_memory(costs(), both[0], 2).total
+        + server_memory(costs(), both[1], 4).total
     )
-    with_head = job(labels="server")
+    with_head = costs(labels="server")
     assert (
         server_weights_bytes(with_head, 2) == (4 * 1000 + 10 + 1000) * 2 + RUNTIME_BYTES
     )  # tied: its own copy
@@ -158,16 +161,16 @@ def test_the_memory_of_the_server_holds_the_weights_once():
 def test_moving_deeper_fetches_weights_and_adapters_and_shallower_hands_over_moments():
     one = client()
     adapters = (4 + 2) * 20 * 4  # blocks 2 and 3 at cut 4
-    assert move_seconds(job(), one, 2, 2) == 0
-    assert move_seconds(job(), one, 2, 4) == 0.25 + (2 * 1000 * 2 + adapters) / 200
-    assert move_seconds(job(), one, 2, 4, weights_kept=True) == 0.25 + adapters / 200
-    assert move_seconds(job(), one, 2, 4, True, moments_kept=True) == 0.25 + 3 * adapters / 200
-    assert move_seconds(job(), one, 4, 2) == 0.25
-    assert move_seconds(job(), one, 4, 2, moments_kept=True) == 0.25 + 2 * (2 + 4) * 20 * 4 / 100
+    assert move_seconds(costs(), one, 2, 2) == 0
+    assert move_seconds(costs(), one, 2, 4) == 0.25 + (2 * 1000 * 2 + adapters) / 200
+    assert move_seconds(costs(), one, 2, 4, weights_kept=True) == 0.25 + adapters / 200
+    assert move_seconds(costs(), one, 2, 4, True, moments_kept=True) == 0.25 + 3 * adapters / 200
+    assert move_seconds(costs(), one, 4, 2) == 0.25
+    assert move_seconds(costs(), one, 4, 2, moments_kept=True) == 0.25 + 2 * (2 + 4) * 20 * 4 / 100
 
 
 def test_a_pipelined_step_is_bound_by_its_busiest_place_or_its_chain():
-    legs = step_legs(job(), client(), 2)
+    legs = step_legs(costs(), client(), 2)
     assert pipelined_step_s(legs, 1) == sum(leg.seconds for leg in legs)
     computing = 32 + 4 + 64
     assert pipelined_step_s(legs, 50) == 50 * computing
@@ -176,7 +179,7 @@ def test_a_pipelined_step_is_bound_by_its_busiest_place_or_its_chain():
 def test_cuts_that_do_not_exist_are_refused():
     for cut in (0, 7):
         with pytest.raises(GeometryError, match="choose 1 to 6"):
-            step_legs(job(), client(), cut)
+            step_legs(costs(), client(), cut)
 
 
 @pytest.mark.parametrize("bad", [0, -1, math.nan])

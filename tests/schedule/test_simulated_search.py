@@ -8,25 +8,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schedule.cases import WORK, client, job, situations
+from schedule.cases import WORK, client, costs, problems
 from splitft.schedule.clock import client_round, simulate_round
 from splitft.schedule.controllers import choose
 from splitft.schedule.makespan import best_cuts, predicted_round_s
-from splitft.schedule.problem import feasible, situation_of
-from splitft.schedule.simulated_search import MOST_STEPS, quickest, rehearsal
+from splitft.schedule.problem import feasible, problem_of
+from splitft.schedule.simulated_search import MOST_STEPS, quickest, round_simulator
 
 fleets = st.lists(st.floats(0.05, 20), min_size=1, max_size=4)
 
 
 def _seen(speeds, cuts=None):
-    """Clients of these speeds, their situation, and the clock."""
+    """Clients of these speeds, their problem, and the clock."""
     members = [client(f"c{number}", speed) for number, speed in enumerate(speeds)]
-    situation = situation_of(job(), members, cuts or [1] * len(members), rounds_left=10)
-    return members, replace(situation, rehearse=rehearsal(job(), members))
+    problem = problem_of(costs(), members, cuts or [1] * len(members), rounds_left=10)
+    return members, replace(problem, simulate=round_simulator(costs(), members))
 
 
 def _on_the_clock(members, cuts):
-    return simulate_round([client_round(job(), one, cuts[one.name]) for one in members], job().server).round_s
+    return simulate_round(
+        [client_round(costs(), one, cuts[one.name]) for one in members], costs().server
+    ).round_s
 
 
 @settings(max_examples=10)
@@ -35,8 +37,8 @@ def test_nor_in_a_long_round(speeds):
     members = [
         client(f"c{n}", speed, workload=replace(WORK, steps=MOST_STEPS)) for n, speed in enumerate(speeds)
     ]
-    situation = situation_of(job(), members, [1] * len(members))
-    chosen = quickest(situation, feasible(situation), rehearsal(job(), members))
+    problem = problem_of(costs(), members, [1] * len(members))
+    chosen = quickest(problem, feasible(problem), round_simulator(costs(), members))
     common = min(_on_the_clock(members, dict.fromkeys(chosen, cut)) for cut in range(1, 6))
     assert _on_the_clock(members, chosen) <= common
 
@@ -44,8 +46,8 @@ def test_nor_in_a_long_round(speeds):
 @settings(max_examples=40)
 @given(fleets)
 def test_no_common_cut_is_quicker_on_the_clock(speeds):
-    members, situation = _seen(speeds)
-    chosen = quickest(situation, feasible(situation), situation.rehearse)
+    members, problem = _seen(speeds)
+    chosen = quickest(problem, feasible(problem), problem.simulate)
     common = min(_on_the_clock(members, dict.fromkeys(chosen, cut)) for cut in range(1, 6))
     assert _on_the_clock(members, chosen) <= common
 
@@ -53,21 +55,21 @@ def test_no_common_cut_is_quicker_on_the_clock(speeds):
 @settings(max_examples=40)
 @given(fleets)
 def test_with_constant_inputs_cuts_change_once_at_most(speeds):
-    _, situation = _seen(speeds)
-    first = choose("makespan", situation).cuts
+    _, problem = _seen(speeds)
+    first = choose("makespan", problem).cuts
     _, again = _seen(speeds, [first[f"c{number}"] for number in range(len(speeds))])
     assert choose("makespan", replace(again, rounds_left=9)).cuts == first
 
 
-@given(situations())
-def test_where_the_clock_is_the_model_its_exact_answer_is_met(situation):
-    allowed = feasible(situation)
+@given(problems())
+def test_where_the_clock_is_the_model_its_exact_answer_is_met(problem):
+    allowed = feasible(problem)
 
     def model(cuts, brief=False):
-        return predicted_round_s(situation, cuts)
+        return predicted_round_s(problem, cuts)
 
-    chosen = quickest(situation, allowed, model)
-    assert model(chosen) == model(best_cuts(situation, allowed))
+    chosen = quickest(problem, allowed, model)
+    assert model(chosen) == model(best_cuts(problem, allowed))
     assert all(cut in allowed[name].cuts for name, cut in chosen.items())
 
 
@@ -75,4 +77,4 @@ def test_a_long_round_is_prolonged_from_a_short_one():
     steps = 3 * MOST_STEPS
     members = [client(f"c{n}", speed, workload=replace(WORK, steps=steps)) for n, speed in enumerate([1, 3])]
     cuts = {"c0": 2, "c1": 4}
-    assert rehearsal(job(), members)(cuts) == pytest.approx(_on_the_clock(members, cuts), rel=0.02)
+    assert round_simulator(costs(), members)(cuts) == pytest.approx(_on_the_clock(members, cuts), rel=0.02)

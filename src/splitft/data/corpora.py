@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from splitft.errors import DataError
+from splitft.seeds import Draw
 from splitft.specs import DataSpec
 
 SHORTEST_PARAGRAPH = 20
@@ -32,8 +33,6 @@ SHORTEST_PARAGRAPH = 20
 LONGEST_FIELD = 2**31 - 1
 """Characters of one csv field; the csv library's own limit, 131,072, is shorter than a long document."""
 
-SAMPLE_DRAWS = 4
-"""First word of the seed, so that no two purposes share random numbers."""
 
 BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 UNDERLINE = re.compile(r"^\s*([*=\-~^\"])\1{3,}\s*$", re.MULTILINE)
@@ -82,7 +81,7 @@ def read_records(spec: DataSpec, column: str | None = None, seed: int = 0) -> tu
         what = f"only blank text ({len(records)} rows)" if records else "no text"
         raise DataError(f"{spec.source} holds {what}; check data.source and the column {columns[0]!r}")
     if spec.max_examples is not None and spec.max_examples < len(records):
-        generator = np.random.default_rng([SAMPLE_DRAWS, seed])
+        generator = Draw.SAMPLE.generator(seed)
         drawn = np.sort(generator.choice(len(records), spec.max_examples, replace=False))
         records = tuple(records[i] for i in drawn)
     return records

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from splitft.errors import DataError
+from splitft.seeds import Draw
 
 Indices = NDArray[np.int64]
 """Indices of examples (n,)."""
@@ -41,9 +42,6 @@ PADDING = 0
 
 WINDOW_BATCHES = 8
 """Batches sorted by length together: enough to waste little padding, few enough to mix an epoch."""
-
-HELD_OUT_DRAWS, BATCH_DRAWS = 1, 2
-"""First word of the seeds of this module, so that no two purposes share random numbers."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def held_out(
             f"give more text or fewer clients"
         )
     count = min(max(1, round(share * len(examples))), len(examples) - 1)
-    generator = np.random.default_rng([HELD_OUT_DRAWS, seed, client])
+    generator = Draw.HELD_OUT.generator(seed, client)
     drawn = generator.choice(len(examples), count, replace=False).tolist()
     kept_out = set(drawn)
     training = tuple(example for i, example in enumerate(examples) if i not in kept_out)
@@ -229,7 +227,7 @@ class BatchStream:
         return epoch, step - self._first_steps[epoch]
 
     def _plan(self, epoch: int) -> list[Indices]:
-        generator = np.random.default_rng([BATCH_DRAWS, self._seed, self._client, epoch])
+        generator = Draw.BATCH.generator(self._seed, self._client, epoch)
         a_batch = self._batch_size
         if self._batch_tokens is not None:
             a_batch = max(1, int(self._batch_tokens / self._lengths.mean()))

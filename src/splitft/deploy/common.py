@@ -167,7 +167,7 @@ def _machine(
     client = fleet.clients[0]
 
     def memory_at(cut: int) -> float:
-        return client_memory(fleet.job, client, cut).total
+        return client_memory(fleet.costs, client, cut).total
 
     return _told(client.device, site.machine.memory_gb), memory_at
 

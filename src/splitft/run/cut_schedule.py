@@ -20,11 +20,10 @@ from splitft.schedule.clock import SERVER, client_round, simulate_in_turn, simul
 from splitft.schedule.codec_cost import WireBytes
 from splitft.schedule.controllers import Decision, choose
 from splitft.schedule.cost import move_seconds
-from splitft.schedule.fleet import Fleet
 from splitft.schedule.memory import client_memory, server_peak_bytes
-from splitft.schedule.problem import CutProblem, feasible, situation_of
-from splitft.schedule.simulated_search import rehearsal
-from splitft.schedule.workload import ClientProfile, SharedCosts
+from splitft.schedule.problem import CutProblem, feasible, problem_of
+from splitft.schedule.simulated_search import round_simulator
+from splitft.schedule.workload import ClientProfile, Fleet, SharedCosts
 from splitft.tracking.events import Bar, RoundTimed
 
 AUTO_SHARE = 4
@@ -62,7 +61,7 @@ class CutSchedule:
         or if cuts reveal more than `schedule.max_recovery`.
         """
         everyone = tuple(client.name for client in fleet.clients)
-        blocks = fleet.job.sizes.blocks
+        blocks = fleet.costs.sizes.blocks
         equal = blocks if config.clients.cuts == "whole" else max(1, blocks // AUTO_SHARE)
         start = config.cuts or (equal,) * len(everyone)
         pace = cls(config, fleet, everyone, site_cuts=site_cuts or {})
@@ -101,19 +100,19 @@ class CutSchedule:
         """What a controller knows before a round."""
         schedule, training = self.config.schedule, self.config.training
         clients = self._clients(max(1, number - 1))
-        plain = situation_of(
-            self.fleet.job,
+        plain = problem_of(
+            self.fleet.costs,
             clients,
             [cuts[client.name] for client in clients],
             rounds_left=training.rounds - number + 1,
             moments_kept=training.optimizer_state == "keep",
         )
-        deepest = self.fleet.job.sizes.blocks - 1 if schedule.max_cut is None else schedule.max_cut
+        deepest = self.fleet.costs.sizes.blocks - 1 if schedule.max_cut is None else schedule.max_cut
         return replace(
             plain,
             gamma=float(schedule.gamma),
             client_blocks=self.client_blocks or None,
-            rehearse=rehearsal(self.fleet.job, clients),
+            simulate=round_simulator(self.fleet.costs, clients),
             clients=tuple(
                 replace(
                     one,
@@ -135,7 +134,7 @@ class CutSchedule:
         bound = self.config.schedule.max_recovery
         if bound is None:
             return 1
-        deepest = self.fleet.job.sizes.blocks - 1
+        deepest = self.fleet.costs.sizes.blocks - 1
         if self.config.schedule.max_cut is not None:
             deepest = self.config.schedule.max_cut
         return shallowest_cut(recovery_of(self.config), bound, deepest)
@@ -163,7 +162,7 @@ class CutSchedule:
         self, number: int, participants: Sequence[str], before: Mapping[str, int], cuts: Mapping[str, int]
     ) -> RoundTimed:
         """One round on the simulated clock: moving first, then the participants' legs."""
-        job = self.fleet.job
+        job = self.fleet.costs
         now = {client.name: client for client in self._clients(number)}
         kept = self.config.training.optimizer_state == "keep"
         moves = dict.fromkeys(cuts, 0.0)
@@ -195,7 +194,7 @@ class CutSchedule:
     def machines(self) -> dict[str, str]:
         """Each machine in words, for the record."""
         described = {one.name: f"{one.device.source}; link: {one.link.source}" for one in self._clients(1)}
-        return {**described, SERVER: self.fleet.job.server.device.source}
+        return {**described, SERVER: self.fleet.costs.server.device.source}
 
     def _clients(self, number: int) -> list[ClientProfile]:
         return [client for client in self.fleet.at(number) if client.name in self.names]

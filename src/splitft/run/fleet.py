@@ -1,6 +1,6 @@
 """The federation as the schedule sees it: every client's machine, link and work, and the server's.
 
-    RunConfig, Model, the clients' text --fleet_of--> Job + schedule.Client for each
+    RunConfig, Model, the clients' text --fleet_of--> SharedCosts + a ClientProfile each
 
 Machines are presets, whose seconds follow from the model's operations and so are the same everywhere; numbers
 that the user gives; or `measured`, this machine's own calibration.
@@ -22,7 +22,6 @@ from splitft.model import Model
 from splitft.model.anatomy import locate
 from splitft.run.calibration import measured
 from splitft.schedule.codec_cost import WireBytes, codec_seconds
-from splitft.schedule.fleet import Fleet
 from splitft.schedule.profile import (
     GB,
     MBIT_PER_S,
@@ -34,7 +33,7 @@ from splitft.schedule.profile import (
     link_preset,
 )
 from splitft.schedule.sizes import ModelSizes, sizes_of
-from splitft.schedule.workload import AdapterTraffic, ClientProfile, SharedCosts, Workload
+from splitft.schedule.workload import AdapterTraffic, ClientProfile, Fleet, SharedCosts, Workload
 from splitft.specs import DeviceSpec, LinkSpec, WireSpec
 from splitft.specs.wire import AUTO
 from splitft.training.ranks import RankPolicy
@@ -93,7 +92,7 @@ def fleet_of(
         )
         for i, (name, workload) in enumerate(zip(names, workloads, strict=True))
     )
-    job = SharedCosts(
+    costs = SharedCosts(
         sizes=sizes,
         server=ServerProfile(
             machines.device("server", schedule.server),
@@ -109,9 +108,9 @@ def fleet_of(
         moments=2 if config.training.optimizer == "adamw" else 0,
         micro_batches=config.training.micro_batches,
         in_flight=config.training.in_flight,
-        exchange=_exchange(config, model, ranks),
+        adapter_traffic=_exchange(config, model, ranks),
     )  # fmt: skip
-    return Fleet(job, clients, schedule.changes)
+    return Fleet(costs, clients, schedule.changes)
 
 
 def _exchange(config: RunConfig, model: Model, ranks: RankPolicy) -> AdapterTraffic:

@@ -26,10 +26,9 @@ from splitft.run.cut_schedule import CutSchedule
 from splitft.schedule.clock import client_round, simulate_round
 from splitft.schedule.controllers import CONTROLLERS
 from splitft.schedule.cost import LEGS, round_bytes, round_seconds
-from splitft.schedule.fleet import Fleet
 from splitft.schedule.memory import client_memory
 from splitft.schedule.problem import feasible
-from splitft.schedule.workload import ClientProfile
+from splitft.schedule.workload import ClientProfile, Fleet
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class RunPlan:
 def plan(config: RunConfig) -> RunPlan:
     """Predict. Raises what `gather` raises."""
     fleet = fleet_for(config)
-    blocks = fleet.job.sizes.blocks
+    blocks = fleet.costs.sizes.blocks
     given = config.cuts or (1,) * len(fleet.clients)
     names = tuple(client.name for client in fleet.clients)
     current = dict(zip(names, given, strict=True))
@@ -149,14 +148,14 @@ def _path(config: RunConfig) -> Path:
 
 
 def _price(fleet: Fleet, client: ClientProfile, cut: int, fits: bool) -> CutPrice:
-    sent = round_bytes(fleet.job, client, cut)
+    sent = round_bytes(fleet.costs, client, cut)
     by_way = {way: sum(n for leg, n in sent.items() if LEGS[leg] == way) for way in ("up", "down")}
     return CutPrice(
         cut=cut,
-        seconds=sum(round_seconds(fleet.job, client, cut).values()),
+        seconds=sum(round_seconds(fleet.costs, client, cut).values()),
         up_mb=by_way["up"] / 1e6,
         down_mb=by_way["down"] / 1e6,
-        memory_gb=client_memory(fleet.job, client, cut).total / 1e9,
+        memory_gb=client_memory(fleet.costs, client, cut).total / 1e9,
         fits=fits,
     )
 
@@ -171,8 +170,8 @@ def _choice(config: RunConfig, fleet: Fleet, controller: str) -> Choice:
     except ScheduleError as error:
         return Choice(controller, {}, None, str(error))
     rounds = [
-        client_round(fleet.job, client, cuts[client.name]) for client in fleet.at(1) if client.name in cuts
+        client_round(fleet.costs, client, cuts[client.name]) for client in fleet.at(1) if client.name in cuts
     ]
-    seconds = simulate_round(rounds, fleet.job.server).round_s
+    seconds = simulate_round(rounds, fleet.costs.server).round_s
     reason = "; ".join(pace.misfits) or pace.first.reason or "as given in clients.cuts"
     return Choice(controller, cuts, seconds, reason)

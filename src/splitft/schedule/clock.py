@@ -127,14 +127,14 @@ class RoundTimeline:
         return self.round_s - self.busy_s(who)
 
 
-def client_round(job: SharedCosts, client: ClientProfile, cut: int) -> ClientRound:
+def client_round(costs: SharedCosts, client: ClientProfile, cut: int) -> ClientRound:
     """A client's round at this cut, with the legs that `cost` predicts."""
-    before, after = exchange_legs(job, client, cut)
-    micro_batches = job.parts(client.workload)
+    before, after = exchange_legs(costs, client, cut)
+    micro_batches = costs.parts(client.workload)
     divided = replace(client, workload=client.workload.divided(micro_batches))
-    legs = step_legs(job, divided, cut)
-    steps, in_flight = client.workload.steps, job.in_flight
-    if cut == job.sizes.blocks:  # it works alone, on one part after the other
+    legs = step_legs(costs, divided, cut)
+    steps, in_flight = client.workload.steps, costs.in_flight
+    if cut == costs.sizes.blocks:  # it works alone, on one part after the other
         in_flight = 1
     return ClientRound(client.name, before, legs, steps, after, micro_batches, in_flight)
 

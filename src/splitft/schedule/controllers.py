@@ -32,30 +32,30 @@ class Decision:
     """Why, in words."""
 
 
-def fixed(situation: CutProblem) -> Decision:
+def fixed(problem: CutProblem) -> Decision:
     """The cuts as they are."""
-    return Decision(_current(situation), "the cuts are fixed")
+    return Decision(_current(problem), "the cuts are fixed")
 
 
-def resources(situation: CutProblem) -> Decision:
+def resources(problem: CutProblem) -> Decision:
     """Distribute the blocks on clients so that all compute for about the same time.
 
     The level is the longest compute time T such that, with every client at its deepest cut of at most T
     seconds (or its shallowest allowed one), the clients together hold no more blocks than `client_blocks`.
     Losses, links and the server play no part.
     """
-    allowed = feasible(situation)
+    allowed = feasible(problem)
     prices = {
         client.name: {
             option.cut: option.compute_s
             for option in corrected(client)
             if option.cut in allowed[client.name].cuts
         }
-        for client in situation.clients
+        for client in problem.clients
     }
-    blocks = situation.client_blocks
+    blocks = problem.client_blocks
     if blocks is None:
-        blocks = sum(client.current for client in situation.clients)
+        blocks = sum(client.current for client in problem.clients)
     cuts = {name: min(price) for name, price in prices.items()}
     reason = f"the shallowest cuts of all clients: {blocks} blocks do not suffice for deeper ones"
     for level_s in sorted({seconds for price in prices.values() for seconds in price.values()}):
@@ -70,7 +70,7 @@ def resources(situation: CutProblem) -> Decision:
     return Decision(cuts, reason)
 
 
-def paper(situation: CutProblem) -> Decision:
+def paper(problem: CutProblem) -> Decision:
     """Move cuts by performance, within resources: the rule of SplitFT (arXiv 2604.26388).
 
     What is known of it: a client whose performance is above the average of all clients gets more layers, one
@@ -84,19 +84,19 @@ def paper(situation: CutProblem) -> Decision:
     the cuts that fit the client's memory, bounds and compute time. With gamma 1 every client whose
     deviation is at least half the largest moves by one block. It has no fixed point but the bounds.
     """
-    current, allowed = _current(situation), feasible(situation)
-    losses = {client.name: client.loss for client in situation.clients if client.loss is not None}
-    if len(losses) < len(situation.clients):
+    current, allowed = _current(problem), feasible(problem)
+    losses = {client.name: client.loss for client in problem.clients if client.loss is not None}
+    if len(losses) < len(problem.clients):
         return Decision(
             {name: _nearest(allowed[name], cut) for name, cut in current.items()}, "no losses to go by yet"
         )
-    weights = {client.name: client.weight for client in situation.clients}
+    weights = {client.name: client.weight for client in problem.clients}
     mean = sum(weights[name] * loss for name, loss in losses.items()) / sum(weights.values())
     largest = max(abs(mean - loss) for loss in losses.values())
     if largest <= 1e-12 * abs(mean):
         steps = dict.fromkeys(losses, 0)
     else:
-        steps = {name: _rounded(situation.gamma * (mean - loss) / largest) for name, loss in losses.items()}
+        steps = {name: _rounded(problem.gamma * (mean - loss) / largest) for name, loss in losses.items()}
     cuts = {name: _nearest(allowed[name], cut + steps[name]) for name, cut in current.items()}
     up = [name for name in cuts if cuts[name] > current[name]]
     down = [name for name in cuts if cuts[name] < current[name]]
@@ -107,29 +107,29 @@ def paper(situation: CutProblem) -> Decision:
     )
 
 
-def makespan(situation: CutProblem) -> Decision:
+def makespan(problem: CutProblem) -> Decision:
     """Least predicted round time, if the gain over the rounds left pays for the move.
 
-    By the model of `makespan`, exactly; or by the clock, among the candidates of `rehearsal`.
+    By the model of `makespan`, exactly; or by the clock, among the candidates of `round_simulator`.
 
     All clients move at once, so a move takes as long as its longest part. A current cut that is no longer
     possible (less memory, a new bound) moves whatever it costs.
     """
-    current, allowed = _current(situation), feasible(situation)
-    if situation.rehearse is None:
-        best = best_cuts(situation, allowed)
+    current, allowed = _current(problem), feasible(problem)
+    if problem.simulate is None:
+        best = best_cuts(problem, allowed)
     else:
-        best = quickest(situation, allowed, situation.rehearse)
-    predict = situation.rehearse or partial(predicted_round_s, situation)
+        best = quickest(problem, allowed, problem.simulate)
+    predict = problem.simulate or partial(predicted_round_s, problem)
     best_s = predict(best)
     if any(cut not in allowed[name].cuts for name, cut in current.items()):
         return Decision(best, f"a current cut is not possible any more; predicted round {best_s:.4g} s")
-    if situation.server_bytes(current) > situation.server_memory_bytes:
+    if problem.server_bytes(current) > problem.server_memory_bytes:
         return Decision(best, f"the server lacks memory as it is; predicted round {best_s:.4g} s")
     current_s = predict(current)
-    gain_s = (current_s - best_s) * situation.rounds_left
-    move_s = max(client.option(best[client.name]).move_s for client in situation.clients)
-    against = f"{gain_s:.4g} s over {situation.rounds_left} rounds against {move_s:.4g} s of moving"
+    gain_s = (current_s - best_s) * problem.rounds_left
+    move_s = max(client.option(best[client.name]).move_s for client in problem.clients)
+    against = f"{gain_s:.4g} s over {problem.rounds_left} rounds against {move_s:.4g} s of moving"
     if gain_s >= move_s:  # also where moving is free and gains nothing: ties go to the deeper cut
         return Decision(best, f"predicted round {best_s:.4g} s instead of {current_s:.4g} s: {against}")
     return Decision(current, f"predicted round {current_s:.4g} s; another gains {against}")
@@ -146,25 +146,25 @@ CONTROLLERS: dict[str, Controller] = {
 """Every way to choose cuts, by the name in `schedule.controller`."""
 
 
-def choose(controller: str, situation: CutProblem) -> Decision:
+def choose(controller: str, problem: CutProblem) -> Decision:
     """The decision of the controller of this name, checked.
 
     Raises ScheduleError if there is no such controller, if a client has no possible cut (saying what it
     lacks), or if the decision is impossible.
     """
     decide = chosen(controller, CONTROLLERS, "controller")
-    lacks = [found.lack for found in feasible(situation).values() if not found.cuts]
+    lacks = [found.lack for found in feasible(problem).values() if not found.cuts]
     if lacks:
         raise ScheduleError(f"{'; '.join(lacks)}; leave them out, or give them more")
-    return checked(controller, situation, decide(situation))
+    return checked(controller, problem, decide(problem))
 
 
-def checked(controller: str, situation: CutProblem, decision: Decision) -> Decision:
+def checked(controller: str, problem: CutProblem, decision: Decision) -> Decision:
     """Return the decision if every client can have its cut and the server its memory.
 
     Raises ScheduleError naming controller, client, cut and what fits.
     """
-    allowed = feasible(situation)
+    allowed = feasible(problem)
     if decision.cuts.keys() != allowed.keys():
         names = ", ".join(sorted(decision.cuts.keys() ^ allowed.keys()))
         raise ScheduleError(f"controller {controller!r} must give every client a cut, and no other: {names}")
@@ -173,18 +173,18 @@ def checked(controller: str, situation: CutProblem, decision: Decision) -> Decis
         if cut not in found.cuts:
             fits = f"cuts {_listed(found.cuts)} fit" if found.cuts else found.lack
             raise ScheduleError(f"controller {controller!r} gives client {name!r} cut {cut}, but {fits}")
-    needed = situation.server_bytes(decision.cuts)
-    if needed > situation.server_memory_bytes:
+    needed = problem.server_bytes(decision.cuts)
+    if needed > problem.server_memory_bytes:
         raise ScheduleError(
             f"controller {controller!r}: with cuts {', '.join(f'{n} {c}' for n, c in decision.cuts.items())} "
             f"the server needs {needed / 1e9:.3g} GB of memory and has "
-            f"{situation.server_memory_bytes / 1e9:.3g} GB; deeper cuts need less there"
+            f"{problem.server_memory_bytes / 1e9:.3g} GB; deeper cuts need less there"
         )
     return decision
 
 
-def _current(situation: CutProblem) -> dict[str, int]:
-    return {client.name: client.current for client in situation.clients}
+def _current(problem: CutProblem) -> dict[str, int]:
+    return {client.name: client.current for client in problem.clients}
 
 
 def _nearest(found: Feasible, wanted: int) -> int:

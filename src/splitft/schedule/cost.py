@@ -70,11 +70,16 @@ class Leg:
         return LEGS[self.name]
 
 
-def step_legs(job: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg, ...]:
+def step_legs(costs: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg, ...]:
     """The legs of one step, in order; they follow one another, so the step takes the sum of their seconds."""
-    L, D = job.sizes.blocks, job.sizes.width
+    L, D = costs.sizes.blocks, costs.sizes.width
     check_cut(cut, L)
-    work, device, server, wire = client.workload, client.device, job.server.device, client.wire or job.wire
+    work, device, server, wire = (
+        client.workload,
+        client.device,
+        costs.server.device,
+        client.wire or costs.wire,
+    )
     padded = work.padded_tokens
     forward_s = cut * device.block_forward_s(padded)
     backward_s = cut * device.block_backward_s(padded)
@@ -90,7 +95,7 @@ def step_legs(job: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg, .
     down_gradient = _down(client, "down_gradient", work.tokens * D * wire.gradient)
     forward_s = (L - cut) * server.block_forward_s(padded)
     backward_s = (L - cut) * server.block_backward_s(padded)
-    if job.labels == "server":
+    if costs.labels == "server":
         head_s = work.labelled_tokens * server.head_s_per_token
         up = _up(client, "up_hidden", hidden + work.labelled_tokens * LABEL_BYTES)
         coding_s = all_rows * (show + grade)
@@ -109,31 +114,31 @@ def step_legs(job: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg, .
     )
 
 
-def adapter_legs(job: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg, Leg]:
+def adapter_legs(costs: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg, Leg]:
     """adapters_down and adapters_up of one round: the factors of the client's own blocks, as they travel.
 
     What is folded into the base travels in float32 at most at the members' rank sum, or the width if less.
     """
-    sizes, rank, exchange = job.sizes, job.lora.rank, job.exchange
-    moments = 4 * job.moments if job.handed_on else 0  # they travel as they are kept, in float32
+    sizes, rank, exchange = costs.sizes, costs.lora.rank, costs.adapter_traffic
+    moments = 4 * costs.moments if costs.handed_on else 0  # they travel as they are kept, in float32
     whole = (
-        [rank] * cut if exchange.full_rank else job.ranks(cut)[:cut]
+        [rank] * cut if exchange.full_rank else costs.ranks(cut)[:cut]
     )  # the global factors, whatever its own
     folded = sizes.adapter_parameters([min(exchange.folded_members * rank, sizes.width)] * cut)
-    down = sizes.adapter_parameters(whole) * (exchange.down * job.wire.adapter + moments)
-    up = sizes.adapter_parameters(job.ranks(cut, client.rank)[:cut]) * (
-        exchange.up * job.wire.adapter + moments
+    down = sizes.adapter_parameters(whole) * (exchange.down * costs.wire.adapter + moments)
+    up = sizes.adapter_parameters(costs.ranks(cut, client.rank)[:cut]) * (
+        exchange.up * costs.wire.adapter + moments
     )
     return _down(client, "adapters_down", down + folded * FOLDED_BYTES), _up(client, "adapters_up", up)
 
 
 def exchange_legs(
-    job: SharedCosts, client: ClientProfile, cut: int
+    costs: SharedCosts, client: ClientProfile, cut: int
 ) -> tuple[tuple[Leg, ...], tuple[Leg, ...]]:
     """Legs before the first step of a round and after the last; none if adapters stay where they are."""
-    if not job.federated:
+    if not costs.federated:
         return (), ()
-    down, up = adapter_legs(job, client, cut)
+    down, up = adapter_legs(costs, client, cut)
     return (down,), (up,)
 
 
@@ -151,22 +156,22 @@ def pipelined_step_s(micro_batch: Sequence[Leg], micro_batches: int) -> float:
     return max(chain_s, micro_batches * max(by_place.values()))
 
 
-def round_seconds(job: SharedCosts, client: ClientProfile, cut: int) -> dict[str, float]:
+def round_seconds(costs: SharedCosts, client: ClientProfile, cut: int) -> dict[str, float]:
     """Seconds of a round by leg, with the server to itself: each visit pays the overhead of a group."""
     seconds: dict[str, float] = {}
-    for leg, times in _round(job, client, cut):
-        overhead_s = job.server.group_overhead_s if leg.place == "server" else 0.0
+    for leg, times in _round(costs, client, cut):
+        overhead_s = costs.server.group_overhead_s if leg.place == "server" else 0.0
         seconds[leg.name] = times * (leg.seconds + overhead_s)
     return seconds
 
 
-def round_bytes(job: SharedCosts, client: ClientProfile, cut: int) -> dict[str, float]:
+def round_bytes(costs: SharedCosts, client: ClientProfile, cut: int) -> dict[str, float]:
     """Bytes of a round by leg; legs that send nothing are left out."""
-    return {leg.name: times * leg.nbytes for leg, times in _round(job, client, cut) if leg.nbytes}
+    return {leg.name: times * leg.nbytes for leg, times in _round(costs, client, cut) if leg.nbytes}
 
 
 def move_seconds(
-    job: SharedCosts,
+    costs: SharedCosts,
     client: ClientProfile,
     old: int,
     new: int,
@@ -181,12 +186,12 @@ def move_seconds(
     if new == old:
         return 0.0
     low, high = sorted((old, new))
-    factors = job.sizes.adapter_parameters(job.ranks(new, client.rank)[low:high])
-    moments = factors * job.moments * job.wire.adapter if moments_kept else 0.0
+    factors = costs.sizes.adapter_parameters(costs.ranks(new, client.rank)[low:high])
+    moments = factors * costs.moments * costs.wire.adapter if moments_kept else 0.0
     if new < old:
         return client.link.seconds_up(moments)
-    weights = 0 if weights_kept else (high - low) * job.sizes.block_parameters * job.weight_bytes
-    return client.link.seconds_down(weights + factors * job.wire.adapter + moments)
+    weights = 0 if weights_kept else (high - low) * costs.sizes.block_parameters * costs.weight_bytes
+    return client.link.seconds_down(weights + factors * costs.wire.adapter + moments)
 
 
 def total_by_place(by_leg: Mapping[str, float], place: Place) -> float:
@@ -194,12 +199,12 @@ def total_by_place(by_leg: Mapping[str, float], place: Place) -> float:
     return sum(value for leg, value in by_leg.items() if LEGS[leg] == place)
 
 
-def _round(job: SharedCosts, client: ClientProfile, cut: int) -> list[tuple[Leg, int]]:
+def _round(costs: SharedCosts, client: ClientProfile, cut: int) -> list[tuple[Leg, int]]:
     """The legs of a round, and how often each runs: those of a step for each of its micro-batches."""
-    before, after = exchange_legs(job, client, cut)
-    parts = job.parts(client.workload)
+    before, after = exchange_legs(costs, client, cut)
+    parts = costs.parts(client.workload)
     steps = client.workload.steps * parts
-    legs = step_legs(job, replace(client, workload=client.workload.divided(parts)), cut)
+    legs = step_legs(costs, replace(client, workload=client.workload.divided(parts)), cut)
     return [*((leg, 1) for leg in before), *((leg, steps) for leg in legs), *((leg, 1) for leg in after)]
 
 

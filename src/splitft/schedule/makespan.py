@@ -5,7 +5,7 @@
 own_i is client i's round from its first leg to its last when it never waits for others; server_i the server's
 work for it. No round can be shorter than either, when groups save nothing. What the model leaves out: the
 time a client waits for the server although the server is not full, which makes a round longer, and groups
-sharing their overhead, which makes it shorter. `clock` has both, and `rehearsal` asks it.
+sharing their overhead, which makes it shorter. `clock` has both, and `round_simulator` asks it.
 
 Why a search over one number suffices. Say the round may take T. Client i may then have the cuts with
 own_i <= T; the deepest of them leaves the server the least work and the least memory, whatever the others
@@ -33,46 +33,46 @@ Prices = dict[str, list[CutOption]]
 """The possible options of each client, ascending in depth."""
 
 
-def predicted_round_s(situation: CutProblem, cuts: Mapping[str, int]) -> float:
+def predicted_round_s(problem: CutProblem, cuts: Mapping[str, int]) -> float:
     """Seconds of a round with these cuts, by the model above."""
     taken = [
         option
-        for client in situation.clients
+        for client in problem.clients
         for option in corrected(client)
         if option.cut == cuts[client.name]
     ]
     return _round_s(taken)
 
 
-def best_cuts(situation: CutProblem, allowed: Mapping[str, Feasible]) -> dict[str, int]:
+def best_cuts(problem: CutProblem, allowed: Mapping[str, Feasible]) -> dict[str, int]:
     """The cuts, among the allowed ones, with the least predicted round time; ties go to the deeper cut.
 
     Raises ScheduleError if the server's memory does not suffice even with every client at its deepest cut.
     """
-    prices = prices_of(situation, allowed)
+    prices = prices_of(problem, allowed)
     own_s = sorted({option.own_s for options in prices.values() for option in options})
     start_s = max(min(option.own_s for option in options) for options in prices.values())
     times = own_s[own_s.index(start_s) :]  # below, some client has no cut at all
-    if not fits_memory(situation, _cuts(deepest(prices, times[-1]))):
-        _raise_lack(situation, deepest(prices, times[-1]))
+    if not fits_memory(problem, _cuts(deepest(prices, times[-1]))):
+        _raise_lack(problem, deepest(prices, times[-1]))
 
     def met(time_s: float) -> bool:
         taken = deepest(prices, time_s)
-        return _round_s(taken.values()) <= time_s and fits_memory(situation, _cuts(taken))
+        return _round_s(taken.values()) <= time_s and fits_memory(problem, _cuts(taken))
 
     first = bisect_left(times, True, key=met)
     best_s = times[first] if first < len(times) else float("inf")
     if first > 0:  # between two values the server's work alone sets the time
         before = deepest(prices, times[first - 1])
-        if fits_memory(situation, _cuts(before)):
+        if fits_memory(problem, _cuts(before)):
             best_s = min(best_s, _round_s(before.values()))
     return _cuts(deepest(prices, best_s))
 
 
-def prices_of(situation: CutProblem, allowed: Mapping[str, Feasible]) -> Prices:
+def prices_of(problem: CutProblem, allowed: Mapping[str, Feasible]) -> Prices:
     """The allowed options of each client; raises ScheduleError unless a deeper cut spares the server."""
     prices: Prices = {}
-    for client in situation.clients:
+    for client in problem.clients:
         possible = [option for option in corrected(client) if option.cut in allowed[client.name].cuts]
         if not possible:
             raise ScheduleError(f"{allowed[client.name].lack}; leave it out, or give it more")
@@ -100,17 +100,17 @@ def _round_s(taken: Iterable[CutOption]) -> float:
     return max(max(option.own_s for option in options), sum(option.server_s for option in options))
 
 
-def fits_memory(situation: CutProblem, cuts: Mapping[str, int]) -> bool:
+def fits_memory(problem: CutProblem, cuts: Mapping[str, int]) -> bool:
     """Whether the server's memory suffices for these cuts."""
-    return situation.server_bytes(cuts) <= situation.server_memory_bytes
+    return problem.server_bytes(cuts) <= problem.server_memory_bytes
 
 
-def _raise_lack(situation: CutProblem, taken: Mapping[str, CutOption]) -> None:
+def _raise_lack(problem: CutProblem, taken: Mapping[str, CutOption]) -> None:
     cuts = _cuts(taken)
     raise ScheduleError(
         f"the server lacks memory: with every client at its deepest possible cut "
         f"({', '.join(f'{name} {cut}' for name, cut in cuts.items())}) it needs "
-        f"{situation.server_bytes(cuts) / 1e9:.3g} GB and has {situation.server_memory_bytes / 1e9:.3g} GB; "
+        f"{problem.server_bytes(cuts) / 1e9:.3g} GB and has {problem.server_memory_bytes / 1e9:.3g} GB; "
         "let fewer clients take part, or give it more"
     )
 

@@ -5,7 +5,7 @@
                   are there                                    if labels are there: `server_weights_bytes`
       adapters    A and B of its blocks, in fp32              of its blocks (per-client adapters)
       gradients   the same again                              the same again
-      moments     `job.moments` times the same                the same
+      moments     `costs.moments` times the same                the same
       activations what its blocks keep for the backward pass  the same; every client may be waiting at once
       logits      one chunk of 256 positions in fp32, three   if labels are there
                   times: their logarithms and two gradients
@@ -71,62 +71,62 @@ class Memory:
         return sum(float(getattr(self, part.name)) for part in fields(self))
 
 
-def client_memory(job: SharedCosts, client: ClientProfile, cut: int) -> Memory:
+def client_memory(costs: SharedCosts, client: ClientProfile, cut: int) -> Memory:
     """Peak memory of a client; the whole model on the client (k = L) includes the head."""
-    check_cut(cut, job.sizes.blocks)
-    head = job.labels == "client" or cut == job.sizes.blocks
-    parameters = job.sizes.embedding_parameters + cut * job.sizes.block_parameters
+    check_cut(cut, costs.sizes.blocks)
+    head = costs.labels == "client" or cut == costs.sizes.blocks
+    parameters = costs.sizes.embedding_parameters + cut * costs.sizes.block_parameters
     if head:  # with tied embeddings the output matrix is there already
-        parameters += job.sizes.head_parameters
-    trained = _trained(job, client, range(cut), cut, parameters * job.weight_bytes, head)
+        parameters += costs.sizes.head_parameters
+    trained = _trained(costs, client, range(cut), cut, parameters * costs.weight_bytes, head)
     return replace(trained, runtime=RUNTIME_BYTES)
 
 
-def server_memory(job: SharedCosts, client: ClientProfile, cut: int) -> Memory:
+def server_memory(costs: SharedCosts, client: ClientProfile, cut: int) -> Memory:
     """What one client adds to the server's peak; the frozen weights, shared by all, are not in it."""
-    L = job.sizes.blocks
+    L = costs.sizes.blocks
     check_cut(cut, L)
-    head = job.labels == "server" and cut < L
-    return _trained(job, client, range(cut, L), cut, 0.0, head)
+    head = costs.labels == "server" and cut < L
+    return _trained(costs, client, range(cut, L), cut, 0.0, head)
 
 
-def server_weights_bytes(job: SharedCosts, shallowest: int) -> float:
+def server_weights_bytes(costs: SharedCosts, shallowest: int) -> float:
     """Frozen weights and runtime on the server, once for all clients with cuts from `shallowest` on."""
-    check_cut(shallowest, job.sizes.blocks)
-    if shallowest == job.sizes.blocks:
+    check_cut(shallowest, costs.sizes.blocks)
+    if shallowest == costs.sizes.blocks:
         return 0.0
-    parameters = (job.sizes.blocks - shallowest) * job.sizes.block_parameters
-    if job.labels == "server":  # the embedding is not here, so a tied output matrix counts
-        parameters += job.sizes.output_parameters
-    return parameters * job.weight_bytes + RUNTIME_BYTES
+    parameters = (costs.sizes.blocks - shallowest) * costs.sizes.block_parameters
+    if costs.labels == "server":  # the embedding is not here, so a tied output matrix counts
+        parameters += costs.sizes.output_parameters
+    return parameters * costs.weight_bytes + RUNTIME_BYTES
 
 
-def server_peak_bytes(job: SharedCosts, clients: Sequence[ClientProfile], cuts: Sequence[int]) -> float:
+def server_peak_bytes(costs: SharedCosts, clients: Sequence[ClientProfile], cuts: Sequence[int]) -> float:
     """Peak memory of the server with all these clients in the middle of a step."""
     if not clients or len(clients) != len(cuts):
         raise ScheduleError(f"{len(clients)} clients but {len(cuts)} cuts; give one cut a client")
-    shared = server_weights_bytes(job, min(cuts))
+    shared = server_weights_bytes(costs, min(cuts))
     return shared + sum(
-        server_memory(job, client, cut).total for client, cut in zip(clients, cuts, strict=True)
+        server_memory(costs, client, cut).total for client, cut in zip(clients, cuts, strict=True)
     )
 
 
 def _trained(
-    job: SharedCosts, client: ClientProfile, blocks: range, cut: int, weights: float, head: bool
+    costs: SharedCosts, client: ClientProfile, blocks: range, cut: int, weights: float, head: bool
 ) -> Memory:
     """Memory of training these blocks for this client, with the head or without."""
-    work, sizes = client.workload, job.sizes
-    tokens = work.peak_tokens * job.share_underway(work)
-    ranks = job.ranks(cut, client.rank)
+    work, sizes = client.workload, costs.sizes
+    tokens = work.peak_tokens * costs.share_underway(work)
+    ranks = costs.ranks(cut, client.rank)
     adapters = float(sizes.adapter_parameters([ranks[block] for block in blocks]) * ADAPTER_BYTES)
-    wide = sizes.kept_wide_elements_per_token * max(WIDE_BYTES, job.weight_bytes)
-    kept_bytes = sizes.kept_elements_per_token * job.weight_bytes + wide
+    wide = sizes.kept_wide_elements_per_token * max(WIDE_BYTES, costs.weight_bytes)
+    kept_bytes = sizes.kept_elements_per_token * costs.weight_bytes + wide
     chunk = min(float(HEAD_CHUNK), work.labelled_tokens)
     return Memory(
         weights=float(weights),
         adapters=adapters,
         gradients=adapters,
-        moments=job.moments * adapters,
+        moments=costs.moments * adapters,
         activations=ALLOCATOR_SLACK * len(blocks) * tokens * kept_bytes,
         logits=LOGITS_COPIES * chunk * sizes.vocab * 4 if head else 0.0,
     )

@@ -103,8 +103,8 @@ class ClientChoices:
         )
 
 
-class Rehearse(Protocol):
-    """A clock that tells how long a round would take (`rehearsal`)."""
+class RoundSimulator(Protocol):
+    """A clock that tells how long a round would take (`round_simulator`)."""
 
     def __call__(self, cuts: Mapping[str, int], brief: bool = False) -> float:
         """Seconds of a round with these cuts; quicker to tell, and less exact, if brief."""
@@ -126,7 +126,7 @@ class CutProblem:
     """Blocks that `paper` moves the client farthest from the mean."""
     client_blocks: int | None = None
     """Blocks on all clients together that `resources` distributes; None for the sum of the current cuts."""
-    rehearse: Rehearse | None = field(default=None, compare=False, repr=False)
+    simulate: RoundSimulator | None = field(default=None, compare=False, repr=False)
     """Seconds of a round with given cuts on a clock, where one is at hand."""
 
     def __post_init__(self) -> None:
@@ -153,16 +153,16 @@ class Feasible:
     """What is missing if there are none, in words."""
 
 
-def feasible(situation: CutProblem) -> dict[str, Feasible]:
+def feasible(problem: CutProblem) -> dict[str, Feasible]:
     """For each client the cuts that fit its bounds, memory and time, or what it lacks.
 
     Whether a client without any is left out or stops the run is for the caller to say.
     """
-    return {client.name: _feasible(client) for client in situation.clients}
+    return {client.name: _feasible(client) for client in problem.clients}
 
 
 def options(
-    job: SharedCosts,
+    costs: SharedCosts,
     client: ClientProfile,
     current: int,
     weights_kept: bool = False,
@@ -172,17 +172,17 @@ def options(
     return tuple(
         CutOption(
             cut=cut,
-            seconds=round_seconds(job, client, cut),
-            client_bytes=client_memory(job, client, cut).total,
-            server_bytes=server_memory(job, client, cut).total,
-            move_s=move_seconds(job, client, current, cut, weights_kept, moments_kept),
+            seconds=round_seconds(costs, client, cut),
+            client_bytes=client_memory(costs, client, cut).total,
+            server_bytes=server_memory(costs, client, cut).total,
+            move_s=move_seconds(costs, client, current, cut, weights_kept, moments_kept),
         )
-        for cut in range(1, job.sizes.blocks + 1)
+        for cut in range(1, costs.sizes.blocks + 1)
     )
 
 
-def situation_of(
-    job: SharedCosts,
+def problem_of(
+    costs: SharedCosts,
     clients: Sequence[ClientProfile],
     cuts: Sequence[int],
     rounds_left: int = 1,
@@ -190,20 +190,20 @@ def situation_of(
     moments_kept: bool = False,
     whole_allowed: bool = False,
 ) -> CutProblem:
-    """A situation of predicted prices and device memories; bounds, losses and measurements by `replace`.
+    """A problem of predicted prices and device memories; bounds, losses and measurements by `replace`.
 
     Cuts end at L - 1 unless `whole_allowed`: the whole model on a client sends no hidden states, so on slow
     links it would win every comparison of times, and there would be no split left.
     """
     if len(clients) != len(cuts):
         raise ScheduleError(f"{len(clients)} clients but {len(cuts)} cuts; give one cut a client")
-    L = job.sizes.blocks
+    L = costs.sizes.blocks
     return CutProblem(
         clients=tuple(
             ClientChoices(
                 client.name,
                 current,
-                options(job, client, current, weights_kept, moments_kept),
+                options(costs, client, current, weights_kept, moments_kept),
                 max_cut=L if whole_allowed else L - 1,
                 memory_bytes=client.device.memory_bytes,
                 weight=client.workload.tokens * client.workload.steps,
@@ -211,8 +211,8 @@ def situation_of(
             for client, current in zip(clients, cuts, strict=True)
         ),
         rounds_left=rounds_left,
-        server_memory_bytes=job.server.device.memory_bytes,
-        server_weights_bytes=tuple(server_weights_bytes(job, max(1, cut)) for cut in range(L + 1)),
+        server_memory_bytes=costs.server.device.memory_bytes,
+        server_weights_bytes=tuple(server_weights_bytes(costs, max(1, cut)) for cut in range(L + 1)),
     )
 
 

@@ -12,7 +12,7 @@ from splitft.geometry import Side, ranks_by_block
 from splitft.schedule.codec_cost import WireBytes
 from splitft.schedule.profile import Device, Link, ServerProfile
 from splitft.schedule.sizes import ModelSizes
-from splitft.specs import LoraSpec
+from splitft.specs import ChangeSpec, LoraSpec
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class SharedCosts:
     """Parts of a step, where its batch has so many sequences."""
     in_flight: int = 1
     """Of these, how many are underway at once."""
-    exchange: AdapterTraffic = field(default_factory=AdapterTraffic)
+    adapter_traffic: AdapterTraffic = field(default_factory=AdapterTraffic)
     """What of the adapters travels."""
 
     federated: bool = True
@@ -143,3 +143,32 @@ class SharedCosts:
         rank = lora.rank if rank is None else rank
         at_cut = None if lora.rank_at_cut is None else min(rank, lora.rank_at_cut)
         return ranks_by_block(cut, self.sizes.blocks, rank, at_cut, lora.cut_span, lora.cut_sides)
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """All machines of a run."""
+
+    costs: SharedCosts
+    """What all clients share, the server included."""
+    clients: tuple[ClientProfile, ...]
+    """As they are before any scripted change."""
+    changes: tuple[ChangeSpec, ...] = ()
+    """What happens to them, and when."""
+
+    def at(self, number: int) -> tuple[ClientProfile, ...]:
+        """The clients under the conditions of a round."""
+        clients = list(self.clients)
+        for change in sorted(self.changes, key=lambda one: one.round):
+            if change.round <= number:
+                clients[change.client - 1] = _changed(self.clients[change.client - 1], change)
+        return tuple(clients)
+
+
+def _changed(client: ClientProfile, change: ChangeSpec) -> ClientProfile:
+    link = replace(
+        client.link,
+        up_bytes_per_s=client.link.up_bytes_per_s * change.link,
+        down_bytes_per_s=client.link.down_bytes_per_s * change.link,
+    )
+    return replace(client, device=client.device.scaled(change.compute), link=link)

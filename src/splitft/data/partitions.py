@@ -20,6 +20,7 @@ import numpy as np
 
 from splitft.data.text import Example, Indices
 from splitft.errors import DataError
+from splitft.seeds import Draw
 from splitft.specs import SharesSpec
 
 Shares = tuple[tuple[int, ...], ...]
@@ -27,9 +28,6 @@ Shares = tuple[tuple[int, ...], ...]
 
 MINIMUM = 2
 """Examples that a client needs: one to train on, one held out."""
-
-SHARE_DRAWS = 3
-"""First word of the seed, so that no two purposes share random numbers."""
 
 
 def divide(
@@ -48,7 +46,7 @@ def divide(
             f"there are {len(examples)}; give more text"
             + (f", or at most {most} client(s)" if (most := len(examples) // minimum) else "")
         )
-    generator = np.random.default_rng([SHARE_DRAWS, seed])
+    generator = Draw.SHARE.generator(seed)
     parts = PARTITIONS[spec.by](examples, clients, spec, generator)
     if spec.by == "natural":  # a site's text is its own: none is moved
         _check_minimum(parts, minimum, examples)

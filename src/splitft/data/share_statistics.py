@@ -16,13 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from splitft.data.shares import Shares, label_classes, length_classes, values_of
+from splitft.data.partitions import Shares, label_classes, length_classes, values_of
 from splitft.data.text import Example, Indices
+from splitft.seeds import Draw
 
 CHANCE = 8
 """Random divisions that `chance_distance` is the mean of."""
-CHANCE_DRAWS = 6
-"""First word of the seed, so that no two purposes share random numbers."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def _counts(classes: Indices, parts: Sequence[Indices], count: int) -> Indices:
 def _chance_distance(classes: Indices, sizes: Sequence[int], count: int) -> float:
     """Mean distance of shares of these sizes drawn at random; the draws are fixed."""
     ends = np.cumsum(sizes)[:-1]
-    draws = (np.random.default_rng([CHANCE_DRAWS, draw]) for draw in range(CHANCE))
+    draws = (Draw.CHANCE.generator(draw) for draw in range(CHANCE))
     parts = [np.split(one.permutation(len(classes))[: sum(sizes)], ends) for one in draws]
     return sum(mean_distance(_counts(classes, part, count)) for part in parts) / CHANCE
 

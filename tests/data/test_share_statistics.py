@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitft.data.shares import divide
-from splitft.data.summary import mean_distance, summarise_shares
+from splitft.data.partitions import divide
+from splitft.data.share_statistics import mean_distance, summarise_shares
 from splitft.data.text import Example
 from splitft.specs import SharesSpec
 

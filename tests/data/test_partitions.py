@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitft.data.shares import PARTITIONS, divide, length_classes, values_of
+from splitft.data.partitions import PARTITIONS, divide, length_classes, values_of
 from splitft.data.text import Example
 from splitft.errors import DataError
 from splitft.specs import SharesSpec
