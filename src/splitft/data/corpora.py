@@ -33,7 +33,6 @@ SHORTEST_PARAGRAPH = 20
 LONGEST_FIELD = 2**31 - 1
 """Characters of one csv field; the csv library's own limit, 131,072, is shorter than a long document."""
 
-
 BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 UNDERLINE = re.compile(r"^\s*([*=\-~^\"])\1{3,}\s*$", re.MULTILINE)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

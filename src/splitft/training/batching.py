@@ -11,17 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from splitft.errors import ProtocolError
 from splitft.protocol import Activations, HeadGradient, expect
+from splitft.seeds import Draw
 
 MOST_PADDING = 1.25
 """Padded tokens of a group over those of its clients' own batches, at most."""
-
-TURN_DRAWS = 6
-"""First word of the seed, so that no two purposes share random numbers."""
 
 
 @dataclass
@@ -66,7 +63,7 @@ def group_by_length(messages: Sequence[Activations], group_tokens: int) -> list[
 
 def in_random_order(messages: Sequence[Activations], seed: Sequence[int]) -> list[list[Activations]]:
     """Each by itself, in an order drawn anew for each step (SplitFedV2, arXiv 2004.12088)."""
-    order = np.random.default_rng([TURN_DRAWS, *seed]).permutation(len(messages))
+    order = Draw.TURN.generator(*seed).permutation(len(messages))
     return [[messages[place]] for place in order]
 
 

@@ -23,10 +23,11 @@ import numpy as np
 from splitft.adapters import AdapterState, Fresh, add_folded, aggregate
 from splitft.adapters.server_optimizer import Memory, stepped
 from splitft.geometry import Span
-from splitft.privacy.bounds import UpdateBounds
+from splitft.privacy.dp_fedavg import UpdateBounds
 from splitft.privacy.noise import Noise
 from splitft.protocol import AdapterUpload, Evaluation, GlobalAdapters, RoundReady, RoundStart
 from splitft.schedule.controllers import Decision
+from splitft.seeds import Draw
 from splitft.specs import AggregateSpec, PrivacySpec, TrainingSpec
 from splitft.tracking.events import CutsChanged, Evaluated, Listener, RoundDone, RoundTimed, StepDone, Traffic
 from splitft.training.ranks import RankPolicy
@@ -34,8 +35,6 @@ from splitft.training.server import Server
 
 HANDED_ON = "=handed on"
 """Slot of the moments that the server carries from client to client; no client's name begins with `=`."""
-PARTICIPANT_DRAWS = 5
-"""First word of the seed, so that no two purposes share random numbers."""
 
 
 class Schedule(Protocol):
@@ -136,7 +135,7 @@ def train_rounds(
 def participants_of(number: int, clients: Sequence[str], share: float, seed: int) -> list[str]:
     """The clients drawn for a round: a share of them, at least one, in their usual order."""
     count = max(1, round(share * len(clients)))
-    generator = np.random.default_rng([PARTICIPANT_DRAWS, seed, number])
+    generator = Draw.PARTICIPANT.generator(seed, number)
     return [clients[i] for i in np.sort(generator.choice(len(clients), count, replace=False))]
 
 
