@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 import splitft
 from laws.federations import write_text
 from runs import StoppedError, settings, stop_at
-from splitft.adapters import AGGREGATORS
 from splitft.config import from_mapping
 from splitft.errors import ConfigError, RunError
 from splitft.run.setup import prepare
+from splitft.specs.rules import RULES
 from splitft.tracking.events import StepDone
 
-RULES = sorted(set(AGGREGATORS) - {"factors"})  # which wants equal ranks
+UNEQUAL = sorted(name for name, rule in RULES.items() if not rule.equal_ranks)
 MOVING = {"controller": "paper"}  # by losses, so that some cut moves in every round
 
 
@@ -45,9 +45,9 @@ def _told(run) -> dict:
     return {key: value for key, value in run.summary.items() if key not in timed}
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", UNEQUAL)
 def test_a_run_whose_cuts_move_resumes_bit_for_bit(tmp_path, config, rule):
-    kept = "reset" if AGGREGATORS[rule].refactors else "keep"
+    kept = "keep" if RULES[rule].keeps_axes else "reset"
     once = config(
         rule,
         schedule=MOVING,
@@ -81,7 +81,7 @@ def test_blocks_that_a_client_keeps_to_itself_go_with_every_rule(tmp_path, confi
     assert _files(splitft.train(once, tmp_path / "stopped", resume=True).folder) == _files(whole.folder)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", UNEQUAL)
 def test_peft_loads_what_was_evaluated(tmp_path, config, rule):
     once = config(rule, lora={"targets": "all-linear"}, training={"rounds": 2}, wire={"hidden": "fp32"})
     run = splitft.train(once, tmp_path / "run")
@@ -122,7 +122,7 @@ def test_with_own_factors_the_global_adapter_is_the_mean_of_the_clients(tmp_path
             assert all(torch.equal(one[name], tensor) for one in own)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", UNEQUAL)
 def test_the_simulated_clock_charges_the_adapters_that_travel(tiny_llama, text, rule):
     from laws.federations import federation, play
     from splitft.schedule.cost import round_bytes
@@ -136,14 +136,14 @@ def test_the_simulated_clock_charges_the_adapters_that_travel(tiny_llama, text, 
     prepared = federation(tiny_llama, text, [1, 2, 3], lora={"rank_at_cut": 2}, **sections)
     _, events = play(prepared)
     (done,) = (event for event in events if isinstance(event, RoundDone))
-    fleet = prepared.pace.fleet
+    fleet = prepared.cut_schedule.fleet
     for client, cut in zip(fleet.clients, (1, 2, 3), strict=True):
         told, sent = round_bytes(fleet.costs, client, cut), done.traffic[client.name]
         assert sent.up["adapter"] == pytest.approx(told["adapters_up"])
         down = sent.down["adapter"]
-        if AGGREGATORS[rule].folds:  # the rank sum is the most that is folded
+        if RULES[rule].folds:  # the rank sum is the most that is folded
             assert 0.4 * told["adapters_down"] <= down <= told["adapters_down"]
-        elif AGGREGATORS[rule].full_rank:
+        elif RULES[rule].full_rank:
             assert down == pytest.approx(told["adapters_down"])
         else:  # the highest rank that any client brings to a block
             assert told["adapters_down"] <= down

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from splitft.adapters import AGGREGATORS, AdapterState, Factors, Fresh, aggregate, fit, fit_all
+from splitft.adapters import AdapterState, Factors, Fresh, United, aggregate, fit, fit_all
 from splitft.adapters.factoring import A_ROW_NORM, LEAST_STRETCH
-from splitft.errors import AdapterError
+from splitft.errors import AdapterError, PluginError
 from splitft.specs import AggregateSpec
+from splitft.specs.rules import RULES, Rule
 
 FRESH = Fresh(seed=0, salt=1)
 KEYS = [(0, "q"), (0, "v"), (1, "q")]
@@ -81,10 +82,14 @@ def _top_ranks(found: Members) -> dict[int, int]:
 
 
 def test_every_rule_of_the_configuration_is_there_and_no_other():
-    assert set(AGGREGATORS) == set(get_args(AggregateSpec.model_fields["rule"].annotation))
+    for name in RULES:
+        assert AggregateSpec(rule=name).rule == name
+        assert AggregateSpec.model_json_schema()["properties"]["rule"]["enum"] == list(RULES)
+    with pytest.raises(ValidationError, match="no such aggregation rule; give one of factors, zero-pad, svd"):
+        AggregateSpec(rule="mean")
 
 
-@given(st.sampled_from(sorted(AGGREGATORS)), RANKS, WEIGHTS)
+@given(st.sampled_from(sorted(RULES)), RANKS, WEIGHTS)
 def test_one_client_alone_keeps_its_products(rule, ranks, weight):
     state = _state(ranks, 3)
     done = aggregate(rule, [(weight, state)], ranks, FRESH)
@@ -94,7 +99,7 @@ def test_one_client_alone_keeps_its_products(rule, ranks, weight):
     assert done.error < 1e-5
 
 
-@given(st.sampled_from(sorted(AGGREGATORS)), members(equal_ranks=True), st.randoms(use_true_random=False))
+@given(st.sampled_from(sorted(RULES)), members(equal_ranks=True), st.randoms(use_true_random=False))
 def test_the_order_of_the_clients_does_not_matter(rule, found, random):
     found = _as_the_rule_has_them(rule, found)
     shuffled = random.sample(found, len(found))
@@ -105,7 +110,7 @@ def test_the_order_of_the_clients_does_not_matter(rule, found, random):
     assert one.error == pytest.approx(other.error, abs=1e-5)
 
 
-@given(st.sampled_from(sorted(AGGREGATORS)), members(equal_ranks=True), st.floats(0.01, 1000))
+@given(st.sampled_from(sorted(RULES)), members(equal_ranks=True), st.floats(0.01, 1000))
 def test_only_the_proportions_of_the_weights_matter(rule, found, scale):
     ranks = _top_ranks(found)
     one = aggregate(rule, found, ranks, FRESH)
@@ -176,7 +181,7 @@ def test_svd_writes_a_as_the_mean_rows_in_the_product_s_directions_and_never_fla
             _close(done.state[key].A, mean @ V.T @ V, 1e-4)
 
 
-UNEQUAL = sorted(set(AGGREGATORS) - {"factors"})
+UNEQUAL = sorted(set(RULES) - {"factors"})
 
 
 @given(st.sampled_from(UNEQUAL), members(), RANKS)
@@ -199,7 +204,7 @@ def test_averaging_factors_apart_is_wrong_where_svd_is_exact():
     assert aggregate("factors", found, {0: 1}, FRESH).error == pytest.approx(2**-0.5)
 
 
-@pytest.mark.parametrize("rule", sorted(set(AGGREGATORS) - {"stack"}))  # which begins anew each round
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"stack"}))  # which begins anew each round
 def test_before_anything_is_learnt_the_directions_stay_and_the_error_is_zero(rule):
     ranks = {0: 3, 1: 2}
     state = _state(ranks, 0, zero=True)
@@ -222,7 +227,7 @@ class _LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("rule", sorted(set(AGGREGATORS) - {"factors"}))
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"factors"}))
 def test_no_rule_makes_a_matrix_of_the_width_squared(rule):
     wide, ranks = 4096, (2, 4, 3)
     found = []
@@ -236,7 +241,7 @@ def test_no_rule_makes_a_matrix_of_the_width_squared(rule):
     assert largest.numel <= wide * (2 * sum(ranks) + max(ranks))
 
 
-FITS = given(st.sampled_from(sorted(AGGREGATORS)), st.integers(1, 5), st.integers(1, 5))
+FITS = given(st.sampled_from(sorted(RULES)), st.integers(1, 5), st.integers(1, 5))
 
 
 @FITS
@@ -296,8 +301,82 @@ def test_sets_over_other_layers_are_refused():
 
 def test_unequal_ranks_are_refused_by_factors_with_the_way_out():
     found = [(1.0, _state({0: 2, 1: rank}, rank)) for rank in (4, 2)]
-    with pytest.raises(AdapterError, match=r"block 1 comes with ranks 2, 4; .* zero-pad or svd, or lora"):
+    with pytest.raises(AdapterError, match=r"block 1 comes with ranks 2, 4; .* zero-pad, .* or set lora"):
         aggregate("factors", found, {0: 2, 1: 4}, FRESH)
+
+
+def _wide(key, members, rank, fresh):
+    factors = members[0][1]
+    return United(replace(factors, B=torch.cat([factors.B, factors.B])))
+
+
+def _infinite(key, members, rank, fresh):
+    factors = members[0][1]
+    return United(replace(factors, A=factors.A / 0))
+
+
+@pytest.fixture
+def added():
+    """Add a rule for one test."""
+    yield lambda **facts: RULES.add("mine", Rule(**facts))
+    RULES._things.pop("mine", None)
+
+
+@pytest.mark.parametrize(
+    ("unite", "fault"),
+    [
+        (lambda key, members, rank, fresh: members[99], "failed at block 0 q: IndexError: list index out"),
+        (lambda key, members, rank, fresh: Factors(torch.ones(2, 3), torch.ones(2)), "failed at .* two fac"),
+        (lambda key, members, rank, fresh: None, "returned NoneType instead of splitft.adapters.United"),
+        (
+            lambda key, members, rank, fresh: United(members),
+            "returned list instead of .*Factors for",
+        ),
+        (_wide, r"returned factors of a layer \(14, 9\) instead of \(7, 9\)"),
+        (_infinite, "returned numbers that are not finite for block 0 q"),
+        (lambda key, members, rank, fresh: United(*[members[0][1]] * 2), "returned a folded part, although"),
+        (
+            lambda key, members, rank, fresh: United(Factors(*(x.double() for x in _pair(members)))),
+            "returned factors of torch.float64 and torch.float64 instead of torch.float32",
+        ),
+        (lambda key, members, rank, fresh: United(members[0][1].only("A")), "returned factors of a layer"),
+    ],
+)
+def test_a_rule_that_fails_or_returns_unusable_factors_is_named(added, unite, fault):
+    added(unite=unite)
+    with pytest.raises(AdapterError, match=rf"aggregation rule 'mine' {fault}"):
+        aggregate("mine", [(1.0, _state({0: 2, 1: 2}, 0))], {0: 2, 1: 2}, FRESH)
+
+
+def _pair(members):
+    return members[0][1].A, members[0][1].B
+
+
+def test_a_rule_of_a_plugin_is_fitted_to_the_ranks_of_the_next_round(added):
+    """The first member's factors, at whatever rank they are."""
+    added(unite=lambda key, members, rank, fresh: United(members[0][1]))
+    state = _state({0: 2, 1: 4}, 0)
+    done = aggregate("mine", [(1.0, state), (0.0, _state({0: 3, 1: 1}, 1))], {0: 3, 1: 2}, FRESH).state
+    assert done.ranks() == {0: 3, 1: 2}
+    assert torch.equal(done[0, "q"].product(), state[0, "q"].product())
+    assert torch.equal(done[1, "q"].A, state[1, "q"].A[:2])
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"trains": "A"},  # B is 0 at first, so that nothing would be learnt
+        {"up": "B"},
+        {"trains": "B"},
+        {"trains": "B", "up": "B", "down": "B"},
+        {"down": "A"},
+        {"down": "", "full_rank": True},
+        {"up": "A", "down": "A"},
+    ],
+)
+def test_facts_that_contradict_each_other_make_no_rule(facts):
+    with pytest.raises(PluginError, match="cannot be run: trains is AB or B"):
+        Rule(unite=print, **facts)
 
 
 def test_a_round_that_nobody_finished_is_refused():
@@ -312,7 +391,7 @@ def test_weights_that_make_no_mean_are_refused(weights):
         aggregate("svd", [(weight, state) for weight in weights], {0: 2, 1: 2}, FRESH)
 
 
-@pytest.mark.parametrize("rule", sorted(AGGREGATORS))
+@pytest.mark.parametrize("rule", sorted(RULES))
 def test_a_client_of_weight_zero_counts_for_nothing(rule):
     ranks = {0: 2, 1: 2}
     state, other = _state(ranks, 0), _state(ranks, 1)

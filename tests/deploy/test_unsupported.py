@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from splitft.adapters import AGGREGATORS
 from splitft.config import from_mapping
 from splitft.deploy.unsupported import check_deployable
 from splitft.errors import DeployError
+from splitft.specs.rules import RULES
 
 
 def configured(**sections):
@@ -15,7 +15,7 @@ def configured(**sections):
     return from_mapping({"clients": clients, **sections})
 
 
-@pytest.mark.parametrize("rule", sorted(set(AGGREGATORS) - {"factors", "fedsa"}))
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"factors", "fedsa"}))
 def test_rules_that_share_all_they_train_are_let_through(rule):
     check_deployable(configured(aggregate={"rule": rule}))
 

@@ -14,8 +14,8 @@ from laws.federations import federation, largest_relative_difference, play, writ
 from laws.peft_oracle import _lengths
 from laws.test_cut_invariance import _with_labels
 from runs import settings
-from splitft.adapters import AGGREGATORS
 from splitft.config import from_mapping
+from splitft.specs.rules import RULES
 
 ALPHA, RANK, AT_CUT, STEPS = 8, 4, 2, 8
 LORA = {"rank": RANK, "rank_at_cut": AT_CUT, "alpha": ALPHA, "scaling": "rslora"}
@@ -71,7 +71,7 @@ def test_a_split_client_with_a_lower_rank_at_its_cut_trains_as_peft_does(rule, t
     assert largest_relative_difference(found, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("rule", sorted(set(AGGREGATORS) - {"factors", "fedsa"}))
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"factors", "fedsa"}))
 def test_peft_loads_it_as_rslora_with_the_loss_that_was_evaluated(rule, tiny_llama, text, tmp_path):
     from splitft.run.setup import prepare
     from test_rules_end_to_end import _loss

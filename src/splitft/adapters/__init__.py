@@ -1,14 +1,13 @@
 """LoRA adapters of many clients on one frozen model, and their aggregation."""
 
 from splitft.adapters.aggregate import Aggregated, aggregate, fit, fit_all
+from splitft.adapters.aggregators import Fresh, United
 from splitft.adapters.folding import add_folded, with_folded
 from splitft.adapters.lora import AdapterBank, attach
 from splitft.adapters.optimizer import LocalOptimizer, Moments, moments_within
-from splitft.adapters.rules import AGGREGATORS, Fresh, Rule
 from splitft.adapters.state import AdapterState, Factors, initial_state
 
 __all__ = [
-    "AGGREGATORS",
     "AdapterBank",
     "AdapterState",
     "Aggregated",
@@ -16,7 +15,7 @@ __all__ = [
     "Fresh",
     "LocalOptimizer",
     "Moments",
-    "Rule",
+    "United",
     "add_folded",
     "aggregate",
     "attach",

@@ -21,10 +21,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from splitft.adapters.aggregators import Fresh, United, Weighted
 from splitft.adapters.factoring import in_frame, product_norm, stacked
-from splitft.adapters.rules import AGGREGATORS, Fresh, United, Weighted
 from splitft.adapters.state import AdapterState, Factors, Key
 from splitft.errors import AdapterError
+from splitft.specs.rules import RULES, Rule, rules_where
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def aggregate(
     missed = mean = 0.0
     for key in members[0][1]:
         weighted = [(weight / total, state[key]) for weight, state in members]
-        united = AGGREGATORS[rule].unite(key, weighted, ranks[key[0]], fresh)
+        united = _united(rule, key, weighted, ranks[key[0]], fresh)
         factors[key] = fit(key, united.factors, ranks[key[0]], rule, fresh)
         if united.folded is not None:
             folded[key] = united.folded
@@ -93,13 +94,55 @@ def _check(members: Sequence[tuple[float, AdapterState]]) -> None:
             raise AdapterError("an adapter set has values that are not finite")
 
 
+def _united(name: str, key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
+    """Return what a rule makes of one layer. Raise AdapterError if it fails or returns unusable factors."""
+    rule, layer = RULES[name], f"block {key[0]} {key[1]}"
+    ranks = sorted({factors.rank for _, factors in members})
+    if rule.equal_ranks and len(ranks) > 1:
+        raise AdapterError(
+            f"block {key[0]} comes with ranks {', '.join(map(str, ranks))}; rule {name!r} needs equal ranks: "
+            f"give {rules_where(lambda one: not one.equal_ranks)}, or set lora.rank_at_cut: null"
+        )
+    try:
+        united = rule.unite(key, members, rank, fresh)
+    except Exception as error:  # a plug-in's function may raise anything
+        kind = "" if isinstance(error, AdapterError) else f"{type(error).__name__}: "
+        raise AdapterError(f"aggregation rule {name!r} failed at {layer}: {kind}{error}") from error
+    if fault := _fault(rule, united, members[0][1]):
+        raise AdapterError(f"aggregation rule {name!r} returned {fault} for {layer}")
+    return united
+
+
+def _fault(rule: Rule, united: object, member: Factors) -> str | None:
+    """Describe what is wrong with a rule's result for a layer of this member's shape, if anything is."""
+    if not isinstance(united, United):
+        return f"{type(united).__name__} instead of splitft.adapters.United"
+    if united.folded is not None and not rule.folds:
+        return "a folded part, although it was added without folds=True,"
+    inputs, outputs, dtype = member.A.shape[1], member.B.shape[0], member.A.dtype
+    for factors in (united.factors, *([] if united.folded is None else [united.folded])):
+        if not isinstance(factors, Factors):
+            return f"{type(factors).__name__} instead of splitft.adapters.Factors"
+        found = (factors.B.shape[0], factors.A.shape[1])
+        alone = rule.keeps_own_b and found == (0, inputs)  # B stays with the clients
+        if found != (outputs, inputs) and not alone:
+            return f"factors of a layer {found} instead of {(outputs, inputs)} (outputs, inputs)"
+        if {factors.A.dtype, factors.B.dtype} != {dtype}:
+            return f"factors of {factors.A.dtype} and {factors.B.dtype} instead of {dtype}"
+        if not all(bool(torch.isfinite(half).all()) for half in (factors.A, factors.B)):
+            return "numbers that are not finite"
+    if member.magnitude is not None and united.factors.magnitude is None:
+        return "no magnitude (DoRA)"
+    return None
+
+
 def fit(key: Key, factors: Factors, rank: int, rule: str, fresh: Fresh) -> Factors:
     """A layer's factors at another rank, as the rule does it: cut down, or grown without changing B A.
 
-    `svd` keeps the best approximation, near the first rows of A; the others keep the first rows (HetLoRA's
-    truncation).
+    A rule with `best_fit` keeps the best approximation, near the first rows of A; the others keep the first
+    rows (HetLoRA's truncation).
     """
-    if factors.rank > rank and rule == "svd" and torch.count_nonzero(factors.B):
+    if factors.rank > rank and RULES[rule].best_fit and torch.count_nonzero(factors.B):
         factors = in_frame(factors, rank, factors.A)
     if factors.rank < rank:
         return fresh.grown(key, factors, rank)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from splitft.adapters import AGGREGATORS
 from splitft.codecs import codec_of
 from splitft.codecs.error_feedback import Feedback
 from splitft.config import RunConfig
 from splitft.errors import DeployError
+from splitft.specs.rules import RULES, rules_where
 from splitft.specs.wire import AUTO
 
 LEARNING = ("temporal", "principal")
@@ -50,12 +50,11 @@ def _of_one_place(config: RunConfig) -> Iterator[str]:
 
 def _of_memory(config: RunConfig) -> Iterator[str]:
     """What a site would have to keep, and bring back after it was away."""
-    rule = AGGREGATORS[config.aggregate.rule]
-    if rule.up != rule.trains:
-        fits = ", ".join(name for name, one in AGGREGATORS.items() if one.up == one.trains)
+    if not RULES[config.aggregate.rule].deployable:
         yield (
             f"aggregate.rule: {config.aggregate.rule} leaves a factor of its own with each client, and a "
-            f"site of a deployed run keeps none from one link to the next yet; give one of {fits}"
+            "site of a deployed run keeps none from one link to the next yet; give one of "
+            + rules_where(lambda rule: rule.deployable)
         )
     if config.privacy.private_blocks:
         yield (

@@ -37,8 +37,6 @@ SAME = "same"
 Way = Literal["global", "own"]
 """Whose factors: from the server, or from the client."""
 BASES: tuple[Way, ...] = ("global", "own")
-AXES_KEPT = frozenset({"factors", "zero-pad", "exact", "ffa", "fedsa"})
-"""Aggregation rules under which a number of a factor means the same from round to round."""
 ABOUT = ("base", "version")
 """Parameters that an entry has beside those of its codec."""
 

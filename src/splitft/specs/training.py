@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from splitft.specs.base import Spec
+from splitft.specs.base import NameIn, Spec
+from splitft.specs.rules import RULES
 
 MOST_MICRO_BATCHES = 64
 """A step is divided into so many at most."""
@@ -112,7 +113,7 @@ class AggregateSpec(Spec):
 
     federated: bool = True
     """Whether adapters are aggregated at all; if not, every client keeps its own and sends nothing."""
-    rule: Literal["factors", "zero-pad", "svd", "stack", "exact", "ffa", "fedsa"] = "svd"
+    rule: Annotated[str, NameIn(RULES)] = "svd"
     """`factors` averages A and B; `zero-pad` does so after padding (HetLoRA); `svd` averages products
     (FlexLoRA); `stack` folds the mean product into the base and starts anew (FLoRA); `exact` averages A and B
     and folds what they miss (FedEx-LoRA); `ffa` trains B alone (FFA-LoRA); `fedsa` averages A and leaves

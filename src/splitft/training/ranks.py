@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from splitft.adapters import AGGREGATORS, AdapterState, Factors, Fresh, Rule, fit_all, initial_state
+from splitft.adapters import AdapterState, Factors, Fresh, fit_all, initial_state
 from splitft.adapters.state import Key
 from splitft.errors import ProtocolError
 from splitft.geometry import ranks_by_block
 from splitft.specs import LoraSpec
+from splitft.specs.rules import RULES, Rule
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class RankPolicy:
     @property
     def sharing(self) -> Rule:
         """What the rule trains, sends and folds."""
-        return AGGREGATORS[self.rule]
+        return RULES[self.rule]
 
     @property
     def keeps_own(self) -> bool:

@@ -1,15 +1,6 @@
-"""The aggregation rules by name: what each makes of one layer's factors, and what travels for it.
+"""The functions of the aggregation rules (`splitft.specs.rules`): one layer's factors of the next round.
 
     mean(BA) = sum_i w_i B_i A_i        weights w_i sum to 1, client i of rank r_i
-
-    rule       A and B of the next round               folded into the base   trained   up   down
-    factors    sum w_i A_i, sum w_i B_i                -                      A B       A B  A B
-    zero-pad   the same, padded to the largest rank    -                      A B       A B  A B
-    svd        best rank-R factors of mean(BA)         -                      A B       A B  A B
-    stack      A fresh, B = 0                          mean(BA)               A B       A B  folded
-    exact      as zero-pad                             mean(BA) - B A         A B       A B  A B, folded
-    ffa        A as it started, sum w_i B_i            -                      B         B    B
-    fedsa      sum w_i A_i; B_i stays with its client  -                      A B       A    A
 
 What is *folded* is an update that nobody trains any more. The papers add it to the frozen base weights. Here
 every party holds it beside the base, for its own blocks, as one more pair of factors (`adapters.folding`): in
@@ -29,7 +20,7 @@ their first rows and carries the others frozen, so that no lowered rank drops wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,12 +65,6 @@ def average_factors(key: Key, members: Weighted, rank: int, fresh: Fresh) -> Uni
 
     The baseline; needs equal ranks.
     """
-    ranks = sorted({factors.rank for _, factors in members})
-    if len(ranks) > 1:
-        raise AdapterError(
-            f"block {key[0]} comes with ranks {', '.join(map(str, ranks))}; rule 'factors' needs equal "
-            "ranks: choose zero-pad or svd, or lora.rank_at_cut: null"
-        )
     return United(_mean(members))
 
 
@@ -140,37 +125,6 @@ def average_a(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
     A = _mean_rows(members, max(factors.rank for _, factors in members))
     complete = all(factors.halves == "AB" for _, factors in members)
     return United(Factors(A, _padded_mean(members).B if complete else A.new_empty(0, len(A))))
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A rule, and what it means for training and traffic."""
-
-    unite: Callable[[Key, Weighted, int, Fresh], United]
-    """(layer, weighted factors, rank, fresh directions) -> what it makes of them."""
-    trains: str = "AB"
-    """Factors that are trained."""
-    up: str = "AB"
-    """Factors that a client sends after a round."""
-    down: str = "AB"
-    """Factors that it gets; what it does not get, it has or can make."""
-    folds: bool = False
-    """Whether a part of the mean joins the frozen base, which travels down too."""
-    full_rank: bool = False
-    """Whether the global factors keep the full rank R whatever the cuts, lower ranks training a part."""
-    refactors: bool = False
-    """Whether the next factors are others than the last ones, so that moments of these mean nothing."""
-
-
-AGGREGATORS: dict[str, Rule] = {
-    "factors": Rule(average_factors),
-    "zero-pad": Rule(zero_pad),
-    "svd": Rule(best_products, refactors=True),
-    "stack": Rule(stack_factors, down="", folds=True, full_rank=True, refactors=True),
-    "exact": Rule(average_with_residual, folds=True, full_rank=True),
-    "ffa": Rule(average_b, trains="B", up="B", down="B", full_rank=True),
-    "fedsa": Rule(average_a, up="A", down="A", full_rank=True),
-}
 
 
 def padded(factors: Factors, rank: int) -> Factors:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.test_aggregate import FRESH, KEYS, OUT, RANKS, WIDE, _close, _mean_product, _top_ranks, members
-from splitft.adapters import AGGREGATORS, AdapterState, Factors, add_folded, aggregate, with_folded
+from splitft.adapters import AdapterState, Factors, add_folded, aggregate, with_folded
+from splitft.specs.rules import RULES
 
 
 def _with_a_of_the_first(found):
@@ -63,7 +64,7 @@ def test_exact_trains_on_from_the_mean_factors_and_folds_the_residual(found):
         assert float((folded - residual).norm()) < 1e-6 * float(_mean_product(found, key).norm())
 
 
-@given(st.sampled_from(sorted(AGGREGATORS)), RANKS)
+@given(st.sampled_from(sorted(RULES)), RANKS)
 def test_one_client_alone_folds_nothing_but_what_stack_moves(rule, ranks):
     (_, state), *_ = found = [(2.0, _with_seed(ranks, 4))]
     done = aggregate(rule, found, ranks, FRESH)

@@ -1,0 +1,133 @@
+"""The aggregation rules by name, and what is true of each. No torch here.
+
+    rule       A and B of the next round               folded into the base   trained   up   down
+    factors    sum w_i A_i, sum w_i B_i                -                      A B       A B  A B
+    zero-pad   the same, padded to the largest rank    -                      A B       A B  A B
+    svd        best rank-R factors of mean(BA)         -                      A B       A B  A B
+    stack      A fresh, B = 0                          mean(BA)               A B       A B  folded
+    exact      as zero-pad                             mean(BA) - B A         A B       A B  A B, folded
+    ffa        A as it started, sum w_i B_i            -                      B         B    B
+    fedsa      sum w_i A_i; B_i stays with its client  -                      A B       A    A
+
+A plug-in adds its own with `RULES.add("mine", Rule(unite=function))`. The defaults promise nothing: a rule
+declares that its factors keep their axes, that clipping bounds it, or that it averages DoRA's magnitudes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from splitft.errors import PluginError
+from splitft.registry import Lazy, Registry
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An aggregation rule, and what it means for training, traffic and privacy."""
+
+    unite: Callable[..., Any] | Lazy
+    """(key, members, rank, fresh) -> `splitft.adapters.United`, for one layer.
+
+    `key` is (block, target); `members` are pairs of (weight, `Factors`) whose weights sum to 1; `rank` is the
+    rank to aim for, and another one is cut down or grown afterwards; `fresh` makes new directions.
+    """
+    trains: str = "AB"
+    """Factors that are trained: `AB` or `B`."""
+    up: str = "AB"
+    """Factors that a client sends after a round: those it trains, or `A` alone if it keeps its own B."""
+    down: str = "AB"
+    """Factors that it receives: those it sent, or none if all begin each round with fresh ones."""
+    folds: bool = False
+    """Whether a part of the mean joins the frozen base, which travels down too."""
+    full_rank: bool = False
+    """Whether the global factors keep the full rank R whatever the cuts, lower ranks training a part."""
+    equal_ranks: bool = False
+    """Whether all members of a layer must have the same rank."""
+    best_fit: bool = False
+    """Whether a lower rank gets the best approximation of B A, instead of the first rows of A."""
+    keeps_axes: bool = False
+    """Whether a number of a factor means the same from round to round.
+
+    Moments of the local optimizer, and what rounding left out of an upload, are then kept across rounds.
+    """
+    bounded: bool = False
+    """Whether the result moves no further than the members' factors, so that clipping these bounds it."""
+    dora: bool = False
+    """Whether it averages DoRA's magnitudes beside A and B."""
+
+    def __post_init__(self) -> None:
+        fits = self.trains in ("AB", "B") and self.up in (self.trains, self.trains.removesuffix("B") or "B")
+        fits = fits and self.down in (self.up, "" if self.folds else self.up)
+        if not fits or (self.down != "AB" and not self.full_rank):
+            raise PluginError(
+                f"an aggregation rule that trains {self.trains!r}, sends {self.up!r} up and {self.down!r} "
+                "down cannot be run: trains is AB or B; up is trains, or A of AB; down is up, or empty if "
+                "the rule folds; and a rule that does not send AB down has full_rank"
+            )
+
+    @property
+    def keeps_own_b(self) -> bool:
+        """Whether a trained B stays with its client (FedSA-LoRA)."""
+        return "B" in self.trains and "B" not in self.up
+
+    @property
+    def steps_on_server(self) -> bool:
+        """Whether a server optimizer fits: the next factors go on from the last and are all of the mean."""
+        return self.keeps_axes and not self.folds
+
+    @property
+    def deployable(self) -> bool:
+        """Whether it runs on real sites, which keep no factors of their own from one session to the next."""
+        return not self.keeps_own_b
+
+
+RULES: Registry[Rule] = Registry(
+    "aggregation rule",
+    "splitft.rules",
+    {
+        "factors": Rule(
+            Lazy("splitft.adapters.aggregators:average_factors"),
+            equal_ranks=True,
+            keeps_axes=True,
+            bounded=True,
+            dora=True,
+        ),
+        "zero-pad": Rule(
+            Lazy("splitft.adapters.aggregators:zero_pad"), keeps_axes=True, bounded=True, dora=True
+        ),
+        "svd": Rule(Lazy("splitft.adapters.aggregators:best_products"), best_fit=True, dora=True),
+        "stack": Rule(
+            Lazy("splitft.adapters.aggregators:stack_factors"), down="", folds=True, full_rank=True
+        ),
+        "exact": Rule(
+            Lazy("splitft.adapters.aggregators:average_with_residual"),
+            folds=True,
+            full_rank=True,
+            keeps_axes=True,
+        ),
+        "ffa": Rule(
+            Lazy("splitft.adapters.aggregators:average_b"),
+            trains="B",
+            up="B",
+            down="B",
+            full_rank=True,
+            keeps_axes=True,
+            bounded=True,
+        ),
+        "fedsa": Rule(
+            Lazy("splitft.adapters.aggregators:average_a"),
+            up="A",
+            down="A",
+            full_rank=True,
+            keeps_axes=True,
+        ),
+    },
+)
+
+
+def rules_where(fact: Callable[[Rule], bool], label: Callable[[str], str] = str) -> str:
+    """The names of the rules of which a fact is true, for messages: `factors, zero-pad or svd`."""
+    names = [label(name) for name, rule in RULES.items() if fact(rule)]
+    return " or ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
