@@ -6,7 +6,7 @@ import pytest
 
 from splitft.audit.findings import AuditResult, Finding, table_rows, verdict
 from splitft.audit.recovery import Recovery
-from splitft.privacy.known_leakage import Setting, in_ten, sentence
+from splitft.privacy.known_leakage import Setting
 
 PLAIN = Setting(cut=2, codec="bf16", noise=0.0, gradient_noise=0.0)
 
@@ -33,27 +33,6 @@ def test_the_verdict_is_of_the_strongest_attack_of_each_way():
 def test_labels_that_travel_are_called_what_they_are():
     outcome = AuditResult(PLAIN, (found("labels", "labels", 1.0),), 3.0, 3.0)
     assert "every label, since labels are sent to it" in verdict(outcome)
-
-
-@pytest.mark.parametrize(
-    ("share", "words"),
-    [(1.0, "all"), (0.97, "more than 9 of 10"), (0.9, "9 of 10"), (0.31, "3 of 10"), (0.06, "1 of 10"),
-     (0.01, "fewer than 1 of 20")],
-)  # fmt: skip
-def test_shares_are_told_in_tenths(share, words):
-    assert in_ten(share) == words
-
-
-@pytest.mark.parametrize(
-    ("noise", "gradient_noise", "ending"),
-    [(0.2, 0.2, "that return."), (0.2, 0.0, "that return (noise 0)."), (0.0, 1.0, "that return (noise 1).")],
-)
-def test_noise_on_gradients_is_told_where_it_is_another(noise, gradient_noise, ending):
-    assert sentence(Setting(2, "bf16", noise, gradient_noise), 1.0, 1.0).endswith(ending)
-
-
-def test_what_was_not_attacked_is_not_audited():
-    assert sentence(PLAIN, None, None) == "At cut 2 (bf16) without noise: not audited."
 
 
 def test_the_cost_is_the_relative_rise_of_perplexity():

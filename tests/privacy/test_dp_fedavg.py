@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from splitft.adapters import AdapterState, Fresh, aggregate
 from splitft.adapters.state import Factors
-from splitft.privacy.dp_fedavg import clipped, noise_deviation, noised, update_norm
+from splitft.privacy.dp_fedavg import add_noise, clip_update, noise_deviation, update_norm
 
 KEYS = ((0, "q"), (0, "v"), (1, "q"))
 
@@ -52,7 +52,7 @@ def test_zeroing_one_clients_update_moves_the_mean_by_at_most_the_norm_over_n(
         moved(one, state(seed + 1 + i, rank, scale))
         for i, (one, rank) in enumerate(zip(starts, ranks, strict=True))
     ]
-    sets = [clipped(one, after, norm) for one, after in zip(starts, trained, strict=True)]
+    sets = [clip_update(one, after, norm) for one, after in zip(starts, trained, strict=True)]
     assert all(update_norm(one, after) <= norm * (1 + 1e-9) for one, after in zip(starts, sets, strict=True))
 
     def mean(members: list[AdapterState]) -> AdapterState:
@@ -65,20 +65,20 @@ def test_zeroing_one_clients_update_moves_the_mean_by_at_most_the_norm_over_n(
 def test_an_update_within_the_norm_stays_bit_for_bit():
     start, trained = state(0), state(1, scale=0.01)
     near = moved(start, trained)
-    assert clipped(start, near, 1.0) is near
+    assert clip_update(start, near, 1.0) is near
 
 
 def test_an_update_that_is_not_finite_becomes_none():
     start = state(0)
     broken = AdapterState({**state(1), (0, "q"): Factors(start[0, "q"].A * math.nan, start[0, "q"].B)})
-    assert update_norm(start, clipped(start, broken, 1.0)) == 0
+    assert update_norm(start, clip_update(start, broken, 1.0)) == 0
 
 
 def test_noise_on_the_mean_has_the_deviation_that_the_accountant_takes():
     wide = AdapterState({(0, "q"): Factors(torch.zeros(200, 300), torch.zeros(300, 200))})
     deviation = noise_deviation(clip_norm=0.5, noise_multiplier=3.0, participants=5)
     assert deviation == pytest.approx(0.3)
-    result = noised(wide, deviation, torch.Generator().manual_seed(0), frozen_A=False)[0, "q"]
+    result = add_noise(wide, deviation, torch.Generator().manual_seed(0), frozen_A=False)[0, "q"]
     for factor in (result.A, result.B):
         assert float(factor.std()) == pytest.approx(deviation, rel=0.02)
         assert float(factor.mean()) == pytest.approx(0, abs=4 * deviation / math.sqrt(factor.numel()))
@@ -86,6 +86,6 @@ def test_noise_on_the_mean_has_the_deviation_that_the_accountant_takes():
 
 def test_a_factor_that_is_never_trained_gets_no_noise():
     before = state(0)
-    after = noised(before, 1.0, torch.Generator().manual_seed(0), frozen_A=True)
+    after = add_noise(before, 1.0, torch.Generator().manual_seed(0), frozen_A=True)
     assert all(torch.equal(before[key].A, after[key].A) for key in KEYS)
     assert not any(torch.equal(before[key].B, after[key].B) for key in KEYS)

@@ -27,7 +27,7 @@ from splitft.privacy.defence import Defence
 from splitft.privacy.known_leakage import Setting
 from splitft.privacy.noise import Noise, deviation, typical_norm
 from splitft.protocol import MessageSerializer
-from splitft.run.defending import public_text
+from splitft.run.setup import public_text
 from splitft.specs import PrivacySpec, RowDefenceSpec
 
 TOO_LONG = 1e6

@@ -28,7 +28,8 @@ from splitft.protocol import (
 )
 from splitft.protocol.channel import Direction
 from splitft.protocol.codec_state import CodecState
-from splitft.run.setup import RunInputs, prepare
+from splitft.run.inputs import RunInputs
+from splitft.run.setup import prepare
 from splitft.specs import ClientsSpec, ScheduleSpec, SharesSpec
 
 Recorded = tuple[str, Direction, bytes]
@@ -97,7 +98,7 @@ def record(
     simulation.start({client.name: RoundStart(round=1, cut=cut)})
     server.start(1, [client.name], start)
     simulation.train(1, [client.name], steps, lambda step: None)
-    terms = prepared.terms_of(client.name)
+    terms = prepared.serializer_of(client.name)
     seen = tuple(one for one in seen_in(frames, terms, config.seed) if one.training)
     batches = [gathered.clients[0].stream.batch(one.step) for one in seen]
     pairs = [

@@ -1,1 +1,1 @@
-"""What leaves a client, what can be read from it, and what is done about that."""
+"""Defences of what leaves a client, their differential privacy, and what audits have found."""

@@ -1,12 +1,12 @@
-"""What noise promises, in epsilon at a delta: pure arithmetic, with the duals of opacus.
+"""Compute the epsilon of noise at a given delta: pure arithmetic, with the duals of opacus.
 
     one Gaussian mechanism of sensitivity 1 and deviation sigma         mu = 1 / sigma
-    composed T times, each touching the same person's data               mu = sqrt(T) / sigma    (exactly)
+    composed T times, each time on the same person's data               mu = sqrt(T) / sigma    (exactly)
     mu-GDP -> (epsilon, delta)           delta(eps) = Phi(-eps/mu + mu/2) - e^eps Phi(-eps/mu - mu/2)
 
-Gaussian differential privacy composes without loss (Dong et al. 2019, arXiv 1905.02383, Cor. 3.3), so where
-nothing is subsampled this is tighter than a Renyi accountant, and as tight as one can be. We claim no
-amplification by subsampling: the server, and in simulation everyone, knows who takes part in a round.
+Gaussian differential privacy composes without loss (Dong et al. 2019, arXiv 1905.02383, Cor. 3.3). Without
+subsampling this is therefore tighter than a Renyi accountant, and as tight as possible. No amplification by
+subsampling is claimed: the server, and in simulation everyone, knows who takes part in a round.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from splitft.errors import ConfigError
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Epsilon of mu-GDP at `delta`; infinite without noise, 0 if nothing is revealed.
+    """Return epsilon of mu-GDP at `delta`: infinite without noise, 0 if nothing is revealed.
 
-    Above epsilon 500, where nothing is promised any more, the looser mu^2 / 2 + mu sqrt(2 ln(1 / delta)) of
-    Renyi divergence (Mironov 2017, arXiv 1702.07476), since the dual overflows there.
+    Above epsilon 500, where the dual overflows, return the looser mu^2 / 2 + mu sqrt(2 ln(1 / delta)) of
+    Renyi divergence (Mironov 2017, arXiv 1702.07476). Such an epsilon is no protection in any case.
     """
     if mu <= 0 or math.isinf(mu):
         return 0.0 if mu <= 0 else math.inf
@@ -34,14 +34,14 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def updates_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
-    """Epsilon of `rounds` noisy aggregations, for a client that took part in all of them."""
+    """Return epsilon of `rounds` noisy aggregations, for a client that took part in all of them."""
     return gaussian_epsilon(math.sqrt(rounds) / noise_multiplier if noise_multiplier else math.inf, delta)
 
 
 def row_epsilon(defence: str, noise: float, width: int, delta: float, rows: int = 1) -> float:
-    """Local epsilon of `rows` rows that left through a defence of `noise.DEFENCES`, composed.
+    """Return the local epsilon of `rows` rows treated by a defence of `noise.DEFENCES`, composed.
 
-    `rows` 1 is one row; the tokens of a text times the passes over it is the whole of that text.
+    For a whole text, `rows` is its number of tokens times the passes over it.
     """
     if defence not in ("gaussian", "laplace") or noise == 0:
         return math.inf
@@ -51,7 +51,7 @@ def row_epsilon(defence: str, noise: float, width: int, delta: float, rows: int 
 
 
 def accountant_missing() -> str | None:
-    """What to do if the accountant is not installed; None if it is."""
+    """Return how to install the accountant, or None if it is installed."""
     from importlib.util import find_spec
 
     if find_spec("opacus") is None:

@@ -1,17 +1,18 @@
-"""What one client does to its messages before they leave, as its run and its site have it.
+"""Apply one client's defences to its messages before they are sent.
 
     hidden (N, D) at the cut --------- DEFENCES[privacy.hidden.defence] ---> Activations
     labels (M,) behind the gradient -- randomised, by privacy.labels
     gradient (M, D) of last hidden --- DEFENCES[privacy.gradient.defence] -> HeadGradient
 
-Clipping norms that are `public` come from what the server knows anyway, so that they reveal nothing:
+`public` clipping norms are computed from what the server knows in any case, so that they reveal nothing:
 
     hidden     the median norm of the base model's hidden states at this cut over public text
     gradient   the median norm of the gradients that random labels would give at the last hidden states that
                the server itself has sent. Given those, the gradient depends on the labels alone (d loss / d h
                is a function of h, public weights and the label), so its noise is local DP of each label
 
-`noise` says what the noise promises. The gradient of clipping is exact; noise is a constant to it.
+The guarantees of the noise are in `noise`. Backward passes use the exact gradient of clipping; noise is a
+constant in them.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from splitft.data.text import Batch
 from splitft.errors import ProtocolError
 from splitft.privacy.accounting import row_epsilon
 from splitft.privacy.noise import DEFENCES, Noise, typical_norm
-from splitft.privacy.randomized_response import randomised
+from splitft.privacy.randomized_response import randomize_labels
 from splitft.specs import PrivacySpec, RowDefenceSpec, SiteBoundsSpec
 
 SAMPLED_ROWS = 64
-"""Rows of random labels whose gradients set a public clipping norm; the head is dear."""
+"""Rows of random labels whose gradients set a public clipping norm; few, since the head is expensive."""
 
 LABELS_AT_ONCE = 128
-"""Labels whose logits exist at one time."""
+"""Labels whose logits are in memory at one time."""
 
 
 class Defence:
-    """One client's defences over a whole run."""
+    """Defences of one client over a whole run."""
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class Defence:
         public: Batch | None = None,
         site: SiteBoundsSpec | None = None,
     ) -> None:
-        """`public` is public text; needed if hidden states are clipped to a public norm."""
+        """Take public text in `public`, needed if hidden states are clipped to a public norm."""
         self.site = site or SiteBoundsSpec()
         self.privacy = with_site(privacy, self.site)
         self._noise, self._public = noise, public
@@ -60,7 +61,7 @@ class Defence:
     def hidden(
         self, rows: torch.Tensor, cut: int, base: Callable[[Batch], torch.Tensor], *place: object
     ) -> torch.Tensor:
-        """Hidden states (N, D) as they may leave; `base` runs public text through the base model's blocks."""
+        """Return hidden states (N, D) to send; `base` runs public text through the base model's blocks."""
         spec = self.privacy.hidden
         if spec.defence == "none":
             return rows
@@ -72,7 +73,7 @@ class Defence:
                 with torch.no_grad():
                     self._norms[cut] = typical_norm(base(self._public))
             norm = self._norms[cut]
-        return self._treated(spec, rows, norm, "hidden", *place)
+        return self._apply(spec, rows, norm, "hidden", *place)
 
     def labels(
         self,
@@ -81,14 +82,14 @@ class Defence:
         logits: Callable[[torch.Tensor], torch.Tensor],
         *place: object,
     ) -> torch.Tensor:
-        """Labels (M,) that the loss may be of; `logits` is the head, of last hidden states (M, D)."""
+        """Return labels (M,) to compute the loss with; `logits` is the head, of last hidden states (M, D)."""
         spec = self.privacy.labels
         if spec.defence == "none":
             return labels
         generator = self._noise.generator("labels", *place)
         with torch.no_grad():
             return torch.cat([
-                randomised(logits(rows), own, spec.epsilon, generator)
+                randomize_labels(logits(rows), own, spec.epsilon, generator)
                 for rows, own in zip(
                     torch.split(last, LABELS_AT_ONCE), torch.split(labels, LABELS_AT_ONCE), strict=True
                 )
@@ -102,63 +103,49 @@ class Defence:
         head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         *place: object,
     ) -> torch.Tensor:
-        """Gradients (M, D) of last hidden states as they may leave; `head` gives those of other labels."""
+        """Return gradients (M, D) of last hidden states to send; `head` computes those of other labels."""
         spec = self.privacy.gradient
         if spec.defence == "none":
             return rows
         if isinstance(spec.clip_norm, float):
-            norm = spec.clip_norm / len(rows)  # given for the loss of one token; the batch's is a mean
+            norm = spec.clip_norm / len(rows)  # clip_norm is for the loss of one token; the batch's is a mean
         else:
             sample = last[:SAMPLED_ROWS]
             labels = torch.randint(vocab, (len(sample),), generator=torch.Generator().manual_seed(0))
             scale = len(sample) / len(rows)
             norm = typical_norm(head(sample, labels.to(sample.device))) * scale
-        return self._treated(spec, rows, norm, "gradient", *place)
+        return self._apply(spec, rows, norm, "gradient", *place)
 
-    def _treated(self, spec: RowDefenceSpec, rows: torch.Tensor, norm: float, *place: object) -> torch.Tensor:
+    def _apply(self, spec: RowDefenceSpec, rows: torch.Tensor, norm: float, *place: object) -> torch.Tensor:
         return DEFENCES[spec.defence](rows, norm, spec.noise, self._noise.generator(*place))
 
 
 def with_site(privacy: PrivacySpec, site: SiteBoundsSpec) -> PrivacySpec:
-    """The run's defences, with at least the noise that the site insists on."""
+    """Return the run's defences, with at least the noise that the site requires."""
     hidden = privacy.hidden
     if hidden.noise >= site.min_noise:
         return privacy
-    kind = hidden.defence if hidden.defence in ("gaussian", "laplace") else site.defence
+    kind = hidden.defence if hidden.noise else site.defence
     raised = hidden.model_copy(update={"defence": kind, "noise": site.min_noise})
     return privacy.model_copy(update={"hidden": raised})
 
 
 def promises(privacy: PrivacySpec, width: int, tokens: int, passes: float) -> list[str]:
-    """What a run's defences promise, one sentence each, with epsilon for a row and for a whole text.
+    """Say what a run's defences guarantee, one sentence each, with epsilon for a row and for a whole text.
 
-    `tokens` is the longest text, `passes` how often a text leaves its client.
+    `tokens` is the longest text, `passes` how often a client sends a text.
     """
-    said = []
-    for what, spec in (("hidden states", privacy.hidden), ("returning gradients", privacy.gradient)):
-        if spec.defence == "none":
-            continue
-        norm = "the public median norm" if isinstance(spec.clip_norm, str) else f"norm {spec.clip_norm:g}"
-        if spec.defence == "clip":
-            said.append(f"Rows of {what} are clipped to {norm}: this alone promises nothing.")
-            continue
-        rows = max(1, round(tokens * passes))
-        one, whole = (
-            row_epsilon(spec.defence, spec.noise, width, privacy.delta, count) for count in (1, rows)
-        )
-        at = f" at delta {privacy.delta:g}" if spec.defence == "gaussian" else ""
-        said.append(
-            f"Rows of {what} are clipped to {norm} and carry {spec.defence} noise {spec.noise:g}: local "
-            f"differential privacy with epsilon {one:,.3g} for one row{at}, {whole:,.3g} for a text "
-            f"of {tokens} tokens over the whole run"
-            + (f"{meaning(one)}." if what == "hidden states" else f", of its labels alone{meaning(one)}.")
-        )
+    said = [
+        _promise_of_rows(kind, spec, width, privacy.delta, tokens, passes)
+        for kind, spec in (("hidden states", privacy.hidden), ("returning gradients", privacy.gradient))
+        if spec.defence != "none"
+    ]
     if privacy.labels.defence == "randomised":
         epsilon = privacy.labels.epsilon
         said.append(
             "Labels are randomised before the loss: local differential privacy with epsilon "
             f"{epsilon:,.3g} for one label in one pass, {epsilon * passes:,.3g} over the whole run"
-            f"{meaning(epsilon * passes)}, as far as gradients tell it; tokens stand in hidden states too."
+            f"{_caveat(epsilon * passes)}, of what gradients reveal; hidden states contain the tokens too."
         )
     updates = privacy.updates
     if updates.clip_norm is not None and not updates.noise_multiplier:
@@ -177,6 +164,24 @@ def promises(privacy: PrivacySpec, width: int, tokens: int, passes: float) -> li
     return said
 
 
-def meaning(epsilon: float) -> str:
-    """How to read an epsilon that is too large to mean anything."""
-    return " (no meaningful promise: attacks are what to judge it by)" if epsilon > 10 else ""
+def _promise_of_rows(
+    kind: str, spec: RowDefenceSpec, width: int, delta: float, tokens: int, passes: float
+) -> str:
+    norm = "the public median norm" if isinstance(spec.clip_norm, str) else f"norm {spec.clip_norm:g}"
+    if spec.defence == "clip":
+        return f"Rows of {kind} are clipped to {norm}, which by itself guarantees nothing."
+    one, whole = (
+        row_epsilon(spec.defence, spec.noise, width, delta, rows)
+        for rows in (1, max(1, round(tokens * passes)))
+    )
+    at = f" at delta {delta:g}" if spec.defence == "gaussian" else ""
+    labels_only = "" if kind == "hidden states" else ", of its labels alone"
+    return (
+        f"Rows of {kind} are clipped to {norm} and have {spec.defence} noise {spec.noise:g}: local "
+        f"differential privacy with epsilon {one:,.3g} for one row{at}, {whole:,.3g} for a text "
+        f"of {tokens} tokens over the whole run{labels_only}{_caveat(one)}."
+    )
+
+
+def _caveat(epsilon: float) -> str:
+    return " (no meaningful promise: judge it by attacks)" if epsilon > 10 else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from splitft.audit.attacks.inverter import fit_context, fit_linear, nearest_embedding, read
+from splitft.audit.attacks.inverter import InverterTraining, fit_context, fit_linear, nearest_embedding, read
 
 VOCAB, WIDTH = 60, 16
 
@@ -39,7 +39,8 @@ def test_a_transformer_undoes_the_context_that_a_linear_map_cannot():
     embedding, tokens, hidden = world(0, 120)
     linear = fit_linear(hidden.flatten(0, 1), tokens.flatten(), embedding)
     generator = torch.Generator().manual_seed(0)
-    context = fit_context(linear, hidden, tokens, generator, steps=60, lr=5e-3, batch=16, width=64)
+    training = InverterTraining(steps=60, lr=5e-3, batch=16, width=64)
+    context = fit_context(linear, hidden, tokens, generator, training=training)
     _, private, seen = world(1, 20)
     by_linear = right(read([linear.logits(one) for one in seen]), private)
     by_context = right(read([context.logits(one) for one in seen]), private)

@@ -1,35 +1,40 @@
-"""All attacks, by name, on what a server has seen of a run.
+"""All attacks by name, and what an attacker has to run them with.
 
-    Seen, and what the attacker knows --ATTACKS[name]--> what was read of each text, in tokens
+    Observations, Attacker --ATTACKS[name].run--> tokens read of each text
 
     nearest          the input embedding nearest to a hidden state; no training, no model run
     linear           a linear inverter learnt on public text
     transformer      a small transformer learnt on public text
     matching         candidates run through the public model, left to right
-    prediction       the likeliest label by the server's own last hidden state: reads no gradient at all
+    prediction       the likeliest label by the server's own last hidden state, without any gradient
     head gradient    labels off the gradient that the client returns (`labels: client`)
     cut gradient     labels off the gradient at the cut alone, learnt on public text
-    labels           read as they are (`labels: server`)
+    labels           the labels themselves (`labels: server`)
 
-The first four read all tokens of a text, from its hidden states; the others read the labels. `prediction` is
-the floor of those: what is done to gradients and labels cannot bring an attacker below what a model that was
-worth training says by itself.
+The first four read all tokens of a text off its hidden states, the others read the labels. `prediction` is
+the floor of those: defences of gradients and labels cannot bring an attacker below what a well-trained model
+predicts by itself. A plug-in adds its own with `ATTACKS.add("mine", Attack(way="hidden", run=function))`.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch.nn import functional
 
-from splitft.audit.attacks.channel import ObservationModel
-from splitft.audit.attacks.inverter import Context, Linear, fit_context, fit_linear, nearest_embedding, read
+from splitft.audit.attacks.inverter import (
+    Context,
+    InverterTraining,
+    Linear,
+    fit_context,
+    fit_linear,
+    nearest_embedding,
+    read,
+)
 from splitft.audit.attacks.labels import (
     CutReader,
     GradientObservationModel,
@@ -38,61 +43,65 @@ from splitft.audit.attacks.labels import (
 )
 from splitft.audit.attacks.matching import Effort, match
 from splitft.audit.attacks.observation import Observation
-from splitft.audit.attacks.replica import PublicModel
+from splitft.audit.attacks.observation_model import ObservationModel
+from splitft.audit.attacks.public_model import PublicModel
+from splitft.cache import KeyedCache
+from splitft.errors import PluginError
+from splitft.privacy.known_leakage import Way
+from splitft.registry import Registry
 
 TOGETHER = 16
 """Public texts run at one time."""
 PREDICTED = 128
-"""Positions whose logits exist at one time."""
+"""Positions whose logits are in memory at one time."""
 
 
 @dataclass
 class Attacker:
-    """What the attacker knows and can do at one cut, and what it has learnt on public text."""
+    """Knowledge and resources of an attacker at one cut, and what it has learnt on public text."""
 
-    replica: PublicModel
+    public_model: PublicModel
     """The public model, with the global adapters."""
     public: torch.Tensor
     """(B, T) tokens of public texts, all of one length."""
-    channel: ObservationModel
-    """What is known of the way of hidden states."""
-    gradients: Callable[[Observation], GradientObservationModel] = lambda seen: GradientObservationModel()
-    """What is known of the way of a batch's gradients."""
+    hidden_model: ObservationModel
+    """The known part of what happens to hidden states before they are observed."""
+    gradient_model: Callable[[Observation], GradientObservationModel] = lambda batch: (
+        GradientObservationModel()
+    )
+    """The same of a batch's gradients."""
     effort: Effort = Effort()  # noqa: RUF009 frozen
     training_steps: int = 150
-    """Of the transformer."""
+    """Steps of training the transformer."""
     gradient_texts: int = 32
     """Public texts whose gradients at the cut are computed."""
     cache: Path | None = None
-    """Folder where trained inverters are kept."""
+    """Folder in which trained inverters are kept."""
     seed: int = 0
     _learnt: dict[str, object] = field(default_factory=dict)
 
     def hidden(self) -> torch.Tensor:
-        """Public hidden states as they would be seen, but for the noise, (B, T, D)."""
+        """Return public hidden states as they would be observed without noise, (B, T, D)."""
         if "hidden" not in self._learnt:
-            rows = torch.cat(
-                [self.replica.hidden(part) for part in torch.split(self.public, TOGETHER)]
-            ).float()
-            self._learnt["hidden"] = self.channel.repeated(rows.flatten(0, 1)).view_as(rows)
+            parts = [self.public_model.hidden(part) for part in torch.split(self.public, TOGETHER)]
+            rows = torch.cat(parts).float()
+            self._learnt["hidden"] = self.hidden_model.without_noise(rows.flatten(0, 1)).view_as(rows)
         found = self._learnt["hidden"]
         assert isinstance(found, torch.Tensor)
         return found
 
     def linear(self) -> Linear:
-        """The linear inverter."""
+        """Return the linear inverter."""
         if "linear" not in self._learnt:
-            rows = self.hidden().flatten(0, 1)
-            embedding = self.replica.embedding
-            self._learnt["linear"] = fit_linear(
-                rows, self.public.flatten(), embedding, self.channel.deviation
-            )
+            rows, tokens = self.hidden().flatten(0, 1), self.public.flatten()
+            embedding, deviation = self.public_model.embedding, self.hidden_model.deviation
+            self._learnt["linear"] = fit_linear(rows, tokens, embedding, deviation)
         found = self._learnt["linear"]
         assert isinstance(found, Linear)
         return found
 
     def transformer(self) -> Context:
-        """The transformer, from the cache if it was trained before."""
+        """Return the transformer, from the cache if it was trained before."""
         if "transformer" not in self._learnt:
             self._learnt["transformer"] = self._cached_transformer()
         found = self._learnt["transformer"]
@@ -100,48 +109,44 @@ class Attacker:
         return found
 
     def _cached_transformer(self) -> Context:
-        linear, hidden = self.linear(), self.hidden()
-        facts = (hidden.shape, self.channel.deviation, self.training_steps, self.seed)
-        digest = hashlib.sha256(repr(facts).encode() + hidden[:, ::7].contiguous().numpy().tobytes())
-        file = None if self.cache is None else self.cache / f"{digest.hexdigest()[:24]}.safetensors"
-        if file is not None and file.is_file():
+        linear, hidden, deviation = self.linear(), self.hidden(), self.hidden_model.deviation
+
+        def train() -> Context:
+            generator = torch.Generator().manual_seed(self.seed)
+            training = InverterTraining(self.training_steps)
+            return fit_context(linear, hidden, self.public, generator, deviation, training)
+
+        def load(data: bytes) -> Context:
             context = Context(linear)
-            try:
-                context.load_state_dict(safetensors.load_file(file))
-                return context.eval()
-            except (SafetensorError, RuntimeError, OSError):
-                pass  # torn or of another version: train it anew
-        generator = torch.Generator().manual_seed(self.seed)
-        context = fit_context(
-            linear, hidden, self.public, generator, self.channel.deviation, self.training_steps
-        )
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            draft = file.with_suffix(f".{id(context)}.draft")
-            safetensors.save_file(context.state_dict(), draft)
-            draft.replace(file)
-        return context
+            context.load_state_dict(safetensors.load(data))
+            return context.eval()
+
+        if self.cache is None:
+            return train()
+        kept = KeyedCache(self.cache, lambda one: safetensors.save(one.state_dict()), load, ".safetensors")
+        facts = repr((hidden.shape, deviation, self.training_steps, self.seed)).encode()
+        return kept.cached(facts + hidden[:, ::7].contiguous().numpy().tobytes(), train)
 
     def best_guesses(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Log-probabilities of the best inverter that there is already."""
+        """Return log-probabilities (T_b, V) of the best inverter trained so far, for each sequence."""
         inverter = self._learnt.get("transformer") or self.linear()
         assert isinstance(inverter, Context | Linear)
         return [inverter.logits(one.float()) for one in sequences]
 
     def cut_reader(self) -> CutReader:
-        """The map from gradients at the cut to labels, learnt on public texts."""
+        """Return the map from gradients at the cut to labels, learnt on public texts."""
         if "cut reader" not in self._learnt:
             gradients, labels = [], []
             for part in torch.split(self.public[: self.gradient_texts], 4):
-                at_cut = self.replica.hidden(part).detach().requires_grad_()
+                at_cut = self.public_model.hidden(part).detach().requires_grad_()
                 with torch.enable_grad():
-                    last = self.replica.from_cut(at_cut)[:, :-1].flatten(0, 1)
+                    last = self.public_model.from_cut(at_cut)[:, :-1].flatten(0, 1)
                     loss = functional.cross_entropy(
-                        self.replica.segment.logits(last).float(), part[:, 1:].flatten()
+                        self.public_model.segment.logits(last).float(), part[:, 1:].flatten()
                     )
                 gradients.append(torch.autograd.grad(loss, at_cut)[0][:, :-1].flatten(0, 1))
                 labels.append(part[:, 1:].flatten())
-            found = fit_cut_reader(torch.cat(gradients), torch.cat(labels), self.replica.embedding)
+            found = fit_cut_reader(torch.cat(gradients), torch.cat(labels), self.public_model.embedding)
             self._learnt["cut reader"] = found
         found_reader = self._learnt["cut reader"]
         assert isinstance(found_reader, CutReader)
@@ -150,95 +155,114 @@ class Attacker:
 
 Read = list[list[int]]
 """Tokens read of each text."""
-Attack = Callable[[Attacker, Sequence[Observation]], Read | None]
-"""What was read; None where what the attack needs was not seen."""
 
 
-def by_nearest(attacker: Attacker, seen: Sequence[Observation]) -> Read:
-    """By cosine with the input embeddings."""
-    return read([nearest_embedding(attacker.replica.embedding, one) for one in _sequences(seen)])
+@dataclass(frozen=True)
+class Attack:
+    """An attack: what it reads, what it needs, and the function that runs it."""
+
+    way: Way
+    """`hidden` reads whole texts, `labels` the labelled part of texts."""
+    run: Callable[[Attacker, Sequence[Observation]], Read]
+    """Return the tokens read of each text of all batches, in order."""
+    needs: tuple[str, ...] = ()
+    """Optional fields of `Observation` without which it is left out, such as `head_gradient`."""
+    in_short: bool = True
+    """The short audit runs it too."""
+
+    def __post_init__(self) -> None:
+        optional = [one.name for one in fields(Observation) if one.default is None]
+        if self.way not in ("hidden", "labels") or not set(self.needs) <= set(optional):
+            raise PluginError(
+                f"an attack of way {self.way!r} that needs {', '.join(self.needs) or 'nothing'} cannot be "
+                f"run: way is hidden or labels, needs are among {', '.join(optional)}"
+            )
+
+    def possible(self, batches: Sequence[Observation]) -> bool:
+        """Return whether all that it needs was observed."""
+        return all(getattr(batch, name) is not None for batch in batches for name in self.needs)
 
 
-def by_linear(attacker: Attacker, seen: Sequence[Observation]) -> Read:
-    """With the linear inverter."""
-    return read([attacker.linear().logits(one.float()) for one in _sequences(seen)])
+def by_nearest(attacker: Attacker, batches: Sequence[Observation]) -> Read:
+    """Read the tokens of the nearest input embeddings, by cosine."""
+    embedding = attacker.public_model.embedding
+    return read([nearest_embedding(embedding, one) for one in _sequences(batches)])
 
 
-def by_transformer(attacker: Attacker, seen: Sequence[Observation]) -> Read:
-    """With the transformer."""
-    return read([attacker.transformer().logits(one.float()) for one in _sequences(seen)])
+def by_linear(attacker: Attacker, batches: Sequence[Observation]) -> Read:
+    """Read with the linear inverter."""
+    return read([attacker.linear().logits(one) for one in _sequences(batches)])
 
 
-def by_matching(attacker: Attacker, seen: Sequence[Observation]) -> Read:
-    """By running candidates."""
-    sequences = _sequences(seen)
-    return match(
-        sequences, attacker.replica, attacker.best_guesses(sequences), attacker.channel, attacker.effort
-    )
+def by_transformer(attacker: Attacker, batches: Sequence[Observation]) -> Read:
+    """Read with the transformer."""
+    return read([attacker.transformer().logits(one) for one in _sequences(batches)])
 
 
-def by_prediction(attacker: Attacker, seen: Sequence[Observation]) -> Read | None:
-    """What the model expects, at the last hidden states that the server itself has made."""
+def by_matching(attacker: Attacker, batches: Sequence[Observation]) -> Read:
+    """Read by running candidates."""
+    sequences = _sequences(batches)
+    guesses = attacker.best_guesses(sequences)
+    return match(sequences, attacker.public_model, guesses, attacker.hidden_model, attacker.effort)
+
+
+def by_prediction(attacker: Attacker, batches: Sequence[Observation]) -> Read:
+    """Predict the labels from the last hidden states, which the server itself has computed."""
     found: Read = []
-    for batch in seen:
-        if batch.last is None:
-            return None
+    for batch in batches:
+        assert batch.last is not None
         rows = torch.split(batch.last, PREDICTED)
         with torch.no_grad():
-            labels = torch.cat([attacker.replica.segment.logits(part).argmax(-1) for part in rows])
+            labels = torch.cat([attacker.public_model.segment.logits(part).argmax(-1) for part in rows])
         found += batch.by_sequence(labels)
     return found
 
 
-def by_head_gradient(attacker: Attacker, seen: Sequence[Observation]) -> Read | None:
-    """Labels off what the client returns."""
+def by_head_gradient(attacker: Attacker, batches: Sequence[Observation]) -> Read:
+    """Read labels off the gradients that the client returns."""
     found: Read = []
-    for batch in seen:
-        if batch.last is None or batch.head_gradient is None:
-            return None
-        head = attacker.replica.segment
-        labels = read_head_gradient(head, batch.last, batch.head_gradient, attacker.gradients(batch))
-        found += batch.by_sequence(labels)
+    for batch in batches:
+        assert batch.last is not None
+        assert batch.head_gradient is not None
+        head, model = attacker.public_model.segment, attacker.gradient_model(batch)
+        found += batch.by_sequence(read_head_gradient(head, batch.last, batch.head_gradient, model))
     return found
 
 
-def by_cut_gradient(attacker: Attacker, seen: Sequence[Observation]) -> Read | None:
-    """Labels off the gradient at the cut alone."""
+def by_cut_gradient(attacker: Attacker, batches: Sequence[Observation]) -> Read:
+    """Read labels off the gradient at the cut alone."""
     found: Read = []
-    for batch in seen:
-        if batch.cut_gradient is None:
-            return None
+    for batch in batches:
+        assert batch.cut_gradient is not None
         found += batch.by_sequence(attacker.cut_reader().read(batch.cut_gradient[batch.labelled_rows()]))
     return found
 
 
-def by_labels(attacker: Attacker, seen: Sequence[Observation]) -> Read | None:
-    """The labels as they came."""
+def by_labels(attacker: Attacker, batches: Sequence[Observation]) -> Read:
+    """Return the labels as they were sent."""
     found: Read = []
-    for batch in seen:
-        if batch.labels is None:
-            return None
+    for batch in batches:
+        assert batch.labels is not None
         found += batch.by_sequence(batch.labels)
     return found
 
 
-HIDDEN_ATTACKS: Mapping[str, Attack] = {
-    "nearest": by_nearest,
-    "linear": by_linear,
-    "transformer": by_transformer,
-    "matching": by_matching,
-}
-"""Attacks on hidden states at the cut; each reads whole texts."""
-LABEL_ATTACKS: Mapping[str, Attack] = {
-    "prediction": by_prediction,
-    "head gradient": by_head_gradient,
-    "cut gradient": by_cut_gradient,
-    "labels": by_labels,
-}
-"""Attacks on what depends on the labels; each reads the labelled part of texts."""
-ATTACKS: Mapping[str, Attack] = {**HIDDEN_ATTACKS, **LABEL_ATTACKS}
-"""Every attack by name."""
+def _sequences(batches: Sequence[Observation]) -> list[torch.Tensor]:
+    return [rows.float() for batch in batches for rows in batch.sequences()]
 
 
-def _sequences(seen: Sequence[Observation]) -> list[torch.Tensor]:
-    return [rows.float() for batch in seen for rows in batch.sequences()]
+ATTACKS: Registry[Attack] = Registry(
+    "attack",
+    "splitft.attacks",
+    {
+        "nearest": Attack("hidden", by_nearest),
+        "linear": Attack("hidden", by_linear),
+        "transformer": Attack("hidden", by_transformer, in_short=False),
+        "matching": Attack("hidden", by_matching),
+        "prediction": Attack("labels", by_prediction, needs=("last",), in_short=False),
+        "head gradient": Attack("labels", by_head_gradient, needs=("last", "head_gradient")),
+        "cut gradient": Attack("labels", by_cut_gradient, needs=("cut_gradient",), in_short=False),
+        "labels": Attack("labels", by_labels, needs=("labels",)),
+    },
+)
+"""All attacks by name, in the order in which they run: matching uses the inverters trained before it."""

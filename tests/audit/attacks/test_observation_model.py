@@ -1,4 +1,4 @@
-"""The attacker's idea of noise and rounding."""
+"""The attacker's model of noise and rounding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_right_row_fits_under_noise_and_a_wrong_one_does_not():
 
 
 def test_candidates_are_clipped_and_rounded_as_the_client_does():
-    channel = ObservationModel(rounding=1e-5, repeated=lambda rows: rows.clamp(-1, 1))
+    channel = ObservationModel(rounding=1e-5, without_noise=lambda rows: rows.clamp(-1, 1))
     assert channel.misfit(torch.tensor([[1.0, -1.0]]), torch.tensor([[[7.0, -3.0]]])).item() == 0.0
 
 

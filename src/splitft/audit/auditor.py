@@ -30,7 +30,7 @@ from splitft.config import RunConfig, load
 from splitft.model.quiet import silence_transformers
 from splitft.privacy.known_leakage import Setting
 from splitft.run.folder import Run
-from splitft.run.setup import RunInputs, gather
+from splitft.run.inputs import RunInputs, gather
 from splitft.training.checkpoint import latest, load_snapshot
 
 

@@ -19,7 +19,7 @@ from splitft.config import dump, from_mapping
 from splitft.errors import DataError
 from splitft.model import open_model
 from splitft.privacy.known_leakage import Setting
-from splitft.run.setup import gather
+from splitft.run.inputs import gather
 from splitft.specs import ModelSpec
 
 TINY = replace(
