@@ -52,7 +52,7 @@ def workload(stream: BatchStream, steps: range) -> Workload:
     count = len(batches)
     sequences = sum(len(batch.lengths) for batch in batches)
     return Workload(
-        tokens=sum(batch.real_tokens for batch in batches) / count,
+        tokens=sum(sum(batch.lengths) for batch in batches) / count,
         labelled_tokens=sum(batch.labelled_tokens for batch in batches) / count,
         sequences=sequences / count,
         padded_length=sum(batch.tokens.numel() for batch in batches) / sequences,

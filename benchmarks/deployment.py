@@ -97,7 +97,7 @@ def real_step(path: Path, seed: int, steps: int) -> tuple[list[float], float]:
         began = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - began)
-    tokens = statistics.mean(stream.batch(number).real_tokens for number in range(1, steps + 1))
+    tokens = statistics.mean(sum(stream.batch(number).lengths) for number in range(1, steps + 1))
     return seconds, tokens * row / MB
 
 

@@ -116,7 +116,7 @@ def main() -> None:
             raise SystemExit(f"{name}: real frames differ from those counted by {differing} bytes")
         tokens, padded, labelled = (
             sum(map(count, batches))
-            for count in (lambda b: b.real_tokens, lambda b: b.tokens.numel(), lambda b: b.labelled_tokens)
+            for count in (lambda b: sum(b.lengths), lambda b: b.tokens.numel(), lambda b: b.labelled_tokens)
         )
         facts[name] = (
             f"{len(batches)} batches of {chosen.batch_size}, {tokens:,} tokens ({padded:,} padded), "

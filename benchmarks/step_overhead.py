@@ -196,7 +196,7 @@ def main() -> None:
     batches = [stream.batch(step) for step in range(2, steps + 2)]
     tokens, padded, labelled = (
         sum(count(batch) for batch in batches)
-        for count in (lambda b: b.real_tokens, lambda b: b.tokens.numel(), lambda b: b.labelled_tokens)
+        for count in (lambda b: sum(b.lengths), lambda b: b.tokens.numel(), lambda b: b.labelled_tokens)
     )
     rows = [
         (

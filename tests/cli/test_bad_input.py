@@ -7,7 +7,7 @@ import json
 import pytest
 
 from runs import adapter_bytes, invoke, settings_file
-from splitft.schedule.controllers import CONTROLLERS, Decision
+from splitft.schedule.controllers import CONTROLLERS, Controller, Decision
 
 
 @pytest.fixture
@@ -165,12 +165,12 @@ def test_a_client_that_holds_not_even_the_shallowest_cut_is_named_with_what_it_l
 def test_a_controller_that_gives_an_impossible_cut_is_named_and_nothing_trains(
     tmp_path, file, monkeypatch, cut
 ):
-    def broken(situation):
-        given = {client.name: 1 for client in situation.clients}
+    def broken(problem):
+        given = {client.name: 1 for client in problem.clients}
         given["client-2"] = cut
         return Decision({name: one for name, one in given.items() if one is not None}, "as it happens")
 
-    monkeypatch.setitem(CONTROLLERS, "paper", broken)
+    monkeypatch.setitem(CONTROLLERS._things, "paper", Controller(broken))
     asked = ("clients.cuts=auto", "schedule.controller=paper")
     said = f"controller 'paper' gives client 'client-2' cut {cut}, but cuts 1 to 3 fit"
     if cut is None:
@@ -185,11 +185,11 @@ def test_a_controller_that_gives_an_impossible_cut_is_named_and_nothing_trains(
 
 
 def test_a_controller_that_errs_while_training_leaves_the_rounds_before(tmp_path, file, monkeypatch):
-    def broken(situation):
-        known = all(client.loss is not None for client in situation.clients)
-        return Decision({client.name: 9 if known else 1 for client in situation.clients}, "as it happens")
+    def broken(problem):
+        known = all(client.loss is not None for client in problem.clients)
+        return Decision({client.name: 9 if known else 1 for client in problem.clients}, "as it happens")
 
-    monkeypatch.setitem(CONTROLLERS, "paper", broken)
+    monkeypatch.setitem(CONTROLLERS._things, "paper", Controller(broken))
     out = tmp_path / "out"
     asked = ("clients.cuts=auto", "schedule.controller=paper", "training.rounds=2")
     _assert_one_message(

@@ -1,4 +1,4 @@
-"""Records by name: what is read, and what is said when it cannot be."""
+"""Corpora by name: what is read, and the error when it cannot be."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pyarrow import parquet
 from splitft.data.corpora import Record, read_records
 from splitft.errors import DataError
 from splitft.specs import DataSpec
+from splitft.specs.data import SOURCES
 
 ROWS = [
     {"q": "one and one?", "a": "two", "site": "north"},
@@ -236,3 +237,43 @@ def test_an_unreadable_file_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match="cannot be read: Permission denied"):
         read_records(DataSpec(source=str(path)))
+
+
+@pytest.fixture
+def added():
+    yield lambda source: SOURCES.add("mine", source)
+    SOURCES._things.pop("mine", None)
+
+
+def test_a_source_of_a_plug_in_is_read_by_its_name_with_what_follows_the_colon(added):
+    calls = []
+
+    def rows(spec, wanted):
+        calls.append((spec.source_argument, list(wanted)))
+        return ROWS
+
+    added(rows)
+    for source in ("mine", "mine:a b:c"):
+        records = read_records(DataSpec(source=source, prompt="q", completion="a"), column="site")
+        assert records == tuple(Record(row["a"], row["q"], row["site"]) for row in ROWS)
+    assert calls == [("", ["a", "q", "site"]), ("a b:c", ["a", "q", "site"])]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["a"], "mine:x: row 1 is a str; the data source 'mine' must give mappings"),
+        ([{"text": "a"}, {"texts": "b"}], "row 2 has no column 'text'; .* did you mean 'texts'"),
+        ([{"text": 3}], "row 1 holds a int in the column 'text'"),
+        ([], "holds no text"),
+    ],
+)
+def test_rows_of_a_plug_in_that_cannot_be_used_are_named(added, rows, message):
+    added(lambda spec, wanted: rows)
+    with pytest.raises(DataError, match=message):
+        read_records(DataSpec(source="mine:x"))
+
+
+def test_the_embedded_text_takes_nothing_after_a_colon():
+    with pytest.raises(DataError, match="python-docs takes nothing after a colon"):
+        read_records(DataSpec(source="python-docs:x"))

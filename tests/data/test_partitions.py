@@ -1,16 +1,15 @@
-"""Who gets which text: laws of every partition, and what each promises."""
+"""Partitions: properties of every division, and of each one."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitft.data.partitions import PARTITIONS, divide, length_classes, values_of
+from splitft.data.partitions import PARTITIONS, Partition, divide, length_classes, values_of
 from splitft.data.text import Example
 from splitft.errors import DataError
 from splitft.specs import SharesSpec
@@ -22,10 +21,6 @@ def _examples(lengths, labels="abc") -> list[Example]:
 
 def _spec(by: str, alpha: float = 0.5, classes: int = 8) -> SharesSpec:
     return SharesSpec(by=by, alpha=alpha, classes=classes, column="topic")
-
-
-def test_every_partition_of_the_configuration_is_there_and_no_other():
-    assert set(PARTITIONS) == set(get_args(SharesSpec.model_fields["by"].annotation))
 
 
 @given(
@@ -155,3 +150,36 @@ def test_examples_without_labels_cannot_be_divided_by_them(by):
 def test_a_division_by_column_must_name_the_column(by):
     with pytest.raises(ValueError, match="give `column` too"):
         SharesSpec(by=by)
+
+
+@pytest.fixture
+def added():
+    yield lambda divide, **facts: PARTITIONS.add("mine", Partition(divide, **facts))
+    PARTITIONS._things.pop("mine", None)
+
+
+def test_a_partition_of_a_plug_in_divides_by_its_name(added):
+    added(lambda examples, clients, spec, generator: [range(1), range(1, len(examples))])
+    assert divide(_examples([5] * 6), 2, _spec("mine"), minimum=1) == ((0,), (1, 2, 3, 4, 5))
+    assert list(map(len, divide(_examples([5] * 6), 2, _spec("mine"), minimum=3))) == [3, 3]
+    assert "mine" in SharesSpec.model_json_schema()["properties"]["by"]["enum"]
+
+
+def test_a_partition_of_a_plug_in_that_needs_a_column_asks_for_it(added):
+    added(lambda examples, clients, spec, generator: [], needs_column=True)
+    with pytest.raises(ValueError, match="by: mine divides by the values of a column"):
+        SharesSpec(by="mine")
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([[0, 1, 2, 3]], "'mine' gives 1 shares for 2 clients"),
+        ([[0, 1], [1, 2, 3]], "each of 4 examples to exactly one client.* it gives 5"),
+        ([[0, 1], [2]], "it gives 3"),
+    ],
+)
+def test_a_partition_of_a_plug_in_loses_and_repeats_nothing(added, parts, message):
+    added(lambda examples, clients, spec, generator: parts)
+    with pytest.raises(DataError, match=message):
+        divide(_examples([5] * 4), 2, _spec("mine"))

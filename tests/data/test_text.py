@@ -57,7 +57,7 @@ def test_a_batch_is_its_examples_padded_on_the_right(examples):
     batch = Batch.of(examples)
     assert batch.tokens.dtype == torch.int64
     assert batch.tokens.shape == (len(examples), max(map(len, examples)))
-    assert batch.real_tokens == sum(map(len, examples))
+    assert batch.lengths == tuple(map(len, examples))
     for row, example in zip(batch.tokens.tolist(), examples, strict=True):
         assert row == list(example.tokens) + [0] * (len(row) - len(example))
 

@@ -1,4 +1,4 @@
-"""Controllers: what none may do, and what each promises; brute force is the oracle of makespan."""
+"""Controllers: the limits of all, the properties of each; brute force is the oracle of makespan."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from schedule.cases import client, costs, option, problems
-from splitft.errors import ScheduleError
-from splitft.schedule.controllers import CONTROLLERS, Decision, checked, choose
+from splitft.errors import PluginError, ScheduleError
+from splitft.schedule.controllers import CONTROLLERS, Controller, Decision, checked, choose
 from splitft.schedule.makespan import best_cuts, predicted_round_s
 from splitft.schedule.problem import (
     ClientChoices,
@@ -20,6 +20,7 @@ from splitft.schedule.problem import (
     feasible,
     problem_of,
 )
+from splitft.specs import ScheduleSpec
 
 every_controller = pytest.mark.parametrize("controller", sorted(set(CONTROLLERS) - {"fixed"}))
 
@@ -111,7 +112,7 @@ def test_makespan_moves_only_if_the_gain_pays_for_the_move(problem):
 @pytest.mark.parametrize("controller", ["fixed", "resources", "makespan"])
 @given(problem=problems())
 def test_with_constant_inputs_cuts_change_once_at_most(controller, problem):
-    decide = CONTROLLERS[controller]
+    decide = CONTROLLERS[controller].choose
     first = decide(problem).cuts
     later = _moved(problem, first)
     for _ in range(5):
@@ -125,7 +126,7 @@ def test_a_slower_client_never_gets_a_deeper_cut(problem, times, data):
     slower = _slower(problem, name, times)
     assert best_cuts(slower, feasible(slower))[name] <= best_cuts(problem, feasible(problem))[name]
     for controller in ("resources", "paper"):
-        decide = CONTROLLERS[controller]
+        decide = CONTROLLERS[controller].choose
         assert decide(slower).cuts[name] <= decide(problem).cuts[name]
 
 
@@ -145,7 +146,7 @@ def test_with_predicted_costs_too_makespan_is_exact_and_a_slower_client_is_not_d
 
 @given(problems())
 def test_resources_puts_no_more_blocks_on_clients_than_given_or_needed(problem):
-    cuts = CONTROLLERS["resources"](problem).cuts
+    cuts = CONTROLLERS["resources"].choose(problem).cuts
     given_blocks = sum(one.current for one in problem.clients)
     least = sum(found.cuts[0] for found in feasible(problem).values())
     assert sum(cuts.values()) <= max(given_blocks, least)
@@ -238,8 +239,35 @@ def test_an_impossible_decision_does_not_get_out():
         checked("mine", problem, Decision({"a": 2}, ""))
     with pytest.raises(ScheduleError, match="cuts a 2, b 1 the server needs 15 GB of memory and has 14 GB"):
         checked("mine", replace(problem, server_memory_bytes=14e9), Decision({"a": 2, "b": 1}, ""))
-    with pytest.raises(ScheduleError, match=r"no controller 'makespam'.*did you mean 'makespan'"):
+    with pytest.raises(PluginError, match=r"no controller is called 'makespam'; did you mean makespan"):
         choose("makespam", problem)
+
+
+@pytest.fixture
+def added():
+    yield lambda choose: CONTROLLERS.add("mine", Controller(choose))
+    CONTROLLERS._things.pop("mine", None)
+
+
+def test_a_controller_of_a_plug_in_chooses_by_its_name(added):
+    added(lambda problem: Decision({one.name: one.options[0].cut for one in problem.clients}, "mine"))
+    assert choose("mine", _three([1.0, 2.0, 3.0])).cuts == {"a": 1, "b": 1, "c": 1}
+    assert ScheduleSpec(controller="mine").adaptive
+    assert "mine" in ScheduleSpec.model_json_schema()["properties"]["controller"]["enum"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda problem: {"a": 1}, "'mine' returned a dict, not a Decision"),
+        (lambda problem: 1 // 0, "'mine' failed: ZeroDivisionError"),
+        (lambda problem: Decision({"a": 1, "b": 1.5, "c": 1}, ""), "gives client 'b' cut 1.5, but"),
+    ],
+)
+def test_a_controller_of_a_plug_in_that_fails_is_named(added, broken, message):
+    added(broken)
+    with pytest.raises(ScheduleError, match=message):
+        choose("mine", _three([1.0, 2.0, 3.0]))
 
 
 def test_prices_that_rise_with_depth_at_the_server_are_refused():
@@ -254,11 +282,9 @@ def test_numbers_that_mean_nothing_are_refused(fields):
         ClientChoices("a", 1, (option(1, 1, 1),), **fields)
 
 
-def test_the_whole_model_moves_to_a_client_only_where_that_is_allowed():
+def test_no_controller_moves_the_whole_model_to_a_client():
     members = [client("a", 100.0), client("b", 100.0)]
     assert choose("makespan", problem_of(costs(), members, [1, 1], 100)).cuts == {"a": 5, "b": 5}
-    whole = problem_of(costs(), members, [1, 1], 100, whole_allowed=True)
-    assert choose("makespan", whole).cuts == {"a": 6, "b": 6}
 
 
 def test_clients_have_names_of_their_own():

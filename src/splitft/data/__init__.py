@@ -1,1 +1,1 @@
-"""Text: where it comes from, who gets which share, and how it becomes batches."""
+"""Text: read it, divide it among clients, tokenise it and batch it."""

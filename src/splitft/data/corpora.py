@@ -1,13 +1,14 @@
-"""Read text by name: the embedded text, a local file, or a data set of the Hugging Face hub.
+"""Read a corpus by name: the embedded text, a local file, a data set of the Hugging Face hub, or a plug-in's.
 
-    python-docs                     the Python language reference, which every CPython carries; column `topic`
+    python-docs                     the Python language reference, a part of CPython; column `topic`
     *.txt                           paragraphs between blank lines; without blank lines, lines
     *.jsonl  *.csv  *.tsv  *.parquet   rows with named columns
     owner/name, name                a hub data set, through `datasets`
+    NAME, NAME:anything             a source of a plug-in: `SOURCES.add("NAME", function)`
 
-Each becomes records: a text, or a prompt and its completion, with the value of one more column if shares
+Each row becomes a record: a text, or a prompt and its completion, with the value of one more column if shares
 are divided by it. Local files are read in place; nothing is copied into a cache. A blank text stays a
-record, so that who turns records into tokens can count what was left out.
+record, so that `tokenise` can count it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ import numpy as np
 from splitft.errors import DataError
 from splitft.seeds import Draw
 from splitft.specs import DataSpec
+from splitft.specs.data import SOURCES
+
+EMBEDDED = frozenset({"python-docs"})
+"""Sources that are part of every installation, so that each site has the same text and nobody's own."""
 
 SHORTEST_PARAGRAPH = 20
 """Characters under which a paragraph of the embedded text is skipped: headings, `See also:`."""
@@ -38,7 +43,7 @@ UNDERLINE = re.compile(r"^\s*([*=\-~^\"])\1{3,}\s*$", re.MULTILINE)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 Row = tuple[str, Mapping[str, object]]
-"""Where a row stands, in the user's words (`line 7`), and its values by column."""
+"""The place of a row in the user's words (`line 7`), and its values by column."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,11 @@ class Record:
     """One row of a corpus."""
 
     text: str
-    """What carries the loss: the whole text, or the completion."""
+    """The text that carries the loss: the whole text, or the completion."""
     prompt: str | None = None
-    """What comes before a completion and carries no loss; None for plain text."""
+    """The text before a completion, without loss; None for plain text."""
     label: str | None = None
-    """Value of the column that shares are divided by, if one was asked for."""
+    """Value of the column that shares are divided by, if one was given."""
 
 
 def read_records(spec: DataSpec, column: str | None = None, seed: int = 0) -> tuple[Record, ...]:
@@ -87,19 +92,19 @@ def read_records(spec: DataSpec, column: str | None = None, seed: int = 0) -> tu
 
 
 def _rows(spec: DataSpec, wanted: Sequence[str]) -> Iterable[Row]:
-    """The rows of a source, each with at least the wanted columns."""
-    if spec.source in EMBEDDED:
-        return EMBEDDED[spec.source](wanted)
+    """Return the rows of a source, each with at least the wanted columns."""
+    if spec.source_name is not None:
+        return _named(spec, spec.source_name, wanted)
     path = Path(spec.source).expanduser()
     reader = READERS.get(path.suffix.lower())
     if path.is_file() and reader is not None:
         return reader(path, wanted)
     if reader is None and not path.exists() and HUB_ID.fullmatch(spec.source):
-        if hint := _nearest(spec.source, list(EMBEDDED)):
+        if hint := _nearest(spec.source, list(SOURCES)):
             raise DataError(f"there is no text named {spec.source!r}{hint}")
         return _hub(spec, wanted)
-    beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-    readable = sorted(name for name in beside if Path(name).suffix.lower() in READERS)
+    siblings = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    readable = sorted(name for name in siblings if Path(name).suffix.lower() in READERS)
     if path.is_dir():
         raise DataError(f"{path} is a folder; give one file in it ({', '.join(READERS)})")
     if path.exists():
@@ -107,23 +112,38 @@ def _rows(spec: DataSpec, wanted: Sequence[str]) -> Iterable[Row]:
     raise DataError(f"there is no file {path}{_nearest(path.name, readable)}")
 
 
-def _python_docs(wanted: Sequence[str]) -> Iterator[Row]:
-    """Paragraphs of the language reference, by topic in alphabetical order, without the headings.
+def _named(spec: DataSpec, name: str, wanted: Sequence[str]) -> Iterator[Row]:
+    """Read a source of the registry. Raises DataError for rows that are no mapping or lack a column."""
+    for number, row in enumerate(SOURCES[name](spec, wanted), start=1):
+        place = f"row {number}"
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"{spec.source}: {place} is a {type(row).__name__}; the data source {name!r} must give "
+                "mappings, values by column"
+            )
+        _require(wanted, list(row), f"{spec.source}: {place}")
+        yield place, row
 
-    Topics share text. A shared paragraph is read once, under the first topic: otherwise a fifth of what is
-    held out would have been trained on.
+
+def python_docs(spec: DataSpec, wanted: Sequence[str]) -> Iterator[Mapping[str, object]]:
+    """Read the paragraphs of the language reference, by topic in alphabetical order, without the headings.
+
+    Topics share text. A shared paragraph is read once, under the first topic: otherwise a fifth of the
+    held-out text would have been trained on.
     """
     from pydoc_data.topics import topics
 
+    if spec.source_argument:
+        raise DataError(f"data.source: python-docs takes nothing after a colon; found {spec.source!r}")
     _require(wanted, ["text", "topic"], "python-docs")
     seen = set()
     for topic in sorted(topics):
-        for number, paragraph in enumerate(BLANK_LINES.split(topics[topic])):
+        for paragraph in BLANK_LINES.split(topics[topic]):
             text = textwrap.dedent(paragraph).strip()
             words = " ".join(text.split())
             if len(text) >= SHORTEST_PARAGRAPH and not UNDERLINE.search(text) and words not in seen:
                 seen.add(words)
-                yield f"paragraph {number} of {topic}", {"text": text, "topic": topic}
+                yield {"text": text, "topic": topic}
 
 
 def _plain_text(path: Path, wanted: Sequence[str]) -> Iterator[Row]:
@@ -198,7 +218,7 @@ def _hub(spec: DataSpec, wanted: Sequence[str]) -> Iterator[Row]:
         table = datasets.load_dataset(spec.source, spec.hub_config, split=spec.hub_split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{spec.source!r} is neither embedded text ({', '.join(EMBEDDED)}) nor a file, and as a hub data "
+            f"{spec.source!r} is neither a named source ({', '.join(SOURCES)}) nor a file, and as a hub data "
             f"set (split {spec.hub_split!r}) it cannot be loaded: {error}"
         ) from error
     _require(wanted, table.column_names, spec.source)
@@ -223,14 +243,14 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 
 def _text(row: Mapping[str, object], column: str, place: str, source: str) -> str:
-    """The text of a column; a missing value counts as blank."""
+    """Return the text of a column; a missing value counts as blank."""
     value = row[column]
     if value is None:
         return ""
     if not isinstance(value, str):
         raise DataError(
             f"{source}: {place} holds a {type(value).__name__} in the column {column!r} ({value!r:.40}); "
-            f"text is needed there"
+            f"the column must hold text"
         )
     if not value.isascii():
         try:
@@ -243,17 +263,15 @@ def _text(row: Mapping[str, object], column: str, place: str, source: str) -> st
 
 
 def _label(row: Mapping[str, object], column: str, place: str, source: str) -> str:
+    """Return the value of a column that shares are divided by, as text."""
     value = row[column]
     if isinstance(value, (str, int, float)) and value != "":
         return str(value)
     raise DataError(
-        f"{source}: {place} has {value!r:.40} in the column {column!r}; to divide by it, every row needs a "
-        f"name or a number there"
+        f"{source}: {place} has {value!r:.40} in the column {column!r}; to divide by this column, every row "
+        f"needs a name or a number in it"
     )
 
-
-EMBEDDED: dict[str, Callable[[Sequence[str]], Iterator[Row]]] = {"python-docs": _python_docs}
-"""Text that comes with us, by name."""
 
 READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {
     ".txt": _plain_text,
@@ -262,4 +280,4 @@ READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {
     ".tsv": _separated,
     ".parquet": _parquet,
 }
-"""How a local file is read, by suffix."""
+"""Readers of local files, by suffix."""

@@ -1,9 +1,9 @@
-"""Tell whether two runs had the same text, without keeping the text.
+"""Fingerprints of text, to check that two runs had the same text without keeping it.
 
-    examples --fingerprint--> 32 hexadecimal digits        united([a, b]) = fingerprint of both together
+    examples --fingerprint--> 32 hexadecimal digits     the fingerprint of a union is the sum of its parts'
 
-Each example's tokens and first labelled place are hashed (BLAKE2b, 128 bits) and the hashes added, so that
-neither the order of the examples nor how they are divided among clients matters.
+Each example's tokens and first labelled token are hashed (BLAKE2b, 128 bits) and the hashes added, so that
+neither the order of the examples nor their division among clients matters.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _MODULUS = 1 << (8 * _BYTES)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """Of these examples, each as often as it is there."""
+    """Return the fingerprint of these examples; a repeated example counts each time."""
     return _text(sum(_hash(example.tokens, example.labelled_from) for example in examples))
 
 
 def fingerprint_of_batches(batches: Iterable[Batch]) -> str:
-    """Of the examples in these batches, however they are batched."""
+    """Return the fingerprint of the examples in these batches, which does not depend on the batching."""
     total = 0
     for batch in batches:
         rows = zip(batch.tokens.tolist(), batch.lengths, batch.labelled_from, strict=True)

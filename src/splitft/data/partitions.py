@@ -1,19 +1,20 @@
-"""Divide examples among clients: who gets which text.
+"""Divide examples among clients.
 
     length     K length classes by quantile, then for each class Dir(alpha) over clients (arXiv 2604.26388)
     label      the same with the values of a column as classes (Hsu et al. 2019, arXiv 1909.06335)
-    quantity   Dir(alpha) over sizes alone; what a client's text is like does not differ
+    quantity   Dir(alpha) over sizes alone; the kind of text does not differ between clients
     natural    one client for each value of a column, such as the site that owns the text
     iid        equal parts at random
 
 Dir(alpha) with alpha = 0.1 gives nearly all of a class to one client; a large alpha gives equal parts.
 Every example goes to exactly one client, and every client gets at least `minimum` examples: after the draw,
-those below it are given examples, drawn at random, of the client that has most. N clients, n examples.
+a client below the minimum receives examples, drawn at random, of the client that has most. A plug-in adds a
+division with `PARTITIONS.add("mine", Partition(divide=function))`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from textwrap import shorten
 
 import numpy as np
@@ -22,6 +23,9 @@ from splitft.data.text import Example, Indices
 from splitft.errors import DataError
 from splitft.seeds import Draw
 from splitft.specs import SharesSpec
+from splitft.specs.data import PARTITIONS, Partition
+
+__all__ = ["PARTITIONS", "Partition", "Shares", "divide", "values_of"]
 
 Shares = tuple[tuple[int, ...], ...]
 """For each client the indices of its examples, ascending."""
@@ -35,8 +39,8 @@ def divide(
 ) -> Shares:
     """Divide the examples among the clients as `spec` says.
 
-    Raises DataError, with the counts, if there are not `minimum` examples for every client, or if the
-    examples lack the labels that the division needs.
+    Raises DataError, with the counts, if there are not `minimum` examples for every client, if the examples
+    lack the labels that the division needs, or if the division does not give each example to one client.
     """
     if clients < 1:
         raise DataError(f"{clients} clients: text is divided among at least one")
@@ -47,50 +51,48 @@ def divide(
             + (f", or at most {most} client(s)" if (most := len(examples) // minimum) else "")
         )
     generator = Draw.SHARE.generator(seed)
-    parts = PARTITIONS[spec.by](examples, clients, spec, generator)
-    if spec.by == "natural":  # a site's text is its own: none is moved
-        _check_minimum(parts, minimum, examples)
+    partition = PARTITIONS.find(spec.by)
+    parts = [np.asarray(part, np.int64) for part in partition.divide(examples, clients, spec, generator)]
+    _check_complete(parts, clients, len(examples), spec.by)
+    if partition.owns_text:
+        _check_minimum(parts, minimum, examples, spec.by)
     else:
-        parts = _with_minimum(parts, minimum, generator)
+        parts = _fill_up(parts, minimum, generator)
     return tuple(tuple(sorted(part.tolist())) for part in parts)
-
-
-Partition = Callable[[Sequence[Example], int, SharesSpec, np.random.Generator], list[Indices]]
-"""Examples, number of clients, spec and generator to the indices of each client."""
 
 
 def by_length(
     examples: Sequence[Example], clients: int, spec: SharesSpec, generator: np.random.Generator
 ) -> list[Indices]:
-    """Dir(alpha) over clients within each of K length classes."""
+    """Draw from Dir(alpha) over clients within each of K length classes."""
     return _dirichlet(length_classes(examples, spec.classes), clients, spec.alpha, generator)
 
 
 def iid(
     examples: Sequence[Example], clients: int, spec: SharesSpec, generator: np.random.Generator
 ) -> list[Indices]:
-    """Equal parts at random; sizes differ by one at most."""
+    """Divide at random into equal parts; sizes differ by one at most."""
     return np.array_split(generator.permutation(len(examples)), clients)
 
 
 def by_label(
     examples: Sequence[Example], clients: int, spec: SharesSpec, generator: np.random.Generator
 ) -> list[Indices]:
-    """Dir(alpha) over clients within each value of the column `spec.column`."""
+    """Draw from Dir(alpha) over clients within each value of the column `spec.column`."""
     return _dirichlet(label_classes(examples), clients, spec.alpha, generator)
 
 
 def by_quantity(
     examples: Sequence[Example], clients: int, spec: SharesSpec, generator: np.random.Generator
 ) -> list[Indices]:
-    """Sizes from Dir(alpha), text at random: one class."""
+    """Draw sizes from Dir(alpha), and the text at random: all examples are one class."""
     return _dirichlet(np.zeros(len(examples), dtype=np.int64), clients, spec.alpha, generator)
 
 
 def natural(
     examples: Sequence[Example], clients: int, spec: SharesSpec, generator: np.random.Generator
 ) -> list[Indices]:
-    """One client for each value of the column `spec.column`, in the order of `values_of`."""
+    """Give each value of the column `spec.column` to one client, in the order of `values_of`."""
     values = values_of(examples)
     if len(values) != clients:
         raise DataError(
@@ -102,7 +104,7 @@ def natural(
 
 
 def values_of(examples: Sequence[Example]) -> tuple[str, ...]:
-    """The different labels of the examples, sorted; with `by: natural`, the names of the clients."""
+    """Return the different labels of the examples, sorted; they name the clients that own the text."""
     values = {example.label for example in examples}
     if None in values:
         raise DataError(
@@ -112,15 +114,15 @@ def values_of(examples: Sequence[Example]) -> tuple[str, ...]:
 
 
 def label_classes(examples: Sequence[Example]) -> Indices:
-    """The place (n,) of each example's label among `values_of`."""
-    place = {value: number for number, value in enumerate(values_of(examples))}
-    return np.array([place[example.label] for example in examples if example.label is not None])
+    """Return the index (n,) of each example's label in `values_of`."""
+    index = {value: number for number, value in enumerate(values_of(examples))}
+    return np.array([index[example.label] for example in examples if example.label is not None])
 
 
 def length_classes(examples: Sequence[Example], classes: int) -> Indices:
-    """The class (n,), from 0 for the shortest, of each example among `classes` quantiles of token length.
+    """Return the class (n,), from 0 for the shortest, of each example by quantiles of token length.
 
-    Equal lengths are in one class, so that a corpus of few different lengths has fewer classes.
+    Equal lengths are in one class, so a corpus of few different lengths has fewer than `classes`.
     """
     lengths = np.array([len(example) for example in examples])
     inner = np.quantile(lengths, np.linspace(0, 1, classes + 1)[1:-1])
@@ -139,37 +141,38 @@ def _dirichlet(classes: Indices, clients: int, alpha: float, generator: np.rando
     return [np.concatenate(part) for part in parts]
 
 
-def _with_minimum(parts: list[Indices], minimum: int, generator: np.random.Generator) -> list[Indices]:
-    """Move examples, drawn at random, from the client that has most to each that has fewer than `minimum`."""
+def _fill_up(parts: list[Indices], minimum: int, generator: np.random.Generator) -> list[Indices]:
+    """Move examples, drawn at random, from the largest part to each that has fewer than `minimum`."""
     parts = list(parts)
-    for poor in range(len(parts)):
-        while len(parts[poor]) < minimum:
-            rich = max(range(len(parts)), key=lambda client: len(parts[client]))
-            given = int(generator.integers(len(parts[rich])))
-            parts[poor] = np.append(parts[poor], parts[rich][given])
-            parts[rich] = np.delete(parts[rich], given)
+    for small in range(len(parts)):
+        while len(parts[small]) < minimum:
+            largest = max(range(len(parts)), key=lambda client: len(parts[client]))
+            drawn = int(generator.integers(len(parts[largest])))
+            parts[small] = np.append(parts[small], parts[largest][drawn])
+            parts[largest] = np.delete(parts[largest], drawn)
     return parts
 
 
-def _check_minimum(parts: Sequence[Indices], minimum: int, examples: Sequence[Example]) -> None:
-    """Raise DataError if a site has fewer than `minimum` examples."""
-    poor = [
+def _check_complete(parts: Sequence[Indices], clients: int, examples: int, by: str) -> None:
+    """Raise DataError unless there is a part for each client and each example is in exactly one."""
+    if len(parts) != clients:
+        raise DataError(f"the partition {by!r} gives {len(parts)} shares for {clients} clients")
+    if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(examples)):
+        raise DataError(
+            f"the partition {by!r} must give each of {examples} examples to exactly one client, by its index "
+            f"from 0; it gives {sum(map(len, parts))}"
+        )
+
+
+def _check_minimum(parts: Sequence[Indices], minimum: int, examples: Sequence[Example], by: str) -> None:
+    """Raise DataError if the owner of a text has fewer than `minimum` examples."""
+    small = [
         f"{name!r} {len(part)}"
         for name, part in zip(values_of(examples), parts, strict=True)
         if len(part) < minimum
     ]
-    if poor:
+    if small:
         raise DataError(
-            f"with by: natural every client needs at least {minimum} examples, but these have fewer: "
-            f"{shorten(', '.join(poor), 200)}; give them more text, or leave them out"
+            f"with by: {by} every client needs at least {minimum} examples, but these have fewer: "
+            f"{shorten(', '.join(small), 200)}; give them more text, or leave them out"
         )
-
-
-PARTITIONS: dict[str, Partition] = {
-    "length": by_length,
-    "label": by_label,
-    "quantity": by_quantity,
-    "natural": natural,
-    "iid": iid,
-}
-"""Every way to divide text, by the name in `clients.shares.by`."""

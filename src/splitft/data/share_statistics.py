@@ -1,11 +1,11 @@
-"""Say how unequal the shares are: examples, tokens, lengths and labels by client, and one number for all.
+"""Statistics of the shares: examples, tokens, lengths and labels by client, and one number for all.
 
-The histogram's bins are quantiles of all lengths, so that every bar of an IID share is about equally high
-and a client that has only long text is seen at once. The one number is the mean, over pairs of clients,
+The histogram's bins are quantiles of all lengths, so that the bars of an IID share are about equally high
+and a client that has only long text stands out. The one number is the mean, over pairs of clients,
 of the Jensen-Shannon distance of their histograms (base 2: 0 for equal shapes, 1 for disjoint ones;
 Endres and Schindelin 2003, https://doi.org/10.1109/TIT.2003.813506). Small shares are never quite alike:
-twenty examples a client give about 0.35 even when drawn at random, so `chance_distance` is beside it: the
-same number for shares of the same sizes whose examples are drawn at random.
+twenty examples a client give about 0.35 even when drawn at random. `chance_distance` is therefore the same
+number for shares of the same sizes whose examples are drawn at random.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHANCE = 8
 
 @dataclass(frozen=True)
 class ShareSummary:
-    """Who got how much of what, as plain numbers."""
+    """Sizes, lengths and labels of every client's share, as plain numbers."""
 
     examples: tuple[int, ...]
     """Examples of each client."""
@@ -51,7 +51,7 @@ class ShareSummary:
 
 
 def summarise_shares(examples: Sequence[Example], shares: Shares, bins: int = 8) -> ShareSummary:
-    """Count what each client got, with length histograms of at most `bins` quantile bins."""
+    """Count each client's examples, with length histograms of at most `bins` quantile bins."""
     lengths = np.array([len(example) for example in examples])
     _, classes = np.unique(length_classes(examples, bins), return_inverse=True)  # without empty bins
     count = int(classes.max()) + 1
@@ -76,12 +76,12 @@ def summarise_shares(examples: Sequence[Example], shares: Shares, bins: int = 8)
 
 
 def _counts(classes: Indices, parts: Sequence[Indices], count: int) -> Indices:
-    """(N, K): examples of each class with each client."""
+    """Count the examples of each class with each client: (N, K)."""
     return np.array([np.bincount(classes[part], minlength=count) for part in parts])
 
 
 def _chance_distance(classes: Indices, sizes: Sequence[int], count: int) -> float:
-    """Mean distance of shares of these sizes drawn at random; the draws are fixed."""
+    """Return the mean distance of shares of these sizes drawn at random; the draws are fixed."""
     ends = np.cumsum(sizes)[:-1]
     draws = (Draw.CHANCE.generator(draw) for draw in range(CHANCE))
     parts = [np.split(one.permutation(len(classes))[: sum(sizes)], ends) for one in draws]
@@ -89,13 +89,13 @@ def _chance_distance(classes: Indices, sizes: Sequence[int], count: int) -> floa
 
 
 def _quartiles(lengths: Indices) -> tuple[int, int, int, int, int]:
-    """Lengths that examples really have: the nearest to each quartile."""
+    """Return shortest, quartiles and longest, each the nearest length that occurs."""
     low, first, middle, third, high = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1], method="nearest").tolist()
     return low, first, middle, third, high
 
 
 def mean_distance(histograms: NDArray[np.int64]) -> float:
-    """Mean Jensen-Shannon distance over all pairs of rows of (N, K) counts; no row may be all zero.
+    """Return the mean Jensen-Shannon distance over all pairs of rows of (N, K) counts; no row may be zero.
 
     JSD(p, q) = H((p + q) / 2) - (H(p) + H(q)) / 2 with entropies H in bits; the distance is its root.
     """
@@ -112,7 +112,7 @@ def mean_distance(histograms: NDArray[np.int64]) -> float:
 
 
 def _entropy(shapes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Entropy (N,) in bits of each row of probabilities (N, K)."""
+    """Return the entropy (N,) in bits of each row of probabilities (N, K)."""
     logs = np.log2(shapes, out=np.zeros_like(shapes), where=shapes > 0)
     entropies: NDArray[np.float64] = -(shapes * logs).sum(axis=1)
     return entropies

@@ -12,10 +12,10 @@ the first labelled position is the last of the prompt:
 
 Plain text has labelled_from = 1: every token but the first is a target.
 
-A batch costs the product of its sequences and its longest, so sequences of similar length belong
+The cost of a batch is the number of its sequences times the longest, so sequences of similar length belong
 together: an epoch is shuffled, sorted by length within windows of a few batches, cut into batches, and
-the batches are shuffled again. All of it follows from (seed, client, epoch): a batch is a pure function of
-the step, and a run that resumes needs nothing but the step's number.
+the batches are shuffled again. The order depends on (seed, client, epoch) alone: a batch is a pure function
+of the step, and a run that resumes needs only the step's number.
 
 Shapes: B sequences, T tokens of the longest sequence in the batch, N labelled positions. Padding is on the
 right.
@@ -38,7 +38,7 @@ Indices = NDArray[np.int64]
 """Indices of examples (n,)."""
 
 PADDING = 0
-"""Token id at padded places; it is never read, because lengths travel with the tokens."""
+"""Token id at padded positions; it is never read, because lengths accompany the tokens."""
 
 WINDOW_BATCHES = 8
 """Batches sorted by length together: enough to waste little padding, few enough to mix an epoch."""
@@ -46,16 +46,16 @@ WINDOW_BATCHES = 8
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence of tokens and where its loss begins."""
+    """One sequence of tokens, and the first that carries loss."""
 
     tokens: tuple[int, ...]
-    """Token ids, with the end-of-text token unless it was cut off."""
+    """Token ids, with the end-of-text token unless it was truncated."""
     labelled_from: int = 1
     """tokens[labelled_from:] carry loss; at least 1, because nothing predicts the first token."""
     label: str | None = None
     """Value of the column that shares may be divided by, such as a topic or a site."""
     truncated: bool = False
-    """Whether its text went on beyond max_tokens."""
+    """Whether its text was longer than max_tokens."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.labelled_from < len(self.tokens):
@@ -70,7 +70,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one step, padded on the right to the longest."""
+    """The sequences of one step, padded on the right to the longest."""
 
     tokens: Tensor
     """Token ids (B, T), int64."""
@@ -94,10 +94,10 @@ class Batch:
         return cls(tokens, lengths, first, tuple(map(int, numbers)))
 
     def positions(self) -> tuple[Tensor, Tensor]:
-        """Rows and columns (N,), (N,) of the N positions that carry loss, row by row.
+        """Return rows and columns (N,), (N,) of the N positions that carry loss, row by row.
 
-        Position p of sequence b is labelled if labelled_from[b] - 1 <= p < lengths[b] - 1. As a pair it
-        indexes hidden states at once: `hidden[batch.positions()]` is (N, D).
+        Position p of sequence b is labelled if labelled_from[b] - 1 <= p < lengths[b] - 1. The pair
+        is an index of hidden states: `hidden[batch.positions()]` is (N, D).
         """
         column = torch.arange(self.tokens.shape[1], device=self.tokens.device)  # (T,)
         first = torch.tensor(self.labelled_from, device=column.device)[:, None] - 1  # (B, 1)
@@ -106,30 +106,26 @@ class Batch:
         return rows, columns
 
     def targets(self) -> Tensor:
-        """Token ids (N,) that the labelled positions should predict, in the order of `positions`."""
+        """Return the token ids (N,) that the labelled positions predict, in the order of `positions`."""
         rows, columns = self.positions()
         return self.tokens[rows, columns + 1]
 
     def divided(self, parts: int) -> tuple[Batch, ...]:
-        """Its sequences in this many batches, as even as can be; no more than there are sequences.
+        """Divide it into this many batches of about equal size, at most one for each sequence.
 
-        A sequence keeps its tokens and its labels; a part is padded to its own longest only.
+        A sequence keeps its tokens and its labels; a part is padded to its own longest sequence.
         """
         rows = len(self.lengths)
         if min(parts, rows) == 1:
             return (self,)
-        found = []
+        batches = []
         for part in np.array_split(np.arange(rows), min(parts, rows)):
-            own = slice(int(part[0]), int(part[-1]) + 1)
-            lengths = self.lengths[own]
-            tokens = self.tokens[own, : max(lengths)]
-            found.append(Batch(tokens, lengths, self.labelled_from[own], self.numbers[own]))
-        return tuple(found)
-
-    @property
-    def real_tokens(self) -> int:
-        """Tokens without padding."""
-        return sum(self.lengths)
+            rows_of_part = slice(int(part[0]), int(part[-1]) + 1)
+            lengths = self.lengths[rows_of_part]
+            tokens = self.tokens[rows_of_part, : max(lengths)]
+            first = self.labelled_from[rows_of_part]
+            batches.append(Batch(tokens, lengths, first, self.numbers[rows_of_part]))
+        return tuple(batches)
 
     @property
     def labelled_tokens(self) -> int:
@@ -143,7 +139,7 @@ def held_out(
     """Split a client's examples into a training part and a held-out part, at least one in each.
 
     The training part keeps the order of the examples; the held-out part is in the order of the draw, so
-    that its first few are a fair sample of it. Raises DataError on fewer than two examples.
+    that its first few are a random sample of it. Raises DataError on fewer than two examples.
     """
     if len(examples) < 2:
         raise DataError(
@@ -160,7 +156,7 @@ def held_out(
 
 @dataclass(frozen=True)
 class BatchSize:
-    """How much work one batch is."""
+    """The size of one batch."""
 
     sequences: int
     """B."""
@@ -191,10 +187,10 @@ class BatchStream:
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
         self._seed, self._client = seed, client
         self._first_steps = [0]  # first step of each epoch that is known
-        self._latest: tuple[int, list[Indices]] = (-1, [])  # the epoch asked for last, and its batches
+        self._latest: tuple[int, list[Indices]] = (-1, [])  # the epoch of the last call, and its batches
 
     def batch(self, step: int) -> Batch:
-        """The batch of this global step (from 0 on), the same whenever it is asked for."""
+        """Return the batch of this global step (from 0), the same at every call."""
         if step < 0:
             raise DataError(f"step {step}: steps are counted from 0")
         epoch, place = self._locate(step)
@@ -202,7 +198,7 @@ class BatchStream:
         return Batch.of([self._examples[i] for i in numbers], numbers)
 
     def sizes(self) -> list[BatchSize]:
-        """The sizes of the first epoch's batches, without making them."""
+        """Return the sizes of the first epoch's batches, without building them."""
         sizes = []
         for indices in self.epoch(0):
             examples = [self._examples[i] for i in indices]
@@ -212,13 +208,13 @@ class BatchStream:
         return sizes
 
     def epoch(self, epoch: int) -> list[Indices]:
-        """The batches of this epoch, as indices of the examples."""
+        """Return the batches of this epoch, as indices of the examples."""
         if self._latest[0] != epoch:
             self._latest = (epoch, self._plan(epoch))
         return self._latest[1]
 
     def _locate(self, step: int) -> tuple[int, int]:
-        """The epoch of a step, and the step's place in it."""
+        """Return the epoch of a step, and the step's position in it."""
         if self._batch_tokens is None:  # every epoch has equally many batches
             return divmod(step, -(-len(self._examples) // self._batch_size))
         while self._first_steps[-1] <= step:
@@ -243,7 +239,7 @@ def eval_batches(
     batch_tokens: int | None = None,
     limit: int | None = None,
 ) -> list[Batch]:
-    """Batches of the first `limit` examples (None for all), sorted by length; each example once."""
+    """Batch the first `limit` examples (None for all), sorted by length; each example once."""
     chosen = sorted(examples[:limit], key=len)
     if not chosen:
         raise DataError("there are no held-out examples to evaluate on; give more text or fewer clients")
@@ -253,9 +249,9 @@ def eval_batches(
 
 
 def _sorted_in_windows(order: Indices, lengths: Indices, window: int) -> Indices:
-    """Sort each window of the order by length, upwards and downwards in turn.
+    """Sort each window of the order by length, ascending and descending in turn.
 
-    Turning the direction lets a batch that lies across two windows hold similar lengths too.
+    Alternating lets a batch that lies across two windows hold similar lengths too.
     """
     parts = []
     for number, start in enumerate(range(0, len(order), window)):
@@ -268,8 +264,8 @@ def _sorted_in_windows(order: Indices, lengths: Indices, window: int) -> Indices
 def _cut(order: Indices, lengths: Indices, batch_size: int, batch_tokens: int | None) -> list[Indices]:
     """Cut an order into batches by number, or into batches of at most `batch_tokens` padded tokens.
 
-    By number, the sizes differ by one at most instead of leaving a small rest at the end. By tokens, a
-    sequence longer than the budget stands alone.
+    By number, the sizes differ by one at most instead of leaving a small last batch. By tokens, a
+    sequence longer than the budget is a batch of its own.
     """
     if batch_tokens is None:
         return np.array_split(order, -(-len(order) // batch_size))

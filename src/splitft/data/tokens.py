@@ -1,10 +1,9 @@
-"""Turn records into examples: text into tokens, and what was lost on the way into counts.
+"""Tokenise records into examples, and count what is truncated or dropped.
 
     text                 -> [bos] text eos                    every token but the first carries loss
     prompt, completion   -> [bos] prompt separator | completion eos     loss on the completion
 
-Tokens beyond `max_tokens` are cut off. What was cut, and what was left out because nothing of it could be
-learnt, is counted.
+Examples are truncated to `max_tokens`. A record without a token that carries loss is dropped.
 """
 
 from __future__ import annotations
@@ -18,38 +17,38 @@ from splitft.data.text import Example
 from splitft.errors import DataError
 
 TOKENISED_AT_ONCE = 1024
-"""Records handed to the tokenizer in one call: enough for its threads, little in memory."""
+"""Records of one call of the tokenizer: enough for its threads, little in memory."""
 
 
 @dataclass(frozen=True)
 class Tokenised:
-    """The examples of a corpus, and what happened on the way."""
+    """The examples of a corpus, and the counts of what was lost."""
 
     examples: tuple[Example, ...]
     """In the order of the records."""
     dropped: int
-    """Records without an example: blank, under two tokens, or a prompt that fills max_tokens alone."""
+    """Records without an example: blank, under two tokens, or with a prompt that fills max_tokens."""
 
     @property
     def truncated(self) -> int:
-        """Examples that were cut off at max_tokens."""
+        """Number of examples truncated to max_tokens."""
         return sum(example.truncated for example in self.examples)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all examples."""
+        """Number of tokens of all examples."""
         return sum(len(example) for example in self.examples)
 
 
 class Tokenizer(Protocol):
-    """What we need of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that is used here."""
 
     @property
     def eos_token_id(self) -> int | None:
-        """Id of the end-of-text token, if there is one."""
+        """The id of the end-of-text token, if there is one."""
 
     def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]:
-        """Map texts to a mapping whose `input_ids` hold a list of token ids for each."""
+        """Return a mapping whose `input_ids` holds a list of token ids for each text."""
 
 
 def tokenise(
@@ -57,9 +56,9 @@ def tokenise(
 ) -> Tokenised:
     """Turn records into examples of at most `max_tokens` tokens (at least 2).
 
-    A prompt and its completion are tokenised apart, so that the prompt's tokens are those that it has
-    when a model is asked to continue it; `separator` belongs to the prompt. Each example ends with the
-    tokenizer's end-of-text token, if it has one and the example was not cut off.
+    A prompt and its completion are tokenised separately, so that the prompt has the same tokens as when a
+    model generates from it; `separator` belongs to the prompt. Each example ends with the tokenizer's
+    end-of-text token, if it has one and the example was not truncated.
 
     Raises DataError if no record gives an example.
     """
@@ -76,7 +75,7 @@ def tokenise(
     if not examples:
         raise DataError(
             f"none of {len(records)} records gives an example: each is blank, under two tokens, or has a "
-            f"prompt that leaves its completion no room in max_tokens {max_tokens}; raise max_tokens or "
+            f"prompt that leaves no room for its completion in max_tokens {max_tokens}; raise max_tokens or "
             f"check the columns"
         )
     return Tokenised(tuple(examples), dropped)
@@ -85,32 +84,32 @@ def tokenise(
 def _token_ids(
     records: Sequence[Record], tokenizer: Tokenizer, separator: str
 ) -> Iterator[tuple[Record, list[int], list[int]]]:
-    """Each record with the token ids of its prompt (none for plain text) and of its text with the end."""
+    """Yield each record, the token ids of its prompt (none for plain text), and of its text and end."""
     end = tokenizer.eos_token_id
-    ends_itself = end is not None and _ends_texts(tokenizer, end)
+    appends_end = end is not None and _appends_end(tokenizer, end)
 
-    def ids(texts: list[str], begins: bool) -> Iterator[list[int]]:
-        return iter(tokenizer(texts, add_special_tokens=begins, verbose=False)["input_ids"] if texts else [])
+    def ids(texts: list[str], special: bool) -> Iterator[list[int]]:
+        return iter(tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else [])
 
     for start in range(0, len(records), TOKENISED_AT_ONCE):
         part = records[start : start + TOKENISED_AT_ONCE]
-        prompts = ids([f"{one.prompt}{separator}" for one in part if one.prompt is not None], begins=True)
-        completions = ids([one.text for one in part if one.prompt is not None], begins=False)
-        plain = ids([one.text for one in part if one.prompt is None], begins=True)
+        prompts = ids([f"{one.prompt}{separator}" for one in part if one.prompt is not None], special=True)
+        completions = ids([one.text for one in part if one.prompt is not None], special=False)
+        plain = ids([one.text for one in part if one.prompt is None], special=True)
         for record in part:
             prompt = [] if record.prompt is None else next(prompts)
             text = next(plain if record.prompt is None else completions)
-            if ends_itself and prompt[-1:] == [end]:
+            if appends_end and prompt[-1:] == [end]:
                 prompt = prompt[:-1]
             if end is not None and text[-1:] != [end]:
                 text = [*text, end]
             yield record, prompt, text
 
 
-def _ends_texts(tokenizer: Tokenizer, end: int) -> bool:
-    """Whether the tokenizer itself puts the end-of-text token behind a text, as T5's does."""
-    marked, bare = (
+def _appends_end(tokenizer: Tokenizer, end: int) -> bool:
+    """Return whether the tokenizer itself appends the end-of-text token, as T5's does."""
+    with_special, bare = (
         tokenizer(["a"], add_special_tokens=special, verbose=False)["input_ids"][0]
         for special in (True, False)
     )
-    return bool(marked[-1:] == [end] != bare[-1:])
+    return bool(with_special[-1:] == [end] != bare[-1:])

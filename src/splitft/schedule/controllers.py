@@ -1,25 +1,28 @@
-"""Controllers: who chooses the cuts. Each is a pure function from a Situation to a Decision.
+"""Controllers of the cuts: each is a pure function from a CutProblem to a Decision.
 
-    fixed       as they are
-    resources   the same blocks on clients in all, distributed so that all compute for the same time
-    paper       better than the mean of all clients: deeper; worse: shallower (SplitFT, arXiv 2604.26388)
+    fixed       the cuts as given
+    resources   the same number of blocks on all clients together, distributed for equal compute times
+    paper       deeper for clients better than the mean, shallower for worse ones (SplitFT, arXiv 2604.26388)
     makespan    least predicted round time under memory, bounds and the server's capacity (`makespan`)
 
-`choose` runs one by its name, and lets no impossible cut out.
+`choose` runs one by its name and checks its decision. A plug-in adds its own with
+`CONTROLLERS.add("mine", Controller(choose=function))`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from splitft.errors import ScheduleError
+from splitft.errors import ScheduleError, SplitftError
 from splitft.schedule.makespan import best_cuts, predicted_round_s
 from splitft.schedule.problem import CutProblem, Feasible, corrected, feasible
-from splitft.schedule.profile import chosen
 from splitft.schedule.simulated_search import quickest
+from splitft.specs.schedule import CONTROLLERS, Controller
+
+__all__ = ["CONTROLLERS", "Controller", "Decision", "checked", "choose"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,11 @@ class Decision:
     cuts: Mapping[str, int]
     """k of each client, by name."""
     reason: str
-    """Why, in words."""
+    """The explanation, for the report."""
 
 
 def fixed(problem: CutProblem) -> Decision:
-    """The cuts as they are."""
+    """Keep the cuts as they are."""
     return Decision(_current(problem), "the cuts are fixed")
 
 
@@ -42,7 +45,7 @@ def resources(problem: CutProblem) -> Decision:
 
     The level is the longest compute time T such that, with every client at its deepest cut of at most T
     seconds (or its shallowest allowed one), the clients together hold no more blocks than `client_blocks`.
-    Losses, links and the server play no part.
+    Losses, links and the server are not considered.
     """
     allowed = feasible(problem)
     prices = {
@@ -73,22 +76,22 @@ def resources(problem: CutProblem) -> Decision:
 def paper(problem: CutProblem) -> Decision:
     """Move cuts by performance, within resources: the rule of SplitFT (arXiv 2604.26388).
 
-    What is known of it: a client whose performance is above the average of all clients gets more layers, one
-    below it fewer; each client has a weight; a step size gamma scales the change; resources bound it. The
-    formula is not in the abstract and no code is public, so the rest is our reading:
+    By the paper, a client whose performance is above the average of all clients gets more layers, one below
+    it fewer; each client has a weight; a step size gamma scales the change; resources bound it. The abstract
+    has no formula and no code is public, so the rest is our reading:
 
         cut_i <- cut_i + round(gamma (mean - loss_i) / max_j |mean - loss_j|)
 
     with performance = minus the held-out loss, the mean taken with the clients' weights, and the deviation in
-    units of the largest, so that gamma is in blocks whatever the scale of the losses. "Within resources" are
-    the cuts that fit the client's memory, bounds and compute time. With gamma 1 every client whose
-    deviation is at least half the largest moves by one block. It has no fixed point but the bounds.
+    units of the largest, so that gamma is in blocks whatever the scale of the losses. "Within resources"
+    means cuts that fit the client's memory, bounds and compute time. With gamma 1 every client whose
+    deviation is at least half the largest moves by one block. The only fixed points are the bounds.
     """
     current, allowed = _current(problem), feasible(problem)
     losses = {client.name: client.loss for client in problem.clients if client.loss is not None}
     if len(losses) < len(problem.clients):
         return Decision(
-            {name: _nearest(allowed[name], cut) for name, cut in current.items()}, "no losses to go by yet"
+            {name: _nearest(allowed[name], cut) for name, cut in current.items()}, "no losses yet"
         )
     weights = {client.name: client.weight for client in problem.clients}
     mean = sum(weights[name] * loss for name, loss in losses.items()) / sum(weights.values())
@@ -102,18 +105,19 @@ def paper(problem: CutProblem) -> Decision:
     down = [name for name in cuts if cuts[name] < current[name]]
     return Decision(
         cuts,
-        f"mean loss {mean:.4g}; better, so deeper: {', '.join(up) or 'nobody'}; "
-        f"worse, so shallower: {', '.join(down) or 'nobody'}",
+        f"mean loss {mean:.4g}; better, so deeper: {', '.join(up) or 'none'}; "
+        f"worse, so shallower: {', '.join(down) or 'none'}",
     )
 
 
 def makespan(problem: CutProblem) -> Decision:
-    """Least predicted round time, if the gain over the rounds left pays for the move.
+    """Choose the least predicted round time, if the gain over the rounds left pays for the move.
 
-    By the model of `makespan`, exactly; or by the clock, among the candidates of `round_simulator`.
+    The prediction is the model of `makespan`, minimised exactly, or, with `problem.simulate`, the simulated
+    clock, minimised over the candidates of `simulated_search`.
 
     All clients move at once, so a move takes as long as its longest part. A current cut that is no longer
-    possible (less memory, a new bound) moves whatever it costs.
+    possible (less memory, a new bound) is left at any cost.
     """
     current, allowed = _current(problem), feasible(problem)
     if problem.simulate is None:
@@ -125,7 +129,7 @@ def makespan(problem: CutProblem) -> Decision:
     if any(cut not in allowed[name].cuts for name, cut in current.items()):
         return Decision(best, f"a current cut is not possible any more; predicted round {best_s:.4g} s")
     if problem.server_bytes(current) > problem.server_memory_bytes:
-        return Decision(best, f"the server lacks memory as it is; predicted round {best_s:.4g} s")
+        return Decision(best, f"the server lacks memory for the current cuts; predicted round {best_s:.4g} s")
     current_s = predict(current)
     gain_s = (current_s - best_s) * problem.rounds_left
     move_s = max(client.option(best[client.name]).move_s for client in problem.clients)
@@ -135,35 +139,32 @@ def makespan(problem: CutProblem) -> Decision:
     return Decision(current, f"predicted round {current_s:.4g} s; another gains {against}")
 
 
-Controller = Callable[[CutProblem], Decision]
-
-CONTROLLERS: dict[str, Controller] = {
-    "fixed": fixed,
-    "resources": resources,
-    "paper": paper,
-    "makespan": makespan,
-}
-"""Every way to choose cuts, by the name in `schedule.controller`."""
-
-
 def choose(controller: str, problem: CutProblem) -> Decision:
-    """The decision of the controller of this name, checked.
+    """Return the checked decision of the controller of this name.
 
-    Raises ScheduleError if there is no such controller, if a client has no possible cut (saying what it
-    lacks), or if the decision is impossible.
+    Raises PluginError if there is no such controller, and ScheduleError if a client has no possible cut
+    (saying what it lacks), if the controller fails, or if its decision is impossible.
     """
-    decide = chosen(controller, CONTROLLERS, "controller")
+    chosen = CONTROLLERS.find(controller)
     lacks = [found.lack for found in feasible(problem).values() if not found.cuts]
     if lacks:
         raise ScheduleError(f"{'; '.join(lacks)}; leave them out, or give them more")
-    return checked(controller, problem, decide(problem))
+    try:
+        decision = chosen.choose(problem)
+    except SplitftError:
+        raise
+    except Exception as error:  # a plug-in's own code may raise anything
+        raise ScheduleError(f"controller {controller!r} failed: {type(error).__name__}: {error}") from error
+    return checked(controller, problem, decision)
 
 
 def checked(controller: str, problem: CutProblem, decision: Decision) -> Decision:
-    """Return the decision if every client can have its cut and the server its memory.
+    """Return the decision if every client can have its cut and the server has the memory.
 
     Raises ScheduleError naming controller, client, cut and what fits.
     """
+    if not isinstance(decision, Decision):
+        raise ScheduleError(f"controller {controller!r} returned a {type(decision).__name__}, not a Decision")
     allowed = feasible(problem)
     if decision.cuts.keys() != allowed.keys():
         names = ", ".join(sorted(decision.cuts.keys() ^ allowed.keys()))
@@ -188,12 +189,12 @@ def _current(problem: CutProblem) -> dict[str, int]:
 
 
 def _nearest(found: Feasible, wanted: int) -> int:
-    """The deepest possible cut of at most `wanted`, or the shallowest there is."""
+    """Return the deepest possible cut of at most `wanted`, or the shallowest of all."""
     return max((cut for cut in found.cuts if cut <= wanted), default=min(found.cuts))
 
 
 def _rounded(value: float) -> int:
-    """To the nearest whole number, halves away from 0, so that up and down are treated alike."""
+    """Round to the nearest whole number, halves away from 0, so that up and down are symmetric."""
     return int(math.copysign(math.floor(abs(value) + 0.5), value))
 
 

@@ -1,16 +1,67 @@
-"""The model, the text, and who has which part of it."""
+"""The model, the text, and its division among clients."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from splitft.specs.base import Spec
+from splitft.registry import Lazy, Registry
+from splitft.specs.base import NameIn, Spec
+
+Source = Callable[["DataSpec", Sequence[str]], Iterable[Mapping[str, object]]]
+"""(the specification, the columns needed) -> rows, values by column; `spec.source_argument` says which."""
+
+SOURCES: Registry[Source] = Registry(
+    "data source", "splitft.sources", {"python-docs": "splitft.data.corpora:python_docs"}
+)
+"""Every source of text that is read by name, beside files and hub data sets."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A way to divide examples among clients."""
+
+    divide: Callable[..., Any]
+    """(examples, number of clients, SharesSpec, generator) -> the indices of each client's examples."""
+    description: str = "by {by}"
+    """The division in words for reports; fields of SharesSpec stand in braces, such as {alpha:g}."""
+    needs_column: bool = False
+    """Whether it needs `column`, whose values label the examples."""
+    owns_text: bool = False
+    """Whether each client owns the text of one value of `column`: clients are named after the values, and no
+    example is moved to fill a share."""
+    by_length: bool = False
+    """Whether it divides by `classes` length classes, which then are the bins of the shares' histograms."""
+
+
+PARTITIONS: Registry[Partition] = Registry("partition", "splitft.partitions", {
+    "length": Partition(
+        Lazy("splitft.data.partitions:by_length"),
+        "by length, {classes} classes, Dirichlet {alpha:g}",
+        by_length=True,
+    ),
+    "iid": Partition(Lazy("splitft.data.partitions:iid"), "equal parts at random"),
+    "label": Partition(
+        Lazy("splitft.data.partitions:by_label"), "by {column}, Dirichlet {alpha:g}", needs_column=True
+    ),
+    "quantity": Partition(
+        Lazy("splitft.data.partitions:by_quantity"), "by quantity, Dirichlet {alpha:g}"
+    ),
+    "natural": Partition(
+        Lazy("splitft.data.partitions:natural"),
+        "one client for each {column}",
+        needs_column=True,
+        owns_text=True,
+    ),
+})  # fmt: skip
+"""Every way to divide text, by the name in `clients.shares.by`."""
 
 
 class ModelSpec(Spec):
-    """Which language model, and how its frozen weights are kept."""
+    """The language model, and how its frozen weights are kept."""
 
     name: str = "smollm2-135m"
     """Alias of an embedded model, a folder in Hugging Face format, or a hub id."""
@@ -21,10 +72,11 @@ class ModelSpec(Spec):
 
 
 class DataSpec(Spec):
-    """Which text, and how it becomes examples."""
+    """The text, and how it becomes examples."""
 
     source: str = "python-docs"
-    """`python-docs` (embedded), a .txt, .jsonl, .csv, .tsv or .parquet file, or a hub id."""
+    """`python-docs` (embedded), a .txt, .jsonl, .csv, .tsv or .parquet file, a hub id, or a plug-in's source:
+    its name, or `NAME:` and whatever it takes."""
     hub_config: str | None = None
     """Configuration of a hub data set that has several (`wikitext-2-raw-v1`); files have none."""
     hub_split: str = "train"
@@ -36,7 +88,7 @@ class DataSpec(Spec):
     completion: str | None = None
     """Column of the completion, which carries the loss."""
     separator: str = "\n"
-    """What stands between prompt and completion."""
+    """Text between prompt and completion."""
     max_tokens: int = Field(256, ge=2)
     """Longer examples are truncated to this many tokens, and counted."""
     max_examples: int | None = Field(None, ge=1)
@@ -52,17 +104,28 @@ class DataSpec(Spec):
             raise ValueError("prompt and completion come together: give both columns, or neither")
         return self
 
+    @property
+    def source_name(self) -> str | None:
+        """The name in SOURCES that `source` gives, alone or before a colon; None for a file or a hub id."""
+        name = self.source.partition(":")[0]
+        return name if name in SOURCES else None
+
+    @property
+    def source_argument(self) -> str:
+        """The part of `source` after the colon."""
+        return self.source.partition(":")[2]
+
 
 class SharesSpec(Spec):
-    """How text is divided among clients."""
+    """The division of text among clients."""
 
-    by: Literal["length", "iid", "label", "quantity", "natural"] = "length"
+    by: Annotated[str, NameIn(PARTITIONS)] = "length"
     """`length`: K length classes by quantile, then Dir(alpha) over clients within each class; `label`: the
     same within each value of `column`; `quantity`: Dir(alpha) over sizes alone; `natural`: one client a
     value of `column`; `iid`: equal parts at random."""
     column: str | None = None
     """Column that `by: label` and `by: natural` divide by, such as `site`; `python-docs` has `topic`.
-    With other divisions it is only counted, by `splitft shares`."""
+    `splitft shares` counts its values with any division."""
     alpha: float = Field(0.5, gt=0, le=1e6)
     """Dirichlet concentration: 0.1 is extreme, large is close to IID."""
     classes: int = Field(8, ge=1)
@@ -70,7 +133,7 @@ class SharesSpec(Spec):
 
     @model_validator(mode="after")
     def _a_division_by_column_names_it(self) -> SharesSpec:
-        if self.by in ("label", "natural") and self.column is None:
+        if PARTITIONS[self.by].needs_column and self.column is None:
             raise ValueError(f"by: {self.by} divides by the values of a column: give `column` too")
         return self
 
@@ -84,7 +147,7 @@ class ClientsSpec(Spec):
     """Blocks on the client: one number for all, or one a client, or `auto` (the controller decides), or
     `whole` (all of them: no split, and only adapters travel)."""
     pooled: bool = False
-    """Whether all clients' text lies in one place, on the server's machine; it takes the steps of all of
-    them, and is evaluated on what each of them would hold out."""
+    """Whether all clients' text is in one place, on the server's machine, as an upper bound. One client then
+    takes the steps of all, and is evaluated on what each of them would hold out."""
     shares: SharesSpec = SharesSpec()
-    """How the text is divided among them."""
+    """The division of the text among them."""

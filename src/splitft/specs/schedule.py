@@ -1,12 +1,34 @@
-"""Machines, connections, and who chooses the cuts."""
+"""Machines, links, and the controller that chooses the cuts."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from splitft.specs.base import Spec
+from splitft.registry import Lazy, Registry
+from splitft.specs.base import NameIn, Spec
+
+
+@dataclass(frozen=True)
+class Controller:
+    """A way to choose the cuts of the next round."""
+
+    choose: Callable[..., Any]
+    """(`schedule.problem.CutProblem`) -> `schedule.controllers.Decision`; a pure function."""
+    adaptive: bool = True
+    """Whether it chooses cuts; otherwise they stay as given in clients.cuts."""
+
+
+CONTROLLERS: Registry[Controller] = Registry("controller", "splitft.controllers", {
+    "fixed": Controller(Lazy("splitft.schedule.controllers:fixed"), adaptive=False),
+    "resources": Controller(Lazy("splitft.schedule.controllers:resources")),
+    "paper": Controller(Lazy("splitft.schedule.controllers:paper")),
+    "makespan": Controller(Lazy("splitft.schedule.controllers:makespan")),
+})  # fmt: skip
+"""Every controller, by the name in `schedule.controller`."""
 
 
 class DeviceSpec(Spec):
@@ -21,11 +43,11 @@ class DeviceSpec(Spec):
     memory_gb: float = Field(gt=0)
     """Memory that training may use, in GB (10^9 bytes)."""
     block_overhead_ms: float = Field(0.0, ge=0)
-    """Milliseconds of a block's forward pass however few the tokens, and of its backward pass again."""
+    """Fixed milliseconds of a block's forward pass, and of its backward pass, for any number of tokens."""
 
 
 class LinkSpec(Spec):
-    """A connection to the server by its numbers."""
+    """A link to the server by its numbers."""
 
     up_mbit_per_s: float = Field(gt=0)
     """Upload rate, in Mbit/s."""
@@ -40,28 +62,28 @@ LinkName = Literal["lte", "dsl", "fibre", "lan"]
 
 
 class ChangeSpec(Spec):
-    """A change of conditions, for scripted scenarios: from this round on, one client is faster or slower."""
+    """A scripted change of conditions: from this round on, one client is faster or slower."""
 
     round: int = Field(ge=1)
-    """First round it is in force."""
+    """First round with the new conditions."""
     client: int = Field(ge=1)
-    """Which client, from 1."""
+    """Number of the client, from 1."""
     link: float = Field(1.0, gt=0)
-    """Its link's rates, as a multiple of what is given: 0.1 for a tenth."""
+    """Factor on its link's rates: 0.1 for a tenth."""
     compute: float = Field(1.0, gt=0)
-    """Its machine's speed, likewise."""
+    """Factor on its machine's speed."""
 
 
 class ScheduleSpec(Spec):
-    """Who chooses the cuts, and the machines and links of the simulated clock."""
+    """The controller of the cuts, and the machines and links of the simulated clock."""
 
-    controller: Literal["fixed", "resources", "paper", "makespan"] = "fixed"
+    controller: Annotated[str, NameIn(CONTROLLERS)] = "fixed"
     """`fixed`: as given in clients.cuts; `resources`: what fits memory and equalises compute time; `paper`:
     SplitFT's rule, by resources and held-out loss; `makespan`: the least predicted round time."""
     devices: DeviceName | DeviceSpec | tuple[DeviceName | DeviceSpec, ...] = "laptop"
     """Machines, one for all clients or one a client: a preset, `measured` (this machine), or numbers."""
     links: LinkName | LinkSpec | tuple[LinkName | LinkSpec, ...] = "fibre"
-    """Connections likewise: a preset, or numbers."""
+    """Links, likewise: a preset, or numbers."""
     server: DeviceName | DeviceSpec = "server-gpu"
     """The server's machine."""
     min_cut: int = Field(1, ge=1)
@@ -80,3 +102,8 @@ class ScheduleSpec(Spec):
     """What to do with a client that cannot hold even the shallowest cut."""
     changes: tuple[ChangeSpec, ...] = ()
     """Scripted changes of conditions while training."""
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether a controller chooses the cuts; otherwise they stay as given in clients.cuts."""
+        return CONTROLLERS[self.controller].adaptive
