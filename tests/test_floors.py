@@ -39,7 +39,7 @@ def test_imports_go_down_the_floors(capsys):
 
 
 def test_there_are_floors_to_go_down_and_every_room_has_its_own():
-    (contract,) = api.read_configuration("pyproject.toml")["contracts_options"]
+    contract = api.read_configuration("pyproject.toml")["contracts_options"][0]
     floors = [floor.split(" | ") for floor in contract["layers"]]
     assert len(floors) >= 6
     named = [room for floor in floors for room in floor]
