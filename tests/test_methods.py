@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 import yaml
 
 from splitft.config import dump, from_mapping, load
 from splitft.errors import ConfigError
-from splitft.methods import METHODS, MethodName
+from splitft.methods import METHODS, Fixed, Method
 
 
 def refused(**given):
@@ -18,8 +16,7 @@ def refused(**given):
     return str(caught.value)
 
 
-def test_every_name_has_its_method_with_source_and_difference():
-    assert set(get_args(MethodName)) == set(METHODS)
+def test_every_method_has_a_source_and_a_difference():
     for method in METHODS.values():
         assert method.source
         assert method.difference.endswith(".")
@@ -70,6 +67,20 @@ def test_fedlora_with_cuts_says_why_and_what_would_fit():
     said = refused(method="fedlora", clients={"cuts": 3})
     assert said.startswith("clients.cuts: found 3, but method fedlora keeps the whole model on every client")
     assert "give whole or leave it out, or choose splitft" in said
+
+
+def test_a_method_that_does_not_exist_is_refused_with_the_nearest_name():
+    assert "did you mean fedlora?" in refused(method="fedlor")
+    assert refused(method=["fedlora"]).startswith('method: found ["fedlora"]; give centralized | local')
+
+
+def test_a_method_of_a_plug_in_fixes_keys_like_a_built_in_one(monkeypatch):
+    monkeypatch.setattr(METHODS, "_things", dict(METHODS._things))
+    mine = Method("A paper.", "One step a round.", {"training.steps": Fixed(1, "takes one step a round")})
+    METHODS.add("one-step", mine)
+    assert from_mapping({"method": "one-step"}).training.steps == 1
+    said = refused(method="one-step", training={"steps": 3})
+    assert said.startswith("training.steps: found 3, but method one-step takes one step a round; give 1")
 
 
 def test_methods_with_one_cut_refuse_several():

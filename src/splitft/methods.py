@@ -12,34 +12,23 @@
     splitlora   [0, k)          one copy, all at once      averaged every round     the text
     splitft     [0, k_i)        a copy for each client     averaged as products     hidden states
 
-A method fixes some keys of the configuration (what makes it this method) and has its own defaults for others.
-Nothing here computes: what a method needs, the runtime offers under the keys that the method sets, so that a
-user may also combine them freely under `splitft`. No torch here.
+A method fixes the keys of the configuration that define it, and has its own defaults for others. Training
+reads only these keys, never the method's name, so a user may combine them freely under `splitft`. No torch
+here.
+
+A plug-in adds a method with `METHODS.add("mine", Method(...))`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-MethodName = Literal[
-    "centralized",
-    "local",
-    "fedlora",
-    "flexlora",
-    "hlora",
-    "split",
-    "splitfed-v1",
-    "splitfed-v2",
-    "splitlora",
-    "splitft-fixed",
-    "splitft",
-]
-"""Every method, by the name in `method:`."""
+from splitft.registry import Registry
 
 Sections = Mapping[str, Any]
-"""A configuration as nested mappings, as far as it is given."""
+"""A configuration as nested mappings, without the keys that are left out."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +37,25 @@ class Fixed:
 
     value: Any
     why: str
-    """Completes: this method ..."""
+    """The reason, as the end of a sentence that begins with `method NAME`."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method of the field."""
+    """A method from the literature."""
 
     source: str
-    """Where it is described."""
+    """The paper that describes it."""
     difference: str
-    """What makes it different, in one line."""
+    """Its difference from other methods, in one line."""
     fixes: Mapping[str, Fixed] = field(default_factory=dict)
-    """Keys that it is defined by."""
+    """The keys that define it."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Values of keys that a user may set otherwise."""
+    """Its defaults for keys that a user may set."""
     one_cut: bool = False
-    """Whether all clients have the same cut, and it stays."""
+    """True if all clients have the same cut in all rounds."""
     follows_fleet: bool = False
-    """Whether cuts choose themselves where machines or links are described and no cuts are."""
+    """True if a controller chooses the cuts when machines or links are given and cuts are not."""
 
 
 _SPLIT = {"schedule.controller": Fixed("fixed", "has one cut for all, which stays")}
@@ -84,7 +73,7 @@ _ALONE = {**_FACTORS, "aggregate.federated": Fixed(False, "aggregates nothing")}
 _ORDINARY = {"training.optimizer_state": "keep"}
 """Training without rounds: one optimizer from beginning to end."""
 
-METHODS: dict[MethodName, Method] = {
+METHODS: Registry[Method] = Registry("method", "splitft.methods", {
     "centralized": Method(
         source="LoRA: Hu et al. 2021, arXiv 2106.09685",
         difference="All clients' text lies in one place, on the server's machine: the upper bound.",
@@ -170,15 +159,15 @@ METHODS: dict[MethodName, Method] = {
         difference="Every client has its own cut, and cuts follow machines and links where these are given.",
         follows_fleet=True,
     ),
-}  # fmt: skip
-"""Every method of the field."""
+})  # fmt: skip
+"""Every method by the name in `method:`."""
 
 
-def filled(name: MethodName, given: Sections) -> dict[str, Any]:
-    """What is given, with the method's values for keys that are not."""
+def filled(name: str, given: Sections) -> dict[str, Any]:
+    """Return a configuration with the method's values for the keys that it leaves out."""
     method = METHODS[name]
     values = {key: fixed.value for key, fixed in method.fixes.items()} | dict(method.defaults)
-    if method.follows_fleet and _follows(given):
+    if method.follows_fleet and _has_fleet(given):
         values |= {"clients.cuts": "auto", "schedule.controller": "makespan"}
     result = dict(given)
     for key, value in values.items():
@@ -189,10 +178,10 @@ def filled(name: MethodName, given: Sections) -> dict[str, Any]:
     return result
 
 
-def taken_over(name: MethodName, given: Sections) -> dict[str, Any]:
-    """What is given, without what contradicts the method: for a method that is asked for over a file.
+def without_contradictions(name: str, given: Sections) -> dict[str, Any]:
+    """Return a configuration without the keys that contradict a method, which overrides them.
 
-    Of unequal cuts the shallowest stays, which every client can hold, where the method has one for all.
+    If the method has one cut for all, unequal cuts become the shallowest of them, which fits every client.
     """
     method = METHODS[name]
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in given.items()}
@@ -208,8 +197,8 @@ def taken_over(name: MethodName, given: Sections) -> dict[str, Any]:
     return result
 
 
-def contradictions(name: MethodName, value_of: Callable[[str], Any]) -> list[tuple[str, str]]:
-    """Keys whose value the method does not admit, each with why and what would fit."""
+def contradictions(name: str, value_of: Callable[[str], Any]) -> list[tuple[str, str]]:
+    """Return the keys whose value the method does not allow, each with the message."""
     method, found = METHODS[name], []
     for key, fixed in method.fixes.items():
         if (value := value_of(key)) != fixed.value:
@@ -218,17 +207,17 @@ def contradictions(name: MethodName, value_of: Callable[[str], Any]) -> list[tup
                 for other, one in METHODS.items()
                 if other != name and one.fixes.get(key, Fixed(value, "")).value == value
             ]
-            said = f"found {_written(value)}, but method {name} {fixed.why}"
+            message = f"found {_written(value)}, but method {name} {fixed.why}"
             fits = f"give {_written(fixed.value)} or leave it out, or choose {_listed(others)}"
-            found.append((key, f"{said}; {fits}"))
+            found.append((key, f"{message}; {fits}"))
     if method.one_cut and not isinstance(cuts := value_of("clients.cuts"), int):
-        said = f"found {_written(cuts)}, but method {name} has one cut for all clients"
-        found.append(("clients.cuts", f"{said}; give one number, or choose splitft"))
+        message = f"found {_written(cuts)}, but method {name} has one cut for all clients"
+        found.append(("clients.cuts", f"{message}; give one number, or choose splitft"))
     return found
 
 
-def _follows(given: Sections) -> bool:
-    """Whether machines or links are described, and neither cuts nor who chooses them."""
+def _has_fleet(given: Sections) -> bool:
+    """Return True if machines or links are given, and neither cuts nor a controller."""
     schedule, clients = given.get("schedule") or {}, given.get("clients") or {}
     if not isinstance(schedule, Mapping) or not isinstance(clients, Mapping):
         return False
@@ -237,7 +226,7 @@ def _follows(given: Sections) -> bool:
 
 
 def _written(value: Any) -> str:
-    """A value as a user writes it."""
+    """Return a value as a user writes it."""
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_written, value))}]"
     if value is None or isinstance(value, bool):
@@ -245,5 +234,5 @@ def _written(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _listed(names: list[MethodName]) -> str:
+def _listed(names: list[str]) -> str:
     return " or ".join(["splitft"] if "splitft" in names else names[:2]) or "another method"

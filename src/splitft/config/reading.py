@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from splitft.config.explain import Place, explain
 from splitft.config.run import RunConfig
 from splitft.errors import ConfigError, PluginError
-from splitft.methods import METHODS, filled, taken_over
+from splitft.methods import METHODS, filled, without_contradictions
 from splitft.plugins import check_allowed
 from splitft.plugins import find as find_plugin
 from splitft.plugins import load as load_plugins
@@ -179,7 +179,8 @@ def _check(
         raise ConfigError(
             "\n".join([*faults, f"{origins.get(('plugins',), default)}plugins: {error}"])
         ) from error
-    if (name := plain.get("method", "splitft")) in METHODS:
+    name = plain.get("method", RunConfig.model_fields["method"].default)
+    if isinstance(name, str) and name in METHODS:
         plain = filled(name, plain)
     try:
         config = RunConfig.model_validate_json(json.dumps(plain), strict=True)
@@ -211,9 +212,10 @@ def _with_plugins(plain: dict[str, Any], folder: Path, allowed: Collection[str] 
 def _taken_over(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A method given as an override stands over what the file says of its keys; other overrides stay."""
     name = data.get("method")
-    if name not in METHODS or not any(one.partition("=")[0].strip() == "method" for one in overrides):
+    overridden = any(one.partition("=")[0].strip() == "method" for one in overrides)
+    if not overridden or not isinstance(name, str) or name not in METHODS:
         return data
-    settled = taken_over(name, data)
+    settled = without_contradictions(name, data)
     for override in overrides:
         _apply(settled, override)
     return settled

@@ -6,11 +6,13 @@ two sections are in `config.compatibility`; `splitft.run` checks what needs the 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from splitft.config.compatibility import conflicts
-from splitft.methods import MethodName
+from splitft.methods import METHODS
 from splitft.specs import (
     AggregateSpec,
     ClientsSpec,
@@ -25,6 +27,7 @@ from splitft.specs import (
     TrainingSpec,
     WireSpec,
 )
+from splitft.specs.base import NameIn
 from splitft.specs.plugins import PluginSpec, TrackerName, TrackerSpec
 
 
@@ -58,7 +61,7 @@ class RunConfig(Spec):
     plugins: tuple[PluginSpec, ...] = ()
     """Python files that add rules, controllers, codecs and the like by name (docs/write-your-own.md). They
     are code that runs with your rights: name only files that you have read."""
-    method: MethodName = "splitft"
+    method: Annotated[str, NameIn(METHODS)] = "splitft"
     """The method to run: it sets what defines it, and has defaults of its own (`splitft.methods`)."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Fixes shares, initial factors and batches: equal seeds give equal runs on one machine."""
