@@ -25,7 +25,7 @@ from measuring import REPOSITORY, Parts, begin, options, section, table
 from membership_attack import Membership, by_gain, by_loss, losses
 from splitft.config import RunConfig, from_mapping
 from splitft.data.text import Example, held_out
-from splitft.export import with_adapter
+from splitft.peft_folder import with_adapter
 from splitft.model import open_model
 from splitft.run.inputs import divide_text
 

@@ -339,7 +339,7 @@ def added():
             lambda key, members, rank, fresh: United(Factors(*(x.double() for x in _pair(members)))),
             "returned factors of torch.float64 and torch.float64 instead of torch.float32",
         ),
-        (lambda key, members, rank, fresh: United(members[0][1].only("A")), "returned factors of a layer"),
+        (lambda key, members, rank, fresh: United(members[0][1].select("A")), "returned factors of a layer"),
     ],
 )
 def test_a_rule_that_fails_or_returns_unusable_factors_is_named(added, unite, fault):

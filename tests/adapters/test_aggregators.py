@@ -122,7 +122,7 @@ def test_fedsa_reports_how_far_own_b_on_the_mean_a_are_from_the_mean_update(foun
 
 @given(members(equal_ranks=True))
 def test_fedsa_needs_no_b_and_then_compares_nothing(found):
-    without = [(weight, state.only("A")) for weight, state in found]
+    without = [(weight, state.select("A")) for weight, state in found]
     ranks = _top_ranks(found)
     done, full = (aggregate("fedsa", listed, ranks, FRESH) for listed in (without, found))
     assert done.error == 0

@@ -1,9 +1,16 @@
 """Arithmetic on products B A that are never formed.
 
-    B (out, R), A (R, in)  --QR of both-->  core (R, R)  --SVD-->  as few directions as carry something
+    B (out, R), A (R, in)  --QR of both-->  core (R, R)  --SVD-->  directions above rounding
 
 A D x D product of a layer would cost D^2 numbers; the QR of two thin factors costs D R, and every norm and
 singular value of B A is one of the small core. R here is a rank, or the sum of the ranks of stacked factors.
+
+An update that is folded into the frozen base is kept as factors beside it:
+
+    weight of a layer in use = W + scale * (B A + F_B F_A)        A, B trained; F_B F_A folded, for all alike
+
+Round after round the folded parts are stacked. When their rank reaches that of a full matrix they are
+re-factored without loss, so they never take more than a full matrix's two square factors.
 """
 
 from __future__ import annotations
@@ -14,17 +21,17 @@ from dataclasses import replace
 
 import torch
 
-from splitft.adapters.state import Factors
+from splitft.adapters.state import AdapterState, Factors
 
 A_ROW_NORM = 1 / math.sqrt(3)
 """Norm of a row of A as LoRA initialises it; re-factored A have rows of this norm."""
 
 LEAST_STRETCH = 0.3
-"""Of a row's usual norm: how little of a direction a frame may have before it is given more."""
+"""Smallest stretch of a direction by a frame, as a share of a row's usual norm."""
 
 
 def stacked(members: Sequence[tuple[float, Factors]]) -> Factors:
-    """Factors of sum_i w_i B_i A_i at the rank sum: B' = [w_1 B_1 ...], A' = [A_1; ...]."""
+    """Return factors of sum_i w_i B_i A_i at the rank sum: B' = [w_1 B_1 ...], A' = [A_1; ...]."""
     B = torch.cat([weight * factors.B.double() for weight, factors in members], 1)
     return Factors(torch.cat([factors.A.double() for _, factors in members]), B)
 
@@ -32,11 +39,11 @@ def stacked(members: Sequence[tuple[float, Factors]]) -> Factors:
 def refactored(
     factors: Factors, rank: int | None = None, dtype: torch.dtype | None = None, floor: float = 0.0
 ) -> Factors:
-    """The best approximation of B A of at most `rank` (Eckart and Young); None for the product itself.
+    """Return the best approximation of B A of at most `rank` (Eckart and Young); None keeps the product.
 
     Rows of A are orthogonal, of the norm that LoRA starts with, in order of their singular values. Directions
-    below rounding in `dtype` (the factors' own by default), or whose singular value is below `floor`, carry
-    nothing and are left out, so the rank that comes back may be lower, down to 0.
+    below rounding in `dtype` (the factors' own by default), or whose singular value is below `floor`, are
+    left out, so the rank of the result may be lower, down to 0.
     """
     dtype = dtype or factors.A.dtype
     left, right = _directions(factors, rank, dtype, floor)
@@ -44,7 +51,7 @@ def refactored(
 
 
 def in_frame(factors: Factors, rank: int, frame: torch.Tensor) -> Factors:
-    """The same approximation, written with A as near to the rows of `frame` (>= rank, in) as can be.
+    """Return the same approximation with A as near as possible to the rows of `frame` (>= rank, in).
 
     Every invertible M gives factors B = U S M^-1, A = M V^T of the same product U S V^T; M = frame V makes A
     the rows of the frame, as far as the product's directions V reach. Singular directions themselves train
@@ -65,19 +72,41 @@ def in_frame(factors: Factors, rank: int, frame: torch.Tensor) -> Factors:
 def _directions(
     factors: Factors, rank: int | None, dtype: torch.dtype, floor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """U S (out, kept) and V^T (kept, in) of the product, in float64."""
+    """Return U S (out, kept) and V^T (kept, in) of the product, in float64."""
     Qb, Rb = torch.linalg.qr(factors.B.double())
     Qa, Ra = torch.linalg.qr(factors.A.double().T)
     U, S, Vh = torch.linalg.svd(Rb @ Ra.T)
-    carrying = int((max(float(S[0]) * torch.finfo(dtype).eps, floor) < S).sum()) if len(S) else 0
-    kept = carrying if rank is None else min(rank, carrying)
+    above = int((max(float(S[0]) * torch.finfo(dtype).eps, floor) < S).sum()) if len(S) else 0
+    kept = above if rank is None else min(rank, above)
     return Qb @ (U[:, :kept] * S[:kept]), Vh[:kept] @ Qa.T
 
 
 def product_norm(factors: Factors) -> float:
-    """||B A|| in the Frobenius norm, from the triangular parts of B and A^T."""
+    """Return ||B A|| in the Frobenius norm, from the triangular parts of B and A^T."""
     if not factors.rank:
         return 0.0
     Rb = torch.linalg.qr(factors.B.double(), mode="r").R
     Ra = torch.linalg.qr(factors.A.double().T, mode="r").R
     return float(torch.linalg.matrix_norm(Rb @ Ra.T))
+
+
+def add_folded(folded: AdapterState, more: AdapterState) -> AdapterState:
+    """Return the sum of two folded updates, layer by layer."""
+    return AdapterState({
+        key: _within_full_rank(folded[key].followed_by(more[key])) if key in folded and key in more
+        else folded.get(key) or more[key]
+        for key in folded.keys() | more.keys()
+    })  # fmt: skip
+
+
+def with_folded(state: AdapterState, folded: AdapterState) -> AdapterState:
+    """Return one adapter with the products of both, as it is exported and evaluated."""
+    return AdapterState({
+        key: _within_full_rank(refactored(factors.followed_by(folded[key]))) if key in folded else factors
+        for key, factors in state.items()
+    })  # fmt: skip
+
+
+def _within_full_rank(factors: Factors) -> Factors:
+    full = min(factors.A.shape[1], factors.B.shape[0])
+    return refactored(factors) if factors.rank > full else factors

@@ -57,14 +57,14 @@ class Factors:
         """Which factors are here: "AB", or one of them where the other stays with somebody else."""
         return ("A" if self.A.shape[1] else "") + ("B" if self.B.shape[0] else "")
 
-    def only(self, halves: str) -> Factors:
+    def select(self, halves: str) -> Factors:
         """One factor without the other, which keeps its rank and no numbers."""
         A = self.A if "A" in halves else self.A.new_empty(self.rank, 0)
         if "B" in halves:
             return Factors(A, self.B, self.magnitude)
         return Factors(A, self.B.new_empty(0, self.rank))
 
-    def completed(self, other: Factors) -> Factors:
+    def fill_from(self, other: Factors) -> Factors:
         """With the first rows of A or columns of B of `other` where this has none."""
         A = self.A if self.A.shape[1] else other.A[: self.rank]
         if self.B.shape[0]:
@@ -115,14 +115,14 @@ class AdapterState(Mapping[Key, Factors]):
         """This set, with the factors of `other` in place of its own where both have them."""
         return AdapterState({**self, **other})
 
-    def only(self, halves: str) -> AdapterState:
+    def select(self, halves: str) -> AdapterState:
         """Every layer's factor "A", or "B", or both."""
-        return AdapterState({key: factors.only(halves) for key, factors in self.items()})
+        return AdapterState({key: factors.select(halves) for key, factors in self.items()})
 
-    def completed(self, other: AdapterState) -> AdapterState:
+    def fill_from(self, other: AdapterState) -> AdapterState:
         """With the factors of `other` where a layer of this has only one."""
         return AdapterState({
-            key: factors if factors.halves == "AB" else factors.completed(other[key])
+            key: factors if factors.halves == "AB" else factors.fill_from(other[key])
             for key, factors in self.items()
         })  # fmt: skip
 

@@ -1,20 +1,21 @@
-"""Try a finished run's model on tasks, and keep what came out in its folder.
+"""Evaluate a finished run's model on tasks, and keep the metrics in its folder.
 
     run folder --held-out text, or --data PATH--> examples
                --base model + adapter (transformers, peft)--> tasks --> eval.json
 
-`eval.json` has one entry for each task, text and model (with the adapter or without); the latest counts.
+`eval.json` has one entry for each task, text and model (with the adapter or without); a newer one replaces
+it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,112 +24,105 @@ from splitft.data.corpora import read_records
 from splitft.data.text import Example, held_out
 from splitft.data.tokens import tokenise
 from splitft.errors import ConfigError, RunError
-from splitft.evaluation import TASKS, Reader, suitable_tasks
 from splitft.evaluation.likelihood import windows
-from splitft.export import with_adapter
+from splitft.evaluation.tasks import TASKS, TaskInput, suitable_tasks
+from splitft.files import write_whole
 from splitft.model import Model, open_model
-from splitft.model.quiet import silence_transformers
+from splitft.model.source import silence_transformers
+from splitft.peft_folder import with_adapter
 from splitft.run.folder import Run
 from splitft.run.inputs import divide_text
 from splitft.tracking.evaluations import read_evaluations
 
 HELD_OUT = "held out by the run"
-"""How `eval.json` calls the run's own held-out text."""
+"""Name of the run's own held-out text in `eval.json`."""
 
-Told = Callable[[str, int, int], None]
-"""Told of progress: the task, and how many of how many examples are done."""
+Progress = Callable[[str, int, int], None]
+"""Gets the task, the number of examples done, and the number of all."""
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to try a model on, and how."""
+    """Tasks, text and model of an evaluation."""
 
     tasks: tuple[str, ...] = ()
-    """Names of tasks; none for those that suit the text."""
+    """Names of tasks; empty for those that suit the text."""
     data: str | None = None
     """A file or hub data set instead of the run's own held-out text."""
     overrides: tuple[str, ...] = ()
     """`data.key=value`, such as data.max_examples=200."""
     adapter: bool = True
-    """With the run's adapter; without it, the base model for comparison."""
+    """Use the run's adapter; without it, evaluate the base model for comparison."""
     batch_size: int = 16
     """Prompts continued at once."""
     max_new_tokens: int | None = None
     """Longest continuation; None for the task's own."""
     client: str | None = None
-    """Try this client's own adapter, of a run that leaves clients some blocks or all, on what it held out."""
+    """Evaluate this client's own adapter, where clients have one, on what it held out."""
+
+    @property
+    def source(self) -> str:
+        """Name of the text in `eval.json`."""
+        return self.data or (HELD_OUT if self.client is None else f"held out by {self.client}")
 
 
 def evaluate(
-    folder: Path | str, trial: EvaluationRequest | None = None, told: Told = lambda task, done, total: None
+    folder: Path | str,
+    request: EvaluationRequest | None = None,
+    progress: Progress = lambda task, done, total: None,
 ) -> list[dict[str, Any]]:
-    """Try the run's model, write `eval.json`, and return this trial's entries.
+    """Evaluate the run's model, write `eval.json`, and return the new entries.
 
-    Raises RunError if there is no adapter or a task does not suit, and what reading the text raises.
+    Raises RunError if there is no adapter or a task does not suit, and the errors of reading the text.
     """
-    run, trial = Run(Path(folder)), trial or EvaluationRequest()
-    check_tasks(trial.tasks)
-    config = _configured(run.config, trial)
+    run, request = Run(Path(folder)), request or EvaluationRequest()
+    check_tasks(request.tasks)
+    config = _with_text(run.config, request)
     rounds = run.summary["rounds"]
     with silence_transformers():
+        # the model, its adapter, and the text of each task
         model = open_model(config.model)
         tokenizer = model.tokenizer()
-        adapter = _adapter_of(run, trial)
-        texts = _Texts(config, model, trial.data is not None, trial.client)
-        tasks = trial.tasks or suitable_tasks(texts.examples(), tokenizer)
-        readings = {task: texts.windows() if task == "windows" else texts.examples() for task in tasks}
+        adapter = _adapter_folder(run, request)
+        text = _TaskText(config, model, request)
+        tasks = request.tasks or suitable_tasks(text.examples, tokenizer)
+        texts = {task: text.windows if TASKS[task].windows else text.examples for task in tasks}
         whole = with_adapter(adapter, model.path, model.dtype)
+        # one entry for each task
         entries = []
-        for task, examples in readings.items():
+        for task, examples in texts.items():
             began = time.monotonic()
-            reader = Reader(
+            task_input = TaskInput(
                 whole,
                 tokenizer,
                 examples,
                 model.shape.max_positions,
-                trial.batch_size,
-                trial.max_new_tokens,
-                lambda done, total, task=task: told(task, done, total),  # type: ignore[misc]
+                request.batch_size,
+                request.max_new_tokens,
+                partial(progress, task),
             )
-            with nullcontext() if trial.adapter else whole.disable_adapter():
-                outcome = TASKS[task](reader)
+            with nullcontext() if request.adapter else whole.disable_adapter():
+                result = TASKS[task].run(task_input)
             entries.append(
                 {
                     "task": task,
-                    "data": trial.data
-                    or (HELD_OUT if trial.client is None else f"held out by {trial.client}"),
-                    "client": trial.client,
-                    "adapter": trial.adapter,
+                    "data": request.source,
+                    "client": request.client,
+                    "adapter": request.adapter,
                     "rounds": rounds,
-                    "metrics": outcome.metrics,
+                    "metrics": result.metrics,
                     "settings": {
-                        "overrides": list(trial.overrides),
-                        "max_new_tokens": trial.max_new_tokens,
+                        "overrides": list(request.overrides),
+                        "max_new_tokens": request.max_new_tokens,
                         "max_tokens": config.data.max_tokens,
                         "dtype": config.model.dtype,
                     },
                     "seconds": round(time.monotonic() - began, 1),
-                    "samples": list(outcome.samples),
+                    "samples": list(result.samples),
                 }
             )
-    _keep(run.folder, entries)
+    _write_entries(run.folder, entries)
     return entries
-
-
-def _adapter_of(run: Run, trial: EvaluationRequest) -> Path:
-    """The global adapter, or a client's own. Raises RunError if it is not there."""
-    personal = run.folder / "personal"
-    names = sorted(path.name for path in personal.iterdir()) if personal.is_dir() else []
-    if trial.client is not None and trial.client not in names:
-        held = f"there are those of {', '.join(names)}" if names else "all clients share the global one"
-        raise RunError(f"{run.folder} has no adapter of {trial.client!r} alone; {held}")
-    if trial.client is not None:
-        return personal / trial.client
-    if names and not run.adapter_dir.is_dir():
-        raise RunError(
-            f"{run.folder} has no global adapter, but one of each client: give --client, such as {names[0]}"
-        )
-    return run.adapter_dir
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
@@ -140,22 +134,47 @@ def check_tasks(tasks: Sequence[str]) -> None:
             raise RunError(f"there is no task {task!r}{hint}")
 
 
-class _Texts:
-    """The text of a trial, read when it is first needed."""
+def _adapter_folder(run: Run, request: EvaluationRequest) -> Path:
+    """Return the folder of the global adapter, or of a client's own. Raises RunError if there is none."""
+    personal = run.folder / "personal"
+    names = sorted(path.name for path in personal.iterdir()) if personal.is_dir() else []
+    if request.client is not None and request.client not in names:
+        held = f"there are those of {', '.join(names)}" if names else "all clients share the global one"
+        raise RunError(f"{run.folder} has no adapter of {request.client!r} alone; {held}")
+    if request.client is not None:
+        return personal / request.client
+    if names and not run.adapter_dir.is_dir():
+        raise RunError(
+            f"{run.folder} has no global adapter, but one of each client: give --client, such as {names[0]}"
+        )
+    return run.adapter_dir
 
-    def __init__(self, config: RunConfig, model: Model, other: bool, client: str | None) -> None:
-        self._config, self._model, self._other, self._client = config, model, other, client
-        self._examples: tuple[Example, ...] | None = None
 
+class _TaskText:
+    """Text of an evaluation, read when it is first needed."""
+
+    def __init__(self, config: RunConfig, model: Model, request: EvaluationRequest) -> None:
+        self._config, self._model, self._request = config, model, request
+
+    @cached_property
     def examples(self) -> tuple[Example, ...]:
-        """The run's held-out examples as it evaluates on them, or all of the other text."""
-        if self._examples is None:
-            self._examples = self._all() if self._other else self._held_out()
-        return self._examples
+        """The run's held-out examples as it evaluates on them, or all of another text."""
+        data, seed = self._config.data, self._config.seed
+        if self._request.data is not None:
+            records = read_records(data, None, seed)
+            return tokenise(records, self._model.tokenizer(), data.max_tokens, data.separator).examples
+        divided = divide_text(self._config, self._model)
+        found: list[Example] = []
+        for index, (name, part) in enumerate(zip(divided.names, divided.parts, strict=True)):
+            if self._request.client in (None, name):
+                own = [divided.text.examples[place] for place in part]
+                found += held_out(own, data.holdout, seed, index)[1][: data.eval_examples]
+        return tuple(found)
 
+    @cached_property
     def windows(self) -> tuple[Example, ...]:
-        """The other text as one, in windows of `data.max_tokens`."""
-        if not self._other:
+        """All of another text, in windows of `data.max_tokens`."""
+        if self._request.data is None:
             raise RunError("the task windows is for one long text: give it with --data")
         data = self._config.data
         text = "\n\n".join(record.text for record in read_records(data, None, self._config.seed))
@@ -164,60 +183,40 @@ class _Texts:
             raise RunError(f"{data.source} has {len(ids)} token(s); a window needs two")
         return tuple(windows(ids, min(data.max_tokens, self._model.shape.max_positions)))
 
-    def _all(self) -> tuple[Example, ...]:
-        data = self._config.data
-        records = read_records(data, None, self._config.seed)
-        return tokenise(records, self._model.tokenizer(), data.max_tokens, data.separator).examples
 
-    def _held_out(self) -> tuple[Example, ...]:
-        data, seed = self._config.data, self._config.seed
-        divided = divide_text(self._config, self._model)
-        found: list[Example] = []
-        for index, (name, part) in enumerate(zip(divided.names, divided.parts, strict=True)):
-            if self._client not in (None, name):
-                continue
-            own = [divided.text.examples[place] for place in part]
-            found += held_out(own, data.holdout, seed, index)[1][: data.eval_examples]
-        return tuple(found)
-
-
-def _configured(config: RunConfig, trial: EvaluationRequest) -> RunConfig:
-    """The run's configuration with another text, where the trial names one."""
-    other = [one for one in trial.overrides if not one.strip().startswith("data.")]
+def _with_text(config: RunConfig, request: EvaluationRequest) -> RunConfig:
+    """Return the run's configuration with another text, if the request names one."""
+    other = [one for one in request.overrides if not one.strip().startswith("data.")]
     if other:
         raise ConfigError(
             f"{other[0]!r}: only keys of the section data can be given to eval, as data.key=value"
         )
     tree = config.model_dump(mode="json")
-    if trial.data is None:
-        moved = [one for one in trial.overrides if one.partition("=")[0].strip() != "data.eval_examples"]
+    if request.data is None:
+        moved = [one for one in request.overrides if one.partition("=")[0].strip() != "data.eval_examples"]
         if moved:
             raise ConfigError(
                 f"{moved[0]!r} would change which text is held out, so that some of it was trained on; "
                 f"without --data only data.eval_examples can be given"
             )
-        return from_mapping(tree, trial.overrides)
-    tree["data"] |= {"source": trial.data, "hub_config": None, "max_examples": None}
-    if Path(trial.data).suffix == ".txt":
+        return from_mapping(tree, request.overrides)
+    tree["data"] |= {"source": request.data, "hub_config": None, "max_examples": None}
+    if Path(request.data).suffix == ".txt":
         tree["data"] |= {"text": "text", "prompt": None, "completion": None}
-    return from_mapping(tree, trial.overrides)
+    return from_mapping(tree, request.overrides)
 
 
-def _keep(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Put the entries in place of older ones of the same task, text and model, in one stroke."""
+def _write_entries(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """Add the entries to `eval.json`; they replace older ones of the same task, text and model."""
     key = ("task", "data", "adapter", "client")
     fresh = {tuple(entry[name] for name in key) for entry in entries}
-    kept = [
-        entry for entry in read_evaluations(folder) if tuple(entry.get(name) for name in key) not in fresh
-    ]
-    draft = folder / "eval.json.draft"
-    draft.write_text(json.dumps({"evaluations": [*kept, *entries]}, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, folder / "eval.json")
+    kept = [one for one in read_evaluations(folder) if tuple(one.get(name) for name in key) not in fresh]
+    write_whole(folder / "eval.json", json.dumps({"evaluations": [*kept, *entries]}, indent=2) + "\n")
 
 
-def source_is_trained_on(folder: Path | str, trial: EvaluationRequest) -> bool:
-    """Whether the other text is the file that the run trained on."""
-    if trial.data is None:
+def source_is_trained_on(folder: Path | str, request: EvaluationRequest) -> bool:
+    """Return whether the other text is the file that the run trained on."""
+    if request.data is None:
         return False
-    own, other = (Path(path).expanduser() for path in (Run(Path(folder)).config.data.source, trial.data))
+    own, other = (Path(path).expanduser() for path in (Run(Path(folder)).config.data.source, request.data))
     return own == other or (own.is_file() and other.is_file() and own.samefile(other))

@@ -6,9 +6,13 @@ Nothing but the configuration is read until a segment is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import json
+import os
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +91,25 @@ def open_model(spec: ModelSpec) -> Model:
     folder = Path(path)
     checkpoint = in_folder(folder, prefixes) if folder.is_dir() else on_hub(path, prefixes)
     return Model(spec, path, config, shape_of(config), checkpoint)
+
+
+@contextlib.contextmanager
+def silence_transformers() -> Iterator[None]:
+    """Suppress the progress bars and warnings of transformers and tokenizers."""
+    from transformers.utils import logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            warnings.filterwarnings("ignore", r"`past_key_values` is deprecated", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
 
 
 def _configuration(path: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import splitft
+from runs import settings_file
 from splitft.adapters import AdapterState, Factors, attach, initial_state
 from splitft.errors import ModelError, RunError
-from splitft.export import with_adapter, write_merged, write_peft
 from splitft.geometry import Span, ranks_by_block
 from splitft.model import open_model
+from splitft.peft_folder import with_adapter, write_merged, write_peft
 from splitft.specs import ModelSpec
 
 BLOCKS, SCALE, CUT = 4, 2.0, 2
@@ -185,3 +188,15 @@ def test_a_folder_without_an_adapter_or_a_base_that_is_gone_are_said_to_be_so(tr
         with_adapter(tmp_path, model.path, torch.float32)
     with pytest.raises(ModelError, match="gone cannot be loaded"):
         with_adapter(adapter, str(tmp_path / "gone"), torch.float32)
+
+
+def test_a_run_is_exported_in_the_process_that_trained_it(tmp_path, tiny_llama):
+    run = splitft.train(settings_file(tmp_path, tiny_llama, training={"rounds": 1}), tmp_path / "run")
+    assert (splitft.export(run.folder, tmp_path / "adapter") / "adapter_config.json").is_file()
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    """Importing `splitft.x` sets the attribute `x` of the package, and so would replace the function."""
+    home = Path(splitft.__file__).parent
+    modules = {path.stem for path in home.iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert not modules & set(splitft.__all__)
