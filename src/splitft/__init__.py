@@ -16,8 +16,7 @@ from splitft.version import __version__
 if TYPE_CHECKING:
     from splitft.config import RunConfig, load
     from splitft.evaluation.evaluate import evaluate
-    from splitft.run.folder import Run
-    from splitft.run.results import export, generate
+    from splitft.run.folder import Run, export, generate
     from splitft.run.train import train
 
 __all__ = ["Run", "RunConfig", "__version__", "evaluate", "export", "generate", "load", "train"]
@@ -26,8 +25,8 @@ _HOMES = {
     "Run": "splitft.run.folder",
     "RunConfig": "splitft.config",
     "evaluate": "splitft.evaluation.evaluate",
-    "export": "splitft.run.results",
-    "generate": "splitft.run.results",
+    "export": "splitft.run.folder",
+    "generate": "splitft.run.folder",
     "load": "splitft.config",
     "train": "splitft.run.train",
 }

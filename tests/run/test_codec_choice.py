@@ -40,7 +40,7 @@ def test_each_client_gets_the_cheapest_codec_that_fits_and_a_reason(config):
         assert choice.hidden in probing.HIDDEN
         assert choice.gradient in probing.GRADIENT
         assert f"{choice.hidden} " in choice.reason
-        assert prepared.terms_of(choice.client).wire.hidden == choice.hidden
+        assert prepared.serializer_of(choice.client).wire.hidden == choice.hidden
 
 
 def test_candidates_are_ordered_by_their_bytes():
@@ -64,19 +64,19 @@ def test_a_wider_budget_never_takes_more_bytes(config):
 
 def test_the_effect_is_that_of_the_runs_own_evaluation(config):
     prepared = prepare(config())
-    client, count = prepared.clients[0], prepared.clients[0].held_out_batches
+    client, count = prepared.clients[0], len(prepared.clients[0].held_out)
     prepared.server.place({one.name: one.plan.client.stop for one in prepared.clients})
     prepared.server.install(prepared.server.initial())
-    replies = probing._replies(client, prepared.server, probing._with(prepared.terms, "int4"), count)
+    replies = probing._replies(client, prepared.server, probing._with(prepared.serializer, "int4"), count)
     simulation = prepare(config(wire={"hidden": "int4", "gradient": "fp32"})).simulation()
     simulation.server.place({name: one.plan.client.stop for name, one in simulation.clients.items()})
     simulation.server.install(simulation.server.initial())
     found = simulation.evaluate()[client.name]
-    client.evaluation()  # counting begins afresh
+    client.held_out.result()  # counting begins afresh
     for index, reply in enumerate(replies):
-        client.held_out(index)
-        client.held_out_head(reply)
-    probed = client.evaluation()
+        client.held_out.forward(index)
+        client.held_out.head(reply)
+    probed = client.held_out.result()
     assert (probed.loss, probed.tokens) == (pytest.approx(found.loss, rel=1e-5), found.tokens)
 
 
@@ -87,7 +87,7 @@ def test_the_rise_is_the_divergence_of_predictions_less_what_rounding_does_by_it
     server.install(server.initial())
 
     def replies(codec, shaken=False):
-        return probing._replies(client, server, probing._with(prepared.terms, codec), 1, shaken)[0]
+        return probing._replies(client, server, probing._with(prepared.serializer, codec), 1, shaken)[0]
 
     exact, shaken = replies("fp32"), replies("fp32", shaken=True)
     rises = [

@@ -11,7 +11,6 @@ from splitft.protocol import RoundStart
 from splitft.run.cut_schedule import CutSchedule
 from splitft.schedule.simulated_search import round_simulator
 from splitft.tracking.events import CutsChanged, RoundTimed
-from splitft.training import train_rounds
 
 SLOW = {
     "block_forward_ms_per_token": 5.0,
@@ -37,10 +36,8 @@ def run(tiny_llama, text):
             tiny_llama, text, [1] * clients, training=TRAINING, clients={"cuts": cuts}, schedule=schedule
         )
         events = []
-        state = train_rounds(
-            prepared.initial(), prepared.server, prepared.simulation(), prepared.ranks,
-            prepared.config.training, prepared.pace, events.append, lambda state: None,
-        )  # fmt: skip
+        trainer = prepared.trainer(prepared.simulation(), events.append)
+        state = trainer.train(prepared.initial())
         return prepared, state, events
 
     return play
@@ -91,7 +88,7 @@ def test_makespan_needs_one_round_to_know_of_a_change_and_none_to_act_on_it(run,
     assert (first.round, second.round) == (1, 3)
     assert list(first.cuts.values()) == [3, 3, 3]
     assert list(second.cuts.values()) == [3, 1, 3]
-    pace = prepared.pace
+    pace = prepared.cut_schedule
     foretold = round_simulator(pace.fleet.costs, pace.fleet.at(2))
     assert foretold(second.cuts) <= foretold(first.cuts)
     timed = of(events, RoundTimed)
@@ -107,7 +104,7 @@ def test_a_move_to_a_deeper_cut_is_charged_with_the_weights_it_loads(run):
     first, second = of(events, CutsChanged)
     gained = second.cuts["client-1"] - first.cuts["client-1"]
     assert gained > 0
-    job = prepared.pace.fleet.costs
+    job = prepared.cut_schedule.fleet.costs
     moved = next(event for event in of(events, RoundTimed) if event.round == second.round)
     assert moved.weight_bytes >= gained * job.sizes.block_parameters * 8  # float64
     assert moved.move_seconds > 0
@@ -139,7 +136,7 @@ def test_or_it_is_left_out_and_the_others_train(run):
     tiny = {**SLOW, "memory_gb": 1e-6}
     prepared, state, _ = run(controller="makespan", devices=[SLOW, tiny, QUICK], misfit="leave-out")
     assert set(state.cuts) == {"client-1", "client-3"}
-    assert "client-2" in prepared.pace.left_out[0]
+    assert "client-2" in prepared.cut_schedule.left_out[0]
 
 
 def test_bounds_on_the_cut_are_kept(run):
@@ -151,7 +148,7 @@ def test_a_fixed_run_that_would_not_fit_its_machines_is_warned_not_stopped(run):
     tiny = {**SLOW, "memory_gb": 1e-6}
     prepared, state, _ = run(cuts=[1, 2, 3], devices=tiny)
     assert list(state.cuts.values()) == [1, 2, 3]
-    assert len(prepared.pace.misfits) == 3
+    assert len(prepared.cut_schedule.misfits) == 3
 
 
 def test_a_client_that_cannot_load_its_new_blocks_keeps_its_old_cut(tiny_llama, text, monkeypatch):
@@ -199,11 +196,11 @@ def test_a_privacy_bound_that_cannot_be_kept_is_refused_before_training(run):
 def test_a_site_that_allows_no_shallow_cut_is_asked_for_none(run):
     prepared, _, _ = run(controller="makespan", devices=SLOW)
     floors = {"client-2": 3}
-    _, cuts = CutSchedule.begin(prepared.config, prepared.pace.fleet, floors)
+    _, cuts = CutSchedule.begin(prepared.config, prepared.cut_schedule.fleet, floors)
     assert cuts["client-2"] == 3
     fixed = prepared.config.model_copy(
         update={"schedule": prepared.config.schedule.model_copy(update={"controller": "fixed"}),
                 "clients": prepared.config.clients.model_copy(update={"cuts": 2})}
     )  # fmt: skip
     with pytest.raises(ScheduleError, match="client-2 has cut 2, but its site takes part from cut 3"):
-        CutSchedule.begin(fixed, prepared.pace.fleet, floors)
+        CutSchedule.begin(fixed, prepared.cut_schedule.fleet, floors)

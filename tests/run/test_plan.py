@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from laws.federations import write_text
 from splitft.cli import app
 from splitft.config import from_mapping
-from splitft.run import setup as parties
+from splitft.run import inputs
 from splitft.run.plan import plan
 
 
@@ -86,7 +86,7 @@ def test_asking_again_counts_nothing_anew_until_something_changes(settings, tmp_
     monkeypatch.setenv("SPLITFT_CACHE", str(tmp_path / "cache"))
     first = plan(from_mapping(settings))
     calls = []
-    monkeypatch.setattr(parties, "gather", lambda config: calls.append(config) or pytest.fail("counted anew"))
+    monkeypatch.setattr(inputs, "gather", lambda config: calls.append(config) or pytest.fail("counted anew"))
     assert plan(from_mapping(settings)) == first
     changed = {**settings, "seed": 1}
     with pytest.raises(pytest.fail.Exception):
@@ -98,8 +98,8 @@ def test_asking_again_counts_nothing_anew_until_something_changes(settings, tmp_
 def counting(tmp_path, monkeypatch):
     """Plans with a cache of their own; what is in the list was counted from the text."""
     monkeypatch.setenv("SPLITFT_CACHE", str(tmp_path / "cache"))
-    calls, gather = [], parties.gather
-    monkeypatch.setattr(parties, "gather", lambda config: calls.append(config) or gather(config))
+    calls, gather = [], inputs.gather
+    monkeypatch.setattr(inputs, "gather", lambda config: calls.append(config) or gather(config))
     return calls
 
 

@@ -2,14 +2,13 @@
 
     blocks [0, 4) with LoRA, (B, T) batches of two sizes --timed--> Calibration --cached per model and machine
 
-The small batch tells what a block takes however few the tokens, the large one what each token adds. A few
-seconds once; the result lies in the user's cache folder, so that planning is quick and simulated times are
-the same from run to run. Medians are kept, since other programs slow single batches down.
+The small batch gives a block's overhead, the large one what each token adds. Calibrating takes a few seconds;
+the result is kept in the user's cache folder, so that planning is quick and simulated times are the same from
+run to run. Medians are used, since other programs slow down single batches.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import statistics
@@ -19,8 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from splitft.adapters import LocalOptimizer, attach
-from splitft.cache import cache_folder, put
-from splitft.errors import ScheduleError
+from splitft.cache import KeyedCache, cache_folder
 from splitft.geometry import Span
 from splitft.model import Model, loss_and_gradient
 from splitft.schedule.profile import Calibration, Device, calibrated
@@ -29,30 +27,29 @@ from splitft.specs import TrainingSpec
 from splitft.training.ranks import RankPolicy
 
 BLOCKS = 4
-"""Blocks timed together, or all of a smaller model."""
+"""Blocks timed together; all blocks of a smaller model."""
 SEQUENCES, LENGTH = 4, 128
-"""Shape of the larger batch timed."""
+"""Shape of the larger batch."""
 FEW = 32
-"""Tokens of the smaller one, a single sequence."""
+"""Tokens of the smaller batch, one sequence."""
 SECONDS = 4.0
-"""Time spent on blocks; the head gets half of it."""
+"""Time spent on blocks; the head takes half as long."""
 SLOT = "calibration"
 
 
 def measured(model: Model, sizes: ModelSizes, ranks: RankPolicy, training: TrainingSpec) -> Calibration:
-    """This machine's calibration for this model: from the cache, or measured now and cached."""
-    path = cache_folder() / "calibrations" / f"{_key(model, ranks)}.json"
-    try:
-        return Calibration.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ScheduleError):
-        pass
-    calibration = calibrate(model, sizes, ranks, training)
-    put(path, calibration.to_json())
-    return calibration
+    """Return this machine's calibration for this model: from the cache, or measured now."""
+    cache = KeyedCache(
+        cache_folder() / "calibrations",
+        dump=lambda calibration: calibration.to_json().encode(),
+        load=lambda data: Calibration.from_json(data.decode()),
+    )
+    return cache.cached(_facts(model, ranks), lambda: calibrate(model, sizes, ranks, training))
 
 
 def calibrate(model: Model, sizes: ModelSizes, ranks: RankPolicy, training: TrainingSpec) -> Calibration:
     """Time blocks and head now."""
+    # blocks with adapters
     span = Span(0, min(BLOCKS, model.shape.blocks))
     length = min(LENGTH, model.shape.max_positions)
     segment = model.segment(span, embedding=True, head=True)
@@ -64,23 +61,25 @@ def calibrate(model: Model, sizes: ModelSizes, ranks: RankPolicy, training: Trai
     generator = torch.Generator().manual_seed(ranks.seed)
     shapes = ((1, min(FEW, length)), (SEQUENCES, length))
     batches = [torch.randint(model.shape.vocab, shape, generator=generator) for shape in shapes]
+    # a training step on each batch, repeated
     forward_s: list[list[float]] = [[], []]
     backward_s: list[list[float]] = [[], []]
 
     def step() -> None:
-        for which, tokens in enumerate(batches):
+        for index, tokens in enumerate(batches):
             began = time.perf_counter()
             with torch.enable_grad(), bank.routed([(SLOT, len(tokens))]):
                 hidden = segment.run(tokens, span)
-            between = time.perf_counter()
+            forward_end = time.perf_counter()
             torch.autograd.backward([hidden], [torch.ones_like(hidden) * 1e-3])
             optimizer.step()
-            forward_s[which].append(between - began)
-            backward_s[which].append(time.perf_counter() - between)
+            forward_s[index].append(forward_end - began)
+            backward_s[index].append(time.perf_counter() - forward_end)
 
     _repeat(step, SECONDS)
     sizes_timed = [tokens.numel() for tokens in batches]
-    forward, backward = (_line(sizes_timed, times, len(span)) for times in (forward_s, backward_s))
+    forward, backward = (_fit_line(sizes_timed, times, len(span)) for times in (forward_s, backward_s))
+    # head and loss
     rows = torch.randn(SEQUENCES * length, model.shape.width, generator=generator).to(model.dtype)
     targets = torch.randint(model.shape.vocab, (len(rows),), generator=generator)
     head_s = _repeat(lambda: loss_and_gradient(segment, rows, targets), SECONDS / 2)
@@ -96,16 +95,16 @@ def calibrate(model: Model, sizes: ModelSizes, ranks: RankPolicy, training: Trai
     return calibrated(device, sizes, model.spec.name, model.spec.dtype, length)
 
 
-def _line(tokens: Sequence[int], seconds: Sequence[Sequence[float]], blocks: int) -> tuple[float, float]:
-    """(seconds of a block, seconds a token) of the line through two sizes; no less than nothing at size 0."""
-    few, many = (statistics.median(times[1:]) / blocks for times in seconds)  # the first one warms up
+def _fit_line(tokens: Sequence[int], seconds: Sequence[Sequence[float]], blocks: int) -> tuple[float, float]:
+    """Return (seconds of a block, seconds per token): the line through two sizes, at least 0 at size 0."""
+    few, many = (statistics.median(times[1:]) / blocks for times in seconds)  # the first is a warm-up
     each = (many - few) / max(1, tokens[1] - tokens[0])
     overhead = few - each * tokens[0]
     return (overhead, each) if 0 <= overhead <= few else (0.0, many / tokens[1])
 
 
 def _repeat(work: Callable[[], object], seconds: float) -> list[float]:
-    """Do it until the time is used up, at least three times; the seconds of each, the first a warm-up."""
+    """Repeat for some time, at least three times; returns the seconds of each, the first being a warm-up."""
     times: list[float] = []
     until = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < until:
@@ -116,7 +115,7 @@ def _repeat(work: Callable[[], object], seconds: float) -> list[float]:
 
 
 def _free_memory() -> float:
-    """Three quarters of the machine's memory: the rest is for the system, the runtime and the text."""
+    """Return three quarters of the machine's memory; the rest is for the system, the runtime and the text."""
     try:
         return 0.75 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
@@ -127,12 +126,11 @@ def _machine() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def _key(model: Model, ranks: RankPolicy) -> str:
-    """Whatever the seconds depend on, as a file name."""
-    facts = (
+def _facts(model: Model, ranks: RankPolicy) -> tuple[object, ...]:
+    """Return everything that the seconds depend on."""
+    return (
         FEW, SEQUENCES, LENGTH,
         model.path, model.spec.dtype, model.spec.attention,
         ranks.lora.targets, ranks.lora.rank, ranks.lora.method,
         platform.node(), _machine(), torch.__version__,
     )  # fmt: skip
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -29,6 +29,7 @@ from splitft.model import divergence
 from splitft.protocol import Activations, HeldOutLoss, LastHidden, MessageSerializer
 from splitft.protocol.channel import Channel
 from splitft.specs import WireSpec
+from splitft.specs.codecs import kind_of
 from splitft.specs.wire import AUTO
 from splitft.tracking.events import WireChosen
 from splitft.training import Client, Server
@@ -98,7 +99,7 @@ def _hidden_trials(
     client: Client, server: Server, terms: MessageSerializer, allowed: float
 ) -> list[CodecTrial]:
     """Candidates until one fits."""
-    count = min(MEASURED, max(1, client.held_out_batches // 2))
+    count = min(MEASURED, max(1, len(client.held_out) // 2))
     exact = _replies(client, server, _with(terms, "fp32"), count)
     shaken = _replies(client, server, _with(terms, "fp32"), count, shaken=True)
     trials: list[CodecTrial] = []
@@ -120,12 +121,13 @@ def _replies(
 ) -> list[LastHidden | HeldOutLoss]:
     """What comes back of the first batches, after the others taught the codec; none if it did not learn."""
     line = Channel(client.name, terms)
-    if terms.wire.hidden.startswith("principal"):
-        for index in range(count, client.held_out_batches):
+    learned = kind_of(terms.wire.hidden).learned
+    if learned is not None:
+        for index in range(count, len(client.held_out)):
             _reply(client, server, line, index)
         remembered = (line.ends["client"].tensors(), line.ends["server"].tensors())
         legs = 1 if terms.labels_travel else 2
-        if any(sum(key.endswith("/basis") for key in tensors) < legs for tensors in remembered):
+        if any(sum(key.endswith(f"/{learned}") for key in tensors) < legs for tensors in remembered):
             return []
     return [_reply(client, server, line, index, shaken) for index in range(count)]
 
@@ -133,7 +135,7 @@ def _replies(
 def _reply(
     client: Client, server: Server, line: Channel, index: int, shaken: bool = False
 ) -> LastHidden | HeldOutLoss:
-    sent = client.held_out(index)
+    sent = client.held_out.forward(index)
     if shaken:
         sent = sent.model_copy(update={"hidden": _shaken(sent.hidden)})
     arrived = line.up(sent)
@@ -176,7 +178,7 @@ def _gradient_trials(
         return [CodecTrial("int8", 0.0, 0.0, True)]
     reply = _reply(client, server, Channel(client.name, _with(terms, "fp32")), 0)
     assert isinstance(reply, LastHidden)
-    gradient = client.held_out_gradient(reply).float()
+    gradient = client.held_out.gradient(reply).float()
     inputs = reply.hidden.float()
     inputs = inputs / inputs.norm(dim=1, keepdim=True).clamp_min(1e-30)  # as behind a norm
     wanted = gradient.T @ inputs

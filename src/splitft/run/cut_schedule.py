@@ -14,14 +14,14 @@ from functools import cached_property
 
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
-from splitft.privacy.audited import recovery_of
-from splitft.privacy.recovery_bounds import check_kept, shallowest_cut
-from splitft.schedule.clock import SERVER, client_round, simulate_in_turn, simulate_round
+from splitft.privacy.known_leakage import audited_recovery, check_fixed_cuts, shallowest_cut
+from splitft.schedule.clock import client_round, simulate_in_turn, simulate_round
 from splitft.schedule.codec_cost import WireBytes
 from splitft.schedule.controllers import Decision, choose
 from splitft.schedule.cost import move_seconds
 from splitft.schedule.memory import client_memory, server_peak_bytes
 from splitft.schedule.problem import CutProblem, feasible, problem_of
+from splitft.schedule.round_timeline import SERVER
 from splitft.schedule.simulated_search import round_simulator
 from splitft.schedule.workload import ClientProfile, Fleet, SharedCosts
 from splitft.tracking.events import Bar, RoundTimed
@@ -66,7 +66,7 @@ class CutSchedule:
         start = config.cuts or (equal,) * len(everyone)
         pace = cls(config, fleet, everyone, site_cuts=site_cuts or {})
         given = dict(zip(everyone, start, strict=True))
-        if config.schedule.controller == "fixed":
+        if not config.schedule.adaptive:
             pace._check_fixed(given)
             pace.misfits = tuple(pace._misfits(given))
             pace.first = Decision(given, "")
@@ -137,13 +137,21 @@ class CutSchedule:
         deepest = self.fleet.costs.sizes.blocks - 1
         if self.config.schedule.max_cut is not None:
             deepest = self.config.schedule.max_cut
-        return shallowest_cut(recovery_of(self.config), bound, deepest)
+        return shallowest_cut(self._recovery, bound, deepest)
+
+    @cached_property
+    def _recovery(self) -> Mapping[int, float]:
+        """The share of tokens that can be recovered at each audited cut."""
+        config = self.config
+        return config.schedule.recovery or audited_recovery(
+            config.model.name, str(config.wire.hidden), config.privacy, config.split.labels == "server"
+        )
 
     def _check_fixed(self, given: Mapping[str, int]) -> None:
         """Raise ScheduleError if a cut that the user fixed is shallower than it may be."""
         bound = self.config.schedule.max_recovery
         if bound is not None:
-            check_kept(given, self.floor, recovery_of(self.config), bound)
+            check_fixed_cuts(given, self.floor, self._recovery, bound)
         for name, least in self.site_cuts.items():
             if given.get(name, least) < least:
                 raise ScheduleError(
@@ -154,7 +162,7 @@ class CutSchedule:
         """The cuts of a round, as the controller has them. Raises ScheduleError if they are impossible."""
         if number == 1:
             return self.first
-        if self.config.schedule.controller == "fixed":
+        if not self.config.schedule.adaptive:
             return Decision(cuts, "")
         return choose(self.config.schedule.controller, self.situation(number, cuts, losses))
 

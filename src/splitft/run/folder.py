@@ -1,12 +1,12 @@
-"""A run's folder: what is in it, how it is opened, and when a run in it may continue.
+"""A run's folder: its content, when a run in it may continue, and the uses of a finished run.
 
 config.yaml  events.jsonl  summary.json  checkpoints/  adapter/  report.html
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +16,11 @@ from typing import Any
 from splitft.adapters import AdapterState
 from splitft.config import RunConfig, dump, load
 from splitft.errors import RunError
-from splitft.export import write_peft
-from splitft.model import Model
+from splitft.peft_folder import with_adapter, write_merged, write_peft
+from splitft.files import whole_folder, write_whole
+from splitft.model import Model, open_model
+from splitft.model.source import silence_transformers
+from splitft.plugins import PluginFile, keep_copies
 from splitft.tracking.events import RunDone
 from splitft.tracking.log import EventLog, read_events, settled
 from splitft.training.checkpoint import Snapshot, latest, load_snapshot
@@ -32,7 +35,7 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        """The configuration that it was made with."""
+        """The configuration of the run."""
         return load(self._existing("config.yaml"))
 
     @cached_property
@@ -60,7 +63,7 @@ class Run:
 
 
 def find_snapshot(folder: Path, config: RunConfig, resume: bool) -> Snapshot | None:
-    """Where the run that is there can continue; None for a fresh start. Changes nothing.
+    """Return the checkpoint that a run can continue from; None for a new run. Changes nothing.
 
     Raises RunError if the folder cannot be used as asked.
     """
@@ -80,35 +83,73 @@ def find_snapshot(folder: Path, config: RunConfig, resume: bool) -> Snapshot | N
 
 
 def open_log(folder: Path, config: RunConfig, snapshot: Snapshot | None) -> EventLog:
-    """Make the run folder, or take it up again, and open its log.
+    """Make the run folder, or open it again, and open its log.
 
-    Raises RunError if that cannot be written.
+    Raises RunError if it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if snapshot is None:  # of a run that stopped before a round was saved, nothing counts
+        if snapshot is None:  # a run that stopped before its first checkpoint begins again
             for file in ("events.jsonl", "summary.json"):
                 (folder / file).unlink(missing_ok=True)
-        draft = folder / "config.yaml.draft"
-        draft.write_text(dump(config), encoding="utf-8")
-        os.replace(draft, folder / "config.yaml")
+        keep_copies((PluginFile(Path(one.file), one.sha256 or "") for one in config.plugins), folder)
+        write_whole(folder / "config.yaml", dump(config))
         return EventLog(folder / "events.jsonl")
     except OSError as error:
         raise RunError(f"{folder} cannot be written ({error.strerror}); give another --out") from error
 
 
 def put_adapter(adapters: AdapterState, model: Model, ranks: RankPolicy, folder: Path) -> None:
-    """Write an adapter as a PEFT folder, put in place when it is whole."""
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    write_peft(adapters, model, ranks.scale, draft, ranks.lora.scaling == "rslora")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(draft, folder)
+    """Write an adapter as a PEFT folder, whole or not at all."""
+    with whole_folder(folder) as draft:
+        write_peft(adapters, model, ranks.scale, draft, ranks.lora.scaling == "rslora")
+
+
+def is_finished(folder: Path) -> bool:
+    """Return True if the run in this folder has trained all its rounds."""
+    return any(isinstance(event, RunDone) for event in settled(read_events(folder / "events.jsonl")))
+
+
+def generate(folder: Path | str, prompt: str, *, max_new_tokens: int = 60, adapter: bool = True) -> str:
+    """Continue a prompt with a run's model by greedy decoding; with `adapter` False, with the base model."""
+    run = Run(Path(folder))
+    with silence_transformers():
+        model = open_model(run.config.model)
+        tokenizer = model.tokenizer()
+        whole = with_adapter(run.adapter_dir, model.path, model.dtype)
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        if not inputs["input_ids"].shape[1]:
+            raise RunError("the prompt is empty; give some words to continue")
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "repetition_penalty": 1.1}
+        with contextlib.nullcontext() if adapter else whole.disable_adapter():
+            tokens = whole.generate(**inputs, **options, pad_token_id=tokenizer.eos_token_id)
+    continuation: str = tokenizer.decode(tokens[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return continuation
+
+
+def export(folder: Path | str, to: Path | str, *, merged: bool = False) -> Path:
+    """Copy a run's adapter as a PEFT folder, or write the base model with the adapter merged.
+
+    Raises RunError if `to` exists and is not empty, or the run has no adapter yet.
+    """
+    run, to = Run(Path(folder)), Path(to)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise RunError(f"{to} exists already; choose another --to")
+    if not (run.adapter_dir / "adapter_config.json").is_file():
+        raise RunError(f"{run.folder} holds no adapter; it is written when a run has finished a round")
+    if merged:
+        with silence_transformers():
+            return write_merged(run.adapter_dir, open_model(run.config.model), to)
+    shutil.copytree(run.adapter_dir, to, dirs_exist_ok=True)
+    return to
 
 
 def _check_same(old: RunConfig, new: RunConfig, folder: Path) -> None:
-    """Only more rounds may be asked of a run that is resumed, unless its learning rate falls over them."""
+    """Raise RunError unless the two differ in the number of rounds alone, and the learning rate is constant."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    for flat in (before, after):  # a plug-in is its content, wherever it lies; trackers only watch
+        flat["plugins"] = [plugin["sha256"][:12] for plugin in flat["plugins"]]
+        del flat["trackers"]
     changed = [key for key in after if before[key] != after[key] and key != "training.rounds"]
     if before["training.rounds"] != after["training.rounds"] and new.training.schedule != "constant":
         changed.append("training.rounds")
@@ -122,8 +163,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return flat
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the run in this folder has trained all its rounds."""
-    return any(isinstance(event, RunDone) for event in settled(read_events(folder / "events.jsonl")))

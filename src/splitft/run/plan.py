@@ -1,34 +1,38 @@
-"""What a run would cost at every cut, and what each controller would choose; trains nothing.
+"""Predict what a run would cost at every cut, and what each controller would choose; train nothing.
 
-    RunConfig --gather--> text, machines --predict--> every client at every cut + every controller's choice
+    RunConfig --> machines, batch sizes --predict--> every client at every cut + every controller's choice
 
-What is counted once, the machines with the sizes of their batches, is kept in the user's cache folder, so
-that asking again takes no model and no text, and asking of other machines no text (`counted`).
+Reading and tokenising text takes seconds, and users plan again and again with other machines, links or cuts.
+So two results are kept in the user's cache folder: batch sizes, which depend on text, tokenizer and division,
+and the whole fleet, which depends on everything. The keys contain hashes of the files' content.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from splitft.cache import cache_folder, put
+from splitft.cache import KeyedCache, cache_folder, file_digest
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
-from splitft.model.quiet import silence_transformers
-from splitft.run.counted import counted, digest_of
+from splitft.model.source import silence_transformers
 from splitft.run.cut_schedule import CutSchedule
 from splitft.schedule.clock import client_round, simulate_round
 from splitft.schedule.controllers import CONTROLLERS
 from splitft.schedule.cost import LEGS, round_bytes, round_seconds
 from splitft.schedule.memory import client_memory
 from splitft.schedule.problem import feasible
-from splitft.schedule.workload import ClientProfile, Fleet
+from splitft.schedule.workload import ClientProfile, Fleet, Workload
+
+if TYPE_CHECKING:  # a plan from the cache opens no model
+    from splitft.model import Model
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class CutPrice:
 
     cut: int
     seconds: float
-    """Of a round, if it never waits for others."""
+    """Seconds of a round, if it never waits for others."""
     up_mb: float
     """Sent in a round, in MB (10^6 bytes)."""
     down_mb: float
@@ -45,7 +49,7 @@ class CutPrice:
     memory_gb: float
     """Peak memory of the client, in GB (10^9 bytes)."""
     fits: bool
-    """Whether memory and the site's bounds allow it."""
+    """True if memory and the site's bounds allow it."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +63,17 @@ class ClientPlan:
     """Its connection, in words."""
     prices: tuple[CutPrice, ...]
     lack: str
-    """What is missing if no cut fits, in words."""
+    """The resource that is missing if no cut fits, in words."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one controller would do in the first round."""
+    """The cuts of one controller in the first round."""
 
     controller: str
     cuts: dict[str, int]
     round_seconds: float | None
-    """Of a round on the simulated clock; None if it finds no cuts."""
+    """Seconds of a round on the simulated clock; None if it finds no cuts."""
     reason: str
 
 
@@ -83,12 +87,12 @@ class RunPlan:
     choices: tuple[Choice, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return it as plain data."""
         return asdict(self)
 
 
 def plan(config: RunConfig) -> RunPlan:
-    """Predict. Raises what `gather` raises."""
+    """Predict a run. Raises what `gather` raises."""
     fleet = fleet_for(config)
     blocks = fleet.costs.sizes.blocks
     given = config.cuts or (1,) * len(fleet.clients)
@@ -110,41 +114,72 @@ def plan(config: RunConfig) -> RunPlan:
 
 
 def fleet_for(config: RunConfig) -> Fleet:
-    """The machines of a run: as counted before, if nothing that they depend on has changed."""
-    try:
-        return _FLEET.validate_python(json.loads(_path(config).read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError, ScheduleError):
-        pass  # not there, or of another version: count
+    """Return the machines, links and batch sizes of a run, from the cache if nothing has changed."""
+    cache = _json_cache("fleets", Fleet)
+    if (found := cache.find(_fleet_facts(config))) is not None:
+        return found
     from splitft.model import open_model
     from splitft.run.fleet import fleet_of
-    from splitft.run.one_place import in_one_place
-    from splitft.run.setup import check_cuts, ranks_of
+    from splitft.run.inputs import check_cuts, pooled_config, ranks_of
 
-    here = in_one_place(config)
+    effective = pooled_config(config)
     with silence_transformers():
         model = open_model(config.model)
-        check_cuts(here, model.shape.blocks)
-        work = counted(config, model)
-        ranks = ranks_of(here, model.shape.blocks, list(work))
-        fleet = fleet_of(here, model, ranks, list(work), list(work.values()))
-    # under the key as it is now: a machine that is `measured` has been calibrated meanwhile
-    put(_path(config), json.dumps(_FLEET.dump_python(fleet)))
+        check_cuts(effective, model.shape.blocks)
+        work = _workloads(config, model)
+        ranks = ranks_of(effective, model.shape.blocks, list(work))
+        fleet = fleet_of(effective, model, ranks, list(work), list(work.values()))
+    # facts anew: a machine that is `measured` has been calibrated meanwhile
+    cache.put(_fleet_facts(config), fleet)
     return fleet
 
 
-_FLEET = TypeAdapter(Fleet)
+def _workloads(config: RunConfig, model: Model) -> dict[str, Workload]:
+    """Return each client's work in a round, from the cache if text and division are the same."""
+    from splitft.run import inputs
+    from splitft.run.fleet import workload_of
+
+    def count() -> dict[str, Workload]:
+        gathered = inputs.gather(config)
+        return {client.name: workload_of(gathered.config, client.stream) for client in gathered.clients}
+
+    found = _json_cache("counts", dict[str, Workload]).cached(_count_facts(config, model), count)
+    steps = inputs.pooled_config(config).training.steps
+    return {name: replace(workload, steps=steps) for name, workload in found.items()}
 
 
-def _path(config: RunConfig) -> Path:
-    """The file of these machines and batches, named by whatever they depend on."""
+def _json_cache(folder: str, kind: type[T]) -> KeyedCache[T]:
+    """Return a cache of dataclasses as JSON, with infinities as Python writes them."""
+    adapter = TypeAdapter(kind)
+    return KeyedCache(
+        cache_folder() / folder,
+        dump=lambda value: json.dumps(adapter.dump_python(value)).encode(),
+        load=lambda data: adapter.validate_python(json.loads(data)),
+    )
+
+
+def _fleet_facts(config: RunConfig) -> tuple[object, ...]:
+    """Return everything that a fleet depends on."""
     sources = [Path(config.model.name), Path(config.model.name) / "config.json"]
     sources += sorted((cache_folder() / "calibrations").glob("*.json"))
     stamps = [(path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None for path in sources]
-    code = [path.stat().st_mtime_ns for path in sorted(Path(__file__).parent.parent.glob("*/*.py"))]
-    facts = (
-        config.model_dump_json(), digest_of(Path(config.data.source)), stamps, code, platform.node(),
+    text = file_digest(Path(config.data.source))
+    return config.model_dump_json(), text, stamps, _code_stamps("*/*.py"), platform.node()
+
+
+def _count_facts(config: RunConfig, model: Model) -> tuple[object, ...]:
+    """Return everything that batch sizes depend on."""
+    return (
+        config.data.model_dump_json(), file_digest(Path(config.data.source)), platform.python_version(),
+        model.path, [file_digest(path) for path in sorted(Path(model.path).glob("*token*"))],
+        model.shape.max_positions,
+        config.clients.model_dump_json(exclude={"cuts"}), config.seed,
+        config.training.batch_size, config.training.batch_tokens, _code_stamps("data/*.py"),
     )  # fmt: skip
-    return cache_folder() / "fleets" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
+
+
+def _code_stamps(pattern: str) -> list[int]:
+    return [path.stat().st_mtime_ns for path in sorted(Path(__file__).parent.parent.glob(pattern))]
 
 
 def _price(fleet: Fleet, client: ClientProfile, cut: int, fits: bool) -> CutPrice:
@@ -161,17 +196,17 @@ def _price(fleet: Fleet, client: ClientProfile, cut: int, fits: bool) -> CutPric
 
 
 def _choice(config: RunConfig, fleet: Fleet, controller: str) -> Choice:
-    """The first round of the same run under another controller."""
-    if controller == "fixed" and config.clients.cuts == "auto":
+    """Return the first round of the same run under another controller."""
+    if not CONTROLLERS[controller].adaptive and config.clients.cuts == "auto":
         return Choice(controller, {}, None, "clients.cuts is auto: nothing is given")
     schedule = config.schedule.model_copy(update={"controller": controller})
     try:
-        pace, cuts = CutSchedule.begin(config.model_copy(update={"schedule": schedule}), fleet)
+        chosen, cuts = CutSchedule.begin(config.model_copy(update={"schedule": schedule}), fleet)
     except ScheduleError as error:
         return Choice(controller, {}, None, str(error))
     rounds = [
         client_round(fleet.costs, client, cuts[client.name]) for client in fleet.at(1) if client.name in cuts
     ]
     seconds = simulate_round(rounds, fleet.costs.server).round_s
-    reason = "; ".join(pace.misfits) or pace.first.reason or "as given in clients.cuts"
+    reason = "; ".join(chosen.misfits) or chosen.first.reason or "as given in clients.cuts"
     return Choice(controller, cuts, seconds, reason)

@@ -15,9 +15,9 @@ from splitft.config import RunConfig, load
 from splitft.data.tokens import Tokenised
 from splitft.errors import RunError
 from splitft.geometry import Span
-from splitft.model.quiet import silence_transformers
-from splitft.privacy.audited import audited_sentence
+from splitft.model.source import silence_transformers
 from splitft.privacy.defence import promises
+from splitft.privacy.known_leakage import audited_sentence
 from splitft.protocol.channel import Tap
 from splitft.run.folder import Run, find_snapshot, is_finished, open_log, put_adapter
 from splitft.run.setup import RunSetup, prepare
@@ -32,7 +32,8 @@ from splitft.tracking.events import (
     Warned,
 )
 from splitft.tracking.summary import write_summary
-from splitft.training import RunState, Simulation, train_rounds
+from splitft.tracking.trackers import open_trackers
+from splitft.training import RunState, Simulation
 from splitft.training.checkpoint import Snapshot, save_snapshot, what_is_safe
 from splitft.version import __version__
 
@@ -60,12 +61,13 @@ def train(
     with (
         stopping(run.folder),
         contextlib.closing(open_log(run.folder, config, snapshot)) as log,
+        open_trackers(config.trackers, run.folder, config.model_dump(mode="json")) as trackers,
         silence_transformers(),
     ):
 
         def listener(event: Event) -> None:
             log(event)
-            for other in listeners:
+            for other in (*listeners, *trackers):
                 other(event)
 
         simulation = prepared.simulation(tap)
@@ -79,18 +81,7 @@ def train(
             listener(CheckpointSaved(round=state.round, path=str(path.relative_to(run.folder))))
             write_summary(run.folder)
 
-        train_rounds(
-            state,
-            prepared.server,
-            simulation,
-            prepared.ranks,
-            prepared.config.training,
-            prepared.pace,
-            listener,
-            save,
-            config.privacy,
-            aggregation=config.aggregate,
-        )
+        prepared.trainer(simulation, listener, save).train(state)
         listener(RunDone(rounds=config.training.rounds))
         write_summary(run.folder)
         run.report()
@@ -129,7 +120,7 @@ def _promises(prepared: RunSetup) -> list[str]:
     A training text does once an epoch, a held-out one in every evaluation.
     """
     config, training = prepared.config, prepared.config.training
-    sequences = {one.name: one.workload.sequences for one in prepared.pace.fleet.clients}
+    sequences = {one.name: one.workload.sequences for one in prepared.cut_schedule.fleet.clients}
     seen = {
         facts.name: training.rounds * training.steps * sequences[facts.name] / facts.train_examples
         for facts in prepared.facts
@@ -164,9 +155,12 @@ def received(config: RunConfig) -> Received:
 
 
 def _audited(prepared: RunSetup) -> str:
-    """What is known of the run's setting, where hidden states leave the clients."""
-    cuts = [facts.cut for facts in prepared.facts]
-    return audited_sentence(prepared.config, cuts) if received(prepared.config) == "hidden" else ""
+    """Say what is known of the run's setting, where hidden states leave the clients."""
+    config = prepared.config
+    if received(config) != "hidden":
+        return ""
+    cut, codec = min(facts.cut for facts in prepared.facts), str(config.wire.hidden)
+    return audited_sentence(config.model.name, cut, codec, config.privacy, config.split.labels == "server")
 
 
 def _begin(
@@ -189,13 +183,13 @@ def _begin(
                 defences=tuple(_promises(prepared)),
                 audited=_audited(prepared),
                 clients=prepared.facts,
-                machines=prepared.pace.machines(),
+                machines=prepared.cut_schedule.machines(),
             )
         )
         for choice in prepared.chosen:
             listener(choice)
         _warn_of_losses(prepared.text, config, listener)
-        for message in (*prepared.pace.left_out, *prepared.pace.misfits):
+        for message in (*prepared.cut_schedule.left_out, *prepared.cut_schedule.misfits):
             listener(Warned(message=message))
         return prepared.initial()
     listener(RunResumed(round=snapshot.state.round + 1))
@@ -206,7 +200,7 @@ def _begin(
         span = Span(0, cut)
         own = snapshot.own.get(client.name, AdapterState())
         within = state.adapters.within(span)
-        known = within.updated(arrived[client.name].completed(within)).replace_B(own)
+        known = within.updated(arrived[client.name].fill_from(within)).replace_B(own)
         client.restore(
             cut,
             known.updated(snapshot.private.get(client.name, AdapterState())),
@@ -214,7 +208,7 @@ def _begin(
             snapshot.client_moments.get(client.name, {}),
             state.folded.within(span),
         )
-        prepared.server.kept.take_own(client.name, own.within(Span(cut, prepared.model.shape.blocks)))
+        prepared.server.client_states.add_own(client.name, own.within(Span(cut, prepared.model.shape.blocks)))
     prepared.server.moments.update(snapshot.server_moments)
     prepared.server.place(state.cuts)
     return state
@@ -228,7 +222,7 @@ def _arrived(prepared: RunSetup, snapshot: Snapshot, simulation: Simulation) -> 
         within = snapshot.state.adapters.within(Span(0, snapshot.state.cuts[client.name]))
         shared = AdapterState({key: one for key, one in within.items() if key not in private})
         sent[client.name] = prepared.ranks.part_sent(shared)
-    return simulation.recall(snapshot.memories, sent)
+    return simulation.restore_codecs(snapshot.memories, sent)
 
 
 def _warn_of_losses(text: Tokenised, config: RunConfig, listener: Listener) -> None:
@@ -241,25 +235,25 @@ def _warn_of_losses(text: Tokenised, config: RunConfig, listener: Listener) -> N
 
 
 def _snapshot(prepared: RunSetup, state: RunState, simulation: Simulation) -> Snapshot:
-    kept = {client.name: client.kept() for client in prepared.clients}
+    kept = {client.name: client.optimizer_state() for client in prepared.clients}
     return Snapshot(
         state,
         {name: steps for name, (steps, _) in kept.items()},
         {name: moments for name, (_, moments) in kept.items() if moments},
         {slot: moments for slot, moments in prepared.server.moments.items() if moments},
         {client.name: own for client in prepared.clients if (own := client.private())},
-        simulation.memories(),
+        simulation.codec_states(),
         _own(prepared, state),
     )
 
 
 def _own(prepared: RunSetup, state: RunState) -> dict[str, AdapterState]:
     """The factors that are each client's own, over all blocks; none by rules that share everything."""
-    server = prepared.server
+    states = prepared.server.client_states
     if not prepared.ranks.keeps_own:
         return {}
-    start = state.adapters.only("B")
+    start = state.adapters.select("B")
     return {
-        client.name: start.updated(client.own()).updated(server.kept.own.get(client.name, AdapterState()))
+        client.name: start.updated(client.own()).updated(states.own.get(client.name, AdapterState()))
         for client in prepared.clients
     }
