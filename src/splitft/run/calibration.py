@@ -1,6 +1,6 @@
 """Measure this machine: seconds per token of a real block of the chosen model, forward and backward.
 
-    blocks [0, 4) with LoRA, (B, T) batches of two sizes --timed--> Calibration --cached per model and machine
+    blocks [0, 4) with LoRA, (B, T) batches of two sizes --timed--> Device --cached per model and machine
 
 The small batch gives a block's overhead, the large one what each token adds. Calibrating takes a few seconds;
 the result is kept in the user's cache folder, so that planning is quick and simulated times are the same from
@@ -9,11 +9,13 @@ run to run. Medians are used, since other programs slow down single batches.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import torch
 
@@ -21,8 +23,7 @@ from splitft.adapters import LocalOptimizer, attach
 from splitft.cache import KeyedCache, cache_folder
 from splitft.geometry import Span
 from splitft.model import Model, loss_and_gradient
-from splitft.schedule.profile import Calibration, Device, calibrated
-from splitft.schedule.sizes import ModelSizes
+from splitft.schedule.profile import Device
 from splitft.specs import TrainingSpec
 from splitft.training.ranks import RankPolicy
 
@@ -37,17 +38,17 @@ SECONDS = 4.0
 SLOT = "calibration"
 
 
-def measured(model: Model, sizes: ModelSizes, ranks: RankPolicy, training: TrainingSpec) -> Calibration:
-    """Return this machine's calibration for this model: from the cache, or measured now."""
+def measured(model: Model, ranks: RankPolicy, training: TrainingSpec) -> Device:
+    """Return this machine's speed for this model: from the cache, or measured now."""
     cache = KeyedCache(
         cache_folder() / "calibrations",
-        dump=lambda calibration: calibration.to_json().encode(),
-        load=lambda data: Calibration.from_json(data.decode()),
+        dump=lambda device: json.dumps(asdict(device)).encode(),
+        load=lambda data: Device(**json.loads(data)),
     )
-    return cache.cached(_facts(model, ranks), lambda: calibrate(model, sizes, ranks, training))
+    return cache.cached(_facts(model, ranks), lambda: calibrate(model, ranks, training))
 
 
-def calibrate(model: Model, sizes: ModelSizes, ranks: RankPolicy, training: TrainingSpec) -> Calibration:
+def calibrate(model: Model, ranks: RankPolicy, training: TrainingSpec) -> Device:
     """Time blocks and head now."""
     # blocks with adapters
     span = Span(0, min(BLOCKS, model.shape.blocks))
@@ -83,7 +84,7 @@ def calibrate(model: Model, sizes: ModelSizes, ranks: RankPolicy, training: Trai
     rows = torch.randn(SEQUENCES * length, model.shape.width, generator=generator).to(model.dtype)
     targets = torch.randint(model.shape.vocab, (len(rows),), generator=generator)
     head_s = _repeat(lambda: loss_and_gradient(segment, rows, targets), SECONDS / 2)
-    device = Device(
+    return Device(
         name="measured",
         block_forward_s_per_token=forward[1],
         block_backward_s_per_token=backward[1],
@@ -92,7 +93,6 @@ def calibrate(model: Model, sizes: ModelSizes, ranks: RankPolicy, training: Trai
         memory_bytes=_free_memory(),
         source=f"measured on this machine ({_machine()})",
     )
-    return calibrated(device, sizes, model.spec.name, model.spec.dtype, length)
 
 
 def _fit_line(tokens: Sequence[int], seconds: Sequence[Sequence[float]], blocks: int) -> tuple[float, float]:

@@ -22,16 +22,8 @@ from splitft.model import Model
 from splitft.model.anatomy import locate
 from splitft.run.calibration import measured
 from splitft.schedule.codec_cost import WireBytes, codec_seconds
-from splitft.schedule.profile import (
-    GB,
-    MBIT_PER_S,
-    Calibration,
-    Device,
-    Link,
-    ServerProfile,
-    device_preset,
-    link_preset,
-)
+from splitft.schedule.presets import device_preset, link_preset
+from splitft.schedule.profile import GB, MBIT_PER_S, Device, Link, ServerProfile
 from splitft.schedule.sizes import ModelSizes, sizes_of
 from splitft.schedule.workload import AdapterTraffic, ClientProfile, Fleet, SharedCosts, Workload
 from splitft.specs import DeviceSpec, LinkSpec, WireSpec
@@ -60,7 +52,7 @@ class _Machines:
                 block_overhead_s=given.block_overhead_ms / 1e3,
             )
         if given == "measured":
-            return replace(self._calibration.device, name=name)
+            return replace(self._measured, name=name)
         return replace(device_preset(given, self.sizes, self.config.data.max_tokens), name=name)
 
     def link(self, name: str, given: str | LinkSpec) -> Link:
@@ -71,8 +63,8 @@ class _Machines:
         return replace(link_preset(given), name=name)
 
     @cached_property
-    def _calibration(self) -> Calibration:
-        return measured(self.model, self.sizes, self.ranks, self.config.training)
+    def _measured(self) -> Device:
+        return measured(self.model, self.ranks, self.config.training)
 
 
 def fleet_of(
@@ -150,8 +142,8 @@ def exact_sizes(model: Model, ranks: RankPolicy) -> ModelSizes:
     whole = sum(parameter.numel() for parameter in skeleton.parameters())
     bank = attach(anatomy.block_list(), ranks.lora.targets, ranks.scale, model.dtype)
     layers = [size for (index, _), size in bank.sizes.items() if index == 0]
-    counted = sizes_of(
-        model.shape,
+    counted = replace(
+        sizes_of(model.shape),
         block_parameters=block_parameters,
         embedding_parameters=embedding,
         head_parameters=max(0, whole - embedding - model.shape.blocks * block_parameters),

@@ -16,10 +16,10 @@ from typing import Any
 from splitft.adapters import AdapterState
 from splitft.config import RunConfig, dump, load
 from splitft.errors import RunError
-from splitft.peft_folder import with_adapter, write_merged, write_peft
 from splitft.files import whole_folder, write_whole
 from splitft.model import Model, open_model
 from splitft.model.source import silence_transformers
+from splitft.peft_folder import with_adapter, write_merged, write_peft
 from splitft.plugins import PluginFile, keep_copies
 from splitft.tracking.events import RunDone
 from splitft.tracking.log import EventLog, read_events, settled
@@ -145,7 +145,7 @@ def export(folder: Path | str, to: Path | str, *, merged: bool = False) -> Path:
 
 
 def _check_same(old: RunConfig, new: RunConfig, folder: Path) -> None:
-    """Raise RunError unless the two differ in the number of rounds alone, and the learning rate is constant."""
+    """Raise RunError unless they differ in the number of rounds alone, and the learning rate is constant."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     for flat in (before, after):  # a plug-in is its content, wherever it lies; trackers only watch
         flat["plugins"] = [plugin["sha256"][:12] for plugin in flat["plugins"]]

@@ -3,8 +3,8 @@
     RunConfig --gather--> RunInputs --prepare--> RunSetup(server, clients, cut_schedule, serializer, ...)
 
 Cuts are chosen before any client loads its blocks. In simulation a client's noise follows from the seed, so
-that a run can be repeated; a real client passes `secret=True`, and its noise comes from the operating system's
-entropy.
+that a run can be repeated; a real client passes `secret=True`, and its noise comes from the operating
+system's entropy.
 """
 
 from __future__ import annotations
