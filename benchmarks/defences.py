@@ -1,16 +1,16 @@
-"""What does each defence hide of a trained run, and what does it cost in perplexity and in time?
+"""Measure what each defence hides of a trained run, and its cost in perplexity and time.
 
     train with one defence -> perplexity of held-out text, seconds a step
-    audit the run folder   -> every attack that matters, with the trained adapters, knowing the defence
+    audit the run folder   -> the strongest attacks, with the trained adapters, knowing the defence
 
 The same small federation (E2E meaning representations and sentences, four clients at cut 2) is trained with
-one defence at a time, and what its server sees from there on is attacked; the attacker learnt on WikiText-2.
-Perplexity is that of all clients' held-out text after training, with the defence in place. `prediction` is
-what the server's own last hidden states say of the labels, without any gradient: the floor of that way.
-Goal: a defence that brings all attacks under 30 % of the tokens for at most 5 % perplexity.
+one defence at a time, and what its server then observes is attacked; the attacker learnt on WikiText-2.
+Perplexity is that of all clients' held-out text after training, with the defence on. `prediction` reads
+labels from the server's own last hidden states, without any gradient: the floor of attacks on labels. Goal: a
+defence that brings all attacks under 30 % of the tokens for at most 5 % perplexity.
 
-Each defence is a part, kept as JSON in the work folder: a stopped benchmark goes on where it was, `--parts N`
-makes at most so many more, and `--only WORD` tables those that have the word in their name.
+Each defence is a part, kept as JSON in the work folder: a stopped benchmark continues with the missing parts,
+`--parts N` makes at most N more, and `--only WORD` shows those that have the word in their name.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ import splitft
 from drawing import lines
 from measuring import REPOSITORY, Parts, begin, options, section, table
 from splitft.audit.attacks import Effort
-from splitft.audit.audit import FULL, Depth, audit
+from splitft.audit.audit_page import rise
+from splitft.audit.auditor import FULL, Depth, audit
 from splitft.audit.findings import table_rows
-from splitft.audit.report import rise
 from splitft.config import RunConfig, from_mapping
 from splitft.privacy.accounting import row_epsilon
 from splitft.privacy.known_leakage import Setting
 
 WIDTH = 576
-"""D of the demo's model."""
+"""D of the demo model."""
 DIVERGED = math.log(49_152)
-"""Nats: a loss above this is worse than guessing among the demo's model's tokens; how much says nothing."""
+"""Nats: a loss above this is worse than a uniform guess among the demo model's tokens."""
 DELTA = 1e-5
 CUT = 2
 GOAL_HIDDEN, GOAL_COST = 0.30, 0.05
@@ -61,15 +61,15 @@ class Defence:
     name: str
     sections: Sections
     promise: str = "nothing"
-    """What its noise promises, in a few words."""
+    """Guarantee of its noise, in a few words."""
     against: str = "none"
-    """The row that shows the same run without it."""
+    """Name of the same run without it."""
     attacked: bool = True
-    """Whether the server's view differs from the run without it."""
+    """The server observes other messages than in the run without it."""
 
 
 def epsilon_of(kind: str, noise: float) -> str:
-    """The promise for one row."""
+    """Return the guarantee for one row in words."""
     return f"epsilon {row_epsilon(kind, noise, WIDTH, DELTA):,.0f} a row"
 
 
@@ -82,7 +82,7 @@ def randomised(epsilon: float) -> Sections:
 
 
 def together(*sections: Sections) -> Sections:
-    """Several defences in one run."""
+    """Combine several defences in one run."""
     found: dict[str, dict[str, Any]] = {}
     for one in sections:
         for name, values in one.items():
@@ -91,7 +91,7 @@ def together(*sections: Sections) -> Sections:
 
 
 def defences() -> list[Defence]:
-    """All of them; the first is the run without a defence."""
+    """Return all defences; the first is the run without one."""
     small = {"lora": {"rank": 1, "rank_at_cut": None}, "aggregate": {"rule": "zero-pad"}}
     bound = {**small, "privacy": {"updates": {"clip_norm": 0.1}}}
     dp = {**small, "privacy": {"updates": {"clip_norm": 0.1, "noise_multiplier": 1.0}}}
@@ -136,7 +136,7 @@ def defences() -> list[Defence]:
 
 
 def measured(one: Defence, config: RunConfig, public: str | None, depth: Depth) -> dict[str, Any]:
-    """Train with this defence, and attack what its server sees then."""
+    """Train with this defence, and attack what its server then observes."""
     with tempfile.TemporaryDirectory() as folder:
         run = splitft.train(config, Path(folder) / "run")
         summary = run.summary
@@ -144,7 +144,7 @@ def measured(one: Defence, config: RunConfig, public: str | None, depth: Depth) 
         if one.attacked:
             cut, privacy = (config.cuts or (CUT,))[0], config.privacy
             own = Setting(cut, str(config.wire.hidden), privacy.hidden.noise, privacy.gradient.noise)
-            rows = table_rows(audit(run.folder, depth, public, [own]).outcomes)
+            rows = table_rows(audit(run.folder, depth, public, [own]).results)
     spent = summary["privacy_spent"] or [{"epsilon": None}]
     return {
         "losses": summary["eval_loss"],
@@ -155,41 +155,41 @@ def measured(one: Defence, config: RunConfig, public: str | None, depth: Depth) 
 
 
 def cost(found: Mapping[str, Any], one: Defence) -> float:
-    """Relative rise of perplexity after training."""
+    """Return the relative rise of perplexity after training."""
     losses = found[one.name]["losses"], found[one.against]["losses"]
     return math.expm1(min(DIVERGED, losses[0][-1]) - losses[1][-1])
 
 
-def dear(found: Mapping[str, Any], one: Defence) -> str:
-    """The same in words."""
+def cost_in_words(found: Mapping[str, Any], one: Defence) -> str:
+    """Format the cost."""
     return "diverged" if found[one.name]["losses"][-1] > DIVERGED else rise(cost(found, one))
 
 
-def read_by(told: Mapping[str, Any], *attacks: str) -> float | None:
-    """The share of tokens that the strongest of these attacks reads."""
-    return max((row["tokens"] for row in told["rows"] if row["attack"] in attacks), default=None)
+def read_by(data: Mapping[str, Any], *attacks: str) -> float | None:
+    """Return the share of tokens that the strongest of these attacks reads."""
+    return max((row["tokens"] for row in data["rows"] if row["attack"] in attacks), default=None)
 
 
 def row(one: Defence, found: Mapping[str, Any]) -> Sequence[object]:
-    """What it costs, and what is read all the same."""
-    told, usual = found[one.name], found[one.against]
-    rare = [r["rare"] for r in told["rows"] if r["attack"] == "matching"]
-    shares = [read_by(told, "linear"), read_by(told, "matching"), *rare]
-    shares += [read_by(told, "head gradient"), read_by(told, "prediction")]
+    """Return a defence's row of the table."""
+    data, usual = found[one.name], found[one.against]
+    rare = [r["rare"] for r in data["rows"] if r["attack"] == "matching"]
+    shares = [read_by(data, "linear"), read_by(data, "matching"), *rare]
+    shares += [read_by(data, "head gradient"), read_by(data, "prediction")]
     shares += [None] * (5 - len(shares))
-    epsilon = told["epsilon"]
+    epsilon = data["epsilon"]
     return (
         one.name,
-        f"{math.exp(told['losses'][-1]):,.2f}" if told["losses"][-1] <= DIVERGED else "diverged",
-        dear(found, one),
-        f"{told['seconds'] / usual['seconds']:.2f}",
+        f"{math.exp(data['losses'][-1]):,.2f}" if data["losses"][-1] <= DIVERGED else "diverged",
+        cost_in_words(found, one),
+        f"{data['seconds'] / usual['seconds']:.2f}",
         *("-" if share is None else f"{share:.0%}" for share in shares),
         one.promise if epsilon is None else f"epsilon {epsilon:,.0f} for a client",
     )
 
 
 def goal(found: Mapping[str, Any], chosen: Sequence[Defence]) -> str:
-    """Whether one of them hides enough for little enough, in words."""
+    """Say whether a defence hides enough for little enough."""
     judged = {
         one.name: (max(row["tokens"] for row in found[one.name]["rows"]), cost(found, one))
         for one in chosen
@@ -201,7 +201,7 @@ def goal(found: Mapping[str, Any], chosen: Sequence[Defence]) -> str:
     cheap = {name: share for name, (share, paid) in judged.items() if paid <= GOAL_COST}
     least = min(cheap, key=lambda name: cheap[name])
     hiding = min(judged, key=lambda name: judged[name][0])
-    price = dear(found, next(one for one in chosen if one.name == hiding))
+    price = cost_in_words(found, next(one for one in chosen if one.name == hiding))
     return (
         f"missed: within {GOAL_COST:.0%} the strongest attack reads at least {cheap[least]:.0%} ({least}); "
         f"what hides most leaves it {judged[hiding][0]:.0%} ({hiding}: {price})"
@@ -209,7 +209,7 @@ def goal(found: Mapping[str, Any], chosen: Sequence[Defence]) -> str:
 
 
 def draw(path: Path, found: Mapping[str, Any], chosen: Sequence[Defence]) -> None:
-    """What the strongest attack on each way reads, against what the defence costs."""
+    """Draw what the strongest attack of each way reads against the cost of the defence."""
     series: dict[str, list[tuple[float, float]]] = {"hidden states": [], "labels": []}
     for one in chosen:
         for way, attacks in (("hidden states", ("linear", "matching")), ("labels", ("head gradient",))):
@@ -218,7 +218,7 @@ def draw(path: Path, found: Mapping[str, Any], chosen: Sequence[Defence]) -> Non
                 across = math.log10(1 + max(0.0, cost(found, one)))
                 series[way].append((across, 100 * share))
     title = "What the strongest attack reads under each defence"
-    diverged = any(dear(found, one) == "diverged" for one in chosen)
+    diverged = any(cost_in_words(found, one) == "diverged" for one in chosen)
     axis = f"log10 of perplexity over that without{' (right edge: diverged)' if diverged else ''}"
     lines(path, title, axis, "tokens read, %", series, dots=True)
 

@@ -1,11 +1,10 @@
-"""Does the final adapter give away who was in the training text?
+"""Measure whether the final adapter reveals which texts it was trained on.
 
-Every method trains on half of a small corpus, long enough to overfit, so that there is something to find; the
-other half is held out by the same clients. Two attacks score every text: the loss under the adapter, and how
-much lower it is than under the base model. AUCs are of several runs, each with members of its own; "found" is
-the share of members found at one false alarm in twenty. Methods are configurations: one client for
-centralized, one rank everywhere for fedlora (a cut only says where blocks run, so it trains what fedlora
-trains), and splitft with its own cuts.
+Every method trains on half of a small corpus, long enough to overfit; the other half is held out by the same
+clients. Two attacks score every text: the loss under the adapter, and how much lower it is than under the
+base model. AUCs are of several runs, each with its own members; "found" is the share of members found at a
+false positive rate of 1 in 20. Methods are configurations: one client for centralized, one rank everywhere
+for fedlora (the cut changes only where blocks run, not what is trained), and splitft with its own cuts.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from measuring import REPOSITORY, Parts, begin, options, section, table
 from membership_attack import Membership, by_gain, by_loss, losses
 from splitft.config import RunConfig, from_mapping
 from splitft.data.text import Example, held_out
-from splitft.peft_folder import with_adapter
 from splitft.model import open_model
+from splitft.peft_folder import with_adapter
 from splitft.run.inputs import divide_text
 
 MANY = {"clients": {"count": 4, "cuts": [2, 5, 10, 15], "shares": {"by": "iid"}}}
@@ -48,11 +47,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "privacy": {"updates": {"clip_norm": 0.1, "noise_multiplier": 1.0}},
     },
 }
-"""Each method as what it adds to the configuration."""
+"""Sections that each method adds to the configuration."""
 
 
-def parties(config: RunConfig) -> tuple[list[Example], list[Example]]:
-    """Members and others: what the run's clients train on, and what they hold out."""
+def members_and_others(config: RunConfig) -> tuple[list[Example], list[Example]]:
+    """Return the examples that the run's clients train on, and those that they hold out."""
     divided = divide_text(config, open_model(config.model))
     members: list[Example] = []
     others: list[Example] = []
@@ -65,9 +64,9 @@ def parties(config: RunConfig) -> tuple[list[Example], list[Example]]:
 
 
 def judged(config: RunConfig, run: splitft.Run, most: int) -> tuple[Membership, Membership, float, float]:
-    """Both attacks on a finished run, and the mean losses of members and others."""
+    """Run both attacks on a finished run; also return the mean losses of members and others."""
     model = open_model(config.model)
-    members, others = (sample(texts, most, config.seed) for texts in parties(config))
+    members, others = (sample(texts, most, config.seed) for texts in members_and_others(config))
     whole = with_adapter(run.adapter_dir, model.path, model.dtype)
     known, unknown = losses(whole, members), losses(whole, others)
     with whole.disable_adapter():
@@ -77,7 +76,7 @@ def judged(config: RunConfig, run: splitft.Run, most: int) -> tuple[Membership, 
 
 
 def sample(texts: Sequence[Example], most: int, seed: int) -> list[Example]:
-    """At most so many of them, at random."""
+    """Draw at most so many of them at random."""
     if len(texts) <= most:
         return list(texts)
     drawn = np.random.default_rng(seed).choice(len(texts), most, replace=False)
@@ -127,7 +126,7 @@ def main() -> None:
                 f"{examples - members} others of the same clients, drawn anew for each seed",
                 "seed": ", ".join(map(str, range(chosen.seed, chosen.seed + seeds))),
                 "spread": "mean and range over the seeds",
-                "chance": f"an AUC of 0.5 has a 95 % interval of {told(chance(examples))} in one run "
+                "chance": f"an AUC of 0.5 has a 95 % interval of {interval_in_words(chance(examples))} in one run "
                 "(Hanley and McNeil 1982)",
                 "epsilon": "at delta 1e-5, zero-out neighbours, of a client against who gets the adapter",
             },
@@ -137,7 +136,7 @@ def main() -> None:
 
 
 def measured(config: RunConfig, folder: str) -> dict[str, Any]:
-    """Train one method with one seed and attack its adapter, as plain data."""
+    """Train one method with one seed and attack its adapter; return plain data."""
     with tempfile.TemporaryDirectory(dir=folder) as run_folder:
         run = splitft.train(config, Path(run_folder) / "run")
         loss, gain, known, unknown = judged(config, run, config.data.max_examples or 0)
@@ -153,7 +152,7 @@ def measured(config: RunConfig, folder: str) -> dict[str, Any]:
 
 
 def row(name: str, drawn: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A method's line of the table: means over its seeds."""
+    """Return a method's row of the table: means over its seeds."""
 
     def of(key: str) -> list[float]:
         return [run[key] for run in drawn]
@@ -171,12 +170,12 @@ def row(name: str, drawn: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def ranged(sample: Sequence[float]) -> str:
-    """A mean with its range."""
+    """Format a mean with its range."""
     return f"{statistics.mean(sample):.2f} ({min(sample):.2f} to {max(sample):.2f})"
 
 
 def chance(examples: int) -> tuple[float, float]:
-    """The 95 % interval of an attack that guesses, of as many members as others."""
+    """Return the 95 % interval of an attack that guesses, for as many members as others."""
     ranks = np.arange(examples // 2, dtype=np.float64)
     guessed = by_loss(ranks, ranks)
     return guessed.low, guessed.high
@@ -190,7 +189,7 @@ def configuration(
     steps: int,
     seed: int,
 ) -> RunConfig:
-    """One method's run."""
+    """Return the configuration of one method's run."""
     return from_mapping({
         "data": {**text, "max_examples": examples, "holdout": 0.5, "eval_examples": 2},
         "training": {"rounds": rounds, "steps": steps, "batch_size": BATCH, "lr": 2e-3},
@@ -199,8 +198,8 @@ def configuration(
     })  # fmt: skip
 
 
-def told(interval: tuple[float, float]) -> str:
-    """An interval in words."""
+def interval_in_words(interval: tuple[float, float]) -> str:
+    """Format an interval."""
     return f"{interval[0]:.2f} to {interval[1]:.2f}"
 
 

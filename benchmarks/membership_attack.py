@@ -1,19 +1,19 @@
-"""Was this text trained on? Membership inference on a final adapter, by its loss.
+"""Infer from a final adapter's loss whether a text was trained on (membership inference).
 
     losses of members, losses of others --score = -loss-----------> auc       (Yeom et al. 2018, 1709.01604)
                                         --score = base - loss-----> auc       calibrated by the base model
                                                                               (Watson et al. 2022, 2111.08440)
 
 Members are training examples, others are held-out examples of the same clients: the same distribution, so an
-adapter that remembers nothing scores 0.5. Losses are means over a text's labelled tokens. What counts for a
-single person is not the mean but the few that are surely found, so the true positive rate at a small false
-positive rate stands beside the AUC (Carlini et al. 2022, 2112.03570).
+adapter that remembers nothing scores 0.5. Losses are means over a text's labelled tokens. For a single person
+the few certain finds matter more than the mean, so the true positive rate at a small false positive rate is
+reported too (Carlini et al. 2022, 2112.03570).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,14 +25,14 @@ from splitft.data.text import Example
 from splitft.errors import DataError
 
 FALSE_POSITIVE_RATE = 0.05
-"""Where the true positive rate is read off: one false alarm in twenty."""
+"""False positive rate at which the true positive rate is taken."""
 
 Scores = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Membership:
-    """How well one score tells members from others."""
+    """Success of one score in separating members from others."""
 
     auc: float
     """Probability that a member scores higher than another text; 0.5 is chance."""
@@ -45,21 +45,17 @@ class Membership:
 
 
 def by_loss(members: Scores, others: Scores) -> Membership:
-    """The attack that knows the adapter alone: a low loss is a member's."""
+    """Attack with the adapter alone: a low loss suggests a member."""
     return judged(-members, -others)
 
 
 def by_gain(members: Scores, others: Scores, base_members: Scores, base_others: Scores) -> Membership:
-    """The attack that also knows the base model: what got easier than it was is a member's."""
+    """Attack with the base model too: a loss that fell suggests a member."""
     return judged(base_members - members, base_others - others)
 
 
-ATTACKS: dict[str, Callable[..., Membership]] = {"loss": by_loss, "gain over the base": by_gain}
-"""Both attacks, by what they look at."""
-
-
 def judged(members: Scores, others: Scores) -> Membership:
-    """AUC, its interval and the true positive rate of scores that are higher for members."""
+    """Return AUC, its interval and the true positive rate of scores that are higher for members."""
     area = auc(members, others)
     margin = 1.96 * _standard_error(area, len(members), len(others))
     threshold = np.quantile(others, 1 - FALSE_POSITIVE_RATE, method="higher")
@@ -69,7 +65,7 @@ def judged(members: Scores, others: Scores) -> Membership:
 
 
 def auc(members: Scores, others: Scores) -> float:
-    """Share of pairs in which the member scores higher; ties count half (Mann and Whitney 1947)."""
+    """Return the share of pairs in which the member scores higher; ties count half (Mann and Whitney 1947)."""
     if not len(members) or not len(others):
         raise DataError(f"membership needs texts of both kinds: {len(members)} members, {len(others)} others")
     ordered = np.sort(others)
@@ -79,7 +75,7 @@ def auc(members: Scores, others: Scores) -> float:
 
 @torch.no_grad()
 def losses(model: torch.nn.Module, examples: Sequence[Example], device: str = "cpu") -> Scores:
-    """Mean loss of each example over its labelled tokens, under a whole causal language model."""
+    """Return the mean loss of each example over its labelled tokens, under a whole causal language model."""
     found = []
     for example in examples:
         tokens = torch.tensor([example.tokens], device=device)
@@ -90,7 +86,7 @@ def losses(model: torch.nn.Module, examples: Sequence[Example], device: str = "c
 
 
 def _standard_error(area: float, members: int, others: int) -> float:
-    """Of an AUC, by Hanley and McNeil 1982, Radiology 143(1)."""
+    """Return the standard error of an AUC, by Hanley and McNeil 1982, Radiology 143(1)."""
     q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
     variance = area * (1 - area) + (members - 1) * (q1 - area**2) + (others - 1) * (q2 - area**2)
     return math.sqrt(max(0.0, variance) / (members * others))

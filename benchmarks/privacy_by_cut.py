@@ -1,16 +1,16 @@
-"""How much of the text can the server read, by cut, codec and noise, and what does hiding it cost?
+"""Measure how much of the text the server can read, by cut, codec and noise, and what hiding it costs.
 
     real steps on E2E text, recorded byte by byte -> attacks that learnt on WikiText-2 -> tokens read
     held-out loss with the noise on               -> rise of perplexity
 
-The attacker is a server that follows the protocol, holds the public model and the global adapters, and knows
-every setting. `--known FILE` writes the strongest attack's figures as the table that `splitft train` reads
-its sentence from. Goals: matching reads at least 95 % without noise at cuts up to 4 (else it is too weak to
-judge a defence by); and a defence that brings all attacks under 30 % at the default cut for at most 5 %
-perplexity (here before training; `defences.py` has it after training).
+The attacker is a server that follows the protocol, has the public model and the global adapters, and knows
+every setting. `--known FILE` writes the strongest attacks' figures as the table `known.json`. Goals: matching
+reads at least 95 % without noise at cuts up to 4 (else it is too weak to judge a defence by); and a defence
+that brings all attacks under 30 % at the default cut for at most 5 % perplexity (here before training;
+`defences.py` measures it after training).
 
-Each setting is a part, kept as JSON in the work folder: a stopped benchmark goes on where it was, and
-`--parts N` makes at most so many more and stops.
+Each setting is a part, kept as JSON in the work folder: a stopped benchmark continues with the missing parts,
+and `--parts N` makes at most N more.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from drawing import lines
-from measuring import REPOSITORY, Parts, begin, environment, options, section, table
-from splitft.audit.attacks import ATTACKS, HIDDEN_ATTACKS, Effort
-from splitft.audit.audit import FULL, Depth, audit
-from splitft.audit.findings import table_rows
-from splitft.audit.report import HEADINGS, leak_rows
+from measuring import REPOSITORY, Parts, begin, environment, options, section
+from splitft.audit.attacks import ATTACKS, Effort
+from splitft.audit.audit_page import leak_table
+from splitft.audit.auditor import FULL, Depth, audit
+from splitft.audit.findings import AuditResult, table_rows
 from splitft.codecs import CODECS
 from splitft.config import RunConfig, from_mapping
-from splitft.privacy.known_leakage import Setting, to_known
+from splitft.privacy.known_leakage import Setting
 
 CUTS = (1, 2, 4, 8, 15, 29)
 DEFAULT_CUT = 2
@@ -40,13 +40,13 @@ OTHER_CODECS = ("int8", "int4")
 GOAL_RECOVERED, GOAL_HIDDEN, GOAL_COST = 0.95, 0.30, 0.05
 
 EFFORT = Effort(screened=(64, 256, 2048))
-"""Bounded, so that deep cuts end in minutes; `splitft audit --full` goes on to the whole vocabulary."""
+"""Bounded, so that deep cuts take minutes; `splitft audit --full` tries the whole vocabulary."""
 BY_CUT: Depth = replace(
     FULL, texts=3, tokens=64, public=16_384, inverter_steps=80, attacks=tuple(ATTACKS), effort=EFFORT
 )
 """Every attack, without noise."""
 BY_NOISE: Depth = replace(BY_CUT, attacks=("nearest", "linear", "matching", "prediction", "head gradient"))
-"""The attacks that matter, under noise and codecs."""
+"""The strongest attacks of each kind, under noise and codecs."""
 
 Part = Mapping[str, Any]
 """One setting: rows of the table, entries of the known table, seconds."""
@@ -61,7 +61,7 @@ def noisy(noise: float, cut: int = DEFAULT_CUT) -> Setting:
 
 
 def configuration(data: Path, seed: int) -> dict[str, Any]:
-    """E2E's pairs, or the embedded text where they are not at hand."""
+    """Return the configuration on E2E's pairs, or on the embedded text without them."""
     text = {"source": str(data), "prompt": "mr", "completion": "ref"} if data.is_file() else {}
     return {"data": {**text, "max_tokens": 64}, "clients": {"count": 1, "cuts": DEFAULT_CUT}, "seed": seed}
 
@@ -69,23 +69,42 @@ def configuration(data: Path, seed: int) -> dict[str, Any]:
 def part(config: RunConfig, depth: Depth, public: str | None, setting: Setting) -> Part:
     """Record and attack one setting."""
     done = audit(config, depth, public, [setting])
-    known = to_known(done.outcomes, {"model": done.model})["models"][done.model]
     return {
-        "rows": table_rows(done.outcomes),
-        "known": known,
+        "rows": table_rows(done.results),
+        "known": known_entries(done.results),
         "public": done.public,
         "seconds": done.seconds,
     }
 
 
+def known_entries(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
+    """Return the figures of the strongest attack of each way as entries of `known.json`."""
+    entries = []
+    for result in results:
+        setting = result.setting
+        for worst in (result.worst("hidden"), result.worst("labels")):
+            if worst is not None:
+                entries.append({
+                    "cut": setting.cut,
+                    "codec": setting.codec,
+                    "noise": setting.noise if worst.way == "hidden" else setting.gradient_noise,
+                    "way": worst.way,
+                    "attack": worst.attack,
+                    "recovered": round(worst.recovery.tokens, 4),
+                    "tokens": worst.recovery.count,
+                    "perplexity_cost": round(result.perplexity_cost, 4),
+                })  # fmt: skip
+    return entries
+
+
 def strongest(one: Part, attack: str | None = None) -> float:
-    """The share of tokens read in a setting, by one attack or the strongest."""
+    """Return the share of tokens read in a setting, by one attack or the strongest."""
     found: float = max(row["tokens"] for row in one["rows"] if attack in (None, row["attack"]))
     return found
 
 
 def goals(found: Mapping[Setting, Part]) -> dict[str, str]:
-    """Both goals, in words."""
+    """Say whether both goals are met."""
     matched = {
         setting.cut: strongest(one, "matching")
         for setting, one in found.items()
@@ -115,19 +134,19 @@ def goals(found: Mapping[Setting, Part]) -> dict[str, str]:
 
 
 def draw(path: Path, found: Mapping[Setting, Part]) -> None:
-    """Tokens read by cut without noise, one line an attack."""
+    """Draw tokens read by cut without noise, one line for each attack."""
     series: dict[str, list[tuple[float, float]]] = {}
     for setting, one in found.items():
         if setting != plain(setting.cut):
             continue
         for row in one["rows"]:
-            if row["attack"] in (*HIDDEN_ATTACKS, "head gradient", "prediction"):
+            if row["way"] == "hidden" or row["attack"] in ("head gradient", "prediction"):
                 series.setdefault(row["attack"], []).append((setting.cut, 100 * row["tokens"]))
     lines(path, "What the server reads, without noise", "cut", "tokens read, %", series)
 
 
 def wanted(quick: bool) -> tuple[Sequence[Setting], Sequence[Setting], Depth, Depth]:
-    """Settings for all attacks and for those that matter, and how far each goes."""
+    """Return the settings for all attacks and for the strongest, and the depth of each."""
     if quick:
         small = {"texts": 2, "tokens": 48, "public": 16_384, "inverter_steps": 20, "effort": Effort()}
         depth = replace(BY_NOISE, **small)
@@ -161,7 +180,7 @@ def main() -> None:
             f"noise {setting.noise:g}"
         )
         found[setting] = parts.of(name, partial(part, config, depth, public, setting))
-    told = {"rows": [row for one in found.values() for row in one["rows"]]}
+    data = {"rows": [row for one in found.values() for row in one["rows"]]}
     text = f"E2E ({chosen.data.name})" if chosen.data.is_file() else "python-docs (embedded)"
     source = next(iter(found.values()))["public"]
     source = f"WikiText-2 ({source})" if public else source
@@ -173,7 +192,7 @@ def main() -> None:
         chosen.known.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     if chosen.plot is not None:
         draw(chosen.plot, found)
-    counts = {row["way"]: row["count"] for row in told["rows"]}
+    counts = {row["way"]: row["count"] for row in data["rows"]}
     print(
         section(
             "What a split gives away, by cut, codec and noise",
@@ -187,7 +206,7 @@ def main() -> None:
                 "wall time": f"{sum(one['seconds'] for one in found.values()):.0f} s for all parts",
                 **goals(found),
             },
-            table(HEADINGS, leak_rows(told)),
+            leak_table(data).to_markdown(),
         )
     )
 

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from splitft.audit.report import leak_table, rise
+from splitft.audit.audit_page import rise, short_table
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_a_table_fits_80_columns_and_tells_a_setting_once():
     }  # fmt: skip
     rows = [{**row, "attack": "matching"}, {**row, "attack": "head gradient", "way": "labels"}]
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(leak_table({"rows": rows}))
+    console.print(short_table({"rows": rows}).to_rich().to_rich())
     lines = console.export_text().splitlines()
     assert lines[-2].split() == [
         "15",

@@ -11,12 +11,12 @@ import torch
 import splitft
 from laws.federations import write_text
 from runs import invoke, settings
-from splitft.audit.attacks import ATTACKS, HIDDEN_ATTACKS, Effort
-from splitft.audit.audit import SHORT, audit, settings_of
+from splitft.audit.attacks import ATTACKS, Attack, Effort
+from splitft.audit.auditor import SHORT, audit, settings_of
 from splitft.audit.public_text import public_tokens
-from splitft.audit.recording import record, recorded_config, seen_in
+from splitft.audit.recording import observations, record, recorded_config
 from splitft.config import dump, from_mapping
-from splitft.errors import DataError
+from splitft.errors import DataError, PluginError
 from splitft.model import open_model
 from splitft.privacy.known_leakage import Setting
 from splitft.run.inputs import gather
@@ -27,7 +27,7 @@ TINY = replace(
     texts=3,
     tokens=24,
     public=2048,
-    attacks=tuple(HIDDEN_ATTACKS),
+    attacks=tuple(name for name in ATTACKS if ATTACKS[name].way == "hidden"),
     effort=Effort(whole=True),
     inverter_steps=2,
 )
@@ -42,7 +42,7 @@ def config(tiny_llama, tmp_path, monkeypatch):
 
 
 def reads(found) -> dict[str, float]:
-    return {one.attack: one.recovery.tokens for one in found.outcomes[0].findings}
+    return {one.attack: one.recovery.tokens for one in found.results[0].findings}
 
 
 @pytest.mark.parametrize("cut", [1, 3])
@@ -50,7 +50,7 @@ def test_matching_reads_every_token_off_the_hidden_states(config, cut):
     depth = replace(TINY, attacks=("linear", "matching"))
     found = audit(config, depth, settings=[Setting(cut, "bf16", 0.0, 0.0)])
     assert reads(found)["matching"] == 1.0
-    assert found.outcomes[0].perplexity_cost == 0.0
+    assert found.results[0].perplexity_cost == 0.0
 
 
 def test_every_attack_on_hidden_states_and_gradients_reports(config):
@@ -72,7 +72,7 @@ def test_labels_on_the_server_are_simply_read(config):
 def test_noise_makes_reading_harder_and_costs_perplexity(config):
     depth = replace(TINY, attacks=("matching", "head gradient"))
     found = audit(config, depth, settings=[PLAIN, Setting(2, "bf16", 30.0, 30.0)])
-    plain, noisy = found.outcomes
+    plain, noisy = found.results
     for way in ("hidden", "labels"):
         assert noisy.worst(way).recovery.tokens < plain.worst(way).recovery.tokens / 2
     assert noisy.loss != plain.loss == plain.clean_loss
@@ -89,13 +89,13 @@ def test_what_the_attacks_get_is_decoded_from_bytes(config):
     small = recorded_config(config, 2, 2, 3)
     gathered = gather(small)
     recording = record(small, gathered)
-    assert [one.step for one in recording.seen] == [0, 1]
-    assert sum(map(len, recording.texts)) == sum(len(one.hidden) for one in recording.seen)
-    for one in recording.seen:
+    assert [one.step for one in recording.batches] == [0, 1]
+    assert sum(map(len, recording.texts)) == sum(len(one.hidden) for one in recording.batches)
+    for one in recording.batches:
         assert one.labels is None
         assert len(one.labelled_rows()) == len(one.head_gradient) == len(one.last)
         assert torch.equal(one.hidden, one.hidden.bfloat16().float())  # the codec's rounding is in it
-    assert seen_in([], recording.terms) == []
+    assert observations([], recording.serializer) == []
 
 
 def test_the_run_s_own_settings_come_first_and_only_known_codecs(config):
@@ -117,11 +117,9 @@ def test_the_attacker_does_not_learn_on_the_audited_text(tiny_llama):
 
 
 def test_the_verb_says_verdicts_and_writes_table_page_and_json(config, tmp_path, monkeypatch):
-    from splitft.audit import audit as auditing
+    from splitft.audit import auditor
 
-    monkeypatch.setattr(
-        auditing, "SHORT", replace(TINY, cuts=(), noises=(), codecs=(), attacks=("matching",))
-    )
+    monkeypatch.setattr(auditor, "SHORT", replace(TINY, cuts=(), noises=(), codecs=(), attacks=("matching",)))
     one_cut = config.model_copy(update={"clients": config.clients.model_copy(update={"cuts": 1})})
     file = tmp_path / "run.yaml"
     file.write_text(dump(one_cut), encoding="utf-8")
@@ -129,10 +127,62 @@ def test_the_verb_says_verdicts_and_writes_table_page_and_json(config, tmp_path,
     assert shown.exit_code == 0, shown.output
     assert "At cut 1 (bf16) without noise, the server can read all tokens" in shown.output
     assert "Recovery against cost" in (tmp_path / "leaks.html").read_text(encoding="utf-8")
-    told = json.loads(invoke("audit", file, "--json").stdout)
-    assert [row["cut"] for row in told["rows"]] == [1]
-    assert told["rows"][0]["tokens"] == 1.0
+    data = json.loads(invoke("audit", file, "--json").stdout)
+    assert [row["cut"] for row in data["rows"]] == [1]
+    assert data["rows"][0]["tokens"] == 1.0
     assert invoke("audit", tmp_path / "none.yaml").exit_code == 2
+
+
+PLUGIN = """
+from splitft.audit.attacks.suite import ATTACKS, Attack
+
+def first_token(attacker, batches):
+    return [[0] * len(rows) for batch in batches for rows in batch.sequences()]
+
+ATTACKS.add("zeros", Attack("hidden", first_token))
+"""
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(ATTACKS, "_things", dict(ATTACKS._things))
+    return ATTACKS
+
+
+def test_a_plug_in_attack_is_run_and_shown_like_a_built_in_one(config, tmp_path, monkeypatch, registry):
+    from splitft.audit import auditor
+
+    monkeypatch.setattr(auditor, "SHORT", replace(TINY, cuts=(), noises=(), codecs=(), attacks=()))
+    (tmp_path / "mine.py").write_text(PLUGIN, encoding="utf-8")
+    one_cut = config.model_copy(update={"clients": config.clients.model_copy(update={"cuts": 1})})
+    file = tmp_path / "run.yaml"
+    file.write_text(dump(one_cut) + "plugins: [mine.py]\n", encoding="utf-8")
+    page = tmp_path / "leaks.html"
+    shown = invoke("audit", file, "--html", page)
+    assert shown.exit_code == 0, shown.output
+    attacks = [row for row in registry if row != "labels" and registry[row].in_short]
+    assert all(name in shown.stdout for name in attacks)
+    assert attacks[-1] == "zeros"
+    assert "<td class=left>zeros</td>" in page.read_text(encoding="utf-8")
+    chosen = invoke("audit", file, "--attacks", "zeros, head gradient", "--json")
+    assert [row["attack"] for row in json.loads(chosen.stdout)["rows"]] == ["zeros", "head gradient"]
+    refused = invoke("audit", file, "--attacks", "zero")
+    assert (refused.exit_code, "no attack is called 'zero'; did you mean zeros?" in refused.output) == (
+        2,
+        True,
+    )
+
+
+def test_an_attack_that_returns_other_lengths_is_refused(config, registry):
+    registry.add("short", Attack("labels", lambda attacker, batches: [[1]]))
+    with pytest.raises(PluginError, match=r"the attack 'short' returned texts of \[1\] tokens"):
+        audit(config, replace(TINY, attacks=("short",)), settings=[PLAIN])
+
+
+@pytest.mark.parametrize("facts", [{"way": "gradient"}, {"way": "labels", "needs": ("loss",)}])
+def test_an_attack_of_an_unknown_way_or_need_is_refused(facts):
+    with pytest.raises(PluginError, match="way is hidden or labels, needs are among labels, last"):
+        Attack(run=len, **facts)
 
 
 def test_a_run_begins_with_what_is_known_of_its_setting(config, tmp_path):

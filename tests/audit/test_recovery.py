@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from splitft.audit.recovery import recovery, rouge_l, word_kinds, words
+from splitft.audit.recovery import measure_recovery, rouge_l, word_kinds, words
 
 PIECES = dict(enumerate(("The", " patient", " Ann", "a", " is", " 4", "7", ".")))
 TEXT = tuple(range(8))  # The patient Anna is 47.
@@ -14,7 +14,7 @@ TEXT = tuple(range(8))  # The patient Anna is 47.
 
 def test_tokens_are_counted_at_their_own_places_and_by_the_kind_of_their_word():
     read = [0, 1, 2, 2, 4, 5, 5, 7]  # wrong: the second half of Anna, and the 7
-    found = recovery([TEXT], [read], PIECES.__getitem__)
+    found = measure_recovery([TEXT], [read], PIECES.__getitem__)
     assert found.count == 8
     assert found.tokens == pytest.approx(6 / 8)
     assert found.rare == pytest.approx(2 / 4)  # Ann-a, 4-7
@@ -24,7 +24,7 @@ def test_tokens_are_counted_at_their_own_places_and_by_the_kind_of_their_word():
 
 
 def test_a_text_counts_as_read_only_without_a_fault():
-    found = recovery([TEXT, TEXT], [TEXT, (1, *TEXT[1:])], PIECES.__getitem__)
+    found = measure_recovery([TEXT, TEXT], [TEXT, (1, *TEXT[1:])], PIECES.__getitem__)
     assert found.sentences == 0.5
     assert found.tokens == pytest.approx(15 / 16)
 
@@ -48,6 +48,6 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
 
 
 def test_nothing_to_recover_is_not_a_number():
-    found = recovery([(1,)], [(1,)], PIECES.__getitem__)
+    found = measure_recovery([(1,)], [(1,)], PIECES.__getitem__)
     assert math.isnan(found.rare)
     assert found.tokens == 1.0

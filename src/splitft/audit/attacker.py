@@ -1,9 +1,10 @@
-"""What an attacker knows of a setting: the run's settings, and with public text what they do to rows.
+"""Build the attacker of one setting: the run's settings and public text determine what it knows.
 
-    Setting, RunConfig, Terms --attacker_of--> Attacker(replica, public text, channels)
+    Setting, RunConfig, MessageSerializer --attacker_of--> Attacker(public model and text, observation models)
 
-It does the clipping and the rounding of a client to its own candidates, and knows how large the noise is. The
-clipping norms are public by design; where they are computed from a batch, it is from what the server sent.
+The attacker applies the client's clipping and rounding to its own candidates, and knows the size of the
+noise. Clipping norms are public by design: those that depend on a batch depend on what the server itself has
+sent.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from splitft.audit.attacks import (
     PublicModel,
     calibrated,
 )
-from splitft.audit.recording import as_it_travels
+from splitft.audit.recording import encoded_and_decoded
 from splitft.cache import cache_folder
 from splitft.config import RunConfig
 from splitft.data.text import Batch
@@ -31,71 +32,74 @@ from splitft.run.setup import public_text
 from splitft.specs import PrivacySpec, RowDefenceSpec
 
 TOO_LONG = 1e6
-"""A coordinate of rows that any clipping norm cuts down, to see what it cuts them down to."""
+"""A coordinate of rows longer than any clipping norm, to find the norm that they are clipped to."""
 CALIBRATION = (4, 24)
 """Public texts, and tokens of each, that are computed twice to measure rounding."""
 
 
 def attacker_of(
-    setting: Setting, config: RunConfig, replica: PublicModel, public: torch.Tensor, terms: MessageSerializer
+    setting: Setting,
+    config: RunConfig,
+    public_model: PublicModel,
+    public: torch.Tensor,
+    serializer: MessageSerializer,
 ) -> Attacker:
-    """An attacker on this setting, with nothing learnt yet; `replica` is at the setting's cut."""
-    cut, width = setting.cut, replica.shape.width
+    """Return an attacker on this setting that has learnt nothing yet; `public_model` is at its cut."""
+    cut, width = setting.cut, public_model.shape.width
     privacy = with_noise(config.privacy, setting)
-    norm_text = public_text(config.model_copy(update={"privacy": privacy}), replica.model)
+    norm_text = public_text(config.model_copy(update={"privacy": privacy}), public_model.model)
     defence = Defence(_only_clipping(privacy), Noise(0, "attacker"), norm_text)
 
     def base(batch: Batch) -> torch.Tensor:
-        return pack(replica.base_hidden(batch.tokens), batch.lengths)
+        return pack(public_model.base_hidden(batch.tokens), batch.lengths)
 
-    def repeated(rows: torch.Tensor) -> torch.Tensor:
-        return as_it_travels(defence.hidden(rows, cut, base), terms)
+    def without_noise(rows: torch.Tensor) -> torch.Tensor:
+        return encoded_and_decoded(defence.hidden(rows, cut, base), serializer)
 
     spread = 0.0
     if privacy.hidden.noise:
         norm = typical_norm(defence.hidden(torch.full((1, width), TOO_LONG), cut, base))
         spread = deviation(norm, privacy.hidden.noise, width)
     texts, length = CALIBRATION
-    channel = calibrated(
-        ObservationModel(deviation=spread, repeated=repeated), *replica.twice(public[:texts, :length])
-    )
     return Attacker(
-        replica=replica,
+        public_model=public_model,
         public=public,
-        channel=channel,
-        gradients=lambda seen: _gradient_channel(defence, privacy, replica, seen),
+        hidden_model=calibrated(
+            ObservationModel(deviation=spread, without_noise=without_noise),
+            *public_model.hidden_twice(public[:texts, :length]),
+        ),
+        gradient_model=lambda batch: _gradient_model(defence, privacy, public_model, batch),
         cache=cache_folder() / "inverters",
         seed=config.seed,
     )
 
 
-def _gradient_channel(
-    defence: Defence, privacy: PrivacySpec, replica: PublicModel, seen: Observation
+def _gradient_model(
+    defence: Defence, privacy: PrivacySpec, public_model: PublicModel, batch: Observation
 ) -> GradientObservationModel:
-    last, labels = seen.last, privacy.labels
+    last, labels = batch.last, privacy.labels
     epsilon = None if labels.defence == "none" else labels.epsilon
     if privacy.gradient.defence == "none" or last is None:
         return GradientObservationModel(epsilon=epsilon)
-    head = replica.segment
-    norms: list[float] = []
+    # the norm that rows are clipped to: as many rows as in the batch, all too long
+    head = public_model.segment
+    clipped = defence.gradient(
+        torch.full_like(last, TOO_LONG, dtype=torch.float32),
+        last,
+        head.shape.vocab,
+        lambda hidden, y: loss_and_gradient(head, hidden, y)[1],
+    )
+    norm = typical_norm(clipped)
 
-    def clipped(rows: torch.Tensor) -> torch.Tensor:
-        if not norms:  # read off what it does to rows that are too long, as many as in the batch
-            huge = torch.full_like(last, TOO_LONG, dtype=torch.float32)
-            cut_down = defence.gradient(
-                huge, last, head.shape.vocab, lambda h, y: loss_and_gradient(head, h, y)[1]
-            )
-            norms.append(typical_norm(cut_down))
+    def clip(rows: torch.Tensor) -> torch.Tensor:
         lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        return rows * torch.clamp(norms[0] / lengths.clamp_min(1e-30), max=1.0)
+        return rows * torch.clamp(norm / lengths.clamp_min(1e-30), max=1.0)
 
-    clipped(torch.zeros(1, last.shape[-1]))
-    spread = deviation(norms[0], privacy.gradient.noise, last.shape[-1])
-    return GradientObservationModel(spread, clipped, epsilon)
+    return GradientObservationModel(deviation(norm, privacy.gradient.noise, last.shape[-1]), clip, epsilon)
 
 
 def with_noise(privacy: PrivacySpec, setting: Setting) -> PrivacySpec:
-    """The run's defences with this noise instead of its own."""
+    """Return the run's defences with this setting's noise instead of their own."""
     return privacy.model_copy(
         update={
             "hidden": _noisy(privacy.hidden, setting.noise),
@@ -106,9 +110,9 @@ def with_noise(privacy: PrivacySpec, setting: Setting) -> PrivacySpec:
 
 def _noisy(spec: RowDefenceSpec, noise: float) -> RowDefenceSpec:
     if not noise:
-        quiet_kind = spec.defence if spec.defence == "clip" else "none"
-        return spec.model_copy(update={"defence": quiet_kind, "noise": 0.0})
-    kind = spec.defence if spec.defence in ("gaussian", "laplace") else "gaussian"
+        without = "clip" if spec.defence == "clip" else "none"
+        return spec.model_copy(update={"defence": without, "noise": 0.0})
+    kind = spec.defence if spec.noise else "gaussian"
     return spec.model_copy(update={"defence": kind, "noise": noise})
 
 

@@ -1,45 +1,45 @@
-"""What an audit found, as plain data, and what it means in one sentence.
+"""The findings of an audit, as plain data and in one sentence a setting.
 
     setting (cut, codec, noise) --attacks--> Finding, one an attack --worst--> verdict
 
-Two ways lead to the text: hidden states at the cut, and what depends on the labels. A deeper cut or noise on
-hidden states changes only the first; the text is as safe as the leakier of the two.
+An attack reaches the text by hidden states at the cut, or by what depends on the labels. A deeper cut or
+noise on hidden states changes only the first; the text is as safe as the leakier of the two.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from splitft.audit.recovery import Recovery
-from splitft.privacy.known_leakage import Setting, Way, sentence
+from splitft.privacy.known_leakage import Setting, Way, leakage_sentence
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one attack recovered in one setting."""
+    """Recovery of one attack in one setting."""
 
     setting: Setting
     attack: str
     way: Way
-    """Whether it read whole texts off hidden states, or the labelled part."""
+    """It read whole texts off hidden states, or the labelled part."""
     recovery: Recovery
     seconds: float
-    """What the attack took, learning included."""
+    """Duration of the attack, learning included."""
 
 
 @dataclass(frozen=True)
 class AuditResult:
-    """All attacks in one setting, and what the setting costs."""
+    """Findings of all attacks in one setting, and the cost of the setting."""
 
     setting: Setting
     findings: tuple[Finding, ...]
     loss: float
     """Held-out loss in nats per token with the defences on, before training with them."""
     clean_loss: float
-    """Without noise, at the same cut."""
+    """The same loss without noise, at the same cut."""
 
     @property
     def perplexity_cost(self) -> float:
@@ -47,27 +47,27 @@ class AuditResult:
         return math.expm1(min(700.0, self.loss - self.clean_loss))
 
     def worst(self, way: Way | None = None) -> Finding | None:
-        """The attack that read most, of one way or of both."""
+        """Return the attack that read most, of one way or of both."""
         fitting = [one for one in self.findings if way is None or one.way == way]
         return max(fitting, key=lambda one: one.recovery.tokens, default=None)
 
 
-def verdict(outcome: AuditResult) -> str:
-    """One sentence on what the server can read in this setting."""
-    hidden, labels = outcome.worst("hidden"), outcome.worst("labels")
-    recovered = {
-        "hidden": None if hidden is None else hidden.recovery.tokens,
-        "labels": None if labels is None else labels.recovery.tokens,
-    }
-    direct = any(one.attack == "labels" for one in outcome.findings)
-    return sentence(outcome.setting, recovered["hidden"], recovered["labels"], direct)
+def verdict(result: AuditResult) -> str:
+    """Say in one sentence what the server can read in this setting."""
+    hidden, labels = result.worst("hidden"), result.worst("labels")
+    return leakage_sentence(
+        result.setting,
+        None if hidden is None else hidden.recovery.tokens,
+        None if labels is None else labels.recovery.tokens,
+        labels_travel=any(one.attack == "labels" for one in result.findings),
+    )
 
 
-def table_rows(outcomes: Iterable[AuditResult]) -> list[dict[str, Any]]:
-    """One row a setting and attack, as plain data."""
+def table_rows(results: Iterable[AuditResult]) -> list[dict[str, Any]]:
+    """Return one row for each setting and attack, as plain data."""
     rows: list[dict[str, Any]] = []
-    for outcome in outcomes:
-        for one in outcome.findings:
+    for result in results:
+        for one in result.findings:
             recovery = one.recovery
             rows.append({
                 "cut": one.setting.cut,
@@ -83,36 +83,10 @@ def table_rows(outcomes: Iterable[AuditResult]) -> list[dict[str, Any]]:
                 "sentences": round(recovery.sentences, 4),
                 "rouge_l": round(recovery.rouge_l, 4),
                 "count": recovery.count,
-                "perplexity_cost": round(outcome.perplexity_cost, 4),
+                "perplexity_cost": round(result.perplexity_cost, 4),
                 "seconds": round(one.seconds, 2),
             })  # fmt: skip
     return rows
-
-
-def verdicts(outcomes: Sequence[AuditResult]) -> list[str]:
-    """One sentence a setting."""
-    return [verdict(outcome) for outcome in outcomes]
-
-
-def to_known(outcomes: Iterable[AuditResult], story: Mapping[str, Any]) -> dict[str, Any]:
-    """The strongest attacks' figures in the form of `known.json`; `story` says where they come from."""
-    entries: list[dict[str, Any]] = []
-    for outcome in outcomes:
-        setting = outcome.setting
-        for way, noise in (("hidden", setting.noise), ("labels", setting.gradient_noise)):
-            worst = outcome.worst("hidden" if way == "hidden" else "labels")
-            if worst is not None:
-                entries.append({
-                    "cut": setting.cut,
-                    "codec": setting.codec,
-                    "noise": noise,
-                    "way": way,
-                    "attack": worst.attack,
-                    "recovered": round(worst.recovery.tokens, 4),
-                    "tokens": worst.recovery.count,
-                    "perplexity_cost": round(outcome.perplexity_cost, 4),
-                })  # fmt: skip
-    return {"models": {str(story["model"]): entries}, "story": dict(story)}
 
 
 def _or_none(share: float) -> float | None:

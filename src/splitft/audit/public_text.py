@@ -1,8 +1,8 @@
-"""Public text for an attacker to learn on: never the text that is attacked.
+"""Load public text for an attacker to learn on, never the text that is attacked.
 
-    a file the user names (WikiText, say)  |  the language reference  |  docstrings of Python's own library
+    a file that the user names (WikiText, say)  |  the language reference  |  docstrings of Python's library
 
-The last is for audits of the language reference itself. All of them are on every machine or given by path.
+The last is for audits of the language reference itself. No text is downloaded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHORTEST_DOCSTRING = 120
 
 
 def public_tokens(model: Model, source: str | None, audited: str, count: int) -> tuple[torch.Tensor, str]:
-    """(B, T) tokens of about `count` in all, and where they are from.
+    """Return public tokens (B, T), about `count` in all, and the name of their source.
 
     Raises DataError if the source is the audited text itself, or too short to learn on.
     """
@@ -50,7 +50,7 @@ def public_tokens(model: Model, source: str | None, audited: str, count: int) ->
 
 
 def _docstrings(characters: int) -> Iterator[Record]:
-    """About so many characters of documentation from the library that runs this."""
+    """Yield about so many characters of documentation from the running Python's library."""
     for path in sorted(Path(ast.__file__).parent.glob("[a-z]*.py")):
         if characters <= 0:
             return

@@ -1,7 +1,8 @@
-"""Record a real step of a run, byte by byte, and decode it as the server would.
+"""Record the frames of some real steps of a run, and decode them as the server would.
 
-    RunConfig, cut --prepare--> one client and the server on a tapped line --evaluate, train some steps-->
-    frames (client, direction, bytes) --Terms--> Seen    and, for the judge alone, the tokens
+    RunConfig, cut --prepare--> one client and the server, on a recorded channel
+                   --evaluate, train some steps--> frames (client, direction, bytes)
+                   --MessageSerializer--> Observation        and the true tokens, for scoring only
 
 Attacks get an `Observation`. The client is a `Client` like any other, with its defences, codec and optimizer.
 """
@@ -33,29 +34,27 @@ from splitft.run.setup import prepare
 from splitft.specs import ClientsSpec, ScheduleSpec, SharesSpec
 
 Recorded = tuple[str, Direction, bytes]
-"""Client, direction and bytes of one frame, as a line's tap is told."""
+"""Client, direction and bytes of one frame, as a channel's tap gets them."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What passed between one client and the server, and what the attacks are judged by."""
+    """Observed batches of one client, and the true tokens that attacks are scored against."""
 
-    seen: tuple[Observation, ...]
-    """Batches that were trained on, as the server has them."""
+    batches: tuple[Observation, ...]
+    """Batches that were trained on, as the server receives them."""
     texts: tuple[tuple[int, ...], ...]
-    """Tokens of each sequence in them: the truth, which no attack is given."""
+    """True tokens of each sequence in them, which no attack is given."""
     labels: tuple[tuple[int, ...], ...]
     """The labelled part of each."""
     loss: float
     """Held-out loss in nats per token before the recorded steps, with the defences on."""
-    terms: MessageSerializer
-    """What both sides agreed on."""
-    adapters: AdapterState
-    """Global adapters at the start of the round, which the server has."""
+    serializer: MessageSerializer
+    """Serializer of the client's messages, with the run's codecs."""
 
 
 def recorded_config(config: RunConfig, cut: int, steps: int, batch_size: int) -> RunConfig:
-    """The run with one client at this cut, for so many undivided steps of one round."""
+    """Return the run with one client at this cut and one round of so many steps, without micro-batches."""
     training = {
         "rounds": 1,
         "steps": steps,
@@ -80,10 +79,11 @@ def record(
     adapters: AdapterState | None = None,
     private: AdapterState | None = None,
 ) -> Recording:
-    """Play and record a configuration of `recorded_config`, from these global adapters on.
+    """Run and record a configuration of `recorded_config`, starting from these global adapters.
 
-    `private` are factors that the client alone has, by now other than the global ones of the same blocks.
+    `private` are the client's own factors, which replace the global ones of the same blocks.
     """
+    # place the client and the server at the start of a round
     prepared = prepare(config, gathered)
     client, server = prepared.clients[0], prepared.server
     cut, steps = client.plan.cut, config.training.steps
@@ -94,40 +94,43 @@ def record(
     server.install(start)
     own = start if private is None else start.updated(private)
     client.restore(cut, own.within(Span(0, cut)), 0, {})
+    # evaluate and train, recording all frames
     result = simulation.evaluate()[client.name]
     simulation.start({client.name: RoundStart(round=1, cut=cut)})
     server.start(1, [client.name], start)
     simulation.train(1, [client.name], steps, lambda step: None)
-    terms = prepared.serializer_of(client.name)
-    seen = tuple(one for one in seen_in(frames, terms, config.seed) if one.training)
-    batches = [gathered.clients[0].stream.batch(one.step) for one in seen]
+    # decode them, and look up the text of the same steps
+    serializer = prepared.serializer_of(client.name)
+    observed = tuple(one for one in observations(frames, serializer, config.seed) if one.training)
+    batches = [gathered.clients[0].stream.batch(one.step) for one in observed]
     pairs = [
         pair
         for batch in batches
         for pair in zip(batch.tokens, batch.lengths, batch.labelled_from, strict=True)
     ]
     return Recording(
-        seen=seen,
+        batches=observed,
         texts=tuple(tuple(row[:length].tolist()) for row, length, _ in pairs),
         labels=tuple(tuple(row[first:length].tolist()) for row, length, first in pairs),
         loss=result.loss / max(1, result.tokens),
-        terms=terms,
-        adapters=start,
+        serializer=serializer,
     )
 
 
-def seen_in(frames: Iterable[Recorded], terms: MessageSerializer, seed: int = 0) -> list[Observation]:
-    """Decode recorded frames as the server would, and put together what belongs to one batch."""
-    ends: dict[str, CodecState] = {}
-    underway: dict[str, Observation] = {}
+def observations(
+    frames: Iterable[Recorded], serializer: MessageSerializer, seed: int = 0
+) -> list[Observation]:
+    """Decode recorded frames as the server would, and group the messages of each batch."""
+    states: dict[str, CodecState] = {}
+    current: dict[str, Observation] = {}
     done: list[Observation] = []
     for client, _, data in frames:
-        end = ends.setdefault(client, CodecState(seed, client))  # what codecs that learn have learnt so far
-        message = terms.from_bytes(data, streams=end)
+        state = states.setdefault(client, CodecState(seed, client))
+        message = serializer.from_bytes(data, streams=state)
         if isinstance(message, Activations):
-            if client in underway:
-                done.append(underway.pop(client))
-            underway[client] = Observation(
+            if client in current:
+                done.append(current.pop(client))
+            current[client] = Observation(
                 client=client,
                 step=message.step,
                 training=message.training,
@@ -136,18 +139,18 @@ def seen_in(frames: Iterable[Recorded], terms: MessageSerializer, seed: int = 0)
                 hidden=message.hidden,
                 labels=message.labels,
             )
-        elif client in underway:
-            underway[client] = _with(underway[client], message)
-    return [*done, *underway.values()]
+        elif client in current:
+            current[client] = _with(current[client], message)
+    return [*done, *current.values()]
 
 
-def as_it_travels(rows: torch.Tensor, terms: MessageSerializer) -> torch.Tensor:
-    """Hidden states (N, D) as the server would decode them, by the run's own codec.
+def encoded_and_decoded(rows: torch.Tensor, serializer: MessageSerializer) -> torch.Tensor:
+    """Encode hidden states (N, D) by the run's codec and return what the server would decode.
 
-    A codec that learns as it goes is taken as in its first message, so its figures are lower bounds.
+    A codec with state is used as for its first message, so the recovery of its settings is a lower bound.
     """
     rounded = [
-        terms.rounded(
+        serializer.rounded(
             Activations(
                 client="-",
                 round=0,
@@ -155,20 +158,20 @@ def as_it_travels(rows: torch.Tensor, terms: MessageSerializer) -> torch.Tensor:
                 training=False,
                 lengths=(len(part),),
                 labelled=((0, len(part)),),
-                hidden=part.to(terms.dtype),
-                labels=torch.zeros(len(part), dtype=torch.int64) if terms.labels_travel else None,
+                hidden=part.to(serializer.dtype),
+                labels=torch.zeros(len(part), dtype=torch.int64) if serializer.labels_travel else None,
             )
         )
-        for part in torch.split(rows, terms.most_rows)
+        for part in torch.split(rows, serializer.most_rows)
     ]
     return torch.cat([one.hidden.float() for one in rounded if isinstance(one, Activations)])
 
 
-def _with(seen: Observation, message: Message) -> Observation:
+def _with(batch: Observation, message: Message) -> Observation:
     if isinstance(message, LastHidden):
-        return replace(seen, last=message.hidden)
+        return replace(batch, last=message.hidden)
     if isinstance(message, HeadGradient):
-        return replace(seen, head_gradient=message.gradient)
+        return replace(batch, head_gradient=message.gradient)
     if isinstance(message, CutGradient):
-        return replace(seen, cut_gradient=message.gradient)
-    return seen
+        return replace(batch, cut_gradient=message.gradient)
+    return batch

@@ -1,4 +1,4 @@
-"""How much of a text was read: by token, by sentence, by order, and where it hurts.
+"""Score how much of a text an attack has read: by token, by text, by order, and by kind of word.
 
     tokens      share of tokens right, each at its own place
     sentences   share of texts with every token right
@@ -7,8 +7,8 @@
     rare        share of tokens right in words with a digit or a capital letter: names, numbers, codes
     function    the same in function words, which say little and are easily guessed
 
-Names and numbers are what identifies a person, so they are told apart: an attack that reads 60 % of the
-tokens may read all of the names, or none.
+Names and numbers identify people, so they are counted separately: an attack that reads 60 % of the tokens may
+read all of the names, or none.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ Tokens = Sequence[int]
 
 @dataclass(frozen=True)
 class Recovery:
-    """What an attack recovered of some texts, as shares from 0 to 1; nan where there was nothing."""
+    """Shares of some texts that an attack has recovered, from 0 to 1; nan if there was nothing to recover."""
 
     tokens: float
-    """Of all tokens."""
+    """Share of all tokens."""
     rare: float
-    """Of tokens in names, numbers and codes."""
+    """Share of tokens in names, numbers and codes."""
     function: float
-    """Of tokens in function words."""
+    """Share of tokens in function words."""
     sentences: float
-    """Texts recovered without a fault."""
+    """Share of texts recovered without an error."""
     rouge_l: float
-    """Mean over texts."""
+    """Mean ROUGE-L over texts."""
     count: int
-    """Tokens that there were to recover."""
+    """Tokens to recover."""
 
     @property
     def error(self) -> float:
@@ -56,8 +56,10 @@ class Recovery:
         return math.sqrt(self.tokens * (1 - self.tokens) / max(1, self.count))
 
 
-def recovery(truth: Sequence[Tokens], read: Sequence[Tokens], piece: Callable[[int], str]) -> Recovery:
-    """Compare texts with what was read of them; `piece` is the text of one token, with its leading space."""
+def measure_recovery(
+    truth: Sequence[Tokens], read: Sequence[Tokens], piece: Callable[[int], str]
+) -> Recovery:
+    """Compare texts with what was read; `piece` returns the text of one token, with its leading space."""
     right = [[a == b for a, b in zip(*pair, strict=True)] for pair in zip(truth, read, strict=True)]
     kinds = [word_kinds([piece(token) for token in text]) for text in truth]
     flat = [
@@ -78,7 +80,7 @@ def recovery(truth: Sequence[Tokens], read: Sequence[Tokens], piece: Callable[[i
 
 
 def word_kinds(pieces: Sequence[str]) -> list[str]:
-    """For each token whether its word is `rare`, `function` or `other`."""
+    """Return the kind of each token's word: `rare`, `function` or `other`."""
     kinds: list[str] = []
     for word in _grouped(pieces):
         text = "".join(word).strip()
@@ -95,13 +97,13 @@ def word_kinds(pieces: Sequence[str]) -> list[str]:
 
 
 def words(pieces: Sequence[str]) -> list[str]:
-    """The words of a text given in pieces, punctuation apart, in lower case."""
+    """Return the words of a text given as pieces, without punctuation attached, in lower case."""
     joined = ("".join(word).strip().lower() for word in _grouped(pieces))
     return [word for word in joined if word]
 
 
 def rouge_l(truth: Sequence[str], read: Sequence[str]) -> float:
-    """F1 of the longest common subsequence of two lists of words; 1 for two empty ones."""
+    """Return F1 of the longest common subsequence of two lists of words; 1 for two empty ones."""
     if not truth or not read:
         return float(not truth and not read)
     row = [0] * (len(read) + 1)
@@ -115,11 +117,11 @@ def rouge_l(truth: Sequence[str], read: Sequence[str]) -> float:
 
 
 def _grouped(pieces: Sequence[str]) -> list[list[str]]:
-    """Tokens put together to words: a word goes on while letters and digits follow each other unspaced."""
+    """Group tokens into words: a word continues while letters and digits follow without a space."""
     groups: list[list[str]] = []
     for piece in pieces:
-        goes_on = groups and piece[:1].isalnum() and groups[-1][-1][-1:].isalnum() and not piece[:1].isspace()
-        if goes_on:
+        joins = groups and piece[:1].isalnum() and groups[-1][-1][-1:].isalnum() and not piece[:1].isspace()
+        if joins:
             groups[-1].append(piece)
         else:
             groups.append([piece])

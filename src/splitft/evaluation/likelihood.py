@@ -1,9 +1,9 @@
-"""Loss and perplexity of a whole model on text.
+"""Compute the loss of a whole model on text.
 
     batches --mean_loss--> nats per labelled token, labelled tokens
 
-Shapes: B sequences, T tokens, V vocabulary, N labelled positions. Perplexity is e to the loss. Those of
-different tokenizers do not compare, nor those of different cuttings of one text (examples, windows).
+Shapes: B sequences, T tokens, V vocabulary, N labelled positions. Perplexity is e to the loss. Those
+of different tokenizers do not compare, nor those of different divisions of one text (examples, windows).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.nn import functional
 from splitft.data.text import Batch, Example
 
 CHUNK = 256
-"""Positions whose float32 logits exist at one time."""
+"""Positions whose float32 logits are in memory at one time."""
 
 
 @torch.inference_mode()
 def mean_loss(model: Any, batches: Sequence[Batch], advance: Callable[[int], None]) -> tuple[float, int]:
-    """Mean loss over all labelled tokens of all batches, and their number."""
+    """Return the mean loss over all labelled tokens of all batches, and the number of tokens."""
     total, count = 0.0, 0
     for batch in batches:
         mask = torch.arange(batch.tokens.shape[1]) < torch.tensor(batch.lengths)[:, None]  # (B, T)
@@ -39,7 +39,7 @@ def mean_loss(model: Any, batches: Sequence[Batch], advance: Callable[[int], Non
 
 
 def windows(tokens: Sequence[int], size: int) -> list[Example]:
-    """A long text in windows of `size` tokens without overlap; a last one of a single token is left out.
+    """Divide a long text into windows of `size` tokens without overlap; omit a last one of a single token.
 
     Every token but the first of each window is predicted, so a longer window gives a lower loss.
     """

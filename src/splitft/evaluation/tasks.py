@@ -1,13 +1,13 @@
-"""Every task that a model can be tried on, by name.
+"""All tasks that a model can be evaluated on, by name.
 
-    Reader(model, tokenizer, examples) --task--> Outcome(metrics, samples)
+    TaskInput(model, tokenizer, examples) --TASKS[name].run--> TaskResult(metrics, samples)
 
     perplexity   loss on each example's labelled tokens, as a run evaluates
     windows      loss on one long text cut into windows, as language models are compared on WikiText-2
     e2e          write what the prompt asks for; BLEU, chrF and ROUGE-L against all references of the prompt
     gsm8k        solve; exact match of the number behind ####
 
-An example whose text was cut off has no whole reference; it is left out of what is written, and counted.
+An example whose text was truncated has no whole reference; e2e and gsm8k leave it out and count it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from splitft.evaluation.likelihood import mean_loss
 from splitft.evaluation.metrics import FINAL, exact_match, overlap
 
 BATCH_TOKENS = 1024
-"""Padded tokens in a batch whose loss is measured; their logits are the largest thing in memory."""
+"""Padded tokens in a batch whose loss is computed; their logits need the most memory."""
 SAMPLES = 5
-"""Continuations kept as they are, for the reader."""
+"""Continuations kept as samples."""
 
 Advance = Callable[[int, int], None]
-"""Told how many of how many examples are done."""
+"""Gets the number of examples done, and the number of all."""
 
 
 @dataclass(frozen=True)
-class Reader:
-    """A model and what it is to be tried on."""
+class TaskInput:
+    """A model, the examples to evaluate it on, and how."""
 
     model: Any
     """A whole causal language model, as transformers or peft load it."""
@@ -42,64 +42,69 @@ class Reader:
     examples: Sequence[Example]
     """At least one."""
     max_positions: int
-    """Tokens that the model takes at most."""
+    """Longest sequence of the model, in tokens."""
     batch_size: int = 16
     """Prompts continued at once."""
     max_new_tokens: int | None = None
     """Longest continuation; None for the task's own."""
     advance: Advance = lambda done, total: None
-    """Told of progress."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What came out of a task."""
+    """Metrics and samples of a task."""
 
     metrics: dict[str, float]
-    """By name; counts among them."""
+    """Metrics and counts by name."""
     samples: tuple[dict[str, str], ...] = ()
     """A few prompts, references and continuations."""
 
 
-def perplexity(reader: Reader) -> TaskResult:
-    """Loss and perplexity over the labelled tokens of all examples."""
-    batches = eval_batches(reader.examples, len(reader.examples), BATCH_TOKENS)
+def perplexity(task_input: TaskInput) -> TaskResult:
+    """Compute loss and perplexity over the labelled tokens of all examples."""
+    batches = eval_batches(task_input.examples, len(task_input.examples), BATCH_TOKENS)
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        reader.advance(done, len(reader.examples))
+        task_input.advance(done, len(task_input.examples))
 
-    loss, tokens = mean_loss(reader.model, batches, advance)
-    counts = {"tokens": tokens, "examples": len(reader.examples)}
+    loss, tokens = mean_loss(task_input.model, batches, advance)
+    counts = {"tokens": tokens, "examples": len(task_input.examples)}
     return TaskResult({"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **counts})
 
 
-def e2e(reader: Reader) -> TaskResult:
-    """BLEU, chrF and ROUGE-L of what is written for each different prompt."""
-    return _written(reader, overlap, 64)
+def e2e(task_input: TaskInput) -> TaskResult:
+    """Generate for each different prompt, and compute BLEU, chrF and ROUGE-L."""
+    return _generate_and_score(task_input, overlap, 64)
 
 
-def gsm8k(reader: Reader) -> TaskResult:
-    """Exact match of the final number."""
-    return _written(reader, exact_match, 256)
+def gsm8k(task_input: TaskInput) -> TaskResult:
+    """Generate for each different prompt, and compare the final number."""
+    return _generate_and_score(task_input, exact_match, 256)
 
 
-TASKS: Mapping[str, Callable[[Reader], TaskResult]] = {
-    "perplexity": perplexity,
-    "windows": perplexity,
-    "e2e": e2e,
-    "gsm8k": gsm8k,
+@dataclass(frozen=True)
+class Task:
+    """A task, and how its text is read."""
+
+    run: Callable[[TaskInput], TaskResult]
+    windows: bool = False
+    """The text is read as one, in windows, instead of by example."""
+
+
+TASKS: Mapping[str, Task] = {
+    "perplexity": Task(perplexity),
+    "windows": Task(perplexity, windows=True),
+    "e2e": Task(e2e),
+    "gsm8k": Task(gsm8k),
 }
-"""Every task by name; `windows` differs from `perplexity` in how the text is read."""
-
-WRITING = ("e2e", "gsm8k")
-"""Tasks that need prompts."""
+"""All tasks by name."""
 
 
 def suitable_tasks(examples: Sequence[Example], tokenizer: Any) -> tuple[str, ...]:
-    """The tasks that this text allows: the loss, and what fits if there are prompts."""
+    """Return the tasks that suit this text: the loss, and one with generation if there are prompts."""
     prompted = [example for example in examples if example.labelled_from > 1]
     if len(prompted) < len(examples):
         return ("perplexity",)
@@ -107,57 +112,59 @@ def suitable_tasks(examples: Sequence[Example], tokenizer: Any) -> tuple[str, ..
     return ("perplexity", "gsm8k" if final else "e2e")
 
 
-def _written(
-    reader: Reader,
+def _generate_and_score(
+    task_input: TaskInput,
     score: Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, float]],
-    longest: int,
+    max_new_tokens: int,
 ) -> TaskResult:
     """Continue each different prompt and score it against all its references."""
+    # the prompts, each with its references
     references: dict[tuple[int, ...], list[str]] = {}
-    whole = [example for example in reader.examples if not example.truncated]
+    whole = [example for example in task_input.examples if not example.truncated]
     for example in whole:
         if example.labelled_from < 2:
             raise RunError("there are no prompts to continue; give data.prompt and data.completion")
         prompt, text = example.tokens[: example.labelled_from], example.tokens[example.labelled_from :]
-        references.setdefault(prompt, []).append(_text(reader, text))
+        references.setdefault(prompt, []).append(_text(task_input, text))
     if not references:
         raise RunError(
-            f"all {len(reader.examples)} examples were cut off, so no whole reference is left; "
+            f"all {len(task_input.examples)} examples were cut off, so no whole reference is left; "
             f"raise data.max_tokens"
         )
     prompts = list(references)
-    room = reader.max_positions - max(map(len, prompts))
+    room = task_input.max_positions - max(map(len, prompts))
     if room < 1:
-        raise RunError(f"the longest prompt fills the model's {reader.max_positions} positions")
+        raise RunError(f"the longest prompt fills the model's {task_input.max_positions} positions")
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        reader.advance(done, len(prompts))
+        task_input.advance(done, len(prompts))
 
-    said = continue_all(
-        reader.model,
+    # continue and score them
+    continued = continue_all(
+        task_input.model,
         prompts,
-        end=reader.tokenizer.eos_token_id,
-        max_new_tokens=min(room, reader.max_new_tokens or longest),
-        batch_size=reader.batch_size,
+        end=task_input.tokenizer.eos_token_id,
+        max_new_tokens=min(room, task_input.max_new_tokens or max_new_tokens),
+        batch_size=task_input.batch_size,
         advance=advance,
     )
-    texts = [_text(reader, tokens) for tokens in said]
+    texts = [_text(task_input, tokens) for tokens in continued]
     samples = tuple(
-        {"prompt": _text(reader, prompt), "reference": references[prompt][0], "written": written}
+        {"prompt": _text(task_input, prompt), "reference": references[prompt][0], "written": written}
         for prompt, written in zip(prompts[:SAMPLES], texts, strict=False)
     )
     counts = {
         "prompts": len(prompts),
         "references": len(whole),
-        "left_out": len(reader.examples) - len(whole),
-        "mean_new_tokens": sum(map(len, said)) / len(said),
+        "left_out": len(task_input.examples) - len(whole),
+        "mean_new_tokens": sum(map(len, continued)) / len(continued),
     }
     return TaskResult({**score(texts, list(references.values())), **counts}, samples)
 
 
-def _text(reader: Reader, tokens: Sequence[int]) -> str:
-    text: str = reader.tokenizer.decode(list(tokens), skip_special_tokens=True)
+def _text(task_input: TaskInput, tokens: Sequence[int]) -> str:
+    text: str = task_input.tokenizer.decode(list(tokens), skip_special_tokens=True)
     return text.strip()

@@ -8,8 +8,8 @@ can be judged before the next one is known. Where the best candidate does not fi
 more candidates are tried, in this order:
 
 1. those that a screening of the whole vocabulary finds. `PublicModel.table` has every token's hidden state
-   t_v in an empty context. The real context adds much the same h_c - t_c to all candidates c, so the table plus
-   its mean over the candidates tried so far estimates every token's hidden state here; the nearest are tried;
+   t_v in an empty context. The real context adds much the same h_c - t_c to all candidates c, so the table
+   plus its mean over the candidates tried so far estimates every token's hidden state; the nearest are tried;
 2. the whole vocabulary.
 
 A prefix without a fitting candidate drops out of the beams. Without noise only what the codec has rounded
