@@ -24,7 +24,7 @@ from splitft.data.text import BatchStream, Example
 from splitft.model import Model, open_model
 from splitft.protocol import Activations, CutGradient, LastHidden, RoundStart
 from splitft.specs import LoraSpec, ModelSpec, TrainingSpec
-from splitft.training import Client
+from splitft.training import Client, ClientSetup
 from splitft.training.ranks import RankPolicy
 from step_overhead import ordinary, plain_step
 
@@ -51,7 +51,8 @@ def client_step(model: Model, cut: int, labels: str, seed: int) -> int:
     """Set up a client and take its first step, with random numbers for the server's answers."""
     side = "client" if labels == "client" else "server"
     ranks = RankPolicy(LORA, model.shape.blocks, "svd", seed)
-    client = Client("c", model, cut, side, ranks, TrainingSpec(), stream_of_random_text(model, seed), ())
+    setup = ClientSetup(ranks, TrainingSpec(), stream_of_random_text(model, seed), labels=side)
+    client = Client("c", model, cut, setup)
     client.start(RoundStart(round=1, cut=cut))
     sent: Activations = client.forward()
     if side == "client":

@@ -29,11 +29,11 @@ from pathlib import Path
 from drawing import savings
 from measuring import REPOSITORY, Parts, begin, options, section, table
 from splitft.config import from_mapping
-from splitft.model.quiet import silence_transformers
+from splitft.model.source import silence_transformers
 from splitft.run.setup import prepare
 from splitft.specs import WireSpec
 from splitft.tracking.events import StepDone, Traffic
-from splitft.training import Simulation, train_rounds
+from splitft.training import Simulation
 
 DATA = REPOSITORY.parent / "shared/data"
 TEXTS = {
@@ -103,13 +103,10 @@ def outcome(
     with silence_transformers():
         prepared = prepare(config)
     events: list[object] = []
-    train_rounds(
-        prepared.initial(), prepared.server, prepared.simulation(), prepared.ranks, config.training,
-        prepared.pace, events.append, lambda state: None,
-    )  # fmt: skip
+    prepared.trainer(prepared.simulation(), events.append).train(prepared.initial())
     taken = [event for event in events if isinstance(event, StepDone)]
     through = [event.loss for event in events if type(event).__name__ == "Evaluated"][-1]
-    exact = replace(prepared.terms, wire=WireSpec(hidden="fp32", gradient="fp32"))
+    exact = replace(prepared.serializer, wire=WireSpec(hidden="fp32", gradient="fp32"))
     found = Simulation(prepared.server, prepared.clients, exact).evaluate().values()
     loss = sum(one.loss for one in found) / sum(one.tokens for one in found)
     usual = statistics.median(_mb([step]) for step in taken[len(taken) // 2 :])

@@ -34,7 +34,7 @@ from splitft.schedule.profile import ServerProfile as ServerProfile
 from splitft.schedule.workload import ClientProfile as Costed
 from splitft.schedule.workload import SharedCosts, Workload
 from splitft.specs import LoraSpec, ModelSpec, SplitSpec, TrainingSpec
-from splitft.training import Client, Server
+from splitft.training import Client, ClientSetup, Server
 from splitft.training.ranks import RankPolicy
 from step_overhead import read_text
 
@@ -67,7 +67,7 @@ class Pair:
     def __init__(
         self, model: Model, cut: int, stream: BatchStream, ranks: RankPolicy, training: TrainingSpec
     ):
-        self.client = Client("c", model, cut, "client", ranks, training, stream, ())
+        self.client = Client("c", model, cut, ClientSetup(ranks, training, stream))
         self.server = Server(model, Span(cut, model.shape.blocks), ranks, SplitSpec(), training)
         self.server.place({"c": cut})
         self.server.start(1, ["c"], self.server.initial())
@@ -94,7 +94,7 @@ def timed(model: Model, stream: BatchStream, batch: int, rounds: int, steps: int
     found: dict[int, list[tuple[float, float]]] = {cut: [] for cut in CUTS}
     done = 1
     for _ in range(rounds):
-        device = calibrate(model, sizes, ranks, training).device
+        device = calibrate(model, ranks, training)
         work = workload(stream, range(done, done + steps))
         job = SharedCosts(sizes, ServerProfile(device), LORA)
         for cut, pair in pairs.items():
@@ -122,7 +122,7 @@ def peak(cut: int, batch: int, data: Path, seed: int) -> dict[str, float]:
     torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the kernel forgets the peak so far
     before = status("VmRSS")
-    client = Client("c", model, cut, "client", ranks, training, stream, ())
+    client = Client("c", model, cut, ClientSetup(ranks, training, stream))
     client.start(RoundStart(round=1, cut=cut))
     for step in range(3):
         sent = client.forward()

@@ -33,7 +33,7 @@ from splitft.protocol import (
 )
 from splitft.protocol.channel import Channel
 from splitft.specs import DataSpec, LoraSpec, ModelSpec, SplitSpec, TrainingSpec, WireSpec
-from splitft.training import Client, Server
+from splitft.training import Client, ClientSetup, Server
 from splitft.training.ranks import RankPolicy
 
 DATA = REPOSITORY.parent / "shared/data"
@@ -78,7 +78,7 @@ def real_step(model: Model, stream: BatchStream, terms: MessageSerializer, seed:
     server = Server(model, Span(2, model.shape.blocks), ranks, SplitSpec(), training)
     server.place({"client-1": 2})
     server.start(1, ["client-1"], server.initial())
-    client = Client("client-1", model, 2, "client", ranks, training, stream, ())
+    client = Client("client-1", model, 2, ClientSetup(ranks, training, stream))
     client.start(RoundStart(round=1, cut=2))
     sizes: list[int] = []
     line = Channel("client-1", terms, lambda client, direction, data: sizes.append(len(data)))

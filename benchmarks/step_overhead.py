@@ -30,7 +30,7 @@ from splitft.model.attention import train_in_float32
 from splitft.protocol import MessageSerializer, RoundStart
 from splitft.protocol.channel import Channel
 from splitft.specs import DataSpec, LoraSpec, ModelSpec, SplitSpec, TrainingSpec, WireSpec
-from splitft.training import Client, Server
+from splitft.training import Client, ClientSetup, Server
 from splitft.training.ranks import RankPolicy
 
 CUTS = (2, 15)
@@ -66,7 +66,7 @@ def _split_step(
     terms: MessageSerializer,
     server: Server,
 ) -> Step:
-    client = Client(name, model, cut, "client", ranks, TRAINING, stream, ())
+    client = Client(name, model, cut, ClientSetup(ranks, TRAINING, stream))
     client.start(RoundStart(round=1, cut=cut))
     line = Channel(name, terms)
 

@@ -90,9 +90,9 @@ def test_peft_loads_what_was_evaluated(tmp_path, config, rule):
         folder = run.folder / "personal" / client.name if rule == "fedsa" else run.adapter_dir
         base = AutoModelForCausalLM.from_pretrained(once.model.name, dtype=torch.float32)
         model = PeftModel.from_pretrained(base, str(folder)).eval()
-        assert _loss(model, client._held_out) == pytest.approx(losses[client.name], rel=1e-4)
+        assert _loss(model, client.setup.held_out) == pytest.approx(losses[client.name], rel=1e-4)
         with model.disable_adapter():
-            assert _loss(model, client._held_out) != pytest.approx(losses[client.name], rel=1e-3)
+            assert _loss(model, client.setup.held_out) != pytest.approx(losses[client.name], rel=1e-3)
 
 
 @torch.no_grad()

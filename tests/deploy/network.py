@@ -1,4 +1,4 @@
-"""A federation on threads: real clients and the real server, with a carrier that a test can make faulty."""
+"""A federation on threads: real clients and the real server, with a transport that a test can make faulty."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from laws.federations import Scripted
-from splitft.deploy.requests import Envelope
-from splitft.deploy.server.federation import RemoteFederation
+from splitft.deploy.requests import Direct, Envelope, Transport
+from splitft.deploy.server.federation import FederationSetup, RemoteFederation
 from splitft.deploy.server.inbox import Inbox
 from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.policy import SitePolicy
-from splitft.deploy.site.session import SiteSession
-from splitft.deploy.transport import Direct, Transport
+from splitft.deploy.site.session import Connection, SiteSession
 from splitft.errors import DeployError
 from splitft.protocol import BaseFile, Register
 from splitft.protocol.frame import open_frame
 from splitft.run.setup import RunSetup
 from splitft.specs import DeploySpec
-from splitft.training import RunState, train_rounds
+from splitft.training import RunState
 
-LINK = bytes(range(16))
+KEY = bytes(range(16))
 LIMIT = 10**6
 BATCH_TOKENS = 400
-HEAD_BYTES = len(Envelope(LINK, 0, 0, b"").to_bytes())
+HEAD_BYTES = len(Envelope(KEY, 0, 0, b"").to_bytes())
 SPEC = DeploySpec(silence_s=30, patience_s=30, window_ms=2)
 
 
@@ -57,7 +56,7 @@ class Outcome:
 
 
 class KilledError(DeployError):
-    """What a carrier raises where a test lets its site die."""
+    """What a transport raises where a test lets its site die."""
 
 
 def kind_of(data: bytes) -> str:
@@ -74,55 +73,54 @@ def hello(name: str) -> Register:
 
 def deployed(
     prepared: RunSetup,
-    carriers: Mapping[str, Callable[[Transport], Transport]] | None = None,
+    transports: Mapping[str, Callable[[Transport], Transport]] | None = None,
     spec: DeploySpec = SPEC,
     impostors: Mapping[str, Callable[[Inbox, RunSetup], None]] | None = None,
-    guards: Mapping[str, SitePolicy] | None = None,
+    policies: Mapping[str, SitePolicy] | None = None,
     manifest: tuple[BaseFile, ...] = (),
     controller: Callable[[int, Mapping[str, int]], Mapping[str, int]] = lambda number, cuts: cuts,
     kept: Path | None = None,
 ) -> Outcome:
-    """All rounds over a network of threads; `carriers` wrap a site's own, `impostors` play a site by hand.
+    """All rounds over a network of threads; `transports` wrap a site's own, `impostors` play a site by hand.
 
     `controller` chooses cuts; sites keep what they need in folders of `kept`.
     """
-    carriers, impostors = carriers or {}, impostors or {}
+    transports, impostors = transports or {}, impostors or {}
     names = [client.name for client in prepared.clients]
-    desk = Inbox(names, LINK, prepared.terms, LIMIT, BATCH_TOKENS)
+    inbox = Inbox(names, KEY, prepared.serializer, LIMIT, BATCH_TOKENS)
     outcome, threads = Outcome(), []
     for client in prepared.clients:
         if client.name in impostors:
-            target, arguments = impostors[client.name], (desk, prepared)
+            target, arguments = impostors[client.name], (inbox, prepared)
         else:
-            carrier = carriers.get(client.name, lambda own: own)(Direct(client.name, desk.answer))
-            visit = SiteSession(
-                hello(client.name), carrier, LINK, prepared.terms, LIMIT,
-                lambda cut, client=client: client, OptimizerStore(kept and kept / client.name),
-                patience_s=30, alive_every_s=0.3,
-                guard=(guards or {}).get(client.name),
-                in_flight=min(prepared.config.training.in_flight, prepared.config.training.micro_batches),
+            transport = transports.get(client.name, lambda own: own)(Direct(client.name, inbox.answer))
+            training = prepared.config.training
+            connection = Connection(
+                transport, KEY, prepared.terms, LIMIT, patience_s=30, heartbeat_s=0.3,
+                in_flight=min(training.in_flight, training.micro_batches),
             )  # fmt: skip
-            target, arguments = _dying_quietly(visit.run), ()
+            session = SiteSession(
+                hello(client.name), connection, lambda cut, client=client: client,
+                OptimizerStore(kept and kept / client.name), (policies or {}).get(client.name),
+            )  # fmt: skip
+            target, arguments = _dying_quietly(session.run), ()
         threads.append(threading.Thread(target=target, args=arguments, daemon=True))
     for thread in threads:
         thread.start()
     until = time.monotonic() + 20
-    while any(desk.silence_s(name) > 1e9 for name in names) and time.monotonic() < until:
-        desk.take(0, 0.01)
+    while any(inbox.silence_s(name) > 1e9 for name in names) and time.monotonic() < until:
+        inbox.take(0, 0.01)
     state = prepared.initial()
-    gathering = RemoteFederation(
-        desk, prepared.server, prepared.ranks, spec, state, {}, outcome.events.append, manifest
-    )
+    setup = FederationSetup(prepared.server, prepared.ranks, spec, manifest)
+    federation = RemoteFederation(inbox, setup, state, {}, outcome.events.append)
     try:
-        outcome.state = train_rounds(
-            state, prepared.server, gathering, prepared.ranks, prepared.config.training,
-            Scripted(prepared.pace, controller), outcome.events.append, lambda state: None,
-            aggregation=prepared.config.aggregate,
-        )  # fmt: skip
+        schedule = Scripted(prepared.cut_schedule, controller)
+        trainer = prepared.trainer(federation, outcome.events.append, schedule=schedule)
+        outcome.state = trainer.train(state)
     except Exception as error:
         outcome.error = error
     finally:
-        desk.close("finished")
+        inbox.close("finished")
     for thread in threads:
         thread.join(20)
         assert not thread.is_alive()

@@ -14,7 +14,7 @@ from splitft.geometry import Span
 from splitft.protocol import GlobalAdapters, Join, RoundReady, RoundStart
 from splitft.run.setup import RunSetup, prepare
 from splitft.schedule.controllers import Decision
-from splitft.training import RunState, Simulation, train_rounds
+from splitft.training import RunState, Simulation
 
 WORDS = ("ward", "dose", "fever", "scan", "blood", "pulse", "nurse", "chart", "sleep", "acute", "daily")
 
@@ -71,7 +71,7 @@ class Losing:
     def start(self, messages: Mapping[str, RoundStart]) -> dict[str, RoundReady]:
         number = next(iter(messages.values())).round
         if number == self._number:
-            self._steps, self._moments = self._client.kept()  # as it has them on its disk
+            self._steps, self._moments = self._client.optimizer_state()  # as it has them on its disk
             if self._moved:
                 self._client.start(messages[self._lost])
             others = {name: one for name, one in self._everyone.items() if name != self._lost}
@@ -100,18 +100,9 @@ def play(
 ) -> tuple[RunState, list[Any]]:
     """All rounds; returns the last state and every event. `around` wraps the federation."""
     events: list[Any] = []
-    state = train_rounds(
-        prepared.initial(),
-        prepared.server,
-        around(prepared.simulation(tap)),
-        prepared.ranks,
-        prepared.config.training,
-        Scripted(prepared.pace, controller),
-        events.append,
-        lambda state: None,
-        prepared.config.privacy,
-        aggregation=prepared.config.aggregate,
-    )
+    schedule = Scripted(prepared.cut_schedule, controller)
+    trainer = prepared.trainer(around(prepared.simulation(tap)), events.append, schedule=schedule)
+    state = trainer.train(prepared.initial())
     return state, events
 
 

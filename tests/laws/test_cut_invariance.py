@@ -30,7 +30,7 @@ def oracle(tiny_llama, text):
     batches = []
     for number in range(ROUNDS):
         steps = range(number * STEPS, (number + 1) * STEPS)
-        batches.append([[_with_labels(c._stream.batch(s)) for s in steps] for c in prepared.clients])
+        batches.append([[_with_labels(c.setup.stream.batch(s)) for s in steps] for c in prepared.clients])
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     return train(tiny_llama, initial, batches, targets, rank=4, alpha=8, lr=5e-3)
 

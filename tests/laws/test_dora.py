@@ -14,7 +14,7 @@ from laws.federations import federation, largest_relative_difference, play, writ
 from laws.peft_oracle import train
 from laws.test_cut_invariance import _with_labels
 from runs import settings
-from splitft.adapters.dora import RULES, oriented
+from splitft.adapters.targets import oriented
 from splitft.config import from_mapping
 
 STEPS, ROUNDS = 6, 2
@@ -41,7 +41,7 @@ def oracle(tiny_llama, text):
     batches = []
     for number in range(ROUNDS):
         steps = range(number * STEPS, (number + 1) * STEPS)
-        batches.append([[_with_labels(c._stream.batch(s)) for s in steps] for c in prepared.clients])
+        batches.append([[_with_labels(c.setup.stream.batch(s)) for s in steps] for c in prepared.clients])
     return train(tiny_llama, initial, batches, TARGETS, rank=4, alpha=8, lr=5e-3, dora=True)
 
 
@@ -116,21 +116,21 @@ def test_peft_loads_it_as_dora_with_the_loss_that_was_evaluated(rule, family, ti
     base = AutoModelForCausalLM.from_pretrained(once.model.name, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(run.adapter_dir)).eval()
     for client in prepare(once).clients:
-        assert _loss(model, client._held_out) == pytest.approx(losses[client.name], rel=1e-4)
+        assert _loss(model, client.setup.held_out) == pytest.approx(losses[client.name], rel=1e-4)
 
 
 @pytest.mark.parametrize("rule", ["stack", "exact", "ffa", "fedsa"])
 def test_rules_that_magnitudes_do_not_fit_are_refused_with_what_does(rule, tiny_llama, text):
     from splitft.errors import ConfigError
 
-    with pytest.raises(ConfigError, match=rf"lora\.method.*{rule}.*{', '.join(RULES[:2])} or svd"):
+    with pytest.raises(ConfigError, match=rf"lora\.method.*{rule}.*factors, zero-pad or svd"):
         from_mapping(settings(tiny_llama, text, lora=DORA, aggregate={"rule": rule}))
 
 
 def test_the_schedule_counts_the_magnitudes(tiny_llama, text):
     prepared = federation(tiny_llama, text, [2], lora=DORA, training={"rounds": 1, "steps": 1})
     numbers = sum(tensor.numel() for tensor in prepared.initial().adapters.tensors().values())
-    sizes = prepared.pace.fleet.costs.sizes
+    sizes = prepared.cut_schedule.fleet.costs.sizes
     assert sizes.adapter_parameters(list(prepared.ranks.of(2).values())) == numbers
 
 

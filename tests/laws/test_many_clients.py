@@ -118,7 +118,7 @@ def test_shared_server_factors_take_one_step_on_the_loss_of_all_clients(tiny_lla
     bank.put("all", start)
     total = 0
     for client in federation(tiny_llama, text, [2, 2]).clients:
-        batch = client._stream.batch(0)
+        batch = client.setup.stream.batch(0)
         with bank.routed([("all", len(batch.lengths))]):
             hidden = segment.run(batch.tokens)[batch.positions()]
         _, gradient = loss_and_gradient(segment, hidden, batch.targets())

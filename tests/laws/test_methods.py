@@ -15,7 +15,6 @@ from runs import StoppedError, adapter_bytes, stop_at
 from splitft.config import from_mapping
 from splitft.run.setup import prepare
 from splitft.tracking.events import RoundDone, RoundTimed, StepDone
-from splitft.training import train_rounds
 
 ROUNDS, STEPS, LR, CUT = 2, 4, 5e-3, 2
 EXACT = {"hidden": "fp64", "gradient": "fp64", "adapter": "fp64"}
@@ -54,14 +53,15 @@ class Played:
         self.start = {key: (factors.A, factors.B) for key, factors in initial.adapters.items()}
         training = self.prepared.config.training
         self.batches = [
-            [[_with_labels(client._stream.batch(step)) for step in steps] for client in self.prepared.clients]
+            [
+                [_with_labels(client.setup.stream.batch(step)) for step in steps]
+                for client in self.prepared.clients
+            ]
             for steps in _by_round(training.rounds, training.steps)
         ]
         self.events = []
-        self.state = train_rounds(
-            initial, self.prepared.server, self.prepared.simulation(), self.prepared.ranks, training,
-            self.prepared.pace, self.events.append, lambda state: None,
-        )  # fmt: skip
+        trainer = self.prepared.trainer(self.prepared.simulation(), self.events.append)
+        self.state = trainer.train(initial)
         self.whole = oracle.Whole(folder, self.prepared.ranks.scale)
 
     def learnt(self, client=None):

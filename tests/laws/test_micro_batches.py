@@ -73,7 +73,7 @@ def test_parts_in_any_order_and_company_have_the_unsplit_models_loss_and_gradien
     training = {"batch_size": 5, "micro_batches": micro_batches, "in_flight": 5}
     prepared = federation(tiny_llama, text, [cut, 2], training=training, split={"labels": labels})
     clients, server = {one.name: one for one in prepared.clients}, prepared.server
-    batches = {name: one._stream.batch(0) for name, one in clients.items()}
+    batches = {name: one.setup.stream.batch(0) for name, one in clients.items()}
     losses, gradients = _one_step(prepared, clients, server, random.Random(seed))
     for name, client in clients.items():
         loss, gradient = _unsplit(tiny_llama, batches[name], client.plan.cut, torch.float64)

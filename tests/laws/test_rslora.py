@@ -58,7 +58,7 @@ def test_a_split_client_with_a_lower_rank_at_its_cut_trains_as_peft_does(rule, t
     training = {"rounds": 1, "steps": STEPS}
     prepared = federation(tiny_llama, text, [2], lora=LORA, aggregate={"rule": rule}, training=training)
     names, initial = prepared.model.block_names(), prepared.initial().adapters
-    stream = prepared.clients[0]._stream
+    stream = prepared.clients[0].setup.stream
     batches = [_with_labels(stream.batch(step)) for step in range(STEPS)]
     ranks = prepared.ranks.of(2)
     assert set(ranks.values()) == {RANK, AT_CUT}
@@ -85,7 +85,7 @@ def test_peft_loads_it_as_rslora_with_the_loss_that_was_evaluated(rule, tiny_lla
     base = AutoModelForCausalLM.from_pretrained(once.model.name, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(run.adapter_dir)).eval()
     for client in prepare(once).clients:
-        assert _loss(model, client._held_out) == pytest.approx(losses[client.name], rel=1e-4)
+        assert _loss(model, client.setup.held_out) == pytest.approx(losses[client.name], rel=1e-4)
 
 
 def test_with_unequal_ranks_svd_averages_the_true_updates(tiny_llama, text, monkeypatch):
@@ -99,9 +99,9 @@ def test_with_unequal_ranks_svd_averages_the_true_updates(tiny_llama, text, monk
     finish = prepared.server.finish
 
     def finishing():
-        for name, cut in prepared.server._cuts.items():
+        for name, cut in prepared.server.blocks.cuts.items():
             client = next(one for one in prepared.clients if one.name == name)
-            for bank, slot in ((client._bank, "own"), (prepared.server._bank, name)):
+            for bank, slot in ((client.blocks.bank, "own"), (prepared.server.blocks.bank, name)):
                 for key, layer in bank._layers.items():
                     if slot in layer.slots and (key[0] < cut) == (slot == "own"):
                         held = layer.slots[slot]
@@ -110,7 +110,7 @@ def test_with_unequal_ranks_svd_averages_the_true_updates(tiny_llama, text, monk
         finish()
 
     def watched(rule, members, *rest):
-        for (_, state), name in zip(members, prepared.server._cuts, strict=True):
+        for (_, state), name in zip(members, prepared.server.blocks.cuts, strict=True):
             for key, factors in state.items():
                 ours = prepared.ranks.scale * factors.product()
                 torch.testing.assert_close(ours, taken[name, key])

@@ -43,7 +43,7 @@ def _updates(prepared, state):
         adapters = state.adapters
         if prepared.ranks.keeps_own:
             cut = state.cuts[client.name]
-            server = prepared.server.kept.own[client.name].within(Span(cut, blocks))
+            server = prepared.server.client_states.own[client.name].within(Span(cut, blocks))
             adapters = adapters.replace_B(client.own().within(Span(0, cut)).union(server))
         for key, factors in with_folded(adapters, state.folded).items():
             found[f"{client.name}/{key}"] = factors.product()
@@ -54,7 +54,7 @@ def _updates(prepared, state):
 def test_rounds_are_those_of_whole_models_with_dense_updates_whatever_the_cuts(rule, parties, tiny_llama):
     prepared = parties(rule, BY_ROUND[0])
     names = prepared.model.block_names()
-    sizes = prepared.server._bank.sizes
+    sizes = prepared.server.blocks.bank.sizes
 
     def named(state, half):
         return {f"{names[block]}.{target}": getattr(f, half) for (block, target), f in state.items()}
@@ -66,7 +66,7 @@ def test_rounds_are_those_of_whole_models_with_dense_updates_whatever_the_cuts(r
     batches = []
     for number in range(ROUNDS):
         steps = range(number * STEPS, (number + 1) * STEPS)
-        batches.append([[_with_labels(c._stream.batch(s)) for s in steps] for c in prepared.clients])
+        batches.append([[_with_labels(c.setup.stream.batch(s)) for s in steps] for c in prepared.clients])
     wanted = train(
         rule,
         tiny_llama,
@@ -116,14 +116,14 @@ def test_with_unequal_ranks_too_the_round_ends_at_the_mean_of_what_was_trained(r
     before = prepared.initial()
     learnt = with_folded(before.adapters, before.folded)
     ends = []
-    original = rounds._round
+    original = rounds.FederatedTrainer._round
 
     def recorded(*arguments):
         done = original(*arguments)
         ends.append(done[0])
         return done
 
-    monkeypatch.setattr(rounds, "_round", recorded)
+    monkeypatch.setattr(rounds.FederatedTrainer, "_round", recorded)
     _, events = play(prepared, _changing)
     folded = {key: torch.zeros_like(learnt[key].product()) for key in learnt}
     for members, state in zip(seen, ends, strict=True):

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from laws.federations import federation, write_text
-from splitft.codecs import CODECS, CodecContext
+from splitft.codecs import CodecContext, codec_of
 from splitft.model import pack, pad, pick
 from splitft.protocol import RoundStart
 from splitft.protocol.channel import Channel
@@ -24,14 +24,14 @@ def test_a_rounded_step_is_that_of_the_unsplit_model_rounded_straight_through(ti
     server.place(state.cuts)
     server.start(1, [client.name], state.adapters)
     client.start(RoundStart(round=1, cut=CUT))
-    line = Channel(client.name, prepared.terms)
+    line = Channel(client.name, prepared.serializer)
     sent = line.up(client.forward())
     graded = client.head(line.down(server.forward([sent])[client.name]))
     reply = line.down(server.backward([line.up(graded)])[client.name])
 
-    loss, gradient = _unsplit(tiny_llama, client._stream.batch(0), sent.labelled, CODECS[codec])
+    loss, gradient = _unsplit(tiny_llama, client.setup.stream.batch(0), sent.labelled, codec_of(codec))
     assert graded.loss == pytest.approx(loss, rel=1e-4)
-    exact_loss, _ = _unsplit(tiny_llama, client._stream.batch(0), sent.labelled, CODECS["fp32"])
+    exact_loss, _ = _unsplit(tiny_llama, client.setup.stream.batch(0), sent.labelled, codec_of("fp32"))
     assert abs(graded.loss - loss) < 0.1 * abs(graded.loss - exact_loss)
     scale = gradient.abs().max()
     torch.testing.assert_close(reply.gradient / scale, gradient / scale, rtol=0, atol=5e-3)

@@ -64,7 +64,7 @@ def test_a_client_takes_no_step_and_uploads_nothing_outside_a_round(parties):
 def test_a_client_takes_no_reply_without_a_batch(parties):
     p = parties()
     row = torch.zeros(1, 32, dtype=torch.float64)
-    for reply in (p.a.head, p.a.backward, p.a.held_out_head):
+    for reply in (p.a.head, p.a.backward, p.a.held_out.head):
         with pytest.raises(ProtocolError, match="a reply came, but no batch is underway"):
             reply(LastHidden(step=0, hidden=row))
 
@@ -110,9 +110,9 @@ def test_a_client_takes_only_its_own_blocks(parties):
 
 def test_a_client_whose_labels_stay_at_home_is_told_no_loss(parties):
     p = parties()
-    p.a.held_out(0)
+    p.a.held_out.forward(0)
     with pytest.raises(ProtocolError, match="HeldOutLoss came where LastHidden was due"):
-        p.a.held_out_head(HeldOutLoss(step=0, loss=1.0, tokens=3))
+        p.a.held_out.head(HeldOutLoss(step=0, loss=1.0, tokens=3))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_place(parties):
@@ -138,7 +138,7 @@ def test_the_server_takes_batches_of_participants_of_this_round_only(parties):
     with pytest.raises(ProtocolError, match="two batches at once"):
         p.server.forward([sent, sent])
     with pytest.raises(ProtocolError, match="Activations of training False came, True was due"):
-        p.server.forward([sent, p.b.held_out(0)])
+        p.server.forward([sent, p.b.held_out.forward(0)])
     p.server.forward([sent])
     with pytest.raises(ProtocolError, match="client-1 sends a batch, but its gradient was due"):
         p.server.forward([sent])
@@ -162,7 +162,10 @@ def test_the_server_takes_a_gradient_only_for_the_batch_underway(parties):
 
 def test_evaluation_is_open_to_those_who_do_not_take_part(parties):
     p = parties()
-    assert set(p.server.forward([p.a.held_out(0), p.b.held_out(0)])) == {"client-1", "client-2"}
+    assert set(p.server.forward([p.a.held_out.forward(0), p.b.held_out.forward(0)])) == {
+        "client-1",
+        "client-2",
+    }
 
 
 def test_labels_that_the_server_needs_are_there_and_are_token_ids(parties):
@@ -243,7 +246,7 @@ def test_a_step_given_up_in_the_middle_leaves_nothing_behind(parties):
         p.server.backward(
             [HeadGradient(client="client-1", round=1, step=0, loss=0, gradient=torch.zeros(1, 32))]
         )
-    parameters = p.server._bank.parameters("client-1").values()
+    parameters = p.server.blocks.bank.parameters("client-1").values()
     assert all(parameter.grad is None for parameter in parameters)
     after, tokens = p.server.trained("client-1")
     assert tokens == 0

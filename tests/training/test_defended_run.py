@@ -19,7 +19,7 @@ from splitft.privacy.accounting import row_epsilon, updates_epsilon
 from splitft.privacy.dp_fedavg import update_norm
 from splitft.privacy.noise import typical_norm
 from splitft.protocol import Activations, AdapterUpload, HeadGradient
-from splitft.run.defending import public_text
+from splitft.run.setup import public_text
 from splitft.tracking.events import PrivacySpent, RoundDone
 from splitft.tracking.log import read_events
 
@@ -38,7 +38,7 @@ def sent(prepared) -> list:
 
     def tap(client, direction, data):
         if direction == "up":
-            messages.append(prepared.terms.from_bytes(data))
+            messages.append(prepared.serializer.from_bytes(data))
 
     play(prepared, tap=tap)
     return messages

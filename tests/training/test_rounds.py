@@ -83,7 +83,8 @@ def test_the_state_after_has_the_layers_and_ranks_that_the_cuts_ask_for(tiny_lla
 def test_the_loss_of_all_is_that_of_each_weighted_by_tokens(tiny_llama, text):
     prepared = federation(tiny_llama, text, [1, 2], training={"rounds": 1, "steps": 1})
     tokens = {
-        client.name: sum(batch.labelled_tokens for batch in client._held_out) for client in prepared.clients
+        client.name: sum(batch.labelled_tokens for batch in client.setup.held_out)
+        for client in prepared.clients
     }
     _, events = play(prepared)
     for event in events:

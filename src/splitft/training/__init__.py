@@ -1,8 +1,8 @@
-"""The parties and the algorithm: client, server, rounds, checkpoints, and all of it in one process."""
+"""The algorithm: clients, server and rounds; checkpoints; and the federation in one process."""
 
-from splitft.training.client import Client
-from splitft.training.rounds import RunState, train_rounds
+from splitft.training.client import Client, ClientSetup
+from splitft.training.rounds import FederatedTrainer, RunState
 from splitft.training.server import Server
 from splitft.training.simulation import Simulation
 
-__all__ = ["Client", "RunState", "Server", "Simulation", "train_rounds"]
+__all__ = ["Client", "ClientSetup", "FederatedTrainer", "RunState", "Server", "Simulation"]

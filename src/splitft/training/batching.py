@@ -1,19 +1,28 @@
-"""Which clients' batches the server works on together, and what it keeps of them until their gradients come.
+"""Batches of several clients in one pass through the server's blocks.
 
-    batches in order of length  ->  groups of like lengths, each up to `group_tokens` padded tokens
+    batches in order of length  ->  groups of similar lengths, each up to `group_tokens` padded tokens
 
-Larger products use a processor better, but all rows of a group are padded to its longest sequence: that is
-work which grouping must first win back (`benchmarks/server_batching.py`).
+    client a, cut 2   leaf (B_a, T, D) --[2,5)--+
+    client b, cut 5   leaf (B_b, T, D) ---------+--[5,L)--> outputs (M_a, D), (M_b, D)
+    gradients at the outputs --backward--> gradients (N, D) at the leaves, without padding
+
+Larger products use a processor better, but all rows of a group are padded to its longest sequence, which
+costs work that grouping must first win back (`benchmarks/server_batching.py`).
+
+B sequences, T tokens of the longest, D model width, N real tokens, M labelled tokens, L blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from splitft.adapters import AdapterBank
 from splitft.errors import ProtocolError
+from splitft.geometry import Span
+from splitft.model import Segment, pack, pad, pick
 from splitft.protocol import Activations, HeadGradient, expect
 from splitft.seeds import Draw
 
@@ -23,38 +32,31 @@ MOST_PADDING = 1.25
 
 @dataclass
 class Group:
-    """A batch of several clients between forward and backward."""
+    """A batch of several clients between its forward and its backward pass."""
 
     leaves: dict[str, torch.Tensor] = field(default_factory=dict)
-    """(B, T, D) by client, as it came in."""
+    """(B, T, D) by client, as it arrived."""
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     """(M, D) by client, with the graph."""
     messages: dict[str, Activations] = field(default_factory=dict)
-    """What each client sent."""
+    """The message of each client."""
 
     def check(self, message: HeadGradient) -> None:
-        """Raise ProtocolError for a gradient that does not answer what is underway here."""
+        """Raise ProtocolError if the gradient does not belong to this group's batch."""
         awaited = self.messages[message.client]
         expect(message, HeadGradient, round=awaited.round, step=awaited.step)
         if message.gradient.shape != self.outputs[message.client].shape:
             raise ProtocolError(f"{message.client}: gradient {tuple(message.gradient.shape)} does not fit")
 
 
-def of_step(message: Activations, gradient: torch.Tensor) -> torch.Tensor:
-    """From the gradient of a micro-batch's own mean loss to that of its step's mean loss."""
-    if message.micro_batches == 1:
-        return gradient
-    return gradient * (message.labelled_tokens / message.step_tokens)
-
-
 def group_by_length(messages: Sequence[Activations], group_tokens: int) -> list[list[Activations]]:
-    """Neighbours in length together, up to `group_tokens` padded tokens and `MOST_PADDING`."""
+    """Group batches of similar length, up to `group_tokens` padded tokens and `MOST_PADDING`."""
     groups: list[list[Activations]] = []
     for message in sorted(messages, key=lambda one: (max(one.lengths), one.client)):
         candidate = [*(groups[-1] if groups else []), message]
-        apart = sum(len(one.lengths) * max(one.lengths) for one in candidate)
+        separate = sum(len(one.lengths) * max(one.lengths) for one in candidate)
         together = sum(len(one.lengths) for one in candidate) * max(message.lengths)
-        if groups and together <= min(group_tokens, MOST_PADDING * apart):
+        if groups and together <= min(group_tokens, MOST_PADDING * separate):
             groups[-1].append(message)
         else:
             groups.append([message])
@@ -62,13 +64,67 @@ def group_by_length(messages: Sequence[Activations], group_tokens: int) -> list[
 
 
 def in_random_order(messages: Sequence[Activations], seed: Sequence[int]) -> list[list[Activations]]:
-    """Each by itself, in an order drawn anew for each step (SplitFedV2, arXiv 2004.12088)."""
+    """Return groups of one in an order drawn for each step (SplitFedV2, arXiv 2004.12088)."""
     order = Draw.TURN.generator(*seed).permutation(len(messages))
     return [[messages[place]] for place in order]
 
 
+def forward_together(
+    segment: Segment,
+    bank: AdapterBank,
+    cuts: Mapping[str, int],
+    slot: Callable[[str], str],
+    messages: Sequence[Activations],
+    training: bool,
+) -> Group:
+    """Run the blocks from each client's cut to the end; `slot` names the factors of a client's rows."""
+    group = Group(messages={message.client: message for message in messages})
+    order = sorted(messages, key=lambda one: (cuts[one.client], one.client))
+    width = max(max(message.lengths) for message in order)
+    stops = [*(cuts[message.client] for message in order[1:]), segment.shape.blocks]
+    rows: list[tuple[str | None, int]] = []
+    hidden: torch.Tensor | None = None
+    # a client's rows join the batch at its cut; the batch runs on to the next client's cut
+    for message, stop in zip(order, stops, strict=True):
+        leaf = pad(message.hidden, message.lengths, width).requires_grad_(training)
+        group.leaves[message.client] = leaf
+        hidden = leaf if hidden is None else torch.cat([hidden, leaf])
+        rows.append((slot(message.client), len(message.lengths)))
+        span = Span(cuts[message.client], stop)
+        if len(span):
+            with bank.routed(merge_runs(rows)):
+                hidden = segment.run(hidden, span)
+    assert hidden is not None
+    # only the labelled positions go back
+    parts = torch.split(hidden, [len(message.lengths) for message in order])
+    for message, part in zip(order, parts, strict=True):
+        group.outputs[message.client] = pick(part, message.labelled)
+    return group
+
+
+def backward_together(
+    group: Group, gradients: Mapping[str, torch.Tensor], weights: Mapping[str, int], retain_graph: bool
+) -> dict[str, torch.Tensor]:
+    """Run backward from gradients (M, D) at these clients' outputs; return gradients (N, D) at their cuts.
+
+    With shared adapters a client's gradient is weighted with its labelled tokens, so that one backward pass
+    is that of the concatenated batch; the gradient at its cut is divided by the weight again. Retain the
+    graph while gradients of other clients of the group are still to come.
+    """
+    outputs = [group.outputs[client] for client in gradients]
+    weighted = [gradient.to(output.dtype) * weights[client]
+                for (client, gradient), output in zip(gradients.items(), outputs, strict=True)]  # fmt: skip
+    torch.autograd.backward(outputs, weighted, retain_graph=retain_graph)
+    at_cuts = {}
+    for client in gradients:
+        gradient = group.leaves[client].grad
+        assert gradient is not None
+        at_cuts[client] = pack(gradient, group.messages[client].lengths) / weights[client]
+    return at_cuts
+
+
 def merge_runs(rows: Sequence[tuple[str | None, int]]) -> list[tuple[str | None, int]]:
-    """(slot, sequences) of a batch's rows, neighbours with the same slot as one."""
+    """Merge neighbouring rows (slot, sequences) of the same slot."""
     runs: list[tuple[str | None, int]] = []
     for slot, count in rows:
         if runs and runs[-1][0] == slot:

@@ -1,13 +1,13 @@
-"""What a run needs to continue after any stop, written in one stroke after each round.
+"""Checkpoints: all that a run needs to continue after any stop, written atomically after each round.
 
     checkpoints/round-0002/  state.json           round, cuts, steps of each client
                              state.safetensors    global/..., folded/..., optimizer/..., client/NAME/...,
                                                   server/SLOT/..., private/NAME/..., own/NAME/...,
                                                   memory/NAME/END/STREAM/... of codecs that learn
 
-A checkpoint is written beside, flushed to the disk and renamed, so that a folder of that name is always
-whole; the one before is removed only then. A full disk or a kill -9 in the middle loses the draft alone.
-Batches, participants and fresh factors are pure functions of seed and round: no generator's state is kept.
+A checkpoint is written to a draft folder, flushed to the disk and renamed, so that a folder of its name is
+always complete; older ones are removed only then. A full disk or a kill -9 loses only the draft. Batches,
+participants and new factors are functions of seed and round, so no generator's state is stored.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from safetensors.torch import load_file, save
 
 from splitft.adapters import AdapterState, Moments
 from splitft.errors import AdapterError, RunError
+from splitft.files import whole_folder
 from splitft.training.rounds import RunState
 
 FORMAT = 1
 KEPT = 2
-"""Checkpoints that stay on disk."""
+"""Checkpoints that are kept on disk."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run between two rounds, with what each party keeps for itself."""
+    """State of a run between two rounds, with that of each party."""
 
     state: RunState
     steps: dict[str, int]
@@ -43,45 +44,40 @@ class Snapshot:
     server_moments: dict[str, Moments]
     """The server's, by slot."""
     private: dict[str, AdapterState] = field(default_factory=dict)
-    """Factors by client that it never uploads."""
+    """Factors that clients never upload, by client."""
     memories: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    """What codecs remember, by client and end of its line."""
+    """State of codecs that learn, by client and end of its channel."""
     own: dict[str, AdapterState] = field(default_factory=dict)
-    """Factors that are a client's own, by client and over all L blocks, by rules that leave some with it."""
+    """Personal factors B by client, over all L blocks; none by most rules."""
 
 
 def folder_of(run: Path, number: int) -> Path:
-    """Where the checkpoint of a round is."""
+    """Return the folder of a round's checkpoint."""
     return run / "checkpoints" / f"round-{number:04d}"
 
 
 def save_snapshot(run: Path, snapshot: Snapshot) -> Path:
-    """Write the checkpoint of the round just finished; returns its folder.
+    """Write the checkpoint of the round just finished; return its folder.
 
-    Raises RunError if it cannot be written; the checkpoint before it is then still there.
+    Raises RunError if it cannot be written; earlier checkpoints are then still there.
     """
     number = snapshot.state.round
     final = folder_of(run, number)
-    draft = final.with_name(f".{final.name}.draft")
+    facts = {
+        "format": FORMAT,
+        "round": number,
+        "cuts": dict(snapshot.state.cuts),
+        "steps": snapshot.steps,
+        "losses": dict(snapshot.state.losses),
+    }
     try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        _save(_tensors(snapshot), draft / "state.safetensors")
-        facts = {
-            "format": FORMAT,
-            "round": number,
-            "cuts": dict(snapshot.state.cuts),
-            "steps": snapshot.steps,
-            "losses": dict(snapshot.state.losses),
-        }
-        (draft / "state.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        for file in (*draft.iterdir(), draft):
-            _flush(file)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(draft, final)
+        with whole_folder(final) as draft:
+            _save(_tensors(snapshot), draft / "state.safetensors")
+            (draft / "state.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            for file in (*draft.iterdir(), draft):
+                _flush(file)
         _flush(final.parent)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise RunError(
             f"the checkpoint of round {number} could not be written to {final.parent} ({reason}); "
@@ -93,20 +89,20 @@ def save_snapshot(run: Path, snapshot: Snapshot) -> Path:
 
 
 def what_is_safe(run: Path) -> str:
-    """For whoever's disk gave out: where the last whole round is, and how to go on."""
+    """Return a sentence for an error message: the last checkpoint, and how to continue from it."""
     number = latest(run)
     safe = f"round {number} is safe in {folder_of(run, number)}" if number else "no round is saved yet"
     return f"{safe}. Free some space, then continue with --resume"
 
 
 def latest(run: Path) -> int | None:
-    """The last round with a checkpoint, if there is one."""
+    """Return the last round with a checkpoint, None without one."""
     numbers = _numbers(run)
     return numbers[-1] if numbers else None
 
 
 def load_snapshot(run: Path, number: int) -> Snapshot:
-    """Read a checkpoint. Raises RunError if it is damaged or of another version."""
+    """Read a checkpoint. Raises RunError if it is damaged or of another format."""
     folder = folder_of(run, number)
     try:
         facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -127,14 +123,14 @@ def load_snapshot(run: Path, number: int) -> Snapshot:
             {name: AdapterState.from_tensors(tensors) for name, tensors in owned[side].items()}
             for side in ("private", "own")
         )
-        memories = _by_line(parts.get("memory", {}))
+        memories = _by_end(parts.get("memory", {}))
         return Snapshot(state, facts["steps"], owned["client"], owned["server"], private, memories, own)
     except (OSError, ValueError, LookupError, TypeError, SafetensorError, AdapterError) as error:
         raise RunError(f"{folder} is damaged and cannot be read ({error}){_instead(run, number)}") from error
 
 
 def _instead(run: Path, number: int) -> str:
-    """What to do without this checkpoint."""
+    """Return the end of an error message: how to continue without this checkpoint."""
     older = [other for other in _numbers(run) if other < number]
     return f"; remove it to continue from round {older[-1]}" if older else "; start again with another --out"
 
@@ -144,22 +140,23 @@ def _tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
     flat |= {f"optimizer/{name}": tensor for name, tensor in snapshot.state.memory.items()}
     flat |= {f"folded/{name}": tensor for name, tensor in snapshot.state.folded.tensors().items()}
     private = {name: state.tensors() for name, state in snapshot.private.items()}
-    own = {  # copies: what a client has not trained yet is the global tensor itself
+    own = {  # copies: a factor that a client has not trained yet is the global tensor itself
         name: {key: tensor.clone() for key, tensor in state.tensors().items()}
         for name, state in snapshot.own.items()
     }
-    kept = {
+    by_side = {
         "client": snapshot.client_moments, "server": snapshot.server_moments, "private": private, "own": own,
     }  # fmt: skip
-    for side, owners in kept.items():
+    for side, owners in by_side.items():
         for owner, moments in owners.items():
             flat.update((f"{side}/{owner}/{name}", tensor) for name, tensor in moments.items())
-    for line, tensors in snapshot.memories.items():
-        flat.update((f"memory/{line}/{name}", tensor) for name, tensor in tensors.items())
+    for end, tensors in snapshot.memories.items():
+        flat.update((f"memory/{end}/{name}", tensor) for name, tensor in tensors.items())
     return {name: tensor.contiguous() for name, tensor in flat.items()}
 
 
 def _by_owner(tensors: dict[str, torch.Tensor]) -> dict[str, Moments]:
+    """Group tensors `owner/name` by owner."""
     owners: dict[str, Moments] = {}
     for name, tensor in tensors.items():
         owner, _, rest = name.rpartition("/")
@@ -167,13 +164,13 @@ def _by_owner(tensors: dict[str, torch.Tensor]) -> dict[str, Moments]:
     return owners
 
 
-def _by_line(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """From `client/end/stream/name`; a client's name may have strokes of its own."""
-    lines: dict[str, dict[str, torch.Tensor]] = {}
+def _by_end(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Group tensors `client/end/stream/name` by client and end; the name of a client may contain `/`."""
+    ends: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        line, stream, rest = name.rsplit("/", 2)
-        lines.setdefault(line, {})[f"{stream}/{rest}"] = tensor
-    return lines
+        end, stream, rest = name.rsplit("/", 2)
+        ends.setdefault(end, {})[f"{stream}/{rest}"] = tensor
+    return ends
 
 
 def _numbers(run: Path) -> list[int]:
@@ -183,12 +180,12 @@ def _numbers(run: Path) -> list[int]:
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write them for all to read; safetensors' own `save_file` lets only the owner."""
+    """Write a file that everybody may read; `save_file` of safetensors lets only the owner."""
     path.write_bytes(save(tensors))
 
 
 def _flush(path: Path) -> None:
-    """Make sure that the disk has it."""
+    """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

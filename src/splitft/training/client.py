@@ -1,20 +1,21 @@
-"""A data owner: holds its text, the embedding, its first k blocks and, by default, the head.
+"""The client: its text, the embedding, the first k blocks and, by default, the head.
 
     start(RoundStart) -> RoundReady
     forward() -> Activations                     tokens stay here, hidden states leave
     head(LastHidden) -> HeadGradient             labels stay here
-    backward(CutGradient)                        after the last micro-batch, the client's own optimizer steps
+    backward(CutGradient)                        after the last micro-batch the client's optimizer steps
     upload() -> AdapterUpload
-    install(GlobalAdapters), held_out(i) -> Activations, held_out_head(...), evaluation() -> Evaluation
+    install(GlobalAdapters), then the evaluation of `held_out`
 
-A client says what it has to say and is told what comes back; who carries the messages is not its concern.
-The order of messages is that of `protocol`, and anything else is refused. What the run and the site do to
-hidden states and gradients before they leave is `privacy.Defence`'s; adapters of `private_blocks` stay here.
+A client turns messages into messages; carrying them is left to its caller. Messages out of order raise
+ProtocolError. `privacy.Defence` changes hidden states and gradients before they leave, as the run and the
+site ask. Adapters of `private_blocks` never leave.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -22,17 +23,15 @@ from splitft.adapters import AdapterState, LocalOptimizer, Moments, moments_with
 from splitft.data.text import Batch, BatchStream
 from splitft.errors import ProtocolError
 from splitft.geometry import Plan, Side
-from splitft.model import Model, loss_and_gradient, pack, summed_loss
+from splitft.model import Model, loss_and_gradient
 from splitft.privacy.defence import Defence
 from splitft.privacy.noise import Noise
 from splitft.protocol import (
     Activations,
     AdapterUpload,
     CutGradient,
-    Evaluation,
     GlobalAdapters,
     HeadGradient,
-    HeldOutLoss,
     Join,
     LastHidden,
     Message,
@@ -42,111 +41,113 @@ from splitft.protocol import (
 )
 from splitft.specs import PrivacySpec, TrainingSpec
 from splitft.training.client_blocks import ClientBlocks
-from splitft.training.micro_batch import BatchPart, MicroBatch, check_finite, mean_loss
+from splitft.training.held_out import HeldOutEvaluator
+from splitft.training.micro_batch import MicroBatch, StepTotals, check_finite
 from splitft.training.ranks import RankPolicy
+from splitft.training.sent_batch import SentBatch, split_batch
+
+
+@dataclass(frozen=True)
+class ClientSetup:
+    """The text of a client and the terms it trains on, whatever its cut."""
+
+    ranks: RankPolicy
+    training: TrainingSpec
+    stream: BatchStream
+    """Batches to train on, by step."""
+    held_out: Sequence[Batch] = ()
+    """Batches to evaluate on."""
+    labels: Side = "client"
+    """The side that computes the loss."""
+    defence: Defence | None = None
+    """Defences of the run and the site; none by default."""
+    numbered: bool = False
+    """Whether activations carry the numbers of their examples, for codecs that compare epochs."""
 
 
 class Client:
     """One client over a whole run."""
 
-    def __init__(
-        self,
-        name: str,
-        model: Model,
-        cut: int,
-        labels: Side,
-        ranks: RankPolicy,
-        training: TrainingSpec,
-        stream: BatchStream,
-        held_out: Sequence[Batch],
-        defence: Defence | None = None,
-        numbered: bool = False,
-    ) -> None:
-        """Load the blocks [0, cut) of the model. Raises GeometryError or ModelError if that cannot be.
-
-        With `numbered`, activations tell which of the client's examples they are of, without its text.
-        """
+    def __init__(self, name: str, model: Model, cut: int, setup: ClientSetup) -> None:
+        """Load the blocks [0, cut) of the model. Raises GeometryError or ModelError if that is impossible."""
         self.name = name
-        self._defence = defence or Defence(PrivacySpec(), Noise(ranks.seed, name))
         self.steps = 0
         """Optimizer steps taken, over the whole run."""
-        self._ranks, self._training = ranks, training
-        self._stream, self._held_out, self._numbered = stream, tuple(held_out), numbered
-        plan = Plan(cut, model.shape.blocks, labels)
-        self._holding = ClientBlocks(name, model, plan, ranks, self._defence.privacy.private_blocks)
-        self.segment, self._bank = self._holding.segment, self._holding.bank
+        self.setup, self._training = setup, setup.training
+        self._defence = setup.defence or Defence(PrivacySpec(), Noise(setup.ranks.seed, name))
+        plan = Plan(cut, model.shape.blocks, setup.labels)
+        self.blocks = ClientBlocks(name, model, plan, setup.ranks, self._defence)
+        self.segment = self.blocks.segment
+        self.held_out = HeldOutEvaluator(self.blocks, setup.held_out, setup.numbered)
         self._moments: Moments = {}
         self._optimizer: LocalOptimizer | None = None
-        self._step: tuple[Batch, ...] = ()  # micro-batches of the step that has begun
-        self._sent = self._taken = 0  # of these: have left, and are back
-        self._underway: dict[int, MicroBatch] = {}  # those between, by number; in evaluation 0 alone
-        self._graded: set[int] = set()  # those for which the head has answered
+        self._unsent: list[tuple[MicroBatch, Batch]] = []  # micro-batches of the current step still to send
+        self._sent: dict[int, SentBatch] = {}  # those in flight, by number
         self._round = 0
-        self._tokens = 0  # labelled, trained on in this round without a server
-        self._evaluated = (0.0, 0)
+        self._tokens = 0  # labelled tokens of the round's local steps
 
     @property
     def plan(self) -> Plan:
-        """Who holds which blocks now."""
-        return self._holding.plan
+        """The split of the model between this client and the server."""
+        return self.blocks.plan
 
     @property
     def whole(self) -> bool:
-        """Whether all blocks and the head are here, so that training needs no server."""
+        """Whether this client holds all blocks and the head, so that training needs no server."""
         return self.plan.cut == self.plan.blocks and self.plan.labels == "client"
 
     # --- training ---------------------------------------------------------------------------------
 
     def start(self, message: Message) -> RoundReady:
-        """Move to the round's cut and take up the adapters to train from."""
-        expect(message, RoundStart)
-        assert isinstance(message, RoundStart)
+        """Move to the round's cut and load the adapters to train."""
+        message = expect(message, RoundStart)
         self._defence.check_cut(message.cut)
         before = self.plan.client
-        own = self._holding.move(message.cut, message.adapters, message.folded)
+        own = self.blocks.move(message.cut, message.adapters, message.folded)
         given_up = moments_within(self._moments, before.minus(self.plan.client))
         kept = {} if self._training.order == "in-turn" else self._moments
         self._moments = moments_within({**kept, **message.moments}, self.plan.client)
         self._round, self._tokens = message.round, 0
+        self.held_out.begin(message.round)
         self._end_step()
-        parameters, ratio = self._holding.train(message.round), self._ranks.lora.lr_ratio
+        parameters, ratio = self.blocks.train(message.round), self.setup.ranks.lora.lr_ratio
         self._optimizer = LocalOptimizer(parameters, self._training, self._moments, ratio, message.round)
         return RoundReady(client=self.name, round=message.round, moments=given_up, own=own)
 
     @property
     def unsent(self) -> int:
-        """Micro-batches of the step that has begun which have not left; 0 between steps."""
-        return len(self._step) - self._sent
+        """Micro-batches of the current step that are still to send; 0 between steps."""
+        return len(self._unsent)
 
     def forward(self) -> Activations:
-        """The next micro-batch of this step, or the first of the next, through the client's blocks."""
+        """Run the step's next micro-batch through the client's blocks; begin a step if none has begun.
+
+        Raises ProtocolError if all of the step is in flight.
+        """
         self._in_round()
-        if not self._step:
-            self._step = self._divided()
-        if not self.unsent:
+        if not self._sent and not self._unsent:
+            self._unsent = self._split_step()
+        if not self._unsent:
             raise ProtocolError(f"{self.name}: all of step {self.steps} is underway; its gradient is due")
-        number, batch = self._sent, self._step[self._sent]
+        micro_batch, batch = self._unsent[0]
         with torch.enable_grad():
-            hidden = self._leaving(batch, "training", self._round, self.steps, *_beyond_first(number))
-        labelled = sum(one.labelled_tokens for one in self._step)
-        self._underway[number] = MicroBatch(batch, hidden, BatchPart(number, len(self._step), labelled))
-        self._sent += 1
-        return self._activations(self.steps, number, training=True)
+            hidden = self.blocks.hidden(batch, "training", *micro_batch.place)
+        self._sent[micro_batch.number] = sent = SentBatch(micro_batch, batch, hidden)
+        del self._unsent[0]
+        return sent.activations(self.blocks, training=True, numbered=self.setup.numbered)
 
     def head(self, message: Message) -> HeadGradient:
-        """Loss of a batch underway, and its gradient at the last hidden states.
+        """Compute the loss of a batch in flight and its gradient at the last hidden states.
 
         Raises RunError if the loss is not finite.
         """
-        underway = self._awaited(message)
-        batch, number = underway.batch, underway.part.number
-        expect(message, LastHidden, step=self.steps)
-        assert isinstance(message, LastHidden)
-        underway.check_rows(self.name, message)
-        place = (self._round, self.steps, *_beyond_first(number))
-        labels = self._defence.labels(batch.targets(), message.hidden, self.segment.logits, *place)
+        sent = self._in_flight(message)
+        micro_batch, place = sent.micro_batch, sent.micro_batch.place
+        message = expect(message, LastHidden, step=self.steps)
+        sent.check_rows(self.name, message)
+        labels = self._defence.labels(sent.batch.targets(), message.hidden, self.segment.logits, *place)
         loss, gradient = loss_and_gradient(self.segment, message.hidden, labels)
-        check_finite(loss, self.name, self._round, self.steps)
+        check_finite(loss, self.name, micro_batch)
         gradient = self._defence.gradient(
             gradient,
             message.hidden,
@@ -154,64 +155,49 @@ class Client:
             lambda rows, labels: loss_and_gradient(self.segment, rows, labels)[1],
             *place,
         )
-        self._graded.add(number)
+        sent.graded = True
         return HeadGradient(
             client=self.name,
             round=self._round,
             step=self.steps,
-            micro_batch=number,
+            micro_batch=micro_batch.number,
             loss=loss,
-            gradient=underway.part.weighted(gradient, batch.labelled_tokens),
+            gradient=micro_batch.weighted(gradient),
         )
 
     def backward(self, message: Message) -> None:
-        """Gradient at the cut through the client's blocks; after the last of the step, one optimizer step."""
-        underway, optimizer = self._awaited(message), self._in_round()
-        number = underway.part.number
-        graded = number in self._graded or self.plan.labels == "server"
-        expect(message, CutGradient if graded else LastHidden)
-        expect(message, CutGradient, step=self.steps)
-        assert isinstance(message, CutGradient)
-        if message.gradient.shape != underway.hidden.shape:
-            raise ProtocolError(f"CutGradient {tuple(message.gradient.shape)} for {underway.hidden.shape}")
-        if underway.hidden.requires_grad:  # it does not if no layer of these blocks is adapted
-            torch.autograd.backward([underway.hidden], [message.gradient.to(underway.hidden.dtype)])
-        del self._underway[number]
-        self._graded.discard(number)
-        self._taken += 1
-        if self._taken == len(self._step):
+        """Run backward from the gradient at the cut; step the optimizer after the last micro-batch."""
+        sent, optimizer = self._in_flight(message), self._in_round()
+        expect(message, CutGradient if sent.graded or self.plan.labels == "server" else LastHidden)
+        message = expect(message, CutGradient, step=self.steps)
+        if message.gradient.shape != sent.hidden.shape:
+            raise ProtocolError(f"CutGradient {tuple(message.gradient.shape)} for {sent.hidden.shape}")
+        if sent.hidden.requires_grad:  # it does not if no layer of these blocks is adapted
+            torch.autograd.backward([sent.hidden], [message.gradient.to(sent.hidden.dtype)])
+        del self._sent[sent.micro_batch.number]
+        if not self._sent and not self._unsent:
             optimizer.step()
-            self._end_step()
             self.steps += 1
 
-    def step_alone(self) -> tuple[float, Batch]:
-        """One step of a client that holds all blocks and the head; returns its loss and its batch.
-
-        Raises RunError if the loss is not finite.
-        """
-        optimizer = self._in_round()
-        batch, parts, losses = self._stream.batch(self.steps), self._divided(), []
-        for number, own in enumerate(parts):
+    def step_alone(self) -> StepTotals:
+        """Take one step of a client that holds the whole model. Raises RunError if the loss is not finite."""
+        optimizer, totals = self._in_round(), StepTotals()
+        for micro_batch, batch in self._split_step():
             with torch.enable_grad():
-                last = self._holding.run(own)[own.positions()]  # (M, D)
-            part_loss, gradient = loss_and_gradient(self.segment, last.detach(), own.targets())
-            check_finite(part_loss, self.name, self._round, self.steps)
-            losses.append((part_loss, own.labelled_tokens))
-            gradient = BatchPart(number, len(parts), batch.labelled_tokens).weighted(
-                gradient, own.labelled_tokens
-            )
+                last = self.blocks.run(batch)[batch.positions()]  # (M, D)
+            loss, gradient = loss_and_gradient(self.segment, last.detach(), batch.targets())
+            check_finite(loss, self.name, micro_batch)
+            totals.add(micro_batch, loss)
             if last.requires_grad:
-                torch.autograd.backward([last], [gradient.to(last.dtype)])
-        loss = mean_loss(losses)
+                torch.autograd.backward([last], [micro_batch.weighted(gradient).to(last.dtype)])
         optimizer.step()
         self.steps += 1
-        self._tokens += batch.labelled_tokens
-        return loss, batch
+        self._tokens += totals.tokens
+        return totals
 
     def upload(self) -> AdapterUpload:
-        """The client's factors as far as they leave it, and its moments if it hands them on."""
-        optimizer = self._in_round()
-        moments = optimizer.moments()
+        """End the round: return the factors that leave the client, and its moments if it hands them on."""
+        moments = self._in_round().moments()
         handed_on = self._training.order == "in-turn"
         if self._training.optimizer_state == "keep" and not handed_on:
             self._moments = moments
@@ -220,7 +206,7 @@ class Client:
         return AdapterUpload(
             client=self.name,
             round=self._round,
-            adapters=self._holding.trained(),
+            adapters=self.blocks.trained(),
             moments=moments if handed_on else {},
             tokens=self._tokens,
         )
@@ -228,76 +214,33 @@ class Client:
     # --- the global adapters ----------------------------------------------------------------------
 
     def install(self, message: Message) -> None:
-        """Take the aggregated factors of the client's blocks, to evaluate and to start from."""
-        expect(message, GlobalAdapters)
-        assert isinstance(message, GlobalAdapters)
-        self._holding.install(message.round, message.adapters, message.folded)
+        """Load the aggregated factors of the client's blocks, to evaluate and to begin the next round."""
+        message = expect(message, GlobalAdapters)
+        self.blocks.install(message.round, message.adapters, message.folded)
         self._round = message.round
-        self._evaluated = (0.0, 0)
+        self.held_out.begin(message.round)
 
-    @property
-    def held_out_batches(self) -> int:
-        """How many batches an evaluation has."""
-        return len(self._held_out)
+    # --- state for checkpoints --------------------------------------------------------------------
 
-    @torch.no_grad()
-    def held_out(self, index: int) -> Activations:
-        """One held-out batch through the client's blocks, without gradient."""
-        batch = self._held_out[index]
-        self._underway = {0: MicroBatch(batch, self._leaving(batch, "evaluation", self._round, index))}
-        return self._activations(index, 0, training=False)
-
-    @torch.no_grad()
-    def held_out_alone(self, index: int) -> None:
-        """Add up the loss of one held-out batch, at a client that holds all blocks and the head."""
-        batch = self._held_out[index]
-        last = self._holding.run(batch)[batch.positions()]
-        self._add(summed_loss(self.segment, last, batch.targets()), batch)
-
-    def held_out_head(self, message: Message) -> None:
-        """Add up the loss of the held-out batch underway."""
-        batch = self._awaited().batch
-        expect(message, LastHidden if self.plan.labels == "client" else HeldOutLoss)
-        if isinstance(message, LastHidden):
-            self._awaited().check_rows(self.name, message)
-            self._add(summed_loss(self.segment, message.hidden, batch.targets()), batch)
-        else:
-            assert isinstance(message, HeldOutLoss)
-            self._add(message.loss, batch)
-        self._underway = {}
-
-    def held_out_gradient(self, message: LastHidden) -> torch.Tensor:
-        """Gradient (M, D) of the held-out batch underway at its last hidden states, which changes nothing."""
-        batch = self._awaited().batch
-        self._awaited().check_rows(self.name, message)
-        return loss_and_gradient(self.segment, message.hidden, batch.targets())[1]
-
-    def evaluation(self) -> Evaluation:
-        """The held-out loss so far, and start counting afresh."""
-        loss, tokens = self._evaluated
-        self._evaluated = (0.0, 0)
-        return Evaluation(client=self.name, round=self._round, loss=loss, tokens=tokens)
-
-    # --- what a checkpoint keeps ------------------------------------------------------------------
-
-    def kept(self) -> tuple[int, Moments]:
-        """Steps taken, and the optimizer's moments if they are kept across rounds."""
+    def optimizer_state(self) -> tuple[int, Moments]:
+        """Return the steps taken, and the optimizer's moments if they are kept across rounds."""
         return self.steps, self._moments
 
     def private(self) -> AdapterState:
-        """Factors of the blocks that this client never uploads."""
-        return self._holding.private()
+        """Return the factors of the blocks that this client never uploads."""
+        return self.blocks.private()
 
     def own(self) -> AdapterState:
-        """The factors B that never leave, by rules that have such."""
-        return self._holding.own()
+        """Return the personal factors B, which never leave; none by most rules."""
+        return self.blocks.own()
 
     def join(self, message: Join, moments: Moments) -> None:
-        """Take part in a run that is underway, or again after having been away."""
+        """Join a run after some of its rounds, or again after an absence."""
         self._defence.check_cut(message.cut)
-        self._holding.join(message.cut, message.round, message.adapters, message.folded)
+        self.blocks.join(message.cut, message.round, message.adapters, message.folded)
         self.steps, self._moments = message.steps, moments
-        self._round, self._optimizer, self._evaluated = message.round, None, (0.0, 0)
+        self._round, self._optimizer = message.round, None
+        self.held_out.begin(message.round)
         self._end_step()
 
     def restore(
@@ -308,50 +251,30 @@ class Client:
         moments: Moments,
         folded: AdapterState | None = None,
     ) -> None:
-        """Continue as the client that `kept` this, with these factors of its blocks, its private ones too."""
-        self._holding.restore(cut, known, folded or AdapterState())
+        """Restore a checkpoint; `known` are all factors of the client's blocks, private ones included."""
+        self.blocks.restore(cut, known, folded or AdapterState())
         self.steps, self._moments = steps, moments
 
     # ----------------------------------------------------------------------------------------------
 
-    def _leaving(self, batch: Batch, *place: object) -> torch.Tensor:
-        """Tokens through the client's blocks -> (N, D), as it may leave."""
-
-        def base(public: Batch) -> torch.Tensor:
-            return pack(self._holding.run(public, base=True), public.lengths)
-
-        hidden = pack(self._holding.run(batch), batch.lengths)
-        return self._defence.hidden(hidden, self.plan.cut, base, *place)
-
-    def _activations(self, step: int, number: int, training: bool) -> Activations:
-        told = {"numbered": self._numbered, "with_labels": self.plan.labels == "server"}
-        return self._underway[number].activations(self.name, self._round, step, training=training, **told)
-
-    def _divided(self) -> tuple[Batch, ...]:
-        return self._stream.batch(self.steps).divided(self._training.micro_batches)
+    def _split_step(self) -> list[tuple[MicroBatch, Batch]]:
+        batch = self.setup.stream.batch(self.steps)
+        return split_batch(batch, self._training.micro_batches, self._round, self.steps)
 
     def _end_step(self) -> None:
-        """Nothing of a step is underway any more."""
-        self._step, self._sent, self._taken = (), 0, 0
-        self._underway, self._graded = {}, set()
-
-    def _add(self, loss: float, batch: Batch) -> None:
-        self._evaluated = (self._evaluated[0] + loss, self._evaluated[1] + batch.labelled_tokens)
+        """Forget the current step."""
+        self._unsent, self._sent = [], {}
 
     def _in_round(self) -> LocalOptimizer:
         if self._optimizer is None:
             raise ProtocolError(f"{self.name}: no round is underway; RoundStart is due first")
         return self._optimizer
 
-    def _awaited(self, message: Message | None = None) -> MicroBatch:
+    def _in_flight(self, message: Message) -> SentBatch:
+        """Return the micro-batch that a message answers."""
         number = getattr(message, "micro_batch", 0)
-        if not self._underway:
+        if not self._sent:
             raise ProtocolError(f"{self.name}: a reply came, but no batch is underway")
-        if number not in self._underway:
+        if number not in self._sent:
             raise ProtocolError(f"{self.name}: a reply came to micro-batch {number}, which is not underway")
-        return self._underway[number]
-
-
-def _beyond_first(number: int) -> tuple[int, ...]:
-    """What tells a micro-batch apart in the seed of its noise; nothing for the first."""
-    return (number,) if number else ()
+        return self._sent[number]

@@ -1,11 +1,11 @@
-"""What a client holds: its blocks [0, k), and the factors on them.
+"""The blocks [0, k) of a client, and the factors on them.
 
-    known     factors at the global ranks, its private ones and its own among them     what rounds begin from
+    known     factors at the global ranks, private and personal ones included: the start of each round
     folded    what aggregation has added to the frozen base of these blocks
-    slot      what takes part in the forward pass: trained at this client's ranks, or all of `known`
+    slot      factors in the forward pass: trained at this client's ranks, or all of `known`
 
-`client.py` is the conversation, and this what it is about: a cut that moves, a round that begins and ends,
-global factors that arrive, a checkpoint that is read.
+`client.py` holds the conversation with the server; here are its effects on blocks and factors: a cut that
+moves, a round that begins and ends, global factors that arrive, a checkpoint that is restored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from splitft.adapters import AdapterState, add_folded, attach
 from splitft.data.text import Batch
 from splitft.errors import ProtocolError
 from splitft.geometry import Plan, Span
-from splitft.model import Model, Segment
+from splitft.model import Model, Segment, pack
+from splitft.privacy.defence import Defence
 from splitft.training.ranks import RankPolicy
 
 SLOT = "own"
@@ -29,29 +30,28 @@ SLOT = "own"
 class ClientBlocks:
     """The blocks of one client and their factors, over a whole run."""
 
-    def __init__(self, name: str, model: Model, plan: Plan, ranks: RankPolicy, private_blocks: int) -> None:
-        """Load the client's blocks of the model. Raises ModelError if that cannot be."""
+    def __init__(self, name: str, model: Model, plan: Plan, ranks: RankPolicy, defence: Defence) -> None:
+        """Load the client's blocks of the model. Raises ModelError if that is impossible."""
         self.name, self.plan = name, plan
-        self._ranks, self._private_blocks = ranks, private_blocks
+        self._ranks, self._defence = ranks, defence
         self.segment: Segment = model.segment(plan.client, embedding=True, head=plan.labels == "client")
         self.bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype, ranks.gain)
         self._dtype = torch.promote_types(model.dtype, torch.float32)
         sizes = {key: size for key, size in self.bank.sizes.items() if key[0] in plan.client}
-        # the factors of the blocks held here, at the global ranks, and what is folded into their base
         self._known, self._folded = ranks.start(sizes, self._dtype), AdapterState()
         self.bank.put(SLOT, self._known)
 
     def move(self, cut: int, adapters: AdapterState, folded: AdapterState) -> AdapterState:
-        """Hold the blocks before this cut, with what came of them; returns own factors of blocks given up.
+        """Move to this cut with the factors of new blocks; return personal factors of blocks given up.
 
-        Raises GeometryError or ProtocolError, and changes nothing, if that cannot be.
+        Raises GeometryError or ProtocolError, and changes nothing, if the cut or the factors do not fit.
         """
         plan = Plan(cut, self.plan.blocks, self.plan.labels)
         given_up = self.own().within(self.plan.client.minus(plan.client))
         known = self._known.updated(adapters)
-        lacking = {block for block, _ in self.bank.sizes if block in plan.client} - set(known.ranks())
-        if lacking:
-            raise ProtocolError(f"no factors came for block {min(lacking)}, which the new cut brings here")
+        missing = {block for block, _ in self.bank.sizes if block in plan.client} - set(known.ranks())
+        if missing:
+            raise ProtocolError(f"no factors came for block {min(missing)}, which the new cut brings here")
         self.segment.resize(plan.client)
         self.plan = plan
         self._known = known.within(plan.client)
@@ -59,69 +59,76 @@ class ClientBlocks:
         return given_up
 
     def train(self, round: int) -> Mapping[tuple[int, str, str], nn.Parameter]:
-        """Take up the factors to train in this round; returns them by block, target and half."""
+        """Load the factors to train in this round; return them by block, target and half."""
         ranks = self._ranks.of(self.plan.cut, self.name)
         trained, rest = self._ranks.split_trained(self._known, ranks, round)
         self.bank.put(SLOT, trained, rest, self._folded, self._ranks.sharing.trains)
         return self.bank.parameters(SLOT)
 
     def trained(self) -> AdapterState:
-        """What the round has made of the factors that leave; the others are kept here."""
-        trained, whole = self.bank.take(SLOT), self.bank.take(SLOT, whole=True)
+        """Return the trained factors that leave the client; keep the others."""
+        trained, whole = self.bank.take(SLOT), self.bank.take(SLOT, with_rest=True)
         self._known = self._known.updated(whole.within(self._private))
         if self._ranks.keeps_own:
-            self._known = whole.only("B").completed(self._known)
-        return trained.within(self.plan.client.minus(self._private)).only(self._ranks.sharing.up)
+            self._known = whole.select("B").fill_from(self._known)
+        return trained.within(self.plan.client.minus(self._private)).select(self._ranks.sharing.up)
 
     def install(self, round: int, adapters: AdapterState, folded: AdapterState) -> None:
-        """Take the aggregated factors. Raises ProtocolError if they are not those of the blocks held here."""
+        """Load the aggregated factors. Raises ProtocolError if they are not those of the client's blocks."""
         shared = self.plan.client.minus(self._private)
         sizes = {key: size for key, size in self.bank.sizes.items() if key[0] in shared}
         down = self._ranks.sharing.down
         if set(adapters.keys()) != (set(sizes) if down else set()):
             raise ProtocolError(f"{self.name}: the global adapters are not those of {self.plan.client}")
-        news = adapters.completed(self._known)
-        news = news if down else self._ranks.start(sizes, self._dtype, round)
-        self._known = self.private().union(news)
+        new = adapters.fill_from(self._known) if down else self._ranks.start(sizes, self._dtype, round)
+        self._known = self.private().union(new)
         self._folded = add_folded(self._folded, folded)
         self.bank.put(SLOT, self._known, folded=self._folded)
 
     def join(self, cut: int, round: int, adapters: AdapterState, folded: AdapterState) -> None:
-        """Hold the blocks before this cut as they are after a round, with what came of them.
+        """Hold the blocks before this cut with the factors that they have after a round.
 
-        What does not travel is made here: all factors before round 1, later those that the rule leaves out.
-        Raises ProtocolError if other factors came.
+        Factors that are not sent are computed here: all before round 1, later those that the rule leaves out.
+        Raises ProtocolError if other factors arrive.
         """
         self.plan = Plan(cut, self.plan.blocks, self.plan.labels)
         self.segment.resize(self.plan.client)
         sizes = {key: size for key, size in self.bank.sizes.items() if key[0] in self.plan.client}
         down = self._ranks.sharing.down if round else ""
-        made = self._ranks.start(sizes, self._dtype, 0 if self._ranks.sharing.down else round)
+        computed = self._ranks.start(sizes, self._dtype, 0 if self._ranks.sharing.down else round)
         if set(adapters.keys()) != (set(sizes) if down else set()):
             raise ProtocolError(f"{self.name}: the global adapters are not those of {self.plan.client}")
-        self._known, self._folded = made.updated(adapters.completed(made)), folded
+        self._known, self._folded = computed.updated(adapters.fill_from(computed)), folded
         self.bank.put(SLOT, self._known, folded=folded)
 
     def restore(self, cut: int, known: AdapterState, folded: AdapterState) -> None:
-        """Hold what a checkpoint kept: the factors of the blocks before this cut, private ones too."""
+        """Restore a checkpoint; `known` are all factors of the client's blocks, private ones included."""
         self.plan = Plan(cut, self.plan.blocks, self.plan.labels)
         self.segment.resize(self.plan.client)
         self._known, self._folded = known, folded
         self.bank.put(SLOT, known, folded=folded)
 
     def private(self) -> AdapterState:
-        """Factors of the blocks that this client never uploads."""
+        """Return the factors of the blocks that this client never uploads."""
         return self._known.within(self._private)
 
     def own(self) -> AdapterState:
-        """The factors B that never leave, by rules that have such."""
-        return self._known.only("B") if self._ranks.keeps_own else AdapterState()
+        """Return the personal factors B, which never leave; none by most rules."""
+        return self._known.select("B") if self._ranks.keeps_own else AdapterState()
 
     def run(self, batch: Batch, base: bool = False) -> torch.Tensor:
-        """Tokens through the client's blocks -> (B, T, D); with `base` without the factors."""
+        """Run tokens through the client's blocks -> (B, T, D); with `base`, without the factors."""
         with self.bank.routed([(None if base else SLOT, len(batch.lengths))]):
             return self.segment.run(batch.tokens, self.plan.client)
 
+    def hidden(self, batch: Batch, *place: object) -> torch.Tensor:
+        """Run tokens through the client's blocks and its defences -> (N, D); `place` fixes the noise."""
+
+        def base(public: Batch) -> torch.Tensor:
+            return pack(self.run(public, base=True), public.lengths)
+
+        return self._defence.hidden(pack(self.run(batch), batch.lengths), self.plan.cut, base, *place)
+
     @property
     def _private(self) -> Span:
-        return Span(0, min(self._private_blocks, self.plan.cut))
+        return Span(0, min(self._defence.privacy.private_blocks, self.plan.cut))

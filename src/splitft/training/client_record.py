@@ -1,68 +1,119 @@
-"""What the server keeps for one participant of a round: its steps, and the micro-batches of the one underway.
+"""Records of the server about its clients: the steps of a round, and the state that outlives rounds.
 
-    micro-batch 0   Activations --check, take--> ... gradient --give_back--+
-    micro-batch 1   Activations --check, take--> ... gradient --give_back--+--> the step is whole
+    micro-batch 0   Activations --check, begin--> ... gradient --finish--+
+    micro-batch 1   Activations --check, begin--> ... gradient --finish--+--> the step is complete
 
-They may come and be answered in any order. All parts of a step tell how many there are and how many labelled
-tokens they have together, so that each part's gradient is weighted rightly before the others are known.
+Micro-batches may arrive and be answered in any order. Each announces how many parts its step has and how many
+labelled tokens they have together, so each gradient can be weighted before the other parts are known.
+
+    cut moves 2 -> 4    server: blocks 2 3 | 4 5 6   --state of blocks 2, 3-->     client
+    cut moves 4 -> 2    server: blocks 2 3 | 4 5 6   <--state of blocks 2, 3--     client
+
+The state of a block moves with the block. The server deletes it only when the client confirms the move: a
+client that is lost on the way keeps its old cut, and neither side lacks anything.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from splitft.adapters import AdapterState, Moments, moments_within
 from splitft.errors import ProtocolError
 from splitft.protocol import Activations, expect
 from splitft.specs import TrainingSpec
+from splitft.training.micro_batch import MicroBatch, StepTotals
 
 
 @dataclass
 class RoundProgress:
-    """One participant's part in a round, as the server has it."""
+    """The steps of one participant of a round."""
 
-    cut: int
-    step: int = 0
-    """Steps this client has finished in the round."""
+    steps: int = 0
+    """Steps completed in the round."""
     tokens: int = 0
-    """Labelled tokens it has trained on in the round."""
-    labelled: dict[int, int] = field(default_factory=dict)
-    """Labelled tokens of each micro-batch of the step that has begun, those that are done too."""
-    same: dict[str, int | None] = field(default_factory=dict)
-    """What all micro-batches of the step that has begun tell alike."""
-    back: int = 0
-    """How many of them are done."""
+    """Labelled tokens of those steps."""
+    begun: dict[int, MicroBatch] = field(default_factory=dict)
+    """Micro-batches that have arrived of the current step, by number, including the finished ones."""
+    totals: StepTotals = field(default_factory=StepTotals)
+    """Sums of those that are finished."""
+    completed: StepTotals | None = None
+    """The step that the last finished micro-batch completed, if it did."""
 
     def check(self, message: Activations, training: TrainingSpec) -> None:
-        """Raise ProtocolError unless this micro-batch may come now."""
+        """Raise ProtocolError unless this micro-batch is allowed now."""
         client, of = message.client, message.micro_batches
         if of > training.micro_batches:
             raise ProtocolError(f"{client} sends a step in {of} parts; {training.micro_batches} were agreed")
-        underway = len(self.labelled) - self.back
-        if message.micro_batch in self.labelled or underway >= min(training.in_flight, of):
+        in_flight = len(self.begun) - len(self.totals.finished)
+        if message.micro_batch in self.begun or in_flight >= min(training.in_flight, of):
             raise ProtocolError(f"{client} sends a batch, but its gradient was due")
-        expect(message, Activations, **self.same)
-        labelled, parts = message.labelled_tokens + sum(self.labelled.values()), len(self.labelled) + 1
+        if self.begun:
+            one = next(iter(self.begun.values()))
+            same = {"step": one.step, "micro_batches": one.of, "step_labelled": one.step_labelled}
+            expect(message, Activations, **same)
+        labelled = message.labelled_tokens + sum(one.labelled for one in self.begun.values())
+        parts = len(self.begun) + 1
         if (labelled == message.step_tokens) != (parts == of) or labelled > message.step_tokens:
             raise ProtocolError(
                 f"{client} sends {labelled} labelled tokens in {parts} of {of} parts of a step that has "
                 f"{message.step_tokens}"
             )
 
-    def take(self, message: Activations) -> None:
-        """This micro-batch is underway."""
-        self.labelled[message.micro_batch] = message.labelled_tokens
-        self.same = {name: getattr(message, name) for name in ("step", "micro_batches", "step_labelled")}
+    def begin(self, message: Activations) -> None:
+        """Record a micro-batch whose forward pass is done."""
+        self.begun[message.micro_batch] = MicroBatch.of_message(message)
 
-    def give_back(self) -> bool:
-        """One micro-batch is done; whether the step is whole with it."""
-        self.back += 1
-        if self.back != self.same["micro_batches"]:
+    def finish(self, number: int, loss: float) -> bool:
+        """Record the mean loss of a micro-batch after backward; return whether its step is complete."""
+        self.completed = None
+        if not self.totals.add(self.begun[number], loss):
             return False
-        self.tokens += sum(self.labelled.values())
-        self.step += 1
+        self.completed = self.totals
+        self.tokens += self.totals.tokens
+        self.steps += 1
         self.forget()
         return True
 
     def forget(self) -> None:
-        """Nothing of a step is underway any more."""
-        self.labelled, self.same, self.back = {}, {}, 0
+        """Forget the current step."""
+        self.begun, self.totals = {}, StepTotals()
+
+
+class ClientStates:
+    """State of all clients that the server keeps from round to round.
+
+    Moments are kept with `training.optimizer_state: keep`, personal factors by rules that leave each client
+    its B (FedSA-LoRA, arXiv 2410.01463).
+    """
+
+    def __init__(self, per_client: bool) -> None:
+        """Begin empty. Without `per_client`, all clients share the moments on the server."""
+        self._per_client = per_client
+        self.moments: dict[str, Moments] = {}
+        """Optimizer moments by slot."""
+        self.own: dict[str, AdapterState] = {}
+        """Personal factors B of the server's blocks, by client."""
+
+    def personal(self, client: str, state: AdapterState) -> AdapterState:
+        """Return global factors with the client's personal ones in their place."""
+        return state.replace_B(self.own.get(client, AdapterState()))
+
+    def moments_of(self, client: str, blocks: Sequence[int]) -> Moments:
+        """Return the client's moments of these blocks; none where all clients share them."""
+        return moments_within(self.moments.get(client, {}), blocks)
+
+    def move(self, client: str, gained: Sequence[int], moments: Moments, own: AdapterState) -> None:
+        """Delete the state of blocks that the client has gained, and keep that of blocks it has given up."""
+        if self._per_client and (moments or client in self.moments):
+            before = self.moments.get(client, {})
+            gone = moments_within(before, gained)
+            self.moments[client] = {name: one for name, one in before.items() if name not in gone} | moments
+        if personal := self.own.get(client, AdapterState()):
+            self.own[client] = personal.within(set(personal.ranks()) - set(gained))
+        self.add_own(client, own)
+
+    def add_own(self, client: str, own: AdapterState) -> None:
+        """Keep personal factors of the server's blocks."""
+        if own:
+            self.own[client] = self.own.get(client, AdapterState()).updated(own)

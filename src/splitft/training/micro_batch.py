@@ -1,118 +1,107 @@
-"""A client's batch between its hidden states, which have left, and the answer to them.
+"""Micro-batches: the parts of a client's step, as both sides know them.
 
-    MicroBatch(batch, hidden) --activations--> Activations(lengths, labelled, hidden)    leaves
-    LastHidden, loss        --check_rows, check_finite-->                              comes, and is looked at
+    batch of B sequences --split--> micro-batches 0, 1, ...     M_j labelled tokens each, M in all
+    gradient of micro-batch j's mean loss --weighted--> (M_j / M) grad_j;   their sum is the step's gradient
 
-The batch itself, its tokens, stays here until the answer has come.
+`StepTotals` sums up the micro-batches that are finished.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-from splitft.data.text import Batch
-from splitft.errors import ProtocolError, RunError
-from splitft.protocol import Activations, LastHidden
-
-
-@dataclass(frozen=True)
-class BatchPart:
-    """A micro-batch's place in its step."""
-
-    number: int = 0
-    """From 0."""
-    of: int = 1
-    """Micro-batches of the step."""
-    step_labelled: int = 0
-    """Labelled tokens of them all."""
-
-    def weighted(self, gradient: torch.Tensor, labelled: int) -> torch.Tensor:
-        """From the gradient of the mean loss over its own labels to that of the step's mean loss.
-
-        The parts' gradients then add up: sum_j (M_j / M) grad_j.
-        """
-        return gradient if self.of == 1 else gradient * (labelled / self.step_labelled)
+from splitft.errors import RunError
+from splitft.protocol import Activations
+from splitft.tracking.events import StepDone, Traffic
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A batch whose hidden states have left and whose gradient has not come back."""
+    """One part of a client's step: where it stands and what it counts."""
 
-    batch: Batch
-    hidden: torch.Tensor
-    """(N, D) at the cut, as it leaves, with its graph if it is trained on."""
-    part: BatchPart = BatchPart()
-    """Which of its step it is."""
+    round: int
+    step: int
+    """Step of the client over the whole run, from 0; in evaluation the index of the batch."""
+    number: int
+    """Position within the step, from 0."""
+    of: int
+    """Micro-batches of the step."""
+    sequences: int
+    labelled: int
+    """M_j: its labelled tokens."""
+    step_labelled: int
+    """M: labelled tokens of the whole step."""
 
-    def activations(
-        self, client: str, round: int, step: int, *, training: bool, numbered: bool, with_labels: bool
-    ) -> Activations:
-        """What leaves: never tokens, and labels only with `with_labels`."""
-        batch, part = self.batch, self.part
-        starts = [first - 1 for first in batch.labelled_from]
-        stops = [length - 1 for length in batch.lengths]
-        return Activations(
-            client=client,
-            round=round,
-            step=step,
-            training=training,
-            lengths=batch.lengths,
-            labelled=tuple(zip(starts, stops, strict=True)),
-            examples=batch.numbers if numbered else (),
-            micro_batch=part.number,
-            micro_batches=part.of,
-            step_labelled=part.step_labelled if part.of > 1 else None,
-            hidden=self.hidden.detach(),
-            labels=batch.targets() if with_labels else None,
+    @classmethod
+    def of_message(cls, message: Activations) -> MicroBatch:
+        """Return the micro-batch that the client announces."""
+        return cls(
+            round=message.round,
+            step=message.step,
+            number=message.micro_batch,
+            of=message.micro_batches,
+            sequences=len(message.lengths),
+            labelled=message.labelled_tokens,
+            step_labelled=message.step_tokens,
         )
 
-    def check_rows(self, client: str, message: LastHidden) -> None:
-        """Raise ProtocolError unless there is a row for every label."""
-        due = self.batch.labelled_tokens
-        if len(message.hidden) != due:
-            raise ProtocolError(f"{client}: LastHidden has {len(message.hidden)} rows, {due} were due")
+    def weighted(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Turn the gradient of its own mean loss into its part of the gradient of the step's mean loss."""
+        return gradient if self.of == 1 else gradient * (self.labelled / self.step_labelled)
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Words of its noise seed; those of an undivided step are (round, step)."""
+        return (self.round, self.step, self.number) if self.number else (self.round, self.step)
 
 
+@dataclass
 class StepTotals:
-    """What the micro-batches of one step come to, as they are done."""
+    """Sums over the finished micro-batches of one step."""
 
-    def __init__(self) -> None:
-        self._losses: list[tuple[float, int]] = []
-        self.examples = 0
-        """Sequences so far."""
+    finished: list[tuple[MicroBatch, float]] = field(default_factory=list)
+    """Each with its mean loss."""
 
-    def add(self, message: Activations, loss: float) -> bool:
-        """One is done, with this mean loss; whether it was the last."""
-        self._losses.append((loss, message.labelled_tokens))
-        self.examples += len(message.lengths)
-        return len(self._losses) == message.micro_batches
+    def add(self, micro_batch: MicroBatch, loss: float) -> bool:
+        """Add a finished micro-batch with its mean loss; return whether the step is complete."""
+        self.finished.append((micro_batch, loss))
+        return len(self.finished) == micro_batch.of
 
     @property
     def tokens(self) -> int:
-        """Labelled tokens so far."""
-        return sum(labelled for _, labelled in self._losses)
+        """Labelled tokens."""
+        return sum(one.labelled for one, _ in self.finished)
 
     @property
     def loss(self) -> float:
-        """Mean over them."""
-        return mean_loss(self._losses)
+        """Mean loss over the labelled tokens."""
+        if len(self.finished) == 1:
+            return self.finished[0][1]
+        return sum(loss * one.labelled for one, loss in self.finished) / self.tokens
+
+    def event(self, client: str, seconds: Mapping[str, float], traffic: Traffic | None = None) -> StepDone:
+        """Return the event of the completed step; `seconds` are by leg."""
+        first = self.finished[0][0]
+        return StepDone(
+            round=first.round,
+            step=first.step,
+            client=client,
+            loss=self.loss,
+            tokens=self.tokens,
+            examples=sum(one.sequences for one, _ in self.finished),
+            seconds={leg: round(spent, 6) for leg, spent in seconds.items()},
+            traffic=traffic or Traffic(),
+        )
 
 
-def mean_loss(parts: Sequence[tuple[float, int]]) -> float:
-    """Mean loss of a step, of (mean loss, labelled tokens) of its micro-batches."""
-    if len(parts) == 1:
-        return parts[0][0]
-    return sum(loss * labelled for loss, labelled in parts) / sum(labelled for _, labelled in parts)
-
-
-def check_finite(loss: float, client: str, round: int, step: int) -> None:
-    """Raise RunError for a loss that training cannot go on from."""
+def check_finite(loss: float, client: str, micro_batch: MicroBatch) -> None:
+    """Raise RunError if the loss is NaN or infinite."""
     if not math.isfinite(loss):
         raise RunError(
-            f"{client}: the loss is {loss} at step {step} of round {round}; "
+            f"{client}: the loss is {loss} at step {micro_batch.step} of round {micro_batch.round}; "
             "lower training.lr, or look at the client's text"
         )

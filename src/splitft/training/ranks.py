@@ -1,9 +1,9 @@
-"""Which rank a block's adapter has, and for whom; and where global factors become a party's own.
+"""LoRA ranks by block, client and cut, and the factors that each party trains at them.
 
-    global factors --parted--> what a client trains at its ranks (lower next to its cut), and what it carries
-                                 --trained--> --whole--> aggregated
+    global factors --split_trained--> factors at a client's ranks (lower next to its cut) --training--> upload
+                   --------------> rows beyond those ranks ----------> validate_upload --> aggregation
 
-Both sides compute this from the same specification, so ranks never travel.
+Both sides compute ranks from the same specification, so ranks are never sent.
 """
 
 from __future__ import annotations
@@ -24,38 +24,36 @@ from splitft.specs.rules import RULES, Rule
 
 @dataclass(frozen=True)
 class RankPolicy:
-    """The rank rule of a run (SplitFT, arXiv 2604.26388: lowered on both sides of the cut)."""
+    """Rank rule of a run (SplitFT, arXiv 2604.26388: ranks are lowered on both sides of the cut)."""
 
     lora: LoraSpec
     blocks: int
     """L."""
     rule: str
-    """Aggregation rule, which also says how factors are cut down."""
+    """Name of the aggregation rule, which also says how factors are reduced to a lower rank."""
     seed: int
     by_client: Mapping[str, int] = field(default_factory=dict)
     """R of each client, where clients differ."""
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied with wherever factors are kept, sent or averaged, whatever their rank.
-
-        alpha / R, or with rsLoRA alpha / sqrt(R).
-        """
+        """Scale of B A as stored, sent and averaged: alpha / R, with rsLoRA alpha / sqrt(R)."""
         rank = self.lora.rank
         return self.lora.alpha / (math.sqrt(rank) if self.lora.scaling == "rslora" else rank)
 
     def gain(self, rank: int) -> float:
         """Scale of a layer while it is trained at this rank, over `scale`.
 
-        rsLoRA (Kalajdzievski 2023, 2312.03732) trains a layer of rank r at alpha / sqrt(r). A rule must
-        average updates, not factors of unlike scales, so B is divided by this when training begins, and
-        multiplied by it when it ends: zero-pad adds rows that mean the same, svd takes the true mean product.
+        rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) trains a layer of rank r at alpha / sqrt(r). A rule
+        must average updates, not factors of different scales, so B is divided by the gain when training
+        begins and multiplied by it when training ends: zero-pad then adds rows of the same scale, and svd
+        takes the mean of the true products.
         """
         return math.sqrt(self.lora.rank / rank) if self.lora.scaling == "rslora" else 1.0
 
     @property
     def sharing(self) -> Rule:
-        """What the rule trains, sends and folds."""
+        """The aggregation rule: the factors that it trains, sends and folds."""
         return RULES[self.rule]
 
     @property
@@ -64,21 +62,21 @@ class RankPolicy:
         return "B" in self.sharing.trains and "B" not in self.sharing.up
 
     def initial(self) -> dict[int, int]:
-        """Rank by block before the first round."""
+        """Return the rank of each block before the first round."""
         return dict.fromkeys(range(self.blocks), self.lora.rank)
 
     def part_sent(self, state: AdapterState) -> AdapterState:
-        """The part of global factors that a client is sent; what it does not get, it has or can make."""
-        return state.only(self.sharing.down) if self.sharing.down else AdapterState()
+        """Return the part of global factors that is sent to a client; it has or can compute the rest."""
+        return state.select(self.sharing.down) if self.sharing.down else AdapterState()
 
     def start(self, sizes: Mapping[Key, tuple[int, int]], dtype: torch.dtype, round: int = 0) -> AdapterState:
-        """Factors that nobody has trained, as everybody can make them: A from seed and round, B zero."""
+        """Return untrained factors, equal on both sides: A drawn from seed and round, B zero."""
         return initial_state(
             sizes, self.initial(), self.seed, dtype, salt=round, dora=self.lora.method == "dora"
         )
 
     def of(self, cut: int, client: str = "") -> dict[int, int]:
-        """Rank by block of a client with this cut."""
+        """Return the rank of each block for a client with this cut."""
         lora = self.lora
         rank = self.by_client.get(client, lora.rank)
         at_cut = None if lora.rank_at_cut is None else min(rank, lora.rank_at_cut)
@@ -86,11 +84,11 @@ class RankPolicy:
         return dict(enumerate(ranks))
 
     def shared(self, cuts: Iterable[int]) -> dict[int, int]:
-        """Rank by block of server adapters that clients with these cuts share: lowered next to any cut."""
+        """Return the rank of each block of shared server adapters: lowered next to any of these cuts."""
         return _combined(min, [self.of(cut) for cut in cuts])
 
-    def united(self, cuts: Mapping[str, int]) -> dict[int, int]:
-        """Rank by block of the global factors: the highest that any client brings, or R by some rules."""
+    def global_ranks(self, cuts: Mapping[str, int]) -> dict[int, int]:
+        """Return the rank of each block of the global factors: the highest of any client, by some rules R."""
         if self.sharing.full_rank:
             return self.initial()
         return _combined(max, [self.of(cut, client) for client, cut in cuts.items()])
@@ -98,9 +96,9 @@ class RankPolicy:
     def split_trained(
         self, state: AdapterState, ranks: Mapping[int, int], round: int
     ) -> tuple[AdapterState, AdapterState]:
-        """Global factors as trained at these ranks in this round, and the rows that are only carried along.
+        """Split global factors into those to train at these ranks in this round and the rows beyond.
 
-        Equal for whoever computes it.
+        Client and server compute the same result.
         """
         if not self.sharing.full_rank:
             return fit_all(state, ranks, self.rule, Fresh(self.seed, salt=round)), AdapterState()
@@ -111,32 +109,32 @@ class RankPolicy:
     def validate_upload(
         self, client: str, sent: AdapterState, before: AdapterState, cut: int
     ) -> AdapterState:
-        """What a client sent, checked, and completed with what it carried along from `before`.
+        """Return the factors that a client sent, completed with the rows of `before` that it did not train.
 
-        `before` are the global factors. Raises ProtocolError if something does not fit.
+        `before` are the global factors. Raises ProtocolError if they are not those that the client trains.
         """
-        strange = {key for key in sent if key not in before or key[0] >= cut}
-        if strange:
-            block, target = min(strange)
+        unknown = {key for key in sent if key not in before or key[0] >= cut}
+        if unknown:
+            block, target = min(unknown)
             raise ProtocolError(f"{client} of cut {cut} sends factors of block {block} {target}")
         ranks = self.of(cut, client)
         return AdapterState({
-            key: self._brought(client, key, sent[key], before[key], ranks[key[0]]) for key in sent
+            key: self._completed(client, key, sent[key], before[key], ranks[key[0]]) for key in sent
         })  # fmt: skip
 
     def factors_at_start(self, state: AdapterState, cut: int, round: int, client: str = "") -> AdapterState:
-        """What `brought` and the server's factors of a client together were before the round."""
+        """Return the global factors as a client and the server for it began to train them."""
         return state if self.sharing.full_rank else self.split_trained(state, self.of(cut, client), round)[0]
 
-    def _brought(self, client: str, key: Key, sent: Factors, before: Factors, rank: int) -> Factors:
-        due = before.first(min(rank, before.rank)).only(self.sharing.up)
-        widths = (due.A.shape[1], due.B.shape[0])
+    def _completed(self, client: str, key: Key, sent: Factors, before: Factors, rank: int) -> Factors:
+        expected = before.first(min(rank, before.rank)).select(self.sharing.up)
+        widths = (expected.A.shape[1], expected.B.shape[0])
         if sent.rank != rank or (sent.A.shape[1], sent.B.shape[0]) != widths:
             raise ProtocolError(
                 f"{client} sends factors {tuple(sent.B.shape)} x {tuple(sent.A.shape)} for block {key[0]} "
                 f"{key[1]}; due was rank {rank} over {widths[1]} and {widths[0]}"
             )
-        if (sent.magnitude is None) != (due.magnitude is None):
+        if (sent.magnitude is None) != (expected.magnitude is None):
             which = "no magnitude" if sent.magnitude is None else "a magnitude"
             raise ProtocolError(f"{client} sends {which} for block {key[0]} {key[1]}; see lora.method")
         if not self.sharing.full_rank:
@@ -148,4 +146,5 @@ class RankPolicy:
 
 
 def _combined(choose: Callable[[Iterable[int]], int], patterns: list[dict[int, int]]) -> dict[int, int]:
+    """Combine the ranks of each block."""
     return {block: choose(pattern[block] for pattern in patterns) for block in patterns[0]}

@@ -1,21 +1,22 @@
 """The algorithm: rounds of local training and aggregation. SplitFT, arXiv 2604.26388.
 
     for each round:
-        1  the controller gives every client a cut; participants are drawn
-        2  every participant gets the global factors of the blocks that are new to it (start);
-           one that does not say that it has moved keeps its old cut
+        1  the controller chooses a cut for every client; participants are drawn
+        2  every participant gets the global factors of the blocks that are new to it  (start);
+           a client that does not confirm its new cut keeps the old one
         3  local steps: client and server each train their own blocks                  (train)
         4  client's factors [0, k) + server's factors [k, L) for it = a full set, whatever its cut
         5  aggregation per block and target, weighted by labelled tokens               (aggregate)
         6  every client gets the global factors of its blocks; held-out loss           (install, evaluate)
 
-Where the clients are, in this process or behind a network, is a `Federation`'s business.
+A `Federation` carries the messages, to clients in this process or over a network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -38,41 +39,41 @@ HANDED_ON = "=handed on"
 
 
 class Schedule(Protocol):
-    """Chooses cuts, and keeps the simulated clock."""
+    """Chooser of cuts and keeper of the simulated clock."""
 
     def choose(self, number: int, cuts: Mapping[str, int], losses: Mapping[str, float]) -> Decision:
-        """The cuts of the round to come, from those in force and the last held-out losses."""
+        """Choose the cuts of the next round from the current ones and the last held-out losses."""
 
     def charge(
         self, number: int, participants: Sequence[str], before: Mapping[str, int], cuts: Mapping[str, int]
     ) -> RoundTimed:
-        """What the round took on the simulated clock."""
+        """Advance the simulated clock by one round."""
 
 
 class Federation(Protocol):
-    """Carries a round to the clients and brings back what they answer."""
+    """Carrier of messages between the rounds and the clients."""
 
     def start(self, messages: Mapping[str, RoundStart]) -> dict[str, RoundReady]:
-        """Begin a round with these clients; who is away does not answer."""
+        """Begin a round with these clients; those that are away do not answer."""
 
     def train(
         self, number: int, participants: Sequence[str], steps: int, listener: Callable[[StepDone], None]
     ) -> dict[str, AdapterUpload]:
-        """Let them train; returns the blocks' factors of those whose training counts."""
+        """Run the local steps; return the uploads of participants whose training counts."""
 
     def install(self, messages: Mapping[str, GlobalAdapters], state: RunState) -> None:
-        """Hand out the aggregated factors; `state` is where the run is with them, for who is away."""
+        """Send the aggregated factors; `state` is the run with them, for clients that are away."""
 
     def evaluate(self) -> dict[str, Evaluation]:
-        """Held-out loss of every client."""
+        """Evaluate the global adapters on every client's held-out text."""
 
     def traffic(self) -> dict[str, Traffic]:
-        """Bytes by client since this was asked last, without those of steps."""
+        """Return bytes by client since the last call, without those of steps."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What is between two rounds, and all that the next one needs beside the parties' own moments."""
+    """State of a run between two rounds, without the optimizer moments of the parties."""
 
     round: int
     """Rounds finished."""
@@ -83,200 +84,197 @@ class RunState:
     losses: Mapping[str, float] = field(default_factory=dict)
     """Held-out loss of each client with them."""
     folded: AdapterState = field(default_factory=AdapterState)
-    """What aggregation has folded into the frozen base so far, over all L blocks."""
+    """Updates that aggregation has folded into the frozen base, over all L blocks."""
     memory: Memory = field(default_factory=dict)
-    """What the server's optimizer remembers."""
+    """State of the server's optimizer."""
 
 
-def train_rounds(
-    state: RunState,
-    server: Server,
-    federation: Federation,
-    ranks: RankPolicy,
-    training: TrainingSpec,
-    schedule: Schedule,
-    listener: Listener,
-    save: Callable[[RunState], None],
-    privacy: PrivacySpec = PrivacySpec(),  # noqa: B008 frozen
-    secret: bool = False,
-    aggregation: AggregateSpec = AggregateSpec(),  # noqa: B008 frozen
-) -> RunState:
-    """Train from `state` to the last round; `save` is called after each.
+@dataclass(frozen=True)
+class FederatedTrainer:
+    """Training of one run, round by round."""
 
-    Noise on updates follows from the run's seed, or is fresh if `secret`, as a real deployment needs.
-    """
-    bounds = UpdateBounds(privacy, ranks.rule, Noise(ranks.seed, "=updates", secret))
-    if state.round == 0:
-        server.place(state.cuts)
-        server.install(state.adapters, state.folded)
-        before = _evaluated(0, federation)
-        listener(before)
-        state = replace(state, losses=before.by_client)
-    for number in range(state.round + 1, training.rounds + 1):
-        decision = schedule.choose(number, state.cuts, state.losses)
-        cuts = dict(decision.cuts)
-        if number == 1 or cuts != state.cuts:
-            listener(CutsChanged(round=number, cuts=cuts, reason=decision.reason))
-        old_cuts, state = state.cuts, replace(state, cuts=cuts)
-        participants = participants_of(number, list(cuts), training.participation, ranks.seed)
-        play = _round_in_turn if training.order == "in-turn" else _round
-        state, participants = play(
-            number, state, old_cuts, participants, server, federation, ranks, training, listener, bounds,
-            aggregation,
-        )  # fmt: skip
-        listener(schedule.charge(number, participants, old_cuts, state.cuts))
-        evaluated = _evaluated(number, federation)
-        listener(evaluated)
-        state = replace(state, losses=evaluated.by_client)
-        save(state)
-    return state
+    server: Server
+    federation: Federation
+    ranks: RankPolicy
+    training: TrainingSpec
+    schedule: Schedule
+    listener: Listener
+    save: Callable[[RunState], None] = lambda state: None
+    """Called after each round."""
+    aggregation: AggregateSpec = AggregateSpec()  # noqa: RUF009 frozen
+    privacy: PrivacySpec = PrivacySpec()  # noqa: RUF009 frozen
+    secret: bool = False
+    """Draw the noise on updates anew, as a deployment needs, rather than from the run's seed."""
+
+    def train(self, state: RunState) -> RunState:
+        """Train from `state` to the last round."""
+        if state.round == 0:
+            self.server.place(state.cuts)
+            self.server.install(state.adapters, state.folded)
+            state = self._evaluate(state)
+        for number in range(state.round + 1, self.training.rounds + 1):
+            # cuts and participants of the round
+            decision = self.schedule.choose(number, state.cuts, state.losses)
+            cuts, old_cuts = dict(decision.cuts), state.cuts
+            if number == 1 or cuts != old_cuts:
+                self.listener(CutsChanged(round=number, cuts=cuts, reason=decision.reason))
+            drawn = participants_of(number, list(cuts), self.training.participation, self.ranks.seed)
+            # training and aggregation
+            run_round = self._round_in_turn if self.training.order == "in-turn" else self._round
+            state, participants = run_round(state, cuts, drawn)
+            # simulated time, held-out loss, checkpoint
+            self.listener(self.schedule.charge(number, participants, old_cuts, state.cuts))
+            state = self._evaluate(state)
+            self.save(state)
+        return state
+
+    def _round(
+        self, state: RunState, cuts: Mapping[str, int], drawn: Sequence[str]
+    ) -> tuple[RunState, list[str]]:
+        """Train all participants at once and aggregate; return the next state and whose training is in it."""
+        number = state.round + 1
+        # start: clients move to their cuts, client and server load the factors to train
+        cuts, ready = self._move(state, cuts, drawn)
+        participants = [name for name in drawn if name in ready]
+        self.server.place(cuts)
+        self.server.start(number, participants, state.adapters, state.folded)
+        # train: local steps
+        uploads = self.federation.train(number, participants, self.training.steps, self.listener)
+        full_sets = [self._full_set(state, name, cuts[name], upload) for name, upload in uploads.items()]
+        self.server.finish()
+        # aggregate: one set of global factors; private blocks of clients keep the factors they began with
+        fresh = Fresh(self.ranks.seed, salt=number)
+        result = aggregate(self.ranks.rule, full_sets, self.ranks.global_ranks(cuts), fresh)
+        mean = self._bounds.noised(result.state.fill_from(state.adapters), len(full_sets), number)
+        shared, memory = stepped(self.aggregation, state.adapters, mean, state.memory)
+        adapters, folded = state.adapters.updated(shared), add_folded(state.folded, result.folded)
+        after = RunState(number, cuts, adapters, folded=folded, memory=memory)
+        # install: every client gets the part of the result that it cannot compute
+        self.server.install(adapters, folded)
+        messages = {}
+        for name, cut in cuts.items():
+            sent = self.ranks.part_sent(shared.within(Span(0, cut)))
+            new_folded = result.folded.within(Span(0, cut))
+            messages[name] = GlobalAdapters(round=number, adapters=sent, folded=new_folded)
+        self.federation.install(messages, after)
+        if spent := self._bounds.spent(number):
+            self.listener(spent)
+        self._tell_done(number, list(uploads), result.error, self.federation.traffic())
+        return after, list(uploads)
+
+    def _move(
+        self, state: RunState, asked: Mapping[str, int], drawn: Sequence[str]
+    ) -> tuple[dict[str, int], Collection[str]]:
+        """Start the round at clients that move or take part; return all cuts, and the clients that answer.
+
+        Clients that do not answer keep the cut they had.
+        """
+        number, old, states = state.round + 1, state.cuts, self.server.client_states
+        gained = {name: Span(0, cut).minus(Span(0, old[name])) for name, cut in asked.items()}
+        starts = {
+            name: RoundStart(
+                round=number,
+                cut=asked[name],
+                adapters=states.personal(name, state.adapters.within(gained[name])),
+                moments=states.moments_of(name, gained[name]),
+                folded=state.folded.within(gained[name]),
+            )
+            for name in (asked if asked != old else drawn)
+        }
+        ready = self.federation.start(starts)
+        for name, answer in ready.items():
+            states.move(name, gained[name], answer.moments, answer.own)
+        cuts = {name: cut if name in ready else old[name] for name, cut in asked.items()}
+        if stayed := [name for name in cuts if cuts[name] != asked[name]]:
+            reason = f"no answer from {', '.join(stayed)} at the start of the round: cut kept"
+            self.listener(CutsChanged(round=number, cuts=cuts, reason=reason))
+        return cuts, ready.keys()
+
+    def _full_set(
+        self, state: RunState, name: str, cut: int, upload: AdapterUpload
+    ) -> tuple[float, AdapterState]:
+        """Join a client's factors with the server's for it; return their weight and the clipped full set."""
+        ranks, bounds = self.ranks, self._bounds
+        on_server, tokens = self.server.trained(name)
+        trained = ranks.validate_upload(name, upload.adapters, state.adapters, cut).union(on_server)
+        start = trained
+        if bounds.bounding:
+            start = ranks.factors_at_start(state.adapters, cut, state.round + 1, name)
+        return bounds.weight(tokens or upload.tokens), bounds.clipped(start, trained)
+
+    def _round_in_turn(
+        self, state: RunState, cuts: Mapping[str, int], drawn: Sequence[str]
+    ) -> tuple[RunState, list[str]]:
+        """Train the participants one after the other: each hands its factors and moments on to the next.
+
+        Vanilla split learning (arXiv 1810.06060): with the server's factors they are one model, trained on
+        all text in turn. The server carries factors and moments, so that clients need not know each other.
+        Cuts stay, no update is bounded and nothing is averaged; configurations that ask for such are refused.
+        A client that is lost in its turn is left out.
+        """
+        number, adapters, server, federation = state.round + 1, state.adapters, self.server, self.federation
+        server.place(cuts)
+        if self.training.optimizer_state == "reset":
+            server.moments.clear()
+        # train: each begins with the factors and moments of the one before
+        finished: list[str] = []
+        for name in drawn:
+            span = Span(0, cuts[name])
+            moments = server.moments.pop(HANDED_ON, {})
+            start = RoundStart(round=number, cut=cuts[name], adapters=adapters.within(span), moments=moments)
+            federation.start({name: start})
+            server.start(number, [name], adapters)
+            uploads = federation.train(number, [name], self.training.steps, self.listener)
+            if name in uploads:
+                adapters = uploads[name].adapters.union(server.trained(name)[0])
+                moments = dict(uploads[name].moments)
+                finished.append(name)
+            server.finish()
+            server.moments[HANDED_ON] = moments
+        if self.training.optimizer_state == "reset":
+            server.moments.clear()
+        # install: for evaluation only, so it is not counted as the round's traffic
+        server.install(adapters)
+        traffic = federation.traffic()
+        after = RunState(number, cuts, adapters)
+        messages = {
+            name: GlobalAdapters(round=number, adapters=adapters.within(Span(0, cut)))
+            for name, cut in cuts.items()
+        }
+        federation.install(messages, after)
+        self._tell_done(number, finished, 0.0, traffic)
+        return after, finished
+
+    def _evaluate(self, state: RunState) -> RunState:
+        """Add the held-out loss of every client to the state."""
+        results = self.federation.evaluate()
+        tokens = sum(result.tokens for result in results.values())
+        evaluated = Evaluated(
+            round=state.round,
+            loss=sum(result.loss for result in results.values()) / max(1, tokens),
+            by_client={name: result.loss / max(1, result.tokens) for name, result in results.items()},
+            traffic=self.federation.traffic(),
+        )
+        self.listener(evaluated)
+        return replace(state, losses=evaluated.by_client)
+
+    def _tell_done(
+        self, number: int, participants: Sequence[str], error: float, traffic: dict[str, Traffic]
+    ) -> None:
+        self.listener(
+            RoundDone(
+                round=number, participants=tuple(participants), aggregation_error=error, traffic=traffic
+            )
+        )
+
+    @cached_property
+    def _bounds(self) -> UpdateBounds:
+        noise = Noise(self.ranks.seed, "=updates", self.secret)
+        return UpdateBounds(self.privacy, self.ranks.rule, noise)
 
 
 def participants_of(number: int, clients: Sequence[str], share: float, seed: int) -> list[str]:
-    """The clients drawn for a round: a share of them, at least one, in their usual order."""
+    """Draw a share of the clients for a round, at least one, in their usual order."""
     count = max(1, round(share * len(clients)))
     generator = Draw.PARTICIPANT.generator(seed, number)
     return [clients[i] for i in np.sort(generator.choice(len(clients), count, replace=False))]
-
-
-def _round(
-    number: int,
-    state: RunState,
-    old_cuts: Mapping[str, int],
-    participants: Sequence[str],
-    server: Server,
-    federation: Federation,
-    ranks: RankPolicy,
-    training: TrainingSpec,
-    listener: Listener,
-    bounds: UpdateBounds,
-    aggregation: AggregateSpec,
-) -> tuple[RunState, list[str]]:
-    """One round of training and aggregation: the next global factors, and whose training is in them."""
-    clients, asked = list(state.cuts), state.cuts
-    gained = {name: Span(0, asked[name]).minus(Span(0, old_cuts[name])) for name in clients}
-    starts = {
-        name: RoundStart(
-            round=number,
-            cut=asked[name],
-            adapters=server.kept.personal(name, state.adapters.within(gained[name])),
-            moments=server.kept.moments_of(name, gained[name]),
-            folded=state.folded.within(gained[name]),
-        )
-        for name in (clients if asked != old_cuts else participants)
-    }
-    there = federation.start(starts)
-    for name, ready in there.items():
-        server.kept.moved(name, gained[name], ready.moments, ready.own)
-    cuts = {name: asked[name] if name in there else old_cuts[name] for name in clients}
-    if stayed := [name for name in clients if cuts[name] != asked[name]]:
-        reason = f"{', '.join(stayed)} did not come with the others, and keeps the cut it had"
-        listener(CutsChanged(round=number, cuts=cuts, reason=reason))
-    server.place(cuts)
-    participants = [name for name in participants if name in there]
-    server.start(number, participants, state.adapters, state.folded)
-
-    uploads = federation.train(number, participants, training.steps, listener)
-
-    full_sets = []
-    for name, upload in uploads.items():
-        others, tokens = server.trained(name)
-        trained = ranks.validate_upload(name, upload.adapters, state.adapters, cuts[name]).union(others)
-        start = (
-            ranks.factors_at_start(state.adapters, cuts[name], number, name) if bounds.bounding else trained
-        )
-        full_sets.append((bounds.weight(tokens or upload.tokens), bounds.clipped(start, trained)))
-    server.finish()
-    fresh = Fresh(ranks.seed, salt=number)
-    result = aggregate(ranks.rule, full_sets, ranks.united(cuts), fresh)
-    shared = bounds.noised(result.state.completed(state.adapters), len(full_sets), number)
-    shared, memory = stepped(aggregation, state.adapters, shared, state.memory)
-    adapters = state.adapters.updated(shared)  # blocks that clients keep private stay as they began
-    folded = add_folded(state.folded, result.folded)
-    server.install(adapters, folded)
-    after = RunState(number, cuts, adapters, folded=folded, memory=memory)
-    lacking = {name: _lacking(number, Span(0, cuts[name]), ranks, shared, result.folded) for name in clients}
-    federation.install(lacking, after)
-    if spent := bounds.spent(number):
-        listener(spent)
-    listener(
-        RoundDone(
-            round=number,
-            participants=tuple(uploads),
-            aggregation_error=result.error,
-            traffic=federation.traffic(),
-        )
-    )
-    return after, list(uploads)
-
-
-def _lacking(
-    number: int, span: Span, ranks: RankPolicy, adapters: AdapterState, folded: AdapterState
-) -> GlobalAdapters:
-    """What a client of these blocks lacks of the round's result."""
-    sent = ranks.part_sent(adapters.within(span))
-    return GlobalAdapters(round=number, adapters=sent, folded=folded.within(span))
-
-
-def _round_in_turn(
-    number: int,
-    state: RunState,
-    old_cuts: Mapping[str, int],
-    participants: Sequence[str],
-    server: Server,
-    federation: Federation,
-    ranks: RankPolicy,
-    training: TrainingSpec,
-    listener: Listener,
-    bounds: UpdateBounds,
-    aggregation: AggregateSpec,
-) -> tuple[RunState, list[str]]:
-    """One round in which clients train one after the other: each hands its factors and moments on.
-
-    Vanilla split learning (arXiv 1810.06060): with the server's factors they are one model, trained on all
-    text in turn. The server carries what is handed on, so that clients need not know each other. Cuts stay
-    (`old_cuts`), no single client has an update to bound (`bounds`), and nothing is averaged (`aggregation`);
-    configurations that ask for such are refused. A client that is lost in its turn is left out of the chain.
-    """
-    cuts, adapters = state.cuts, state.adapters
-    server.place(cuts)
-    if training.optimizer_state == "reset":
-        server.moments.clear()
-    finished: list[str] = []
-    for name in participants:
-        span = Span(0, cuts[name])
-        handed_on = server.moments.pop(HANDED_ON, {})
-        start = RoundStart(round=number, cut=cuts[name], adapters=adapters.within(span), moments=handed_on)
-        federation.start({name: start})
-        server.start(number, [name], adapters)
-        uploads = federation.train(number, [name], training.steps, listener)
-        if name in uploads:
-            adapters = uploads[name].adapters.union(server.trained(name)[0])
-            handed_on = dict(uploads[name].moments)
-            finished.append(name)
-        server.finish()
-        server.moments[HANDED_ON] = handed_on
-    if training.optimizer_state == "reset":
-        server.moments.clear()
-    server.install(adapters)
-    traffic = federation.traffic()  # what follows is for evaluation only: the model has been handed on
-    after = RunState(number, cuts, adapters)
-    whole = {
-        name: GlobalAdapters(round=number, adapters=adapters.within(Span(0, cut)))
-        for name, cut in cuts.items()
-    }
-    federation.install(whole, after)
-    listener(RoundDone(round=number, participants=tuple(finished), aggregation_error=0.0, traffic=traffic))
-    return after, finished
-
-
-def _evaluated(number: int, federation: Federation) -> Evaluated:
-    """Held-out loss by client, and over all labelled tokens of all clients."""
-    results = federation.evaluate()
-    tokens = sum(result.tokens for result in results.values())
-    return Evaluated(
-        round=number,
-        loss=sum(result.loss for result in results.values()) / max(1, tokens),
-        by_client={name: result.loss / max(1, result.tokens) for name, result in results.items()},
-        traffic=federation.traffic(),
-    )

@@ -1,19 +1,15 @@
-"""The server: holds blocks [k, L) for every client, and works on many clients' batches at once.
+"""The server: it holds blocks [k, L) for every client and works on many clients' batches at once.
 
     client a, cut 2   (B_a, T, D) --[2,5)--+
     client b, cut 5   (B_b, T, D) ---------+--[5,L)--> split --> LastHidden for a, LastHidden for b
 
 The base model is frozen and shared, so the rows of all clients go through one product; each client's rows
-meet that client's own factors (`server_adapters: per-client`, SplitFed v1, arXiv 2004.12088), or one set that
-all clients train (`shared`, SplitFed v2 and SplitLoRA, arXiv 2407.00952). A client joins at its cut.
-With own factors, who else is in the batch changes nothing but rounding.
+meet the factors of its slot (`ServerBlocks`). A client joins at its cut. With a slot for each client, the
+others in the batch change nothing but rounding.
 
-With shared factors the loss is that of the concatenated batch, sum_i M_i loss_i / sum_i M_i over the clients
-of a step, and the one optimizer steps when all have been heard.
-
-A client's step may come in micro-batches, up to `training.in_flight` of them underway at once. Each brings
-the gradient of the whole step's mean loss at its own rows: gradients add up, and the optimizer steps after
-the last.
+A client's step may arrive in micro-batches, up to `training.in_flight` of them at once. Each carries the
+gradient of the whole step's mean loss at its own rows: gradients add up, and the optimizer steps after the
+last one.
 """
 
 from __future__ import annotations
@@ -22,20 +18,23 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from splitft.adapters import AdapterState, LocalOptimizer, Moments, attach, moments_within
+from splitft.adapters import AdapterState, Moments
 from splitft.errors import ProtocolError
-from splitft.geometry import Plan, Span
+from splitft.geometry import Span
 from splitft.model import Model, Segment, loss_and_gradient, summed_loss
 from splitft.protocol import Activations, CutGradient, HeadGradient, HeldOutLoss, LastHidden, expect
 from splitft.specs import SplitSpec, TrainingSpec
-from splitft.training.batching import Group, group_by_length, in_random_order, of_step
-from splitft.training.client_record import RoundProgress
-from splitft.training.kept import ClientState
-from splitft.training.onramp import backward_together, forward_together
+from splitft.training.batching import (
+    Group,
+    backward_together,
+    forward_together,
+    group_by_length,
+    in_random_order,
+)
+from splitft.training.client_record import ClientStates, RoundProgress
+from splitft.training.micro_batch import MicroBatch, StepTotals
 from splitft.training.ranks import RankPolicy
-
-GLOBAL, SHARED = "=global", "=shared"
-"""Slots of the aggregated factors and of those that all clients train; no client's name begins with `=`."""
+from splitft.training.server_blocks import ServerBlocks
 
 
 class Server:
@@ -44,38 +43,37 @@ class Server:
     def __init__(
         self, model: Model, deepest: Span, ranks: RankPolicy, split: SplitSpec, training: TrainingSpec
     ) -> None:
-        """Load `deepest`, the blocks after the shallowest cut, and the head if labels are here."""
+        """Load `deepest`, the blocks after the shallowest cut, and the head if labels are on the server."""
         self._ranks, self._split, self._training = ranks, split, training
-        self.segment: Segment = model.segment(deepest, head=split.labels == "server")
-        self._bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype, ranks.gain)
-        self._dtype = torch.promote_types(model.dtype, torch.float32)
+        self.blocks = ServerBlocks(model, deepest, ranks, split, training)
         self._round = 0
-        self._seats: dict[str, RoundProgress] = {}
-        self._cuts: dict[str, int] = {}
-        self._groups: dict[tuple[str, int], Group] = {}  # by client and micro-batch
-        self._optimizers: dict[str, LocalOptimizer] = {}
-        self._heard: dict[str, int] = {}  # shared factors: labelled tokens of who was heard this step
-        self.kept = ClientState(per_client=not self._shared)
-        """What is kept of clients across rounds."""
+        self._progress: dict[str, RoundProgress] = {}
+        self._groups: dict[tuple[str, int], Group] = {}  # in flight, by client and micro-batch
 
-    def initial(self) -> AdapterState:
-        """The global factors before training, over all L blocks."""
-        return self._ranks.start(self._bank.sizes, self._dtype)
+    @property
+    def segment(self) -> Segment:
+        """The blocks of the model."""
+        return self.blocks.segment
+
+    @property
+    def client_states(self) -> ClientStates:
+        """State of clients across rounds."""
+        return self.blocks.client_states
 
     @property
     def moments(self) -> dict[str, Moments]:
         """Optimizer moments by slot, when kept across rounds."""
-        return self.kept.moments
+        return self.client_states.moments
 
     # --- rounds -----------------------------------------------------------------------------------
 
+    def initial(self) -> AdapterState:
+        """Return the global factors before training, over all L blocks."""
+        return self.blocks.initial()
+
     def place(self, cuts: Mapping[str, int]) -> int:
-        """Hold what these cuts leave to the server; returns bytes of weights read."""
-        blocks = self.segment.shape.blocks
-        for cut in cuts.values():
-            Plan(cut, blocks, self._split.labels)
-        self._cuts = dict(cuts)
-        return self.segment.resize(Span(min(cuts.values()), blocks))
+        """Hold the blocks that these cuts leave to the server; return bytes of weights read."""
+        return self.blocks.place(cuts)
 
     def start(
         self,
@@ -84,64 +82,36 @@ class Server:
         state: AdapterState,
         folded: AdapterState | None = None,
     ) -> None:
-        """Give every participant (or all together) the round's factors and a fresh optimizer."""
-        blocks = self.segment.shape.blocks
-        self._seats = {name: RoundProgress(self._cuts[name]) for name in participants}
-        self._round, self._groups, self._heard, self._optimizers = number, {}, {}, {}
-        if self._shared:
-            cuts = [self._cuts[name] for name in participants]
-            slots = {SHARED: (Span(min(cuts), blocks), self._ranks.shared(cuts))}
-        else:
-            slots = {
-                name: (Span(seat.cut, blocks), self._ranks.of(seat.cut, name))
-                for name, seat in self._seats.items()
-            }
-        for slot, (span, ranks) in slots.items():
-            trained, rest = self._ranks.split_trained(
-                self.kept.personal(slot, state.within(span)), ranks, number
-            )
-            self._bank.put(slot, trained, rest, folded, self._ranks.sharing.trains)
-            moments = moments_within(self.moments.get(slot, {}), span)
-            self._optimizers[slot] = LocalOptimizer(
-                self._bank.parameters(slot), self._training, moments, self._ranks.lora.lr_ratio, number
-            )
+        """Begin a round: load its factors for every participant, or for all together."""
+        self._round, self._groups = number, {}
+        self._progress = {name: RoundProgress() for name in participants}
+        self.blocks.start(number, participants, state, folded)
 
     def trained(self, client: str) -> tuple[AdapterState, int]:
-        """Factors of blocks [k, L) trained for one client, and the labelled tokens it has seen."""
-        seat = self._seat(client)
-        span = Span(seat.cut, self.segment.shape.blocks)
-        return self._bank.take(self._slot(client), whole=True).within(span), seat.tokens
+        """Return the factors of blocks [k, L) trained for a client, and the labelled tokens of its steps."""
+        tokens = self._participant(client).tokens
+        return self.blocks.trained(client), tokens
 
     def finish(self) -> None:
-        """End the round: keep moments if they are kept, and forget everything else of it."""
-        if self._training.optimizer_state == "keep" or self._training.order == "in-turn":
-            self.moments.update({slot: one.moments() for slot, one in self._optimizers.items()})
-        for slot in self._optimizers:
-            if self._ranks.keeps_own:
-                self.kept.own[slot] = self._bank.take(slot, whole=True).only("B")
-            self._bank.drop(slot)
-        self._optimizers, self._groups, self._seats = {}, {}, {}
+        """End the round."""
+        self._groups, self._progress = {}, {}
+        self.blocks.finish()
 
     def install(self, state: AdapterState, folded: AdapterState | None = None) -> None:
-        """Take the aggregated factors, to evaluate with; those of each client where it has its own."""
-        if not self._ranks.keeps_own:
-            self._bank.put(GLOBAL, state.within(self.segment.span), folded=folded)
-            return
-        for client, cut in self._cuts.items():
-            held = state.within(Span(cut, self.segment.shape.blocks))
-            self._bank.put(f"{GLOBAL}/{client}", self.kept.personal(client, held))
+        """Load the aggregated factors to evaluate with."""
+        self.blocks.install(state, folded)
 
     # --- steps ------------------------------------------------------------------------------------
 
     def groups(self, messages: Sequence[Activations]) -> list[list[Activations]]:
-        """Who is worked on together (`runtime.grouping`); with `shared-in-turn`, one by one."""
+        """Group batches to run together; with `shared-in-turn` each runs by itself."""
         if self._split.server_adapters == "shared-in-turn" and messages[0].training:
-            step = self._seat(messages[0].client).step
+            step = self._participant(messages[0].client).steps
             return in_random_order(messages, [self._ranks.seed, self._round, step])
         return group_by_length(messages, self._split.group_tokens)
 
     def forward(self, messages: Sequence[Activations]) -> dict[str, LastHidden | CutGradient | HeldOutLoss]:
-        """One batch of one or several clients through the server's blocks; a reply for each.
+        """Run one batch of one or several clients through the server's blocks; return a reply for each.
 
         LastHidden (M, D) with labels on the clients; with labels here, the gradient or the loss at once.
         """
@@ -151,15 +121,16 @@ class Server:
             self.check(message)
         if len({message.client for message in messages}) < len(messages):
             raise ProtocolError("a client sends two batches at once")
-        slot = self._slot if training else self._evaluated
+        blocks = self.blocks
+        slot = blocks.slot if training else blocks.evaluation_slot
         with torch.set_grad_enabled(training):
-            group = forward_together(self.segment, self._bank, self._cuts, slot, messages, training)
+            group = forward_together(self.segment, blocks.bank, blocks.cuts, slot, messages, training)
         if training:
             for message in messages:
                 self._groups[message.client, message.micro_batch] = group
-                self._seat(message.client).take(message)
+                self._participant(message.client).begin(message)
         if self._split.labels == "server":
-            return dict(self._graded(group, training))
+            return dict(self._train_on_labels(group) if training else self._evaluate_labels(group))
         return {
             client: LastHidden(step=message.step, micro_batch=message.micro_batch, hidden=output.detach())
             for client, output in group.outputs.items()
@@ -167,24 +138,24 @@ class Server:
         }
 
     def check(self, message: Activations | HeadGradient) -> None:
-        """Raise ProtocolError for what may not come now. Changes nothing."""
+        """Raise ProtocolError if the message is not allowed now. Changes nothing."""
         if isinstance(message, HeadGradient):
             group = self._groups.get((message.client, message.micro_batch))
             if group is None:
                 raise ProtocolError(f"{message.client} sends a gradient, but no batch of it is underway here")
             group.check(message)
             return
-        if message.client not in self._cuts:
+        if message.client not in self.blocks.cuts:
             raise ProtocolError(f"{message.client} is no client of this run")
         if message.training:
-            seat = self._seat(message.client)
+            progress = self._participant(message.client)
             expect(message, Activations, round=self._round)
-            seat.check(message, self._training)
+            progress.check(message, self._training)
         if self._split.labels == "server":
             self._check_labels(message)
 
-    def together(self, messages: Sequence[HeadGradient]) -> list[list[HeadGradient]]:
-        """Those that answer one `forward` together, as `backward` takes them."""
+    def group_gradients(self, messages: Sequence[HeadGradient]) -> list[list[HeadGradient]]:
+        """Group gradients that answer one `forward`, as `backward` takes them."""
         by_group: dict[int, list[HeadGradient]] = {}
         for message in messages:
             group = self._groups.get((message.client, message.micro_batch))
@@ -192,9 +163,9 @@ class Server:
         return list(by_group.values())
 
     def backward(self, messages: Sequence[HeadGradient]) -> dict[str, CutGradient]:
-        """Gradients at the last hidden states, back to the cuts; the optimizers of these clients step.
+        """Run backward from the last hidden states to the cuts; step the optimizers of completed steps.
 
-        The messages answer one `forward`; who is missing from them may follow with a `backward` of its own,
+        The messages answer one `forward`. A client missing from them may follow in a `backward` of its own,
         which costs another pass through the group, or `leave`.
         """
         group = self._groups.get((messages[0].client, messages[0].micro_batch))
@@ -203,29 +174,29 @@ class Server:
             if self._groups.get((message.client, message.micro_batch)) is not group:
                 raise ProtocolError(f"{message.client} sends a gradient for another group")
         assert group is not None
-        at_cuts = self._back(group, {message.client: message.gradient for message in messages})
-        return {
-            message.client: CutGradient(
-                step=message.step, micro_batch=message.micro_batch, gradient=at_cuts[message.client]
-            )
-            for message in messages
-        }
+        return self._backward(group, {one.client: (one.loss, one.gradient) for one in messages})
+
+    def in_step(self, client: str) -> bool:
+        """Return whether a step of this client has begun and is not complete."""
+        return client in self._progress and bool(self._progress[client].begun)
+
+    def completed_step(self, client: str) -> StepTotals | None:
+        """Return the step that the client's last finished micro-batch completed; None if it did not."""
+        return self._participant(client).completed
 
     def forget(self, client: str) -> None:
-        """Give up the step that is underway for a client, with what its finished micro-batches added."""
+        """Forget the client's current step, with the gradients of its finished micro-batches."""
         for key in [key for key in self._groups if key[0] == client]:
             del self._groups[key]
-        if client in self._seats:
-            self._seats[client].forget()
-        if client in self._optimizers:  # its own, with per-client adapters
-            self._optimizers[client].forget()
+        if client in self._progress:
+            self._progress[client].forget()
+        self.blocks.forget(client)
 
     def leave(self, client: str) -> None:
-        """Give up what the round has for a client that takes no further part in it."""
+        """Drop a client that takes no further part in the round."""
         self.forget(client)
-        self._seats.pop(client, None)
-        if self._optimizers.pop(client, None) is not None:  # its own, with per-client adapters
-            self._bank.drop(client)
+        self._progress.pop(client, None)
+        self.blocks.leave(client)
 
     # ----------------------------------------------------------------------------------------------
 
@@ -236,78 +207,52 @@ class Server:
         if int(message.labels.min()) < 0 or int(message.labels.max()) >= vocab:
             raise ProtocolError(f"{message.client} sends labels that are not token ids below {vocab}")
 
-    def _graded(self, group: Group, training: bool) -> Mapping[str, LastHidden | CutGradient | HeldOutLoss]:
-        """Loss here, since the labels are: the reply is the gradient at the cut, or the held-out loss."""
-        losses, gradients = {}, {}
+    def _train_on_labels(self, group: Group) -> Mapping[str, CutGradient]:
+        """Compute loss and gradients at once, because labels are here."""
+        graded = {}
         for client, message in group.messages.items():
             assert message.labels is not None
-            if training:
-                graded = loss_and_gradient(self.segment, group.outputs[client], message.labels)
-                losses[client] = graded[0]
-                gradients[client] = of_step(message, graded[1])
-            else:
-                losses[client] = summed_loss(self.segment, group.outputs[client], message.labels)
-        if not training:
-            return {
-                client: HeldOutLoss(step=message.step, loss=losses[client], tokens=message.labelled_tokens)
-                for client, message in group.messages.items()
-            }
-        at_cuts = self._back(group, gradients)
-        return {
-            client: CutGradient(
+            loss, gradient = loss_and_gradient(self.segment, group.outputs[client], message.labels)
+            graded[client] = loss, MicroBatch.of_message(message).weighted(gradient)
+        return self._backward(group, graded)
+
+    def _evaluate_labels(self, group: Group) -> Mapping[str, HeldOutLoss]:
+        """Compute held-out losses, because labels are here."""
+        replies = {}
+        for client, message in group.messages.items():
+            assert message.labels is not None
+            loss = summed_loss(self.segment, group.outputs[client], message.labels)
+            replies[client] = HeldOutLoss(step=message.step, loss=loss, tokens=message.labelled_tokens)
+        return replies
+
+    def _backward(
+        self, group: Group, graded: Mapping[str, tuple[float, torch.Tensor]]
+    ) -> dict[str, CutGradient]:
+        """Run backward through one group from these clients' (loss, gradient)."""
+        shared = self._split.server_adapters == "shared"  # one step on the loss of all
+        weights = {client: group.messages[client].step_tokens if shared else 1 for client in graded}
+        retain_graph = any(
+            client not in graded and self._groups.get((client, message.micro_batch)) is group
+            for client, message in group.messages.items()
+        )
+        gradients = {client: gradient for client, (_, gradient) in graded.items()}
+        at_cuts = backward_together(group, gradients, weights, retain_graph)
+        replies, completed = {}, {}
+        for client, (loss, _) in graded.items():
+            message = group.messages[client]
+            self._groups.pop((client, message.micro_batch), None)
+            if self._progress[client].finish(message.micro_batch, loss):
+                completed[client] = weights[client]
+            replies[client] = CutGradient(
                 step=message.step,
                 micro_batch=message.micro_batch,
                 gradient=at_cuts[client],
-                loss=losses[client],
+                loss=loss if self._split.labels == "server" else None,
             )
-            for client, message in group.messages.items()
-        }
+        self.blocks.step(completed)
+        return replies
 
-    def _back(self, group: Group, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Backward through one group; returns gradients (N, D) at the cuts."""
-        shared = self._split.server_adapters == "shared"  # one step on the loss of all
-        weights = {client: group.messages[client].step_tokens if shared else 1 for client in gradients}
-        awaited = [
-            client
-            for client, message in group.messages.items()
-            if client not in gradients and self._groups.get((client, message.micro_batch)) is group
-        ]
-        at_cuts = backward_together(group, gradients, weights, again=bool(awaited))
-        for client in gradients:
-            self._groups.pop((client, group.messages[client].micro_batch), None)
-        self._step({client: weights[client] for client in gradients if self._seats[client].give_back()})
-        return at_cuts
-
-    def _step(self, weights: Mapping[str, int]) -> None:
-        """Optimizer steps for clients whose step is whole: each client's own, or one when all were heard.
-
-        Clients of the group that are still awaited got gradients of zero, to which theirs will be added.
-        """
-        if self._split.server_adapters == "per-client":
-            for client in weights:
-                self._optimizers[client].step()
-            return
-        if self._split.server_adapters == "shared-in-turn":
-            if weights:
-                self._optimizers[SHARED].step()
-            return
-        self._heard.update(weights)
-        if self._heard.keys() >= self._seats.keys():
-            self._optimizers[SHARED].step(divide_by=sum(self._heard.values()))
-            self._heard = {}
-
-    def _slot(self, client: str) -> str:
-        return SHARED if self._shared else client
-
-    @property
-    def _shared(self) -> bool:
-        """Whether all clients train one set of factors here."""
-        return self._split.server_adapters != "per-client"
-
-    def _evaluated(self, client: str) -> str:
-        return f"{GLOBAL}/{client}" if self._ranks.keeps_own else GLOBAL
-
-    def _seat(self, client: str) -> RoundProgress:
-        if client not in self._seats:
+    def _participant(self, client: str) -> RoundProgress:
+        if client not in self._progress:
             raise ProtocolError(f"{client} does not take part in this round")
-        return self._seats[client]
+        return self._progress[client]

@@ -1,9 +1,9 @@
-"""The whole federation in one process: the same client and server objects, on metered lines.
+"""The whole federation in one process: the same client and server objects, on metered channels.
 
-Each local step of all participants is played at once: all forward, the server in groups, all backward. Real
-federations need not be in step; results do not depend on it, since every client has its own
-factors on the server (with shared factors, in step is what the method means). A step's micro-batches are
-played one after the other: how many are underway at once is a matter of time, and the simulated clock's.
+Local steps are synchronous: all participants run forward, the server works in groups, all run backward. Real
+federations need not be synchronous; results do not depend on it, because every client has its own factors on
+the server (with shared factors the method itself is synchronous). A step's micro-batches run one after the
+other: how many are in flight at once matters only to the simulated clock.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from splitft.protocol import (
     MessageSerializer,
     RoundReady,
     RoundStart,
+    expect,
 )
 from splitft.protocol.channel import Channel, Tap
 from splitft.tracking.events import Role, StepDone, Traffic
 from splitft.training.client import Client
-from splitft.training.micro_batch import StepTotals
 from splitft.training.rounds import RunState
 from splitft.training.server import Server
 
@@ -41,7 +41,7 @@ M = TypeVar("M", bound=Message)
 
 
 class Simulation:
-    """Carries the messages between one server and its clients. Implements `rounds.Federation`."""
+    """Carrier of the messages between one server and its clients. Implements `rounds.Federation`."""
 
     def __init__(
         self,
@@ -51,99 +51,98 @@ class Simulation:
         tap: Tap | None = None,
         seed: int = 0,
     ) -> None:
-        """`terms` are for all, or one for each client; `seed` is that of rounding at random."""
+        """Connect the parties; `terms` are common or by client, `seed` fixes random rounding."""
         self.server = server
         self.clients: Mapping[str, Client] = {client.name: client for client in clients}
-        self._lines = {
+        self._channels = {
             name: Channel(name, terms if isinstance(terms, MessageSerializer) else terms[name], tap, seed)
             for name in self.clients
         }
-        self._tallies: dict[str, StepTotals] = {}  # of steps that have begun
-        self._aside: dict[str, list[Traffic]] = {name: [] for name in self.clients}
-        self._seconds: dict[str, defaultdict[str, float]] = {
-            name: defaultdict(float) for name in self.clients
-        }
+        self._counted: dict[str, list[Traffic]] = {name: [] for name in self.clients}
+        self._seconds: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
 
     def start(self, messages: Mapping[str, RoundStart]) -> dict[str, RoundReady]:
         """Begin a round with these clients."""
         ready = {}
         for name, message in messages.items():
-            line = self._lines[name]
-            ready[name] = line.up(self.clients[name].start(line.down(message)))
+            channel = self._channels[name]
+            ready[name] = channel.up(self.clients[name].start(channel.down(message)))
         return _all(RoundReady, ready)
 
     def train(
         self, number: int, participants: Sequence[str], steps: int, listener: Callable[[StepDone], None]
     ) -> dict[str, AdapterUpload]:
-        """Play the round's local steps; returns the clients' factors."""
-        self._set_aside(participants)
+        """Run the round's local steps; return the clients' uploads."""
+        self._count(participants)
         for _ in range(steps):
             for name in participants:
                 if self.clients[name].whole:
-                    listener(self._step_alone(number, name))
+                    listener(self._step_alone(name))
             due = [name for name in participants if not self.clients[name].whole]
             while due:
                 sent: list[Message] = []
                 for name in due:
                     with self._timed("client_forward", [name]):
                         activations = self.clients[name].forward()
-                    sent.append(self._lines[name].up(activations))
+                    sent.append(self._channels[name].up(activations))
                 for group in self._groups(list(_all(Activations, dict(enumerate(sent))).values())):
-                    for step in self._step(number, group):
+                    for step in self._step(group):
                         listener(step)
                 due = [name for name in due if self.clients[name].unsent]
-        uploads = {name: self._lines[name].up(self.clients[name].upload()) for name in participants}
+        uploads = {name: self._channels[name].up(self.clients[name].upload()) for name in participants}
         return _all(AdapterUpload, uploads)
 
     def install(self, messages: Mapping[str, GlobalAdapters], state: RunState) -> None:
-        """Hand every client the aggregated factors of its blocks."""
+        """Send every client the aggregated factors of its blocks."""
         for name, message in messages.items():
-            self.clients[name].install(self._lines[name].down(message))
+            self.clients[name].install(self._channels[name].down(message))
 
     def evaluate(self) -> dict[str, Evaluation]:
-        """Held-out loss of the global adapters on every client's text."""
-        for index in range(max(client.held_out_batches for client in self.clients.values())):
-            names = [name for name, client in self.clients.items() if index < client.held_out_batches]
+        """Evaluate the global adapters on every client's held-out text."""
+        evaluators = {name: client.held_out for name, client in self.clients.items()}
+        for index in range(max(len(one) for one in evaluators.values())):
+            names = [name for name, one in evaluators.items() if index < len(one)]
             for name in names:
                 if self.clients[name].whole:
-                    self.clients[name].held_out_alone(index)
+                    evaluators[name].alone(index)
             names = [name for name in names if not self.clients[name].whole]
-            sent = {name: self._lines[name].up(self.clients[name].held_out(index)) for name in names}
+            sent = {name: self._channels[name].up(evaluators[name].forward(index)) for name in names}
             for group in self._groups(list(_all(Activations, sent).values())):
                 for name, reply in self.server.forward(group).items():
-                    self.clients[name].held_out_head(self._lines[name].down(reply))
-        return _all(Evaluation, {n: self._lines[n].up(c.evaluation()) for n, c in self.clients.items()})
+                    evaluators[name].head(self._channels[name].down(reply))
+        results = {name: self._channels[name].up(one.result()) for name, one in evaluators.items()}
+        return _all(Evaluation, results)
 
     def traffic(self) -> dict[str, Traffic]:
-        """Bytes of each client since this was asked last, without those of steps (their events have them)."""
-        self._set_aside(list(self._lines))
-        counted = {name: _sum(parts) for name, parts in self._aside.items()}
-        self._aside = {name: [] for name in self._lines}
-        return counted
+        """Return bytes of each client since the last call, without those of steps, which events report."""
+        self._count(list(self._channels))
+        total = {name: _sum(parts) for name, parts in self._counted.items()}
+        self._counted = {name: [] for name in self._channels}
+        return total
 
-    def memories(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What codecs remember, by client and end of its line, for a checkpoint."""
-        kept = {
-            f"{name}/{end}": streams.tensors()
-            for name, line in self._lines.items()
-            for end, streams in line.ends.items()
+    def codec_states(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return the states of codecs that learn, by client and end of its channel, for a checkpoint."""
+        states = {
+            f"{name}/{end}": state.tensors()
+            for name, channel in self._channels.items()
+            for end, state in channel.ends.items()
         }
-        return {owner: tensors for owner, tensors in kept.items() if tensors}
+        return {owner: tensors for owner, tensors in states.items() if tensors}
 
-    def recall(
-        self, memories: Mapping[str, Mapping[str, torch.Tensor]], known: Mapping[str, AdapterState]
+    def restore_codecs(
+        self, states: Mapping[str, Mapping[str, torch.Tensor]], known: Mapping[str, AdapterState]
     ) -> dict[str, AdapterState]:
-        """Remember what a checkpoint kept, beside the global factors of each client's blocks.
+        """Restore the states of codecs from a checkpoint and the global factors of each client's blocks.
 
-        Returns these as each client has them: where the wire rounds factors, as they arrived.
+        Return these factors as each client has them: as they arrived, where the codec rounds them.
         """
         arrived = {}
-        for name, line in self._lines.items():
-            for end, streams in line.ends.items():
-                streams.restore(memories.get(f"{name}/{end}", {}))
-                if not streams.adapters.held:
-                    streams.adapters.restore({f"global/{n}": t for n, t in known[name].tensors().items()})
-            arrived[name] = AdapterState.from_tensors(dict(line.ends["client"].adapters.known()))
+        for name, channel in self._channels.items():
+            for end, state in channel.ends.items():
+                state.restore(states.get(f"{name}/{end}", {}))
+                if not state.adapters.held:
+                    state.adapters.restore({f"global/{n}": t for n, t in known[name].tensors().items()})
+            arrived[name] = AdapterState.from_tensors(dict(channel.ends["client"].adapters.known()))
         return arrived
 
     # ----------------------------------------------------------------------------------------------
@@ -151,71 +150,43 @@ class Simulation:
     def _groups(self, messages: list[Activations]) -> list[list[Activations]]:
         return self.server.groups(messages) if messages else []
 
-    def _step_alone(self, number: int, name: str) -> StepDone:
-        """One step of a client that needs no server: nothing travels."""
-        step = self.clients[name].steps
+    def _step_alone(self, name: str) -> StepDone:
+        """Run one step of a client that needs no server: nothing is sent."""
         with self._timed("client_step", [name]):
-            loss, batch = self.clients[name].step_alone()
-        seconds = {leg: round(spent, 6) for leg, spent in self._seconds[name].items()}
-        self._seconds[name].clear()
-        return StepDone(
-            round=number,
-            step=step,
-            client=name,
-            loss=loss,
-            tokens=batch.labelled_tokens,
-            examples=len(batch.lengths),
-            seconds=seconds,
-        )
+            totals = self.clients[name].step_alone()
+        return totals.event(name, self._seconds.pop(name))
 
-    def _step(self, number: int, group: Sequence[Activations]) -> Iterator[StepDone]:
-        """One micro-batch of the clients of one group, after their forward; their steps that are whole."""
+    def _step(self, group: Sequence[Activations]) -> Iterator[StepDone]:
+        """Run one micro-batch of a group's clients from the cut on; yield the steps that it completes."""
         names = [message.client for message in group]
-        steps = {name: self.clients[name].steps for name in names}
-        losses: dict[str, float] = {}
+        # server forward; client head, server backward, unless the server has labels and did it all at once
         with self._timed("server_forward", names):
             replies: Mapping[str, Message] = self.server.forward(group)
         if not all(isinstance(reply, CutGradient) for reply in replies.values()):
             gradients: dict[str, Message] = {}
             for name in names:
-                reply = self._lines[name].down(replies[name])
+                reply = self._channels[name].down(replies[name])
                 with self._timed("head", [name]):
                     gradient = self.clients[name].head(reply)
-                losses[name] = gradient.loss
-                gradients[name] = self._lines[name].up(gradient)
+                gradients[name] = self._channels[name].up(gradient)
             with self._timed("server_backward", names):
                 replies = self.server.backward(list(_all(HeadGradient, gradients).values()))
-        for message in group:
-            name = message.client
-            reply = self._lines[name].down(replies[name])
-            assert isinstance(reply, CutGradient)
+        # client backward
+        for name in names:
+            reply = self._channels[name].down(replies[name])
             with self._timed("client_backward", [name]):
                 self.clients[name].backward(reply)
-            loss = losses[name] if reply.loss is None else reply.loss
-            tally = self._tallies.setdefault(name, StepTotals())
-            if not tally.add(message, loss):
-                continue
-            del self._tallies[name]
-            yield StepDone(
-                round=number,
-                step=steps[name],
-                client=name,
-                loss=tally.loss,
-                tokens=tally.tokens,
-                examples=tally.examples,
-                seconds={leg: round(spent, 6) for leg, spent in self._seconds[name].items()},
-                traffic=self._lines[name].traffic(),
-            )
-            self._seconds[name].clear()
+            if totals := self.server.completed_step(name):
+                yield totals.event(name, self._seconds.pop(name), self._channels[name].traffic())
 
-    def _set_aside(self, names: Sequence[str]) -> None:
-        """Keep what was counted so far apart from the steps to come."""
+    def _count(self, names: Sequence[str]) -> None:
+        """Count the traffic up to now apart from that of the next steps."""
         for name in names:
-            self._aside[name].append(self._lines[name].traffic())
+            self._counted[name].append(self._channels[name].traffic())
 
     @contextmanager
     def _timed(self, leg: str, names: Sequence[str]) -> Iterator[None]:
-        """Charge wall time in equal parts to those it was spent for."""
+        """Charge wall time in equal parts to these clients."""
         began = time.perf_counter()
         yield
         spent = (time.perf_counter() - began) / len(names)
@@ -224,12 +195,8 @@ class Simulation:
 
 
 def _all(kind: type[M], messages: Mapping[K, Message]) -> dict[K, M]:
-    """These messages, known to be of one kind."""
-    known: dict[K, M] = {}
-    for key, message in messages.items():
-        assert isinstance(message, kind)
-        known[key] = message
-    return known
+    """Return these messages, all of one kind."""
+    return {key: expect(message, kind) for key, message in messages.items()}
 
 
 def _sum(parts: Sequence[Traffic]) -> Traffic:

@@ -1,0 +1,76 @@
+"""A client's batches: split into micro-batches, and kept while the server works on their hidden states.
+
+Batch --split_batch--> (MicroBatch, Batch), ...
+SentBatch(micro_batch, batch, hidden) --activations--> Activations     leaves; tokens never do
+LastHidden --check_rows--> the client's head
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from splitft.data.text import Batch
+from splitft.errors import ProtocolError
+from splitft.protocol import Activations, LastHidden
+from splitft.training.client_blocks import ClientBlocks
+from splitft.training.micro_batch import MicroBatch
+
+
+def split_batch(batch: Batch, parts: int, round: int, step: int) -> list[tuple[MicroBatch, Batch]]:
+    """Split a step's batch into at most `parts` micro-batches."""
+    batches = batch.divided(parts)
+    return [
+        (
+            MicroBatch(
+                round=round,
+                step=step,
+                number=number,
+                of=len(batches),
+                sequences=len(one.lengths),
+                labelled=one.labelled_tokens,
+                step_labelled=batch.labelled_tokens,
+            ),
+            one,
+        )
+        for number, one in enumerate(batches)
+    ]
+
+
+@dataclass
+class SentBatch:
+    """A batch at its client, from the moment its hidden states leave until its gradient arrives."""
+
+    micro_batch: MicroBatch
+    batch: Batch
+    hidden: torch.Tensor
+    """(N, D) at the cut as it left, with its graph in training."""
+    graded: bool = False
+    """Whether the client's head has computed the loss and its gradient."""
+
+    def activations(self, blocks: ClientBlocks, *, training: bool, numbered: bool) -> Activations:
+        """Return the message to the server: never tokens, and labels only if the server computes the loss."""
+        batch, micro_batch = self.batch, self.micro_batch
+        starts = [first - 1 for first in batch.labelled_from]
+        stops = [length - 1 for length in batch.lengths]
+        return Activations(
+            client=blocks.name,
+            round=micro_batch.round,
+            step=micro_batch.step,
+            training=training,
+            lengths=batch.lengths,
+            labelled=tuple(zip(starts, stops, strict=True)),
+            examples=batch.numbers if numbered else (),
+            micro_batch=micro_batch.number,
+            micro_batches=micro_batch.of,
+            step_labelled=micro_batch.step_labelled if micro_batch.of > 1 else None,
+            hidden=self.hidden.detach(),
+            labels=batch.targets() if blocks.plan.labels == "server" else None,
+        )
+
+    def check_rows(self, client: str, message: LastHidden) -> None:
+        """Raise ProtocolError unless the message has one row for each labelled token."""
+        expected = self.micro_batch.labelled
+        if len(message.hidden) != expected:
+            raise ProtocolError(f"{client}: LastHidden has {len(message.hidden)} rows, {expected} were due")
