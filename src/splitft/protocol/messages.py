@@ -25,7 +25,7 @@ knows what both sides agreed on, and turns messages into frames and back.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -64,6 +64,9 @@ class Message(BaseModel):
     def main_role(self) -> Role:
         """What the message is mainly about."""
         return next(iter(self.ROLES.values()), "adapter")
+
+
+M = TypeVar("M", bound=Message)
 
 
 class RoundStart(Message):
@@ -243,8 +246,8 @@ MESSAGES: dict[str, type[Message]] = {
 """Every message of the conversation itself, by name."""
 
 
-def expect(message: Message, *kinds: type[Message], **fields: object) -> None:
-    """Raise ProtocolError unless the message is of one of these kinds and has these values.
+def expect(message: Message, *kinds: type[M], **fields: object) -> M:
+    """Return the message; raise ProtocolError unless it is of one of these kinds and has these values.
 
     `expect(message, HeadGradient, client="a", round=2, step=7)` is how each side says what may follow.
     """
@@ -255,3 +258,4 @@ def expect(message: Message, *kinds: type[Message], **fields: object) -> None:
         found = getattr(message, name)
         if found != wanted:
             raise ProtocolError(f"{type(message).__name__} of {name} {found!r} came, {wanted!r} was due")
+    return message
