@@ -1,10 +1,10 @@
-"""From the global factors to what others load: a PEFT folder, or a merged checkpoint.
+"""Write adapters as a PEFT folder or a merged checkpoint, and load a PEFT folder.
 
     AdapterState --write_peft--> adapter_config.json, adapter_model.safetensors --write_merged--> model folder
 
-Every layer's update is (alpha / rank) B A with one scale for the run, whatever rank the layer carries. peft
-divides by the layer's own rank, so `alpha_pattern` gives a layer of rank r the alpha of scale * r. Magnitudes
-(DoRA) are kept as changes; peft wants them whole, so the norms of the base weight's rows are added.
+Every layer's update is (alpha / rank) B A with one scale for the run, whatever the layer's rank. peft divides
+by the layer's own rank, so `alpha_pattern` gives a layer of rank r the alpha scale * r. Magnitudes (DoRA) are
+kept as changes; peft expects whole ones, so the norms of the base weight's rows are added.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from safetensors.torch import save
 from torch import nn
 
 from splitft.adapters import AdapterState, Factors
-from splitft.adapters.dora import oriented, whole_magnitudes
-from splitft.adapters.lora import is_linear
+from splitft.adapters.dora import whole_magnitudes
+from splitft.adapters.targets import is_linear, is_transposed, oriented
 from splitft.errors import ModelError, RunError
 from splitft.model import Model
 
 WEIGHTS_PREFIX = "base_model.model."
-"""What peft puts before a module's own name."""
+"""Prefix of a module's name in peft's files."""
 
 
 def write_peft(state: AdapterState, model: Model, scale: float, folder: Path, rslora: bool = False) -> Path:
-    """Write the adapter as `peft` saves LoRA; tensors keep their type. Returns the folder.
+    """Write an adapter as `peft` saves LoRA, in the tensors' own type. Returns the folder.
 
-    With `rslora` peft divides alpha by the root of a layer's rank, so the alphas are others.
+    With `rslora` peft divides alpha by the square root of a layer's rank, which the alphas account for.
     """
     from peft import LoraConfig
 
+    # layers by the names and at the ranks that peft's configuration gives them
     names = model.block_names()
     layers = {f"{names[block]}.{target}": factors for (block, target), factors in state.items()}
     modules = dict(model.skeleton().named_modules())
-    counted = Counter(factors.rank for factors in layers.values())
-    usual = max(counted, key=lambda rank: (counted[rank], rank))
+    counts = Counter(factors.rank for factors in layers.values())
+    usual = max(counts, key=lambda rank: (counts[rank], rank))
     others = {name: factors.rank for name, factors in layers.items() if factors.rank != usual}
 
     def alpha(rank: int) -> int | float:
@@ -56,11 +57,12 @@ def write_peft(state: AdapterState, model: Model, scale: float, folder: Path, rs
         rank_pattern=others,
         alpha_pattern={name: alpha(rank) for name, rank in others.items()},
         target_modules=_shortest_names(state, layers, modules),
-        fan_in_fan_out=any(type(modules[name]).__name__ == "Conv1D" for name in layers),
+        fan_in_fan_out=any(is_transposed(modules[name]) for name in layers),
         inference_mode=True,
     )
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)
+    # tensors under peft's names
     tensors: dict[str, torch.Tensor] = {}
     for name, factors in layers.items():
         tensors[f"{WEIGHTS_PREFIX}{name}.lora_A.weight"] = factors.A.contiguous()
@@ -69,13 +71,13 @@ def write_peft(state: AdapterState, model: Model, scale: float, folder: Path, rs
         tensors[f"{WEIGHTS_PREFIX}{name}.lora_magnitude_vector"] = magnitude
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    # written by us, since save_file makes files that only their owner can read
+    # not by save_file, which makes files that only their owner can read
     (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     return folder
 
 
 def with_adapter(adapter: Path, base: str, dtype: torch.dtype) -> Any:
-    """The whole base model with a PEFT folder on it. Raises RunError if there is no adapter there."""
+    """Load the whole base model with a PEFT folder on it. Raises RunError if the folder has no adapter."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -102,14 +104,14 @@ def write_merged(adapter: Path, model: Model, folder: Path) -> Path:
 def _base_weights(
     layers: Mapping[str, Factors], model: Model, modules: Mapping[str, nn.Module]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights (out, in) of the layers that have magnitudes, one by one, as the model computes with them."""
+    """Yield the weights (out, in) of the layers that have magnitudes, in the model's type."""
     for name in (name for name, factors in layers.items() if factors.magnitude is not None):
         weight = model.checkpoint.read([f"{name}.weight"])[f"{name}.weight"].to(model.dtype)
         yield name, oriented(modules[name], weight)
 
 
 def _shortest_names(state: AdapterState, layers: dict[str, Any], modules: dict[str, nn.Module]) -> list[str]:
-    """Last names (`q_proj`), as other tools like them, if they choose just these layers; else longer ones."""
+    """Return last names (`q_proj`), as most tools expect, if they match no other layer; else longer ones."""
     linear = [name for name, module in modules.items() if is_linear(module)]
     targets = {target for _, target in state}
     for candidate in ({target.rpartition(".")[2] for target in targets}, targets):
@@ -120,5 +122,5 @@ def _shortest_names(state: AdapterState, layers: dict[str, Any], modules: dict[s
 
 
 def _number(value: float) -> int | float:
-    """An int where it is one, as peft's files have it."""
+    """Return an int if the value is integral, as peft's files have it."""
     return int(value) if value == int(value) else value

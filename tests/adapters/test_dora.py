@@ -8,7 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from splitft.adapters import AdapterState, Factors
-from splitft.adapters.dora import oriented, rescaled
+from splitft.adapters.dora import rescaled
+from splitft.adapters.targets import oriented
 from splitft.errors import AdapterError
 
 

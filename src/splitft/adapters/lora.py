@@ -4,14 +4,15 @@
        rows of client a --- A_a, B_a --- scale --- + ---^
        rows of client b --- A_b, B_b --- scale --- + ---^
 
-The base product is one for all rows; each client's rows then meet its own small product, so a client gets the
-result it would get alone. A `slot` is one named set of factors: a client's, or one shared by all. Beside what
-it trains, a slot may carry frozen rows (the *rest* of factors of a higher rank than its own) and what
-aggregation has *folded* into the base.
+The base product is computed once for all rows; the rows of each client then get its own small product, so
+every client has the result that it would have alone. A `slot` is one named set of factors: a client's, or one
+shared by all. Besides the factors that it trains, a slot may hold frozen rows (the *rest* of factors of a
+higher rank than its own) and the update that aggregation has *folded* into the base.
 
-The factors are kept in float32 (float64 over a float64 base) and the small products are computed in the
-type of the base, as in mixed precision training. Layers are nn.Linear or GPT-2's Conv1D, whose
-weight is stored transposed.
+The factors are kept in float32 (float64 over a float64 base), and the small products are computed in the type
+of the base, as in mixed precision training.
+
+Shapes: B sequences, T tokens, R rank.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -27,45 +27,44 @@ from torch.nn import functional
 
 from splitft.adapters.dora import rescaled
 from splitft.adapters.state import AdapterState, Factors, Key
+from splitft.adapters.targets import chosen_layers, layer_sizes
 from splitft.errors import AdapterError
 
 Rows = Sequence[tuple[str | None, int]]
-"""Who owns the rows of a batch, in order: (slot, sequences); slot None runs the base model."""
-
-ATTENTION_NAMES = ("attn", "attention", "self_attn", "self_attention")
+"""Owners of the rows of a batch, in order: (slot, sequences); slot None runs the base model."""
 
 
 class _Routing:
-    """Which rows of the batch at hand belong to which slot; shared by all layers of a segment."""
+    """The slots of the current batch's rows; shared by all layers of a segment."""
 
     def __init__(self) -> None:
         self.rows: Rows = ()
 
 
 @dataclass(frozen=True)
-class _Held:
-    """What one slot has on one layer."""
+class _SlotFactors:
+    """The factors of one slot on one layer."""
 
     A: nn.Parameter
     """(R, in)."""
     B: nn.Parameter
     """(out, R)."""
     rest: Factors | None = None
-    """Further rows of A and columns of B that this slot carries and does not train."""
+    """Frozen rows of A and columns of B beside those that are trained."""
     folded: Factors | None = None
-    """Beside the base, at its own rank."""
+    """Update that was folded into the base, at a rank of its own."""
     gain: float = 1.0
-    """Scale of what is trained over that of all other factors (rsLoRA)."""
+    """Scale of A and B over that of `rest` and `folded` (rsLoRA)."""
     magnitude: nn.Parameter | None = None
-    """(1, out): change of the rows' magnitudes (DoRA)."""
+    """(1, out): change of the magnitudes of the weight's rows (DoRA)."""
 
-    def own(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B in the scale of all."""
+    def trained(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B in the scale of the other factors."""
         return self.A, self.B if self.gain == 1 else self.B * self.gain
 
     def all_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same with the rows that are carried along."""
-        A, B = self.own()
+        """Return the same, followed by the frozen rows."""
+        A, B = self.trained()
         if self.rest is None:
             return A, B
         return torch.cat([A, self.rest.A]), torch.cat([B, self.rest.B], 1)
@@ -78,7 +77,7 @@ class LoraLayer(nn.Module):
         super().__init__()
         self.base = base
         self.scale = scale
-        self.slots: dict[str, _Held] = {}
+        self.slots: dict[str, _SlotFactors] = {}
         self._routing = routing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -86,53 +85,58 @@ class LoraLayer(nn.Module):
         y: torch.Tensor = self.base(x)
         rows = self._routing.rows
         counts = self._counts(x)
+        # one owner
         if len(rows) == 1:
             slot = rows[0][0]
             return y if slot is None else self._adapted(x, y, self.slots[slot])
-        held = [self.slots[slot] for slot, _ in rows if slot is not None]
-        if len(held) == len(rows) and len(set(counts)) == 1 and _alike(held):
-            y = y + self._together(x, held).view_as(y)
-            return y if held[0].folded is None else y + self._product(x, held[0].folded.A, held[0].folded.B)
+        # several owners of equal shapes: one batched product
+        slots = [self.slots[slot] for slot, _ in rows if slot is not None]
+        if len(slots) == len(rows) and len(set(counts)) == 1 and _can_be_batched(slots):
+            y = y + self._batched_product(x, slots).view_as(y)
+            return self._with_folded(x, y, slots[0])
+        # any other batch: one product for each owner
         parts = zip(rows, torch.split(x, counts), torch.split(y, counts), strict=True)
         return torch.cat(
             [y_ if slot is None else self._adapted(x_, y_, self.slots[slot]) for (slot, _), x_, y_ in parts]
         )
 
-    def _together(self, x: torch.Tensor, held: Sequence[_Held]) -> torch.Tensor:
-        """The small products of clients with equally many rows and equal ranks, in one batched product."""
-        factors = [one.all_rows() for one in held]
+    def _batched_product(self, x: torch.Tensor, slots: Sequence[_SlotFactors]) -> torch.Tensor:
+        """Return the small products of clients with equally many rows and equal ranks."""
+        factors = [one.all_rows() for one in slots]
         A = torch.stack([A for A, _ in factors]).to(x.dtype)  # (clients, R, in)
         B = (torch.stack([B for _, B in factors]) * self.scale).to(x.dtype)  # (clients, out, R)
         small = torch.bmm(x.reshape(len(factors), -1, x.shape[-1]), A.mT)
         return torch.bmm(small, B.mT)
 
-    def _adapted(self, x: torch.Tensor, y: torch.Tensor, held: _Held) -> torch.Tensor:
-        A, B = held.all_rows()
-        if held.magnitude is not None:
-            update = self._product(x, A, B)
-            return rescaled(self.base, y, update, A, B * self.scale, held.magnitude)
-        y = y + self._product(x, A, B)
-        return y if held.folded is None else y + self._product(x, held.folded.A, held.folded.B)
+    def _adapted(self, x: torch.Tensor, y: torch.Tensor, slot: _SlotFactors) -> torch.Tensor:
+        A, B = slot.all_rows()
+        update = self._product(x, A, B)
+        if slot.magnitude is not None:
+            return rescaled(self.base, y, update, A, B * self.scale, slot.magnitude)
+        return self._with_folded(x, y + update, slot)
+
+    def _with_folded(self, x: torch.Tensor, y: torch.Tensor, slot: _SlotFactors) -> torch.Tensor:
+        return y if slot.folded is None else y + self._product(x, slot.folded.A, slot.folded.B)
 
     def _product(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         small = functional.linear(x, A.to(x.dtype))
         return functional.linear(small, (B * self.scale).to(x.dtype))
 
     def _counts(self, x: torch.Tensor) -> list[int]:
-        """Rows of x by client: its sequences, or its tokens in families that flatten (B, T)."""
+        """Return the rows of x by owner: its sequences, or its tokens in families that flatten (B, T)."""
         counts = [count for _, count in self._routing.rows]
         sequences = sum(counts)
         if x.dim() == 2 and sequences and x.shape[0] % sequences == 0:
             return [count * (x.shape[0] // sequences) for count in counts]
         if sequences != x.shape[0]:
-            raise AdapterError(f"a batch of {x.shape[0]} sequences whose rows are said to be {sequences}")
+            raise AdapterError(f"a batch of {x.shape[0]} sequences is routed as {sequences}")
         return counts
 
 
-def _alike(held: Sequence[_Held]) -> bool:
-    """Whether their products can be batched: equal ranks, the same part beside the base, no magnitudes."""
-    ranks = {one.A.shape[0] + (one.rest.rank if one.rest else 0) for one in held}
-    plain = all(one.magnitude is None and one.folded is held[0].folded for one in held)
+def _can_be_batched(slots: Sequence[_SlotFactors]) -> bool:
+    """Return whether the products can be one: equal ranks, the same folded update, no magnitudes."""
+    ranks = {one.A.shape[0] + (one.rest.rank if one.rest else 0) for one in slots}
+    plain = all(one.magnitude is None and one.folded is slots[0].folded for one in slots)
     return plain and len(ranks) == 1
 
 
@@ -150,8 +154,8 @@ class AdapterBank:
 
     @property
     def sizes(self) -> dict[Key, tuple[int, int]]:
-        """(in, out) of every adapted layer of every block, held or not."""
-        return {key: _sizes(layer.base) for key, layer in self._layers.items()}
+        """Sizes (in, out) of every adapted layer of every block, loaded or not."""
+        return {key: layer_sizes(layer.base) for key, layer in self._layers.items()}
 
     def put(
         self,
@@ -161,7 +165,7 @@ class AdapterBank:
         folded: AdapterState | None = None,
         trains: str = "AB",
     ) -> None:
-        """Set a slot's factors, replacing what it had. Raises AdapterError for layers that do not fit.
+        """Set a slot's factors, replacing earlier ones. Raises AdapterError for layers that do not fit.
 
         `rest` and `folded` take part in the forward pass and are not trained; `trains` names the factors of
         `state` that are.
@@ -171,9 +175,8 @@ class AdapterBank:
             layer = self._layers.get(key)
             if layer is None:
                 raise AdapterError(f"block {key[0]} has no adapted layer {key[1]!r}")
-            carried = None if rest is None else rest.get(key)
-            beside = None if folded is None else folded.get(key)
-            for one in (factors, carried, beside):
+            frozen = [None if one is None else one.get(key) for one in (rest, folded)]
+            for one in (factors, *frozen):
                 if one is not None:
                     _check_fit(key, layer.base, one)
             A, B = (f.detach().to(self._dtype, copy=True) for f in (factors.A, factors.B))
@@ -181,45 +184,44 @@ class AdapterBank:
             B = B if gain == 1 else B / gain
             change = factors.magnitude
             magnitude = None if change is None else nn.Parameter(change.detach().to(self._dtype, copy=True))
-            layer.slots[slot] = _Held(
+            layer.slots[slot] = _SlotFactors(
                 nn.Parameter(A, requires_grad="A" in trains),
                 nn.Parameter(B, requires_grad="B" in trains),
-                carried,
-                beside,
-                gain,
-                magnitude,
+                *frozen,
+                gain=gain,
+                magnitude=magnitude,
             )
 
-    def take(self, slot: str, whole: bool = False) -> AdapterState:
-        """A copy of a slot's factors; `whole` with the rows that it carries and does not train."""
-        held = {key: layer.slots[slot] for key, layer in self._layers.items() if slot in layer.slots}
+    def take(self, slot: str, with_rest: bool = False) -> AdapterState:
+        """Return a copy of a slot's factors, `with_rest` followed by its frozen rows."""
         factors = {}
-        for key, one in held.items():
-            A, B = one.all_rows() if whole else one.own()
-            magnitude = None if one.magnitude is None else one.magnitude.detach().clone()
-            factors[key] = Factors(A.detach().clone(), B.detach().clone(), magnitude)
+        for key, layer in self._layers.items():
+            if (one := layer.slots.get(slot)) is not None:
+                A, B = one.all_rows() if with_rest else one.trained()
+                magnitude = None if one.magnitude is None else one.magnitude.detach().clone()
+                factors[key] = Factors(A.detach().clone(), B.detach().clone(), magnitude)
         return AdapterState(factors)
 
     def drop(self, slot: str) -> None:
-        """Forget a slot."""
+        """Remove a slot."""
         for layer in self._layers.values():
             layer.slots.pop(slot, None)
 
     def parameters(self, slot: str) -> dict[tuple[int, str, str], nn.Parameter]:
-        """A slot's trainable tensors by (block, target, "A", "B" or "M")."""
-        held: dict[tuple[int, str, str], nn.Parameter] = {}
+        """Return a slot's trainable tensors by (block, target, "A", "B" or "M")."""
+        found: dict[tuple[int, str, str], nn.Parameter] = {}
         for (block, target), layer in self._layers.items():
             if slot in layer.slots:
                 one = layer.slots[slot]
                 parts = {"A": one.A, "B": one.B, "M": one.magnitude}
-                held.update({
+                found.update({
                     (block, target, part): p for part, p in parts.items() if p is not None and p.requires_grad
                 })  # fmt: skip
-        return held
+        return found
 
     @contextmanager
     def routed(self, rows: Rows) -> Iterator[None]:
-        """Within, the batch's rows belong to these slots in this order."""
+        """Run batches whose rows belong to these slots, in this order."""
         before, self._routing.rows = self._routing.rows, tuple(rows)
         try:
             yield
@@ -234,12 +236,11 @@ def attach(
     dtype: torch.dtype,
     gain: Callable[[int], float] = lambda rank: 1.0,
 ) -> AdapterBank:
-    """Put LoRA layers in place of the chosen linear layers of all blocks (which may be on meta).
+    """Replace the chosen linear layers of all blocks (which may be on meta) by LoRA layers.
 
-    `targets`: "attention", "all-linear", or names; a name fits a layer whose path ends with it. The factors
-    are kept in float32, or in `dtype` if that is wider; while a slot trains at a rank, its scale is
-    `scale * gain(rank)`, and what is taken from it is in units of `scale` again. Raises AdapterError, listing
-    the layers there are, if a name fits none.
+    `targets` are those of `chosen_layers`, which raises AdapterError. The factors are kept in float32, or in
+    `dtype` if that is wider. A slot trains at `scale * gain(rank)`; factors taken from it are in units of
+    `scale` again.
     """
     routing = _Routing()
     layers: dict[Key, LoraLayer] = {}
@@ -252,40 +253,10 @@ def attach(
     return AdapterBank(layers, routing, torch.promote_types(dtype, torch.float32), gain)
 
 
-def chosen_layers(block: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Paths of the linear layers of one block that `targets` names."""
-    linear = [path for path, module in block.named_modules() if is_linear(module)]
-    if targets == "all-linear":
-        return linear
-    if targets == "attention":
-        chosen = [path for path in linear if set(path.split(".")[:-1]) & set(ATTENTION_NAMES)]
-        if not chosen:
-            raise AdapterError(f"no attention layers in this family; name targets among {', '.join(linear)}")
-        return chosen
-    names = [targets] if isinstance(targets, str) else list(targets)
-    fitting = {name: [p for p in linear if p == name or p.endswith(f".{name}")] for name in names}
-    unknown = [name for name, paths in fitting.items() if not paths]
-    if unknown:
-        raise AdapterError(f"no linear layer named {', '.join(unknown)}; there are {', '.join(linear)}")
-    return [path for path in linear if any(path in paths for paths in fitting.values())]
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that can be adapted: nn.Linear or GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 def _check_fit(key: Key, layer: nn.Module, factors: Factors) -> None:
-    width_in, width_out = _sizes(layer)
+    width_in, width_out = layer_sizes(layer)
     if factors.A.shape[1] != width_in or factors.B.shape[0] != width_out:
         raise AdapterError(
             f"block {key[0]} {key[1]}: factors {tuple(factors.B.shape)} x {tuple(factors.A.shape)} "
             f"on a layer of {width_in} inputs and {width_out} outputs"
         )
-
-
-def _sizes(layer: Any) -> tuple[int, int]:
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    width_in, width_out = layer.weight.shape  # Conv1D
-    return int(width_in), int(width_out)
