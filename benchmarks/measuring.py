@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from splitft.tracking.table import Table
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -71,9 +73,8 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    """Return a table in Markdown."""
+    return Table(head, [list(map(str, row)) for row in rows]).to_markdown()
 
 
 def section(title: str, facts: Mapping[str, object], *parts: str) -> str:

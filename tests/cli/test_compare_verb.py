@@ -46,7 +46,7 @@ def test_a_comparison_is_its_runs_and_is_not_trained_twice(tmp_path, file):
 
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*/events.jsonl")}
     again = invoke(*arguments)
-    assert "2 of 2 runs are there already" in again.stdout
+    assert "2 of 2 runs are finished already" in again.stdout
     assert "splitft" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*/events.jsonl")} == before
     other = invoke(*arguments[:2], "training.lr=1e-3", *arguments[2:])
@@ -70,10 +70,10 @@ def test_after_ctrl_c_the_same_command_goes_on(tmp_path, tiny_llama):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130
-    assert f"stopped; 1 of 2 runs are done and safe in {out}. Go on with" in said
+    assert f"stopped; 1 of 2 runs are safe in {out}. Continue with" in said
     done = invoke(*command)
     assert done.exit_code == 0, done.stderr
-    assert "1 of 2 runs are there already" in done.stdout
+    assert "1 of 2 runs are finished already" in done.stdout
     (stopped,) = out.glob("runs/splitft-seed1-*")
     whole = splitft.train(file, tmp_path / "whole", overrides=["seed=1"])
     assert adapter_bytes(stopped) == adapter_bytes(whole.folder)
@@ -109,7 +109,7 @@ def test_what_cannot_be_compared_is_said_before_anything_is_trained(tmp_path, fi
     assert "split: " in refused(file, "training.participation=0.5", "--methods", "splitft,split")
     for seeds in ("0", ",", ""):
         assert "the list of seeds is empty" in refused(file, "--methods", "splitft", "--seeds", seeds)
-    assert "give how many, such as 3" in refused(file, "--methods", "splitft", "--seeds", "a,b")
+    assert "give their number, such as 3" in refused(file, "--methods", "splitft", "--seeds", "a,b")
     assert "did you mean rounds?" in refused(file, "training.rouns=1", "--methods", "splitft")
     assert "gone.yaml" in refused(tmp_path / "gone.yaml", "--methods", "splitft")
 

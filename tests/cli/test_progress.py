@@ -8,9 +8,9 @@ import re
 import pytest
 from rich.console import Console
 
-from splitft.cli.progress import Progress, client_table
+from splitft.cli.progress import Progress
 from splitft.tracking.events import RunResumed, Warned
-from splitft.tracking.summary import summarise
+from splitft.tracking.summary import client_table, summarise
 from tracking.story import ANN, BOB, started, step, story
 
 
@@ -100,7 +100,7 @@ def test_an_event_before_the_beginning_does_no_harm():
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_at_the_end_has_a_row_a_client(width):
     told = console(terminal=False, width=width)
-    told.print(client_table(summarise(story())))
+    told.print(client_table(summarise(story())).to_rich())
     heading, ann, bob = (line.split() for line in shown(told).splitlines())
     assert " ".join(heading) == "client cut examples tokens loss before loss after MB up MB down"
     assert ann == [ANN, "2", "→", "4", "8", "80", "5.000", "3.000", "0.0", "0.0"]
@@ -111,5 +111,5 @@ def test_a_name_in_the_table_is_text_never_markup():
     summary = summarise(story())
     summary["clients"][0]["name"] = "[/]ward"
     told = console(terminal=False)
-    told.print(client_table(summary))
+    told.print(client_table(summary).to_rich())
     assert "[/]ward" in shown(told)

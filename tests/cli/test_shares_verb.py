@@ -8,8 +8,8 @@ import pytest
 
 from runs import invoke, settings_file
 from splitft.config import load
-from splitft.report.shares import bars, label_columns
-from splitft.run.setup import gather
+from splitft.report.share_charts import bars, label_columns
+from splitft.run.inputs import gather
 
 
 @pytest.fixture

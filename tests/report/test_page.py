@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from splitft.errors import RunError
-from splitft.report.page import page, read_run, write_report
+from splitft.report.page import page, write_report
+from splitft.report.run_record import read_run
 from splitft.tracking.events import (
     Bar,
-    ClientFacts,
+    ClientInfo,
     CutsChanged,
     Evaluated,
     Event,
@@ -24,7 +25,7 @@ from splitft.tracking.events import (
     Warned,
 )
 from splitft.tracking.log import EventLog
-from splitft.tracking.summary import client_rows, headline, summarise
+from splitft.tracking.summary import client_table, headline, summarise
 from tracking.story import started, step, story
 
 HOSTILE = "</script><script>alert(1)</script><b>&\"'"
@@ -99,7 +100,7 @@ def test_the_page_says_what_the_summary_says(finished, tmp_path):
         "0:00:30", "simulated 0:00:20", "lora: {rank: 4}",
     ):  # fmt: skip
         assert text in words, text
-    for row in client_rows(summary):
+    for row in client_table(summary).rows:
         assert " ".join(row) in words
 
 
@@ -187,8 +188,8 @@ def test_what_was_done_again_after_a_crash_is_shown_once(tmp_path):
 
 def test_every_name_is_text_and_none_is_markup(tmp_path):
     clients = (
-        ClientFacts(name=HOSTILE, cut=2, train_examples=1, train_tokens=1, eval_examples=1),
-        ClientFacts(name="bob", cut=2, train_examples=1, train_tokens=1, eval_examples=1),
+        ClientInfo(name=HOSTILE, cut=2, train_examples=1, train_tokens=1, eval_examples=1),
+        ClientInfo(name="bob", cut=2, train_examples=1, train_tokens=1, eval_examples=1),
     )
     events = [
         started(model=HOSTILE, method=HOSTILE, clients=clients, machines={HOSTILE: HOSTILE}),

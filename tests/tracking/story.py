@@ -9,7 +9,7 @@ from __future__ import annotations
 from splitft.tracking.events import (
     Bar,
     CheckpointSaved,
-    ClientFacts,
+    ClientInfo,
     CutsChanged,
     Evaluated,
     Event,
@@ -37,8 +37,8 @@ def started(t: float = 100.0, **changes) -> RunStarted:
         "steps": 2,
         "labels": "client",
         "clients": (
-            ClientFacts(name=ANN, cut=2, train_examples=9, train_tokens=90, eval_examples=1, truncated=4),
-            ClientFacts(name=BOB, cut=3, train_examples=5, train_tokens=50, eval_examples=2),
+            ClientInfo(name=ANN, cut=2, train_examples=9, train_tokens=90, eval_examples=1, truncated=4),
+            ClientInfo(name=BOB, cut=3, train_examples=5, train_tokens=50, eval_examples=2),
         ),
     }
     return RunStarted(t=t, **(facts | changes))

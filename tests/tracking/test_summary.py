@@ -10,9 +10,8 @@ import pytest
 from splitft.tracking.events import Evaluated, RoundDone, RunResumed, Traffic
 from splitft.tracking.log import EventLog
 from splitft.tracking.summary import (
-    CLIENT_HEADINGS,
     change_text,
-    client_rows,
+    client_table,
     clock,
     headline,
     summarise,
@@ -110,7 +109,7 @@ def test_a_run_that_has_only_begun_is_told_as_far_as_it_is_known():
     assert [client["cut"] for client in summary["clients"]] == [[2], [3]]
     assert summary["simulated_seconds"] is None
     assert headline(summary) == "Held-out loss: not measured before and after."
-    assert client_rows(summary)[0] == (ANN, "2", "0", "0", "–", "–", "0.0", "0.0")
+    assert client_table(summary).rows[0] == (ANN, "2", "0", "0", "–", "–", "0.0", "0.0")
 
 
 def test_without_a_beginning_there_is_nothing_to_tell():
@@ -126,24 +125,24 @@ def test_numbers_that_are_not_finite_are_null_in_the_file(tmp_path):
     log(Evaluated(round=0, loss=math.nan, by_client={ANN: math.inf}))
     log.close()
     summary = write_summary(tmp_path)
-    told = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
-    assert told == summary
-    assert told["eval_loss"] == told["aggregation_error"] == [None]
-    assert [client["loss"] for client in told["clients"]] == [[None], [None]]
-    assert told["clients"][0]["train_loss"] == [None]
+    data = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert data == summary
+    assert data["eval_loss"] == data["aggregation_error"] == [None]
+    assert [client["loss"] for client in data["clients"]] == [[None], [None]]
+    assert data["clients"][0]["train_loss"] == [None]
 
 
-def test_the_verdict_names_the_change_and_who_did_not_gain(summary):
+def test_the_headline_names_the_change_and_who_did_not_gain(summary):
     assert headline(summary) == (
         "Held-out loss of all clients: 4.000 before, 3.000 after (-25.0 %). It did not fall on bob."
     )
     assert headline({**summary, "not_improved": []}).endswith("It fell on every client.")
 
 
-def test_the_verdict_counts_those_who_did_not_gain_when_they_are_many(summary):
+def test_the_headline_counts_those_who_did_not_gain_when_they_are_many(summary):
     clients = [f"client-{i}" for i in range(9)]
-    told = headline({**summary, "clients": clients, "not_improved": clients[:7]})
-    assert told.endswith("It did not fall on 7 of 9 clients.")
+    text = headline({**summary, "clients": clients, "not_improved": clients[:7]})
+    assert text.endswith("It did not fall on 7 of 9 clients.")
 
 
 @pytest.mark.parametrize(
@@ -155,9 +154,9 @@ def test_a_change_is_told_in_per_cent_where_there_is_one(losses, text):
 
 
 def test_each_client_has_a_row_of_text_under_the_headings(summary):
-    rows = client_rows(summary)
-    assert all(len(row) == len(CLIENT_HEADINGS) for row in rows)
-    assert rows[0] == (ANN, "2 → 4", "8", "80", "5.000", "3.000", "0.0", "0.0")
+    table = client_table(summary)
+    assert all(len(row) == len(table.headings) for row in table.rows)
+    assert table.rows[0] == (ANN, "2 → 4", "8", "80", "5.000", "3.000", "0.0", "0.0")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +165,7 @@ def test_each_client_has_a_row_of_text_under_the_headings(summary):
 )
 def test_moving_cuts_are_told_in_order(summary, cuts, text):
     client = {**summary["clients"][0], "cut": cuts}
-    assert client_rows({"clients": [client]})[0][1] == text
+    assert client_table({"clients": [client]}).rows[0][1] == text
 
 
 def test_seconds_read_as_a_clock():

@@ -1,25 +1,22 @@
-"""The command line: every verb of splitft, one module a group of verbs.
+"""The command line, one module for each group of verbs.
 
-    splitft demo | init | train        training.py
-            plan | report | generate | export   looking.py
-            shares | eval | compare    comparing.py
-            audit                      auditing.py
-            deploy ...                 deploying.py, operating.py
+    splitft demo | init | train                 train.py
+            plan | report | generate | export   runs.py
+            shares | eval | compare             measure.py
+            audit                               audit.py
+            deploy poc | provision | site | start | submit   deploy.py
+                   status | logs | stop                      operate.py
 
-Heavy imports are inside the verbs, so that `--help` is instant.
+Importing a module registers its verbs, and `--help` lists them in this order. Heavy imports are inside the
+verbs, so that `--help` is instant.
 """
 
-from splitft.cli import audit as auditing
-from splitft.cli import deploy as deploying
-from splitft.cli import measure as comparing
-from splitft.cli import operate as operating
-from splitft.cli import runs as looking
-from splitft.cli import train as training
+from splitft.cli import train, runs, measure, audit, deploy, operate  # isort: skip
 from splitft.cli.app import app
 
-__all__ = ["app", "auditing", "comparing", "deploying", "looking", "main", "operating", "training"]
+__all__ = ["app", "audit", "deploy", "main", "measure", "operate", "runs", "train"]
 
 
 def main() -> None:
-    """Entry point of the command `splitft`."""
+    """Run the command `splitft`."""
     app()

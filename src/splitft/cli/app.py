@@ -1,7 +1,7 @@
-"""What every verb has: the application it belongs to, how it ends, and the arguments that several share.
+"""The application, how its verbs end, and the arguments that several verbs share.
 
-Exit status 0, or 2 with one clear message for what the user can mend, 130 on Ctrl-C with the last finished
-round safe on disk, and 1 for a fault of ours (SPLITFT_DEBUG=1 shows where).
+Exit status: 0 on success; 2, with one message, for an error that the user can fix; 130 on Ctrl-C, with the
+last finished round on disk; 1 for a bug in splitft (SPLITFT_DEBUG=1 shows the traceback).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it (128 + SIGINT)."""
-UNUSABLE = 2
-"""Exit status for what the user can mend."""
-FAULT = 1
-"""Exit status for what only we can mend."""
+"""Exit status after Ctrl-C, as in shells: 128 + SIGINT."""
+USER_ERROR = 2
+"""Exit status for errors that the user can fix."""
+BUG = 1
+"""Exit status for bugs in splitft."""
 
 app = typer.Typer(
     name="splitft",
@@ -37,44 +37,49 @@ app = typer.Typer(
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 ConfigFile = Annotated[
-    Path, typer.Argument(metavar="FILE", help="Configuration, as `splitft init` writes it.")
+    Path, typer.Argument(metavar="FILE", help="Configuration file; `splitft init` writes one.")
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Run folder, as `splitft train` leaves it.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Run folder, as written by `splitft train`.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as training.rounds=5")
+]
+Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME-DATE-TIME")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that is in --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 
 
 def verb(function: Verb) -> Verb:
-    """Make a function a verb of the command."""
-    app.command()(tidy(function))
+    """Register a function as a verb of the command."""
+    app.command()(without_traceback(function))
     return function
 
 
-def tidy(function: Verb) -> Verb:
-    """Let a function end with a message and an exit status, never with a traceback."""
+def without_traceback(function: Verb) -> Verb:
+    """Wrap a function so that it ends with a message and an exit status, never with a traceback."""
 
     @functools.wraps(function)
-    def ending(*args: Any, **kwargs: Any) -> None:
+    def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
         except SplitftError as error:
-            end(str(error), UNUSABLE)
+            end(str(error), USER_ERROR)
         except KeyboardInterrupt:
             end("stopped", INTERRUPTED)
         except (typer.Exit, typer.BadParameter, BrokenPipeError):
             raise
         except OSError as error:
-            end(f"{error.filename or 'the system'}: {error.strerror or error}", UNUSABLE)
+            end(f"{error.filename or 'the system'}: {error.strerror or error}", USER_ERROR)
         except Exception as error:
             text = f"unexpected {type(error).__name__}: {error}"
-            end(f"{text}\nThis is a fault of splitft; SPLITFT_DEBUG=1 shows where it happened.", FAULT)
+            end(f"{text}\nThis is a bug in splitft; SPLITFT_DEBUG=1 shows where it happened.", BUG)
 
-    return ending  # type: ignore[return-value]  # it takes and gives what the function does
+    return wrapped  # type: ignore[return-value]  # it has the signature of the function
 
 
 def end(message: str, status: int) -> NoReturn:
-    """Say why on stderr and leave; with SPLITFT_DEBUG, let the exception at hand through as it is."""
+    """Print a message to stderr and exit; with SPLITFT_DEBUG, raise the exception being handled instead."""
     if os.environ.get("SPLITFT_DEBUG"):
-        raise  # called while an exception is handled
+        raise
     typer.echo(f"splitft: {message}", err=True)
     raise typer.Exit(status)
 
@@ -93,11 +98,17 @@ def about(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Take the options that stand before the verb."""
+    """Accept the options before the verb."""
 
 
 def console(stderr: bool = False) -> Console:
-    """A console of rich, on stdout or stderr."""
+    """Return a console of rich on stdout or stderr."""
     from rich.console import Console
 
     return Console(stderr=stderr)
+
+
+def say(screen: Console, *lines: str) -> None:
+    """Print lines as they are: no markup, no colors, and no line breaks of our own."""
+    for line in lines:
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -23,10 +23,11 @@ def audit(
     ] = False,
     attacks: Annotated[
         str | None,
-        typer.Option(help="Names with commas between [default: all; without --full, the fast ones]"),
+        typer.Option(help="Names with commas between.", show_default="all; without --full, the fast ones"),
     ] = None,
     public: Annotated[
-        str | None, typer.Option(help="Text that the attacker learns from [default: Python's documentation]")
+        str | None,
+        typer.Option(help="Text that the attacker learns from.", show_default="Python's documentation"),
     ] = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write a page with charts and all columns to this file.")

@@ -1,26 +1,34 @@
-"""A run as it goes, on the terminal: a listener that draws, and the table at the end.
+"""Progress on the terminal: of a run, of anything that is counted, and of a finished run.
 
-    round 2/3 ━━━━━━━━━━━╸          61%  step 74/120 · 486 tokens/s · loss 2.713 · 0:00:31 left
+    Progress      round 2/3 ━━━━━━━━━━━╸          61%  step 74/120 · 486 tokens/s · loss 2.713 · 0:00:31 left
+    ProgressBars  e2e       ━━━━━━━━━━━╸          61%  78/128  0:00:31 left
 
-On a terminal that is one line that moves; in a pipe or a log file, plain lines a few seconds apart.
-Speeds are labelled tokens and steps over the last seconds of training, by the events' own clock, so
-that evaluation and aggregation do not blur them.
+A terminal shows moving bars; a pipe or a log file gets plain lines a few seconds apart. The speed of a run is
+that of labeled tokens and steps over the last seconds of training, by the events' own clock, so that
+evaluation and aggregation do not count.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+)
 from rich.progress import Progress as RichProgress
-from rich.table import Table
 
+from splitft.cli.app import say
 from splitft.tracking.events import (
     CutsChanged,
     Evaluated,
@@ -36,30 +44,53 @@ from splitft.tracking.events import (
     WireChosen,
 )
 from splitft.tracking.log import settled
-from splitft.tracking.summary import CLIENT_HEADINGS, client_rows, clock
+from splitft.tracking.summary import client_table, clock, headline
 
-__all__ = ["Progress", "client_table"]
+if TYPE_CHECKING:
+    from splitft.run.folder import Run
 
 _WINDOW_S = 20.0
-"""Speeds are taken over this many seconds."""
+"""Seconds of training over which speeds are taken."""
 _PLAIN_EVERY_S = 5.0
-"""At most one plain line of progress in this many seconds."""
+"""Seconds between plain lines of progress."""
 
 
-class Progress:
-    """A listener and a context manager: `with Progress(console) as progress: train(..., progress)`."""
+class _Display:
+    """Bars on a terminal; a context manager, so that the terminal is left as it was."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *columns: ProgressColumn) -> None:
         self._console = console
-        self._bar = RichProgress(
+        self._bars = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
-            TextColumn("{task.fields[note]}"),
+            *columns,
             console=console,
             transient=True,
         )
-        self._task = self._bar.add_task("reading the model and the text", total=None, note="")
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._bars.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line above the bars; a terminal breaks it at its width, a pipe gets it as one line."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
+
+
+class Progress(_Display):
+    """A listener that shows a run: `with Progress(console) as progress: train(..., [progress])`."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, TextColumn("{task.fields[note]}"))
+        self._task = self._bars.add_task("reading the model and the text", total=None, note="")
         self._started: RunStarted | None = None
         self._done = 0
         self._total = 0
@@ -67,19 +98,8 @@ class Progress:
         self._recent: deque[StepDone] = deque()
         self._last_line_t = float("-inf")
 
-    def __enter__(self) -> Progress:
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
-
     def remember(self, events: Iterable[Event]) -> None:
-        """Take in what an earlier process of this run did, without drawing it."""
+        """Count the events of an earlier process of this run, without drawing them."""
         for event in settled(events):
             self._count(event)
         self._recent.clear()
@@ -90,31 +110,31 @@ class Progress:
         match event:
             case RunStarted():
                 about = f"{event.method}: {event.model}, {event.blocks} blocks, {len(event.clients)} clients"
-                self._say(" ".join([f"{about}. {event.privacy}", *event.defences]))
+                self.say(" ".join([f"{about}. {event.privacy}", *event.defences]))
             case RunResumed():
-                self._say(f"continuing with round {event.round}")
+                self.say(f"continuing with round {event.round}")
             case CutsChanged():
                 cuts = ", ".join(f"{name} {cut}" for name, cut in event.cuts.items())
                 reason = f" ({event.reason})" if event.reason else ""
-                self._say(f"round {event.round}: cuts {cuts}{reason}")
+                self.say(f"round {event.round}: cuts {cuts}{reason}")
             case WireChosen():
                 codecs = f"{event.hidden} for hidden states, {event.gradient} for gradients"
-                self._say(f"{event.client}: {codecs} ({event.reason})")
+                self.say(f"{event.client}: {codecs} ({event.reason})")
             case StepDone():
                 self._draw(event)
             case Evaluated():
-                self._say(self._evaluation(event))
+                self.say(self._evaluation(event))
             case PrivacySpent() if math.isfinite(event.epsilon):
-                self._say(f"round {event.round}: spent epsilon {event.epsilon:.3g} at delta {event.delta:g}")
+                self.say(f"round {event.round}: spent epsilon {event.epsilon:.3g} at delta {event.delta:g}")
             case Warned() | SiteChanged():
-                self._say(f"warning: {event.message}")
+                self.say(f"warning: {event.message}")
             case SessionStarted():
-                self._say(f"from round {event.round} on with {', '.join(event.sites)}")
+                self.say(f"from round {event.round} on with {', '.join(event.sites)}")
             case _:
                 pass
 
     def _count(self, event: Event) -> None:
-        """Update how far the run is."""
+        """Update the counts."""
         match event:
             case RunStarted():
                 self._started = event
@@ -139,19 +159,19 @@ class Progress:
                 pass
 
     def _draw(self, step: StepDone) -> None:
-        """Move the bar, or write a plain line when it is time for one."""
+        """Move the bar, or print a plain line when one is due."""
         rounds = self._started.rounds if self._started else step.round
         where, note = f"round {step.round}/{rounds}", self._note(step)
         if self._console.is_terminal:
-            self._bar.update(
+            self._bars.update(
                 self._task, description=where, completed=self._done, total=self._total, note=note
             )
         elif step.t - self._last_line_t >= _PLAIN_EVERY_S:
             self._last_line_t = step.t
-            self._say(f"{where}: {note}")
+            self.say(f"{where}: {note}")
 
     def _note(self, step: StepDone) -> str:
-        """Step, tokens/s, loss and time left."""
+        """Return step, tokens/s, loss and time left."""
         parts = [f"step {self._done}/{self._total or '?'}"]
         seconds = step.t - self._recent[0].t
         if seconds > 0:
@@ -168,16 +188,45 @@ class Progress:
         change = f" (before training {self._first_loss:.3f})" if event.round and self._first_loss else ""
         return f"{when}: held-out loss {event.loss:.3f}{change}"
 
-    def _say(self, line: str) -> None:
-        """A line that stays, above the bar."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
+
+class ProgressBars(_Display):
+    """One bar for each name; called with `(name, done, total)`."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+        self._tasks: dict[str, TaskID] = {}
+        self._began: dict[str, tuple[float, int]] = {}
+        self._last_line = float("-inf")
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """Show that `done` of `total` are done, and the time left."""
+        now = time.monotonic()
+        began, before = self._began.setdefault(name, (now, done))  # earlier work took no time here
+        left = ""
+        if done > before and now > began:
+            left = f"{clock((now - began) / (done - before) * (total - done))} left"
+        if self._console.is_terminal:
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(name, total=total, left="")
+            self._bars.update(self._tasks[name], completed=done, total=total, left=left)
+        elif now - self._last_line >= _PLAIN_EVERY_S or done == total:
+            self._last_line = now
+            line = f"{name}: {done}/{total}{f' · {left}' if left and done < total else ''}"
+            self.say(line)
+
+    def drop(self, name: str) -> None:
+        """Remove a bar."""
+        if name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(name))
 
 
-def client_table(summary: dict[str, Any]) -> Table:
-    """The table at the end of a run: what each client trained, gained and sent."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for index, heading in enumerate(CLIENT_HEADINGS):
-        table.add_column(heading, justify="right" if index else "left")
-    for row in client_rows(summary):
-        table.add_row(*map(escape, row))
-    return table
+def show_outcome(console: Console, run: Run, *others: str) -> None:
+    """Print what a finished run reached, its files, and other lines."""
+    console.print()
+    console.print(client_table(run.summary).to_rich())
+    lines = (
+        f"\n{headline(run.summary)}",
+        f"Report   {run.folder / 'report.html'}",
+        f"Adapter  {run.adapter_dir} (PEFT)",
+    )
+    say(console, *lines, *others)

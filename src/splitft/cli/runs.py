@@ -1,14 +1,21 @@
-"""Verbs that look at a run before or after: plan, report, generate, export."""
+"""Verbs for a run before or after training: plan, report, generate, export."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitft.cli.app import AsJson, ConfigFile, RunFolder, console, verb
+from splitft.cli.app import AsJson, ConfigFile, RunFolder, console, say, verb
+
+if TYPE_CHECKING:
+    from splitft.tracking.table import Table
+
+MAX_CUTS = 8
+"""Cuts shown of each client; `--json` has all."""
 
 
 @verb
@@ -19,37 +26,38 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict seconds, bytes and memory of every client at every cut; trains nothing."""
-    from splitft.cli.plan_tables import choice_table, price_tables
+    """Predict seconds, bytes and memory of every client at every cut, without training."""
     from splitft.config import load
-    from splitft.run.plan import plan as planned
+    from splitft.run.plan import plan as plan_run
 
-    result = planned(load(file, overrides or []))
+    data = plan_run(load(file, overrides or [])).to_json()
     if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=2))
+        typer.echo(json.dumps(data, indent=2))
         return
     screen = console()
-    for heading, table in price_tables(result.to_json()):
-        screen.print(heading, highlight=False, markup=False, soft_wrap=True)
-        screen.print(table)
+    for heading, table in price_tables(data):
+        say(screen, heading)
+        screen.print(table.to_rich())
         screen.print()
-    screen.print(choice_table(result.to_json()))
+    screen.print(choice_table(data).to_rich())
 
 
 @verb
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="One or several run folders.")],
-    to: Annotated[Path | None, typer.Option(help="HTML file [default: report.html in the first DIR]")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="HTML file.", show_default="report.html in the first DIR")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page about a run, or about several side by side."""
-    from splitft.report.page import read_run, write_report
-    from splitft.tracking import comparability as same_data
+    from splitft.report.page import write_report
+    from splitft.report.run_record import read_run
+    from splitft.tracking.comparability import differences
 
     page = write_report(folders, to or folders[0] / "report.html")
     if len(folders) > 1:
-        runs = [(str(folder), read_run(folder).summary) for folder in folders]
-        for said in same_data.differences(runs):
-            typer.echo(f"splitft: warning: these runs do not compare: {said}", err=True)
+        for difference in differences([(str(folder), read_run(folder).summary) for folder in folders]):
+            typer.echo(f"splitft: warning: these runs do not compare: {difference}", err=True)
     typer.echo(page)
 
 
@@ -57,13 +65,13 @@ def report(
 def generate(
     folder: RunFolder,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation, in tokens.")] = 60,
-    base: Annotated[bool, typer.Option("--base", help="Without the adapter, for comparison.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length, in tokens.")] = 60,
+    base: Annotated[bool, typer.Option("--base", help="Use the base model without the adapter.")] = False,
 ) -> None:
-    """Let the fine-tuned model continue a prompt."""
-    from splitft.run.results import generate as continued
+    """Continue a prompt with the fine-tuned model."""
+    from splitft.run.folder import generate as continue_prompt
 
-    typer.echo(prompt + continued(folder, prompt, max_new_tokens=max_new_tokens, adapter=not base))
+    typer.echo(prompt + continue_prompt(folder, prompt, max_new_tokens=max_new_tokens, adapter=not base))
 
 
 @verb
@@ -71,10 +79,48 @@ def export(
     folder: RunFolder,
     to: Annotated[Path, typer.Option(help="Folder to write.")],
     merged: Annotated[
-        bool, typer.Option("--merged", help="The whole model with the adapter folded in, not the adapter.")
+        bool, typer.Option("--merged", help="Write the whole model with the adapter merged into it.")
     ] = False,
 ) -> None:
     """Write the adapter as a PEFT folder, or the merged model."""
-    from splitft.run.results import export as exported
+    from splitft.run.folder import export as export_run
 
-    typer.echo(exported(folder, to, merged=merged))
+    typer.echo(export_run(folder, to, merged=merged))
+
+
+def price_tables(data: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
+    """Yield, for each client, a heading and its seconds, MB and memory at up to MAX_CUTS cuts."""
+    from splitft.tracking.table import Table
+
+    for client in data["clients"]:
+        prices = list(client["prices"])
+        step = max(1, -(-(len(prices) - 1) // (MAX_CUTS - 1)))
+        shown = prices[::step] + ([prices[-1]] if (len(prices) - 1) % step else [])
+        rows = [
+            ("seconds a round", *(f"{price['seconds']:.3g}" for price in shown)),
+            ("MB up", *(f"{price['up_mb']:.1f}" for price in shown)),
+            ("MB down", *(f"{price['down_mb']:.1f}" for price in shown)),
+            ("GB of memory", *(f"{price['memory_gb']:.2f}" for price in shown)),
+            ("fits", *("yes" if price["fits"] else "no" for price in shown)),
+        ]
+        heading = f"{client['name']}: {client['device']}; {client['link']}"
+        yield heading, Table(("", *(f"cut {price['cut']}" for price in shown)), rows)
+
+
+def choice_table(data: Mapping[str, Any]) -> Table:
+    """Return the cuts that each controller chooses, and its round on the simulated clock."""
+    from splitft.tracking.table import Table
+
+    rows = []
+    for choice in data["choices"]:
+        seconds = choice["round_seconds"]
+        cuts = " ".join(str(cut) for cut in choice["cuts"].values())
+        rows.append(
+            (
+                choice["controller"],
+                "–" if seconds is None else f"{seconds:.3g}",
+                cuts or "–",
+                choice["reason"],
+            )
+        )
+    return Table(("controller", "seconds a round", "cuts", "why"), rows, "lrll")

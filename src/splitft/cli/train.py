@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitft.cli.app import INTERRUPTED, AsJson, ConfigFile, console, end, verb
+from splitft.cli.app import INTERRUPTED, AsJson, ConfigFile, Out, Overrides, Resume, console, end, say, verb
 from splitft.errors import RunError
 
 if TYPE_CHECKING:
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from splitft.run.folder import Run
 
 DEMO_PROMPT = "The with statement is used to"
-"""What the demo lets the model continue before and after; a sentence that the text explains."""
+"""A prompt for the model before and after training; the text explains it."""
 
 
 @verb
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/demo-DATE-TIME]")] = None,
-    sample: Annotated[bool, typer.Option(help="Let the model continue a sentence before and after.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/demo-DATE-TIME")] = None,
+    sample: Annotated[bool, typer.Option(help="Show how the model continues a sentence.")] = True,
 ) -> None:
     """Fine-tune a real model on real text across four clients with four cuts; about two minutes."""
     from splitft.config import from_mapping
@@ -32,21 +32,21 @@ def demo(
     config = from_mapping(DEMO)
     run = _train(config, out or new_folder("demo"), resume=False)
     if sample:
-        from splitft.run.results import generate
+        from splitft.run.folder import generate
 
         screen = console()
         screen.print(f"\nThe model continues [bold]{DEMO_PROMPT} ...[/bold]")
         for when, adapter in (("before", False), ("after", True)):
             text = generate(run.folder, DEMO_PROMPT, max_new_tokens=30, adapter=adapter)
-            screen.print(f"  {when:<7}{' '.join(text.split())}", markup=False, highlight=False)
+            say(screen, f"  {when:<7}{' '.join(text.split())}")
 
 
 @verb
 def init(
-    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write it.")] = Path("run.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="File to write.")] = Path("run.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write a commented configuration to start from."""
+    """Write a commented configuration file to start from."""
     from splitft.config import template
 
     if file.exists() and not force:
@@ -58,14 +58,12 @@ def init(
 @verb
 def train(
     file: ConfigFile,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as training.rounds=5")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/NAME-DATE-TIME]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is in --out.")] = False,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train as the configuration says; leaves a run folder with adapter, summary and report."""
+    """Train a configuration, and write a run folder with adapter, summary and report."""
     from splitft.config import load
 
     if resume and out is None:
@@ -82,15 +80,14 @@ DEMO: dict[str, Any] = {
     "lora": {"rank": 16, "rank_at_cut": 8},
     "training": {"rounds": 3, "steps": 10, "batch_size": 4, "lr": 1e-3},
 }
-"""The demo's configuration; what is not here has its default."""
+"""The demo's configuration, apart from defaults."""
 
 
 def _train(config: RunConfig, out: Path, resume: bool, quiet: bool = False) -> Run:
-    """Train with a progress display, and say at the end what came out."""
-    from splitft.cli.progress import Progress, client_table
+    """Train with a progress display, and print the outcome."""
+    from splitft.cli.progress import Progress, show_outcome
     from splitft.run.train import train
     from splitft.tracking.log import read_events
-    from splitft.tracking.summary import headline
 
     screen = console(stderr=quiet)
     try:
@@ -102,16 +99,12 @@ def _train(config: RunConfig, out: Path, resume: bool, quiet: bool = False) -> R
     except KeyboardInterrupt:
         end(_how_to_continue(out), INTERRUPTED)
     if not quiet:
-        screen.print()
-        screen.print(client_table(run.summary))
-        screen.print(f"\n{headline(run.summary)}", highlight=False, soft_wrap=True)
-        screen.print(f"Report   {run.folder / 'report.html'}", highlight=False, soft_wrap=True)
-        screen.print(f"Adapter  {run.adapter_dir} (PEFT)", highlight=False, soft_wrap=True)
+        show_outcome(screen, run)
     return run
 
 
 def _how_to_continue(out: Path) -> str:
-    """What a stopped run has safe, and the command that goes on with it."""
+    """Return which rounds of a stopped run are safe, and the command that continues it."""
     from splitft.training.checkpoint import latest
 
     if not (out / "config.yaml").is_file():
@@ -123,6 +116,6 @@ def _how_to_continue(out: Path) -> str:
 
 
 def new_folder(name: str) -> Path:
-    """A run folder of this name and moment that is not there yet."""
+    """Return a path for a run folder, with this name and the time, that does not exist yet."""
     first = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     return next(path for n in range(1000) if not (path := first if not n else Path(f"{first}-{n}")).exists())

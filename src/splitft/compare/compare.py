@@ -1,6 +1,6 @@
 """Train one configuration under several methods and seeds, each run in its own folder, and compare them.
 
-    FILE, methods, seeds --plan_runs--> [ComparisonRow, ...] --compare--> trained runs --> compare.json, compare.html
+    FILE, methods, seeds --plan_runs--> [ComparisonRow, ...] --compare--> compare.json, compare.html
 
     OUT/  compare.html  compare.json  runs/  splitft-seed0-1f0c9a27/  fedlora-seed0-8b63d5e1/  ...
 
@@ -112,10 +112,11 @@ def compare(
     listener: RowListener = lambda row, event: None,
     progress: EvaluationProgress = lambda name, done, total: None,
 ) -> dict[str, Any]:
-    """Train the runs that are not finished, write `compare.json` and `compare.html`, and return the comparison.
+    """Train the runs that are not finished, write `compare.json` and `compare.html`; return the comparison.
 
-    With `tasks`, each run's model is evaluated on its held-out text, unless `eval.json` has the result. Raises
-    RunError if the runs had different text, and the errors of `train` and `evaluate`, with the run's name.
+    With `tasks`, each run's model is evaluated on its held-out text, unless `eval.json` has the result.
+    Raises RunError if the runs had different text, and the errors of `train` and `evaluate`, with the run's
+    name.
     """
     check_tasks(tasks)
     runs: list[Trained] = []

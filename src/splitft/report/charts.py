@@ -1,10 +1,10 @@
-"""The report's charts: what a run's events show, as plain plotly.js figures.
+"""Charts of a run's events, as plotly traces.
 
-    summary, events --held_out_loss, training_loss, ...--> Chart --report--> drawn in the page by plotly.js
+    summary, events --held_out_loss, training_loss, ...--> Chart --page.js--> drawn in the page by plotly.js
 
-A chart is data and axes only; `page.js` adds fonts and colours, so that one page reads well in the light
-and in the dark: the colours named "ink" and "faint" are the page's own. Plotly reads names as a kind of
-HTML, so they are escaped here.
+A chart holds its traces and its axes; `page.js` adds fonts and colors. A color such as `var(--ink)` is a
+variable of `page.css`, which has a value for light and one for dark. Plotly reads names as a kind of HTML,
+so they are escaped here.
 """
 
 from __future__ import annotations
@@ -16,19 +16,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import plotly.graph_objects as go
+
 from splitft.tracking.events import CutsChanged, Event, StepDone
 
-COLOURS = (
+COLORS = (
     "#3b82c4", "#e07b39", "#3a9d5d", "#8e6bbf", "#d1495b", "#2a9d9d", "#a1714f", "#d77fb3", "#9a9a33",
 )  # fmt: skip
-LEGIBLE = len(COLOURS)
-"""Beyond this many, lines are drawn faint and without a legend: their spread is the message."""
-MOST_POINTS = 400
-"""Longer lines are drawn as means of neighbouring points."""
+INK, FAINT = "var(--ink)", "var(--faint)"
+MAX_COLORED = len(COLORS)
+"""With more series than this, lines are drawn faint and without a legend: only their spread matters."""
+MAX_POINTS = 400
+"""Longer series are drawn as means of neighboring points."""
 ALL = "all clients"
 
-Line = tuple[Sequence[float], Sequence[float | None]]
+Series = tuple[Sequence[float], Sequence[float | None]]
 """x and y; None leaves a gap."""
+Trace = Any
+"""A trace of `plotly.graph_objects`, which has no types."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +41,25 @@ class Chart:
     """One figure and the words around it."""
 
     title: str
-    """What it shows."""
     caption: str
     """How to read it, in a sentence."""
-    data: list[dict[str, Any]]
-    """Traces, as plotly.js takes them."""
-    layout: dict[str, Any] = field(default_factory=dict)
-    """Axes, as plotly.js takes them."""
+    data: Sequence[Trace]
+    layout: Any = field(default_factory=go.Layout)
+    """A `plotly.graph_objects.Layout`: the axes."""
     notes: tuple[str, ...] = ()
     """Sentences to list below it."""
     wide: bool = False
-    """Whether it takes the whole width of the page."""
+    """Take the whole width of the page."""
     height: int = 320
-    """Of the drawing, in pixels."""
+    """Height of the drawing, in pixels."""
+
+    def figure(self) -> dict[str, Any]:
+        """Return the figure as plotly.js takes it."""
+        return {"data": [one.to_plotly_json() for one in self.data], "layout": self.layout.to_plotly_json()}
 
 
-def of_one_run(summary: Mapping[str, Any], events: Sequence[Event], blocks: int) -> list[Chart]:
-    """All charts of one run that have something to show."""
+def one_run_charts(summary: Mapping[str, Any], events: Sequence[Event], blocks: int) -> list[Chart]:
+    """Return all charts of one run that have something to show."""
     charts = [
         held_out_loss(summary),
         training_loss(events),
@@ -64,24 +71,24 @@ def of_one_run(summary: Mapping[str, Any], events: Sequence[Event], blocks: int)
     return [chart for chart in charts if chart.data]
 
 
-def of_several_runs(
+def several_runs_charts(
     summaries: Mapping[str, Mapping[str, Any]], events: Mapping[str, Sequence[Event]]
 ) -> list[Chart]:
-    """Runs side by side, by their names."""
+    """Return the charts that compare runs, which are given by their names."""
     losses = {name: _by_round(summary["eval_loss"], first=0) for name, summary in summaries.items()}
-    steps = {name: mean_by_step(_steps(told)) for name, told in events.items()}
+    steps = {name: mean_by_step(_steps(of_run)) for name, of_run in events.items()}
     charts = [
         Chart(
             "Held-out loss",
             "Of the global adapters on all clients' held-out text; round 0 is before training.",
             _lines(losses, markers=True),
-            titled_axes("round", "nats per token", max(len(line[0]) for line in losses.values())),
+            axes("round", "nats per token", max(len(xs) for xs, _ in losses.values())),
         ),
         Chart(
             "Training loss",
             "Mean over the clients of their batches' loss at each local step.",
             _lines(steps),
-            titled_axes("step", "nats per token"),
+            axes("step", "nats per token"),
         ),
         _traffic_of_runs(summaries),
         seconds_by_leg(summaries),
@@ -91,18 +98,18 @@ def of_several_runs(
 
 
 def held_out_loss(summary: Mapping[str, Any]) -> Chart:
-    """Loss on held-out text by round, of all clients and of each."""
+    """Draw the loss on held-out text by round, of all clients and of each."""
     lines = {client["name"]: _by_round(client["loss"], first=0) for client in summary["clients"]}
     return Chart(
         "Held-out loss",
         "Of the global adapters on each client's held-out text; round 0 is before training.",
         _lines(lines, bold=_by_round(summary["eval_loss"], first=0), markers=True),
-        titled_axes("round", "nats per token", len(summary["eval_loss"])),
+        axes("round", "nats per token", len(summary["eval_loss"])),
     )
 
 
 def training_loss(events: Iterable[Event]) -> Chart:
-    """Loss of each batch, by the client's step."""
+    """Draw the loss of each batch, by the client's step."""
     steps = _steps(events)
     lines: defaultdict[str, dict[int, float]] = defaultdict(dict)
     for step in steps:
@@ -112,106 +119,90 @@ def training_loss(events: Iterable[Event]) -> Chart:
         "Training loss",
         "Of each client's own batches, by its local step. Batches differ, so single lines are rough.",
         _lines(each, bold=mean_by_step(steps)),
-        titled_axes("step", "nats per token"),
+        axes("step", "nats per token"),
     )
 
 
 def cuts_by_round(summary: Mapping[str, Any], blocks: int, events: Iterable[Event]) -> Chart:
-    """How many blocks each client held in each round, and why its controller chose so."""
+    """Draw how many blocks each client held in each round; list why its controller moved the cut."""
     changes = [event for event in events if isinstance(event, CutsChanged) and event.reason]
     lines = {client["name"]: _by_round(client["cut"], first=1) for client in summary["clients"]}
-    axes = titled_axes("round", "blocks on the client", max(summary["rounds"], 1))
-    axes["yaxis"] |= {"range": [0, blocks * 1.03]}
     return Chart(
         "Cuts",
         f"Blocks that each client holds, of the model's {blocks}; the server holds the rest.",
-        [trace | {"line": trace["line"] | {"shape": "hv"}} for trace in _lines(lines, markers=True)],
-        axes,
+        [trace.update(line_shape="hv") for trace in _lines(lines, markers=True)],
+        axes("round", "blocks on the client", max(summary["rounds"], 1), yaxis_range=[0, blocks * 1.03]),
         tuple(f"Round {change.round}: {change.reason}" for change in changes),
     )
 
 
 def traffic(summary: Mapping[str, Any]) -> Chart:
-    """Megabytes by role and direction; what evaluation sent is one bar more."""
+    """Draw megabytes by role and direction; evaluation has a bar of its own."""
     totals = {role: dict(counts) for role, counts in summary["bytes"].items()}
     totals["evaluation"] = {
         way: sum(counts[way] for counts in summary["evaluation_bytes"].values()) for way in ("up", "down")
     }
     roles = [role for role, counts in totals.items() if any(counts.values())]
-    data = [
-        {
-            "type": "bar",
-            "name": way,
-            "x": roles,
-            "y": [totals[role][way] / 1e6 for role in roles],
-            "marker": {"color": colour},
-        }
-        for way, colour in zip(("up", "down"), COLOURS, strict=False)
+    bars = [
+        go.Bar(name=way, x=roles, y=[totals[role][way] / 1e6 for role in roles], marker_color=color)
+        for way, color in zip(("up", "down"), COLORS, strict=False)
     ]
     return Chart(
         "Bytes on the wire",
         "All clients together; up is from a client to the server. Evaluation is counted apart from training.",
-        data if roles else [],
-        {"barmode": "group", **titled_axes("", "MB")},
+        bars if roles else [],
+        axes("", "MB", barmode="group"),
     )
 
 
 def _traffic_of_runs(summaries: Mapping[str, Mapping[str, Any]]) -> Chart:
-    """Megabytes of training by run, stacked by role."""
-    roles = list(next(iter(summaries.values()))["bytes"])
+    """Draw megabytes of training by run, stacked by role."""
+    names, roles = list(map(plain, summaries)), next(iter(summaries.values()))["bytes"]
     totals = {
         role: [sum(summary["bytes"][role].values()) / 1e6 for summary in summaries.values()] for role in roles
     }
-    data = [
-        {
-            "type": "bar",
-            "name": role,
-            "x": [plain(name) for name in summaries],
-            "y": total,
-            "marker": {"color": colour},
-        }
-        for colour, (role, total) in zip(COLOURS, totals.items(), strict=False)
+    bars = [
+        go.Bar(name=role, x=names, y=total, marker_color=color)
+        for color, (role, total) in zip(COLORS, totals.items(), strict=False)
         if any(total)
     ]
     caption = "Of training, both directions, all clients together; evaluation is left out."
-    return Chart("Bytes on the wire", caption, data, {"barmode": "stack", **titled_axes("", "MB")})
+    return Chart("Bytes on the wire", caption, bars, axes("", "MB", barmode="stack"))
 
 
 def seconds_by_leg(summaries: Mapping[str, Mapping[str, Any]]) -> Chart:
-    """Where the time of the steps went, one bar a leg and run."""
-    data = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": plain(name),
-            "y": [leg.replace("_", " ") for leg in summary["seconds_by_leg"]],
-            "x": list(summary["seconds_by_leg"].values()),
-            "marker": {"color": COLOURS[index % LEGIBLE]},
-        }
+    """Draw the wall time of the steps, one bar for each leg and run."""
+    bars = [
+        go.Bar(
+            name=plain(name),
+            y=[leg.replace("_", " ") for leg in summary["seconds_by_leg"]],
+            x=list(summary["seconds_by_leg"].values()),
+            orientation="h",
+            marker_color=COLORS[index % MAX_COLORED],
+        )
         for index, (name, summary) in enumerate(summaries.items())
         if summary["seconds_by_leg"]
     ]
-    axes = titled_axes("seconds", "")
-    axes["yaxis"] |= {"autorange": "reversed", "automargin": True, "showgrid": False}
-    caption = "Wall time of the training steps, summed over clients and rounds."
-    return Chart("Seconds by leg", caption, data, {"barmode": "group", "hovermode": "y", **axes})
+    layout = axes("seconds", "", barmode="group", hovermode="y").update(yaxis=NAMES_DOWNWARD)
+    return Chart(
+        "Seconds by leg", "Wall time of the training steps, summed over clients and rounds.", bars, layout
+    )
 
 
 def aggregation_error(summaries: Mapping[str, Mapping[str, Any]]) -> Chart:
-    """How far the global adapters are from the mean of the clients' updates, by round."""
+    """Draw the distance of the global adapters from the mean of the clients' updates, by round."""
     lines = {name: _by_round(summary["aggregation_error"], first=1) for name, summary in summaries.items()}
-    axes = titled_axes("round", "relative error", max(len(line[0]) for line in lines.values()))
-    axes["yaxis"] |= {"rangemode": "tozero"}
+    rounds = max(len(xs) for xs, _ in lines.values())
     return Chart(
         "Aggregation error",
         "Lost when the clients' updates become one adapter: ‖mean(BA) − BA‖ / ‖mean(BA)‖; 0 is exact.",
         _lines(lines, markers=True),
-        axes,
+        axes("round", "relative error", rounds, yaxis_rangemode="tozero"),
     )
 
 
-def mean_by_step(steps: Iterable[StepDone]) -> Line:
-    """Token-weighted mean loss of whoever took each step."""
+def mean_by_step(steps: Iterable[StepDone]) -> Series:
+    """Return the token-weighted mean loss, at each step, of the clients that took it."""
     sums: defaultdict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for step in steps:
         if math.isfinite(step.loss):
@@ -221,12 +212,12 @@ def mean_by_step(steps: Iterable[StepDone]) -> Line:
     return list(means), list(means.values())
 
 
-def thinned(line: Line, most: int = MOST_POINTS) -> Line:
-    """A line of at most `most` points: means over equal windows of neighbours."""
-    xs, ys = line
+def thinned(series: Series, most: int = MAX_POINTS) -> Series:
+    """Return a series of at most `most` points: means over equal windows of neighbors."""
+    xs, ys = series
     window = math.ceil(len(xs) / most)
     if window <= 1:
-        return line
+        return series
     starts = range(0, len(xs), window)
     known = [
         [y for y in ys[start : start + window] if y is not None and math.isfinite(y)] for start in starts
@@ -234,42 +225,46 @@ def thinned(line: Line, most: int = MOST_POINTS) -> Line:
     return [xs[start] for start in starts], [sum(part) / len(part) if part else None for part in known]
 
 
-def _lines(
-    lines: Mapping[str, Line], bold: Line | None = None, markers: bool = False
-) -> list[dict[str, Any]]:
-    """One trace a name; `bold` is that of all together, drawn last and in ink."""
-    crowd = len(lines) > LEGIBLE
+def _lines(lines: Mapping[str, Series], bold: Series | None = None, markers: bool = False) -> list[Trace]:
+    """Return one trace for each name; `bold`, the mean of all, is drawn last and in ink."""
+    crowd = len(lines) > MAX_COLORED
     traces = []
-    for index, (name, line) in enumerate(lines.items()):
-        colour, width = ("faint", 1.0) if crowd else (COLOURS[index % LEGIBLE], 1.6)
-        trace = _trace(name, line, colour, width, markers and not crowd)
-        traces.append(trace | {"showlegend": bool(name) and not crowd})
+    for index, (name, series) in enumerate(lines.items()):
+        color, width = (FAINT, 1.0) if crowd else (COLORS[index % MAX_COLORED], 1.6)
+        trace = _line(name, series, color, width, markers and not crowd)
+        traces.append(trace.update(showlegend=bool(name) and not crowd))
     if bold is not None and len(lines) > 1:
-        traces.append(_trace(ALL, bold, "ink", 3, markers))
-    return [trace for trace in traces if any(y is not None for y in trace["y"])]
+        traces.append(_line(ALL, bold, INK, 3, markers))
+    return [trace for trace in traces if any(y is not None for y in trace.y)]
 
 
-def _trace(name: str, line: Line, colour: str, width: float, markers: bool) -> dict[str, Any]:
-    xs, ys = thinned(line)
-    return {
-        "type": "scatter",
-        "mode": "lines+markers" if markers else "lines",
-        "name": plain(name),
-        "x": list(xs),
-        "y": [None if y is None or not math.isfinite(y) else round(y, 6) for y in ys],
-        "line": {"color": colour, "width": width},
-        "marker": {"color": colour, "size": 5 + width},
-    }
+def _line(name: str, series: Series, color: str, width: float, markers: bool) -> Trace:
+    xs, ys = thinned(series)
+    return go.Scatter(
+        mode="lines+markers" if markers else "lines",
+        name=plain(name),
+        x=list(xs),
+        y=[None if y is None or not math.isfinite(y) else round(y, 6) for y in ys],
+        line={"color": color, "width": width},
+        marker={"color": color, "size": 5 + width},
+    )
 
 
-def titled_axes(x: str, y: str, rounds: int = 0) -> dict[str, Any]:
-    """Titles of both axes; rounds are whole numbers, a dozen ticks at most."""
-    whole = {"tickformat": "d", "dtick": math.ceil(rounds / 12)} if rounds else {}
-    names = {} if x else {"showgrid": False}  # an axis without a title has names on it
-    return {"xaxis": {"title": {"text": x}} | whole | names, "yaxis": {"title": {"text": y}}}
+NAMES_DOWNWARD = {"autorange": "reversed", "automargin": True, "showgrid": False}
+"""An axis of names, the first one on top."""
 
 
-def _by_round(values: Sequence[float | None], first: int) -> Line:
+def axes(x: str, y: str, rounds: int = 0, **others: Any) -> Any:
+    """Return a layout with the titles of both axes; rounds are whole numbers, with a dozen ticks at most."""
+    xaxis: dict[str, Any] = {"title": {"text": x}}
+    if rounds:
+        xaxis |= {"tickformat": "d", "dtick": math.ceil(rounds / 12)}
+    if not x:  # an axis of names
+        xaxis["showgrid"] = False
+    return go.Layout(xaxis=xaxis, yaxis={"title": {"text": y}}).update(others)
+
+
+def _by_round(values: Sequence[float | None], first: int) -> Series:
     return list(range(first, first + len(values))), values
 
 
@@ -278,5 +273,5 @@ def _steps(events: Iterable[Event]) -> list[StepDone]:
 
 
 def plain(name: str) -> str:
-    """A name that plotly shows as it is."""
+    """Escape a name so that plotly shows it as it is."""
     return html.escape(name, quote=False)

@@ -1,7 +1,7 @@
-"""Held-out loss against what it cost: simulated seconds and MB; one line a run, or a band over seeds.
+"""Held-out loss against its cost: rounds, simulated seconds and MB.
 
-{name: course} --against_costs--> two charts of lines
-{method: [course of each seed]} --with_bands--> three charts: rounds, simulated seconds, MB
+{run: history} --loss_against_costs--> two charts, one line a run
+{method: [history of each seed]} --loss_with_bands--> three charts, one line a method, its range over seeds
 
 loss  ▒▒▒╲
          ▒▒▒╲▒▒▒                 line: mean over seeds; band: lowest to highest seed
@@ -13,90 +13,91 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from splitft.report.charts import COLOURS, LEGIBLE, Chart, plain, titled_axes
+import plotly.graph_objects as go
+
+from splitft.report.charts import COLORS, FAINT, MAX_COLORED, Chart, Trace, axes, plain
 from splitft.tracking.history import Point
 
+History = Sequence[Point]
+Cost = Callable[[Point], float | None]
+
 DASHES = ("solid", "dash", "dot")
-"""Lines beyond the number of colours differ in their dashes."""
-TARGET_LINE = {"color": "faint", "width": 1, "dash": "dot"}
-NATS = "nats per token"
+"""Lines beyond the number of colors differ in their dashes."""
+TARGET_LINE = {"color": FAINT, "width": 1, "dash": "dot"}
+COSTS: Sequence[tuple[str, str, str, Cost]] = (
+    ("Loss by round", "Held-out loss after each round.", "round", lambda point: point.round),
+    (
+        "Loss by simulated time",
+        "It matters where machines and links are slow.",
+        "seconds on the simulated clock",
+        lambda point: point.simulated_s,
+    ),
+    ("Loss by traffic", "It matters where bandwidth is dear.", "MB sent in training", lambda point: point.mb),
+)
+"""Title, caption, axis and value of each cost."""
 
 
-def against_costs(courses: Mapping[str, Sequence[Point]]) -> list[Chart]:
-    """Loss against simulated seconds and against MB, a line each run."""
-    lines = {name: [points] for name, points in courses.items()}
-    return [chart for chart in with_bands(lines)[1:] if chart.data]
+def loss_against_costs(histories: Mapping[str, History]) -> list[Chart]:
+    """Draw loss against simulated seconds and against MB, one line for each run."""
+    lines = {name: [points] for name, points in histories.items()}
+    return [chart for chart in loss_with_bands(lines)[1:] if chart.data]
 
 
-def with_bands(courses: Mapping[str, Sequence[Sequence[Point]]], target: float | None = None) -> list[Chart]:
-    """Loss against rounds, simulated seconds and MB: mean over each method's seeds, and their range."""
-    several = max((len(seeds) for seeds in courses.values()), default=0) > 1
+def loss_with_bands(histories: Mapping[str, Sequence[History]], target: float | None = None) -> list[Chart]:
+    """Draw loss against each cost: the mean over each method's seeds, and their range."""
+    several = max((len(seeds) for seeds in histories.values()), default=0) > 1
     how = "Lines are means over seeds, bands reach from the lowest to the highest." if several else ""
-    rounds = max((len(points) for seeds in courses.values() for points in seeds), default=0)
-    costs: list[tuple[str, str, str, Callable[[Point], float | None], int]] = [
-        ("Loss by round", "Held-out loss after each round.", "round", lambda point: point.round, rounds),
-        (
-            "Loss by simulated time",
-            "What counts where machines and links are slow.",
-            "seconds on the simulated clock",
-            lambda point: point.simulated_s,
-            0,
-        ),
-        ("Loss by traffic", "What counts where bytes are dear.", "MB sent in training", lambda p: p.mb, 0),
-    ]
+    rounds = max((len(points) for seeds in histories.values() for points in seeds), default=0)
     return [
         Chart(
             title,
             f"{caption} {how}".strip(),
-            _traces(courses, cost, target),
-            {"hovermode": "closest", **titled_axes(axis, NATS, whole)},
+            _traces(histories, cost, target),
+            axes(axis, "nats per token", rounds if axis == "round" else 0, hovermode="closest"),
         )
-        for title, caption, axis, cost, whole in costs
+        for title, caption, axis, cost in COSTS
     ]
 
 
 def simulated_by_round(summaries: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """Simulated seconds of each round, a line each run; nothing without a simulated clock."""
+    """Draw the simulated seconds of each round, one line for each run; empty without a simulated clock."""
     timed = {name: one["simulated"]["seconds"] for name, one in summaries.items() if one["simulated"]}
-    data = [
-        _trace(name, range(1, len(seconds) + 1), seconds, _line(place))
-        for place, (name, seconds) in enumerate(timed.items())
+    if not timed:
+        return []
+    lines = [
+        _line(name, range(1, len(seconds) + 1), seconds, _style(index))
+        for index, (name, seconds) in enumerate(timed.items())
     ]
-    axes = titled_axes("round", "seconds", max((len(one) for one in timed.values()), default=0))
-    axes["yaxis"] |= {"rangemode": "tozero"}
+    layout = axes("round", "seconds", max(map(len, timed.values())), yaxis_rangemode="tozero")
     caption = "Length of each round on the simulated clock, moving of blocks included."
-    chart = Chart("Simulated seconds by round", caption, data, axes)
-    return [chart] if data else []
+    return [Chart("Simulated seconds by round", caption, lines, layout)]
 
 
-def _traces(
-    courses: Mapping[str, Sequence[Sequence[Point]]],
-    cost: Callable[[Point], float | None],
-    target: float | None,
-) -> list[dict[str, Any]]:
-    """A line a name, with its band beneath if there are several seeds, and the target across."""
+def _traces(histories: Mapping[str, Sequence[History]], cost: Cost, target: float | None) -> list[Trace]:
+    """Return one line for each name, with a band beneath it for several seeds, and the target across."""
     bands, lines, reach = [], [], []
-    for place, (name, seeds) in enumerate(courses.items()):
-        xs, losses = _means(seeds, cost)
+    for index, (name, seeds) in enumerate(histories.items()):
+        xs, losses = _costs_and_losses(seeds, cost)
         if not xs:
             continue
         if len(seeds) > 1:
-            bands.append(_band(name, place, xs, losses))
+            bands.append(_band(name, index, xs, losses))
         means = [sum(each) / len(each) for each in losses]
-        lines.append(_trace(name, xs, means, _line(place)) | {"marker": {"color": _colour(place), "size": 6}})
+        lines.append(_line(name, xs, means, _style(index)).update(marker={"color": _color(index), "size": 6}))
         reach += xs
     if target is not None and reach:
-        across = _trace("target", [min(reach), max(reach)], [target] * 2, TARGET_LINE)
-        lines.append(across | {"mode": "lines", "hoverinfo": "skip"})
+        across = _line("target", [min(reach), max(reach)], [target] * 2, TARGET_LINE)
+        lines.append(across.update(mode="lines", hoverinfo="skip"))
     return [*bands, *lines]
 
 
-def _means(
-    seeds: Sequence[Sequence[Point]], cost: Callable[[Point], float | None]
-) -> tuple[list[float], list[list[float]]]:
-    """For each round that all seeds have: the mean cost until then, and every seed's loss."""
+def _costs_and_losses(seeds: Sequence[History], cost: Cost) -> tuple[list[float], list[list[float]]]:
+    """Return, for each round that all seeds have, the mean cost until then and every seed's loss."""
+    by_round = [{point.round: point for point in points} for points in seeds]
+    shared = sorted(set.intersection(*map(set, by_round))) if by_round else []
     xs, losses = [], []
-    for points in _rounds_of_all(seeds):
+    for number in shared:
+        points = [one[number] for one in by_round]
         known = [spent for spent in map(cost, points) if spent is not None]
         if len(known) == len(points):
             xs.append(round(sum(known) / len(known), 6))
@@ -104,46 +105,33 @@ def _means(
     return xs, losses
 
 
-def _trace(name: str, xs: Sequence[float], ys: Sequence[float], line: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": plain(name),
-        "legendgroup": plain(name),
-        "x": list(xs),
-        "y": [round(y, 6) for y in ys],
-        "line": line,
-    }
+def _line(name: str, xs: Sequence[float], ys: Sequence[float], style: Mapping[str, Any]) -> Trace:
+    return go.Scatter(
+        mode="lines+markers",
+        name=plain(name),
+        legendgroup=plain(name),
+        x=list(xs),
+        y=[round(y, 6) for y in ys],
+        line=style,
+    )
 
 
-def _band(name: str, place: int, xs: Sequence[float], losses: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The area between the lowest and the highest seed: along the lows and back along the highs."""
+def _band(name: str, index: int, xs: Sequence[float], losses: Sequence[Sequence[float]]) -> Trace:
+    """Return the area between the lowest and the highest seed: along the lows and back along the highs."""
     around = [*map(min, losses), *reversed(list(map(max, losses)))]
-    outline = {"width": 0, "color": _colour(place)}
-    return _trace(name, [*xs, *reversed(xs)], around, outline) | {
-        "mode": "lines",
-        "fill": "toself",
-        "fillcolor": _pale(_colour(place)),
-        "hoverinfo": "skip",
-        "showlegend": False,
-    }
+    red, green, blue = (int(_color(index)[start : start + 2], 16) for start in (1, 3, 5))
+    return _line(name, [*xs, *reversed(xs)], around, {"width": 0, "color": _color(index)}).update(
+        mode="lines",
+        fill="toself",
+        fillcolor=f"rgba({red},{green},{blue},0.16)",
+        hoverinfo="skip",
+        showlegend=False,
+    )
 
 
-def _rounds_of_all(seeds: Sequence[Sequence[Point]]) -> list[list[Point]]:
-    """For each round that every seed has been evaluated after, the seeds' points."""
-    by_round = [{point.round: point for point in points} for points in seeds]
-    shared = sorted(set.intersection(*(set(one) for one in by_round))) if by_round else []
-    return [[one[number] for one in by_round] for number in shared]
+def _color(index: int) -> str:
+    return COLORS[index % MAX_COLORED]
 
 
-def _colour(place: int) -> str:
-    return COLOURS[place % LEGIBLE]
-
-
-def _line(place: int) -> dict[str, Any]:
-    return {"color": _colour(place), "width": 2, "dash": DASHES[place // LEGIBLE % len(DASHES)]}
-
-
-def _pale(colour: str) -> str:
-    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.16)"
+def _style(index: int) -> dict[str, Any]:
+    return {"color": _color(index), "width": 2, "dash": DASHES[index // MAX_COLORED % len(DASHES)]}

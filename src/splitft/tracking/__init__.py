@@ -1,5 +1,5 @@
-"""What happens in a run, and what is made of it.
+"""The events of a run, and what is computed from them.
 
-`events` are small typed facts, one JSON object a line; `summary` folds them into one page of JSON;
-`progress` shows them on a terminal as they come; `report` makes one HTML page of them, with `charts`.
+`events` are small typed records, one JSON object a line of `events.jsonl`; `log` writes and reads them;
+`summary` and `history` are computed from them; `evaluations` reads `eval.json`; `table` shows any of them.
 """

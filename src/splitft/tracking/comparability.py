@@ -1,9 +1,9 @@
-"""Whether runs that are compared had the same model and the same text, and if not, what differs.
+"""Check that runs can be compared: the same model and the same text.
 
-    [(name, summary), ...] --differences--> sentences, one a pair of runs that does not compare
+    [(name, summary), ...] --differences--> sentences, one for each pair of runs that does not compare
 
-Text is compared by the fingerprints of what was trained on and what was held out; how it was divided among
-the clients may differ. Each seed draws its own held-out text, so runs are compared within a seed.
+Text is compared by the fingerprints of the training and the held-out examples; their division among the
+clients may differ. Each seed draws its own held-out text, so runs are compared within a seed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MODULUS = 1 << 128
 
 
 def common_fingerprint(prints: Iterable[str]) -> str | None:
-    """The fingerprint of the texts of several clients together; None if one is not known."""
+    """Return one fingerprint for the texts of several clients; None if one of theirs is unknown."""
     known = list(prints)
     if not known or not all(known):
         return None
@@ -23,7 +23,7 @@ def common_fingerprint(prints: Iterable[str]) -> str | None:
 
 
 def differences(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """One sentence for each run that does not compare with the first run of its seed."""
+    """Return one sentence for each run that does not compare with the first run of its seed."""
     first: dict[int, tuple[str, Mapping[str, Any]]] = {}
     found = []
     for name, summary in runs:
@@ -31,8 +31,8 @@ def differences(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
             first[summary["seed"]] = (name, summary)
             continue
         other, known = first[summary["seed"]]
-        if said := _difference(known, summary):
-            found.append(f"{other} and {name} {said}")
+        if difference := _difference(known, summary):
+            found.append(f"{other} and {name} {difference}")
     models = {summary["model"]: name for name, summary in runs}
     if len(models) > 1:
         listed = ", ".join(f"{model} ({name})" for model, name in models.items())
@@ -41,11 +41,11 @@ def differences(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 
 def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What differs between two runs of one seed, in words; nothing if they compare or are too old to tell."""
+    """Describe how two runs of one seed differ; empty if they compare, or have no fingerprints."""
     if one["model"] != other["model"]:
-        return ""  # said once for all
-    said = []
-    for key, what, counted in (
+        return ""  # reported once for all runs
+    parts = []
+    for key, how, counted in (
         ("held_out", "were evaluated on different text", "eval_examples"),
         ("trained_on", "trained on different text", "train_examples"),
     ):
@@ -54,5 +54,5 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
         ]
         if None not in prints and prints[0] != prints[1]:
             counts = [sum(client[counted] for client in run["clients"]) for run in (one, other)]
-            said.append(f"{what} ({counts[0]:,} and {counts[1]:,} examples)")
-    return " and ".join(said)
+            parts.append(f"{how} ({counts[0]:,} and {counts[1]:,} examples)")
+    return " and ".join(parts)

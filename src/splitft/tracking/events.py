@@ -1,13 +1,12 @@
-"""What happens in a run, as small typed facts: the one source of summary, report and progress.
+"""The events of a run: the one source of summary, report and progress.
 
-    runtime --Event--> listener(s)          EventLog       events.jsonl, one JSON object a line
+    training --Event--> listener(s)         EventLog       events.jsonl, one JSON object a line
                                             Progress       the lines on the terminal
     events.jsonl --read_events--> [Event] --summarise--> summary.json, report.html
 
 Rounds of training are numbered from 1; round 0 is the state before training, so that
-`Evaluated(round=0)` is the loss before and `Evaluated(round=r)` the loss after round r. What events tell of
-(`Traffic`, `ClientFacts`, `Bar`) stands in `facts.py` and is given on from here; `log.py` keeps events in a
-file.
+`Evaluated(round=0)` is the loss before and `Evaluated(round=r)` the loss after round r. The records inside
+events (`Traffic`, `ClientInfo`, `Bar`) are defined in `records.py` and can be imported from here too.
 """
 
 from __future__ import annotations
@@ -18,27 +17,27 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from splitft.tracking.facts import PRIVACY, Fact
-from splitft.tracking.facts import Bar as Bar
-from splitft.tracking.facts import ClientFacts as ClientFacts
-from splitft.tracking.facts import Received as Received
-from splitft.tracking.facts import Role as Role
-from splitft.tracking.facts import Traffic as Traffic
+from splitft.tracking.records import PRIVACY, Record
+from splitft.tracking.records import Bar as Bar
+from splitft.tracking.records import ClientInfo as ClientInfo
+from splitft.tracking.records import Received as Received
+from splitft.tracking.records import Role as Role
+from splitft.tracking.records import Traffic as Traffic
 
 
-class Stamped(Fact):
-    """What every event has."""
+class Stamped(Record):
+    """Base of all events."""
 
     t: float = Field(default_factory=time.time)
     """Unix time at which it happened, in seconds."""
 
 
 class RunStarted(Stamped):
-    """The run has its model and its data and begins."""
+    """The model and the data are loaded, and the run begins."""
 
     event: Literal["RunStarted"] = "RunStarted"
     version: str
-    """splitft's version."""
+    """Version of splitft."""
     method: str
     """Name of the method."""
     seed: int
@@ -52,21 +51,21 @@ class RunStarted(Stamped):
     steps: int
     """Local steps a client takes in a round."""
     labels: Literal["client", "server"]
-    """Where labels, head and loss live."""
+    """Where labels, head and loss are."""
     received: Received = "hidden"
-    """What comes to the server, beside labels."""
-    clients: tuple[ClientFacts, ...]
-    """Everyone who takes part."""
+    """Content that reaches the server, besides labels."""
+    clients: tuple[ClientInfo, ...]
+    """All clients of the run."""
     defences: tuple[str, ...] = ()
-    """What is done to messages before they leave, and what that promises, one sentence each."""
+    """The defences applied to messages, and what they guarantee, one sentence each."""
     audited: str = ""
-    """What a stored audit found that the server can read in this setting, in one sentence."""
+    """What the server can read in this setting according to a stored audit, in one sentence."""
     machines: Mapping[str, str] = {}
     """Devices and links of the simulated clock, by client, in words."""
 
     @property
     def privacy(self) -> str:
-        """What the server can read, in one sentence that a run says first and its report repeats."""
+        """What the server can read, as the run prints it first and its report repeats it."""
         said = PRIVACY[self.labels if self.received == "hidden" else self.received]
         return " ".join(filter(None, (said, self.audited)))
 
@@ -76,37 +75,36 @@ class RunResumed(Stamped):
 
     event: Literal["RunResumed"] = "RunResumed"
     round: int
-    """First round that is trained now."""
+    """First round to train."""
 
 
 class WireChosen(Stamped):
-    """`wire: auto` has chosen one client's codecs, before the first round."""
+    """`wire: auto` has chosen the codecs of one client, before the first round."""
 
     event: Literal["WireChosen"] = "WireChosen"
     client: str
-    """Whose."""
     hidden: str
     """Codec of hidden states."""
     gradient: str
     """Codec of gradients."""
     reason: str
-    """What was measured, and what is allowed."""
+    """The measurements and the limits."""
 
 
 class CutsChanged(Stamped):
-    """Cuts in force from this round on; sent for the first round too."""
+    """New cuts hold from this round on; sent for the first round too."""
 
     event: Literal["CutsChanged"] = "CutsChanged"
     round: int
     """First round with these cuts."""
     cuts: Mapping[str, int]
-    """k of each client, by name."""
+    """k by client."""
     reason: str = ""
-    """Why the controller moved them, in words."""
+    """The controller's reason for moving them, in words."""
 
 
 class StepDone(Stamped):
-    """One client has taken one optimizer step."""
+    """A client has taken an optimizer step."""
 
     event: Literal["StepDone"] = "StepDone"
     round: int
@@ -114,9 +112,8 @@ class StepDone(Stamped):
     step: int
     """The client's step, counted over the whole run from 0."""
     client: str
-    """Who."""
     loss: float
-    """Mean loss in nats over the batch's labelled tokens."""
+    """Mean loss in nats over the batch's labeled tokens."""
     tokens: int
     """Labelled tokens in the batch."""
     examples: int
@@ -124,17 +121,17 @@ class StepDone(Stamped):
     seconds: Mapping[str, float] = {}
     """Wall seconds by leg, such as client_forward or server_backward."""
     traffic: Traffic = Traffic()
-    """What this step sent."""
+    """Bytes of this step."""
 
 
 class RoundDone(Stamped):
-    """Adapters of one round have been collected and aggregated."""
+    """The adapters of a round have been collected and aggregated."""
 
     event: Literal["RoundDone"] = "RoundDone"
     round: int
     """Round, from 1."""
     participants: tuple[str, ...]
-    """Who trained in it."""
+    """Clients that trained in it."""
     aggregation_error: float
     """||mean(BA) - BA_global|| / ||mean(BA)|| over all layers; 0 is exact."""
     traffic: Mapping[str, Traffic] = {}
@@ -142,17 +139,17 @@ class RoundDone(Stamped):
 
 
 class PrivacySpent(Stamped):
-    """What the noise on the updates of all rounds so far promises a client that took part in each."""
+    """The privacy budget spent on the updates of a client that took part in every round so far."""
 
     event: Literal["PrivacySpent"] = "PrivacySpent"
     round: int
     """Round, from 1."""
     epsilon: float
-    """Of the rounds so far together, at `delta`; infinite without noise."""
+    """Epsilon of all rounds so far at `delta`; infinite without noise."""
     epsilon_of_round: float
-    """Of this round alone."""
+    """Epsilon of this round alone."""
     delta: float
-    """Probability with which the promise may fail."""
+    """Probability with which the guarantee may fail."""
     clipped: int
     """Participants of this round whose update was longer than the bound."""
     deviation: float
@@ -160,53 +157,53 @@ class PrivacySpent(Stamped):
 
 
 class RoundTimed(Stamped):
-    """How long a round took on the simulated clock."""
+    """The length of a round on the simulated clock."""
 
     event: Literal["RoundTimed"] = "RoundTimed"
     round: int
     """Round, from 1."""
     seconds: float
-    """Simulated seconds from the start of moving to the last client's adapters."""
+    """Seconds from the first block that moves to the last client's adapters."""
     move_seconds: float
-    """Those of them in which blocks changed sides."""
+    """Part of `seconds` in which blocks moved between client and server."""
     weight_bytes: int
-    """Base weights that clients loaded for deeper cuts."""
+    """Bytes of base weights that clients loaded for deeper cuts."""
     legs: Mapping[str, Mapping[str, float]]
     """Seconds by client and leg, waiting for the server among them."""
     idle: Mapping[str, float]
     """Seconds in which a client's processor, or the server, did not compute."""
     memory_bytes: Mapping[str, float] = {}
-    """Foretold peak memory of each client at its cut, and of the server."""
+    """Predicted peak memory of each client at its cut, and of the server."""
     bars: tuple[Bar, ...] = ()
-    """The round in full; given for the first round, and for those in which a cut moved."""
+    """Every leg; recorded for the first round, and for those in which a cut moved."""
 
 
 class Evaluated(Stamped):
-    """The global adapters have been tried on every client's held-out text."""
+    """The global adapters have been evaluated on every client's held-out text."""
 
     event: Literal["Evaluated"] = "Evaluated"
     round: int
     """0 before training, r after round r."""
     loss: float
-    """Mean loss in nats over the labelled held-out tokens of all clients."""
+    """Mean loss in nats over the labeled held-out tokens of all clients."""
     by_client: Mapping[str, float]
     """The same for each client alone."""
     traffic: Mapping[str, Traffic] = {}
-    """What the evaluation sent, by client; kept apart from the bytes of training."""
+    """Bytes of the evaluation, by client; not part of the bytes of training."""
 
 
 class CheckpointSaved(Stamped):
-    """The run can continue from here."""
+    """A checkpoint has been written, from which the run can continue."""
 
     event: Literal["CheckpointSaved"] = "CheckpointSaved"
     round: int
-    """Rounds that are in it."""
+    """Rounds it contains."""
     path: str
-    """Where, relative to the run folder."""
+    """Path relative to the run folder."""
 
 
 class Warned(Stamped):
-    """Something the user should know; the run goes on."""
+    """A warning; the run continues."""
 
     event: Literal["Warned"] = "Warned"
     message: str
@@ -214,54 +211,53 @@ class Warned(Stamped):
 
 
 def _renamed(name: str) -> AfterValidator:
-    """Read an event under the name that earlier versions wrote, and keep today's."""
+    """Accept the name that earlier versions wrote, and replace it by today's."""
     return AfterValidator(lambda _: name)
 
 
 class SessionStarted(Stamped):
-    """A deployed run goes on with the sites that are there: one link of its chain of jobs."""
+    """A deployed run starts or continues with the connected sites: one session of the run."""
 
     event: Annotated[Literal["SessionStarted", "LinkStarted"], _renamed("SessionStarted")] = "SessionStarted"
     round: int
-    """First round that it trains."""
+    """First round of the session."""
     sites: tuple[str, ...]
-    """Who is there."""
+    """Connected sites."""
     absent: tuple[str, ...] = ()
-    """Who is awaited."""
+    """Expected sites that are not connected."""
 
 
 class SiteChanged(Stamped):
-    """A site of a deployed run was lost, refused, stopped for being slow, has declined, or is back."""
+    """A site of a deployed run was lost, refused or late, has declined, or is back."""
 
     event: Literal["SiteChanged"] = "SiteChanged"
     round: int
     """Round in which it happened; 0 before the first."""
     site: str
-    """Who."""
     state: Literal["lost", "refused", "late", "back", "declined"]
-    """`lost`: nothing heard; `refused`: what it sent cannot be; `late`: its finished steps count, no more;
-    `declined`: its data owner forbids what the run asks."""
+    """`lost`: no heartbeat; `refused`: it sent an invalid message; `late`: only its finished steps count;
+    `declined`: its policy forbids what the run asks for."""
     reason: str
-    """What was found."""
+    """The cause, in words."""
 
     @property
     def message(self) -> str:
-        """One sentence."""
+        """The event in one sentence."""
         verb = "has" if self.state == "declined" else "is"
         return f"round {self.round}: {self.site} {verb} {self.state}: {self.reason}"
 
 
 class SessionEnded(Stamped):
-    """The sites that are there do not fit any more; a supervisor starts the next link."""
+    """A session of a deployed run has ended; the supervisor may start the next one."""
 
     event: Annotated[Literal["SessionEnded", "LinkEnded"], _renamed("SessionEnded")] = "SessionEnded"
     round: int
     """Rounds finished."""
     reason: Literal["finished", "back", "paused", "stopped"]
-    """All rounds are trained; a site that was away can join; too few sites are left, or the engine gave up;
-    whoever runs the federation has stopped the run."""
+    """`finished`: all rounds are trained; `back`: an absent site can join; `paused`: too few sites are left,
+    or the engine failed; `stopped`: an administrator has stopped the run."""
     detail: str = ""
-    """In words."""
+    """The reason in words."""
 
 
 class RunDone(Stamped):
@@ -269,7 +265,7 @@ class RunDone(Stamped):
 
     event: Literal["RunDone"] = "RunDone"
     rounds: int
-    """Rounds trained over the whole run."""
+    """Rounds of the whole run."""
 
 
 Event = Annotated[

@@ -1,8 +1,8 @@
-"""A run as a curve: its held-out loss against rounds, simulated seconds and bytes.
+"""The held-out loss of a run against rounds, simulated seconds and bytes.
 
-    events --course--> [Point(0), Point(1), ...] --first_below--> the point at which a target is reached
+    events --loss_history--> [Point(0), Point(1), ...] --first_below--> the point at which a target is reached
 
-A point is an evaluation, so a target counts as reached only where it was seen to be.
+A point is an evaluation, so a target is reached at the first evaluation with that loss or less.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from splitft.tracking.events import Evaluated, Event, RoundDone, RoundTimed, Ste
 
 @dataclass(frozen=True)
 class Point:
-    """What a run had cost, and how good it was, after some rounds."""
+    """Loss and cost of a run after some rounds."""
 
     round: int
     """Rounds done."""
     loss: float
-    """Held-out loss of all clients, in nats per labelled token."""
+    """Held-out loss of all clients, in nats per labeled token."""
     simulated_s: float | None
-    """Seconds on the simulated clock until then; None without one."""
+    """Seconds on the simulated clock so far; None without a simulated clock."""
     mb: float
-    """MB (10^6 bytes) that training had sent until then, both directions, all clients."""
+    """MB (10^6 bytes) sent in training so far, both directions, all clients."""
 
 
 def loss_history(events: Iterable[Event]) -> list[Point]:
-    """The points of settled events, in order of rounds; a loss that is not finite is left out."""
+    """Return the points of settled events by round; losses that are not finite are left out."""
     sent: defaultdict[int, int] = defaultdict(int)
     seconds: dict[int, float] = {}
     losses: dict[int, float] = {}
@@ -58,7 +58,7 @@ def loss_history(events: Iterable[Event]) -> list[Point]:
 
 
 def first_below(points: Sequence[Point], target: float) -> Point | None:
-    """The first point whose loss is the target or less."""
+    """Return the first point whose loss is the target or less; None without one."""
     return next((point for point in points if point.loss <= target), None)
 
 

@@ -1,8 +1,8 @@
-"""Events in a file: one JSON object a line, written at once, read back whole.
+"""Write events to a file and read them: one JSON object a line, flushed at once.
 
 A run that is resumed appends to the same file: `RunResumed(round=r)` says that rounds r and later begin
-again, and `settled` leaves out what was superseded. A line torn by a crash is dropped when the file is read,
-and cut off before the file is appended to.
+again, and `settled` drops the superseded events. A line torn by a crash is ignored when the file is read, and
+removed before the file is appended to.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class EventLog:
 
 
 def parse_event(line: str) -> Event:
-    """One line of the file. Raises RunError if it is not an event of this version."""
+    """Parse one line of the file; raise RunError if it is not an event of this version."""
     try:
         return _EVENT.validate_json(line)
     except ValidationError as error:
@@ -56,7 +56,7 @@ def parse_event(line: str) -> Event:
 
 
 def read_events(path: Path) -> list[Event]:
-    """All events of a file; a last line torn by a crash is left out, any other bad line is a RunError."""
+    """Read all events of a file, except a torn last line; raise RunError for any other bad line."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
@@ -72,7 +72,7 @@ def read_events(path: Path) -> list[Event]:
 
 
 def settled(events: Iterable[Event]) -> list[Event]:
-    """The events that count: what a resumed run did over again is left out."""
+    """Return the events that count, without those that a resumed run repeated."""
     kept: list[Event] = []
     for event in events:
         if isinstance(event, RunResumed):
@@ -82,7 +82,7 @@ def settled(events: Iterable[Event]) -> list[Event]:
 
 
 def _superseded(event: Event, restart: int) -> bool:
-    """Whether an event tells of a round from `restart` on, which begins again."""
+    """Return whether an event is of a round from `restart` on, which begins again."""
     if isinstance(event, RunDone):
         return True
     numbered = CutsChanged | StepDone | RoundDone | PrivacySpent | RoundTimed | Evaluated | CheckpointSaved

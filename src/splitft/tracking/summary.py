@@ -1,25 +1,25 @@
-"""A run in one page of JSON: a pure fold over its events.
+"""The summary of a run: a pure fold over its events.
 
     [RunStarted, CutsChanged, Evaluated(0), StepDone..., RoundDone(1), Evaluated(1), ...] --> summary.json
 
-The fold needs no finished run: after a crash it tells what is known. Losses are nats per labelled
-token. `bytes` counts training and adapters by role and direction; what evaluation sent stands apart in
-`evaluation_bytes`, because a deployment evaluates as often as it likes. Numbers that are not finite
-become null, so that the file is plain JSON.
+The run need not be finished: after a crash, the summary holds what is known. Losses are nats per labeled
+token. `bytes` counts training and adapters by role and direction; evaluation is counted apart, in
+`evaluation_bytes`, because a deployment may evaluate at any time. Numbers that are not finite become null, so
+that the file is plain JSON.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from splitft.files import write_whole
 from splitft.tracking.events import (
-    ClientFacts,
+    ClientInfo,
     CutsChanged,
     Evaluated,
     Event,
@@ -36,14 +36,15 @@ from splitft.tracking.events import (
     Warned,
 )
 from splitft.tracking.log import read_events, settled
+from splitft.tracking.table import Table
 
 
 def summarise(events: Iterable[Event]) -> dict[str, Any]:
-    """Fold events into the summary; without a RunStarted there is nothing to tell, and it is empty.
+    """Return the summary of events; empty without a RunStarted.
 
-    `eval_loss` and each client's `loss` have one number before training and one after each round;
-    `cut`, `train_loss` and `aggregation_error` have one a round. `examples` and `tokens` are what was
-    trained on, counted as often as it was seen.
+    `eval_loss` and each client's `loss` have one number before training and one after each round; `cut`,
+    `train_loss` and `aggregation_error` have one for each round. `examples` and `tokens` count what was
+    trained on, repetitions included.
     """
     events = settled(events)
     started = next((event for event in events if isinstance(event, RunStarted)), None)
@@ -53,7 +54,7 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
     evaluations = [event for event in events if isinstance(event, Evaluated)]
     steps = [event for event in events if isinstance(event, StepDone)]
     cuts = _cuts_by_round(started, events, len(rounds))
-    clients = [_client(facts, cuts, rounds, evaluations, steps) for facts in started.clients]
+    clients = [_client(client, cuts, rounds, evaluations, steps) for client in started.clients]
     training = [*(step.traffic for step in steps), *(one for done in rounds for one in done.traffic.values())]
     timed = [event for event in events if isinstance(event, RoundTimed)]
     return {
@@ -84,7 +85,7 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
 
 
 def _privacy_spent(events: Iterable[Event]) -> list[dict[str, Any]] | None:
-    """Epsilon after each round, and what the bound did in it; None if updates were not bounded."""
+    """Return epsilon and the clipped updates of each round; None if updates were not bounded."""
     spent = [event for event in events if isinstance(event, PrivacySpent)]
     return [
         {
@@ -100,7 +101,7 @@ def _privacy_spent(events: Iterable[Event]) -> list[dict[str, Any]] | None:
 
 
 def spent_text(spent: Mapping[str, Any]) -> str:
-    """Epsilon after a round, in one sentence."""
+    """Describe epsilon after a round in one sentence."""
     if spent["epsilon"] is None:
         return f"Updates were bounded without noise ({spent['clipped']} of round {spent['round']} clipped)."
     return (
@@ -110,21 +111,15 @@ def spent_text(spent: Mapping[str, Any]) -> str:
 
 
 def write_summary(out: Path) -> dict[str, Any]:
-    """Fold `events.jsonl` of a run folder into its `summary.json`, replaced in one stroke."""
+    """Write `summary.json` of a run folder from its `events.jsonl`, and return it."""
     summary = summarise(read_events(out / "events.jsonl"))
-    draft = out / "summary.json.draft"
-    draft.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, out / "summary.json")
+    write_whole(out / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return summary
 
 
-CLIENT_HEADINGS = ("client", "cut", "examples", "tokens", "loss before", "loss after", "MB up", "MB down")
-"""Columns of `client_rows`."""
-
-
-def client_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """One row of text a client, for a terminal and for a page: what it trained, gained and sent."""
-    return [
+def client_table(summary: Mapping[str, Any]) -> Table:
+    """Return one row for each client: what it trained on, its losses and its traffic."""
+    rows = [
         (
             client["name"],
             _in_short(client["cut"]),
@@ -137,10 +132,12 @@ def client_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
         )
         for client in summary["clients"]
     ]
+    headings = ("client", "cut", "examples", "tokens", "loss before", "loss after", "MB up", "MB down")
+    return Table(headings, rows)
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """One sentence on the held-out loss, and the clients that did not gain."""
+    """Describe the change of the held-out loss, and name the clients on which it did not fall."""
     losses = summary["eval_loss"]
     if len(losses) < 2 or losses[0] is None or losses[-1] is None:
         return "Held-out loss: not measured before and after."
@@ -154,53 +151,53 @@ def headline(summary: Mapping[str, Any]) -> str:
 
 
 def change_text(losses: Sequence[float | None]) -> str:
-    """From the first loss to the last, in per cent; a dash where either is not known."""
+    """Return the change from the first loss to the last in percent; a dash where either is unknown."""
     first, last = (losses[0], losses[-1]) if losses else (None, None)
     return f"{100 * (last / first - 1):+.1f} %" if first and last is not None else "–"
 
 
 def loss_text(losses: Sequence[float | None], index: int) -> str:
-    """One loss of several as text; a dash where it was not measured or is not finite."""
+    """Return one of the losses as text; a dash where it was not measured or is not finite."""
     value = losses[index] if losses else None
     return "–" if value is None else f"{value:.3f}"
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Format seconds as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def _in_short(cuts: Sequence[int]) -> str:
-    """The cuts of a client in order of rounds, each as often as it changed."""
+    """Return a client's cuts by round, without repetitions; of more than three, the first and the last."""
     moves = [cut for index, cut in enumerate(cuts) if index == 0 or cut != cuts[index - 1]]
     return " → ".join(map(str, moves)) if len(moves) <= 3 else f"{moves[0]} → … → {moves[-1]}"
 
 
 def _client(
-    facts: ClientFacts,
+    client: ClientInfo,
     cuts: list[Mapping[str, int]],
     rounds: list[RoundDone],
     evaluations: list[Evaluated],
     steps: list[StepDone],
 ) -> dict[str, Any]:
-    """One client's line of the summary."""
-    own = [step for step in steps if step.client == facts.name]
+    """Return one client's entry of the summary."""
+    own = [step for step in steps if step.client == client.name]
     traffic = [step.traffic for step in own]
-    traffic += [done.traffic[facts.name] for done in rounds if facts.name in done.traffic]
+    traffic += [done.traffic[client.name] for done in rounds if client.name in done.traffic]
     return {
-        "name": facts.name,
-        "cut": [by_name.get(facts.name, facts.cut) for by_name in cuts],
+        "name": client.name,
+        "cut": [by_name.get(client.name, client.cut) for by_name in cuts],
         "examples": sum(step.examples for step in own),
         "tokens": sum(step.tokens for step in own),
-        "train_examples": facts.train_examples,
-        "train_tokens": facts.train_tokens,
-        "eval_examples": facts.eval_examples,
-        "truncated": facts.truncated,
-        "trained_on": facts.trained_on,
-        "held_out": facts.held_out,
-        "loss": [_finite(event.by_client.get(facts.name, math.nan)) for event in evaluations],
+        "train_examples": client.train_examples,
+        "train_tokens": client.train_tokens,
+        "eval_examples": client.eval_examples,
+        "truncated": client.truncated,
+        "trained_on": client.trained_on,
+        "held_out": client.held_out,
+        "loss": [_finite(event.by_client.get(client.name, math.nan)) for event in evaluations],
         "train_loss": [_mean_loss(own, done.round) for done in rounds],
         "bytes_up": sum(sum(one.up.values()) for one in traffic),
         "bytes_down": sum(sum(one.down.values()) for one in traffic),
@@ -208,9 +205,9 @@ def _client(
 
 
 def _cuts_by_round(started: RunStarted, events: Iterable[Event], rounds: int) -> list[Mapping[str, int]]:
-    """Cuts in force in rounds 1 to `rounds`; at least the first round's, which a run starts with."""
+    """Return the cuts of rounds 1 to `rounds`; of the first round in any case."""
     changes = {event.round: event.cuts for event in events if isinstance(event, CutsChanged)}
-    now: dict[str, int] = {facts.name: facts.cut for facts in started.clients}
+    now: dict[str, int] = {client.name: client.cut for client in started.clients}
     by_round: list[Mapping[str, int]] = []
     for number in range(1, max(rounds, 1) + 1):
         now = {**now, **changes.get(number, {})}
@@ -219,7 +216,7 @@ def _cuts_by_round(started: RunStarted, events: Iterable[Event], rounds: int) ->
 
 
 def _by_role(traffic: Iterable[Traffic]) -> dict[str, dict[str, int]]:
-    """Total bytes by role, then by direction; every role is there, if only with zeros."""
+    """Return total bytes by role and direction; every role is present."""
     total = {role: {"up": 0, "down": 0} for role in get_args(Role)}
     for one in traffic:
         for role, count in one.up.items():
@@ -230,7 +227,7 @@ def _by_role(traffic: Iterable[Traffic]) -> dict[str, dict[str, int]]:
 
 
 def _mean_loss(steps: Iterable[StepDone], number: int) -> float | None:
-    """Token-weighted training loss of one round; None for who did not take part."""
+    """Return the token-weighted training loss of one round; None without steps in it."""
     losses = [(step.loss, step.tokens) for step in steps if step.round == number]
     tokens = sum(count for _, count in losses)
     return _finite(sum(loss * count for loss, count in losses) / tokens) if tokens else None
@@ -245,7 +242,7 @@ def _seconds_by_leg(steps: Iterable[StepDone]) -> dict[str, float]:
 
 
 def _simulated(timed: Iterable[RoundTimed], machines: Mapping[str, str]) -> dict[str, Any]:
-    """The simulated clock: seconds by round, by client and leg, idle and peak memory by client and server."""
+    """Return the simulated clock's seconds by round and by client and leg, idle seconds and peak memory."""
     legs: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     idle: defaultdict[str, float] = defaultdict(float)
     memory: defaultdict[str, float] = defaultdict(float)
@@ -269,7 +266,7 @@ def _simulated(timed: Iterable[RoundTimed], machines: Mapping[str, str]) -> dict
 
 
 def _wall_seconds(events: Iterable[Event]) -> float:
-    """Time from the first to the last event of each process that worked on the run, added up."""
+    """Return the time from the first to the last event of each process of the run, added up."""
     total, since, last = 0.0, None, 0.0
     for event in events:
         if since is None or isinstance(event, RunStarted | RunResumed):
@@ -280,7 +277,7 @@ def _wall_seconds(events: Iterable[Event]) -> float:
 
 
 def _improved(loss: list[float | None]) -> bool:
-    """Whether the last loss is below the first; too early to tell counts as yes."""
+    """Return whether the last loss is below the first; true while there is only one."""
     if len(loss) < 2:
         return True
     first, last = loss[0], loss[-1]

@@ -7,18 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from splitft.compare.report import (
-    Trained,
-    common_target,
-    compared,
-    comparison_body,
-    comparison_rows,
-    metric_columns,
-    server_reads,
+from splitft.compare.comparison import Trained, common_target, compare_runs, server_reads
+from splitft.compare.comparison_page import (
+    comparison_page,
+    comparison_table,
+    metric_table,
     target_sentence,
 )
 from splitft.errors import RunError
-from splitft.report.cost_charts import against_costs, with_bands
+from splitft.report.cost_charts import loss_against_costs, loss_with_bands
 from splitft.tracking.comparability import differences
 from splitft.tracking.history import Point, first_below, loss_history
 from splitft.tracking.summary import summarise
@@ -32,7 +29,7 @@ def trained(method: str, seed: int, losses: list[float], **changes) -> Trained:
     return Trained(method, seed, f"runs/{method}-{seed}", summary, points, server_reads(summary))
 
 
-def test_a_course_adds_up_what_was_sent_and_how_long_it_took():
+def test_a_history_adds_up_what_was_sent_and_how_long_it_took():
     # steps: 21 bytes a labelled token, 80 tokens in round 1 and 40 in round 2; adapters 3300 and 7000 bytes
     assert loss_history(story()) == [
         Point(0, 4.0, 0, 0.0),
@@ -54,8 +51,8 @@ def test_the_common_target_is_the_best_of_the_worst():
     runs = [trained("a", 0, [4, 3, 2]), trained("a", 1, [4, 2.5, 2.7]), trained("b", 0, [4, 3.5, 3.6])]
     assert common_target(runs)[0] == 3.5
     assert "the best of b, seed 0" in common_target(runs)[1]
-    told = compared(runs)
-    first, second = told["methods"]
+    data = compare_runs(runs)
+    first, second = data["methods"]
     assert first["simulated_s_to_target"] == [10.0, 10.0]
     assert second["mb_to_target"] == [5.0]
     stuck = [trained("a", 0, [4, 3]), trained("b", 0, [4, 4.5])]
@@ -65,8 +62,8 @@ def test_the_common_target_is_the_best_of_the_worst():
 
 def test_the_rows_are_means_over_seeds():
     runs = [trained("a", 0, [4, 3, 2]), trained("a", 1, [4, 3, 2.2]), trained("b", 0, [4, 3.5, 3.0])]
-    told = compared(runs, target=2.1)
-    a, b = comparison_rows(told)
+    data = compare_runs(runs, target=2.1)
+    a, b = comparison_table(data).rows
     perplexity = (math.exp(2) + math.exp(2.2)) / 2
     # Ann computes 4 s in two rounds; the server is idle for 8 of 18 s without moving
     assert a == (
@@ -74,25 +71,25 @@ def test_the_rows_are_means_over_seeds():
         "2.00", "5.00", "hidden states",
     )  # fmt: skip
     assert b[3:5] == ("– (0 of 1)", "– (0 of 1)")
-    assert target_sentence(told) == "Target: held-out loss 2.1000, as given."
-    page = comparison_body(told, "seed: <0>")
+    assert target_sentence(data) == "Target: held-out loss 2.1000, as given."
+    page = comparison_page(data, "seed: <0>")
     assert "seed: &lt;0&gt;" in page
     assert "2 methods side by side" in page
 
 
 def test_the_bands_reach_from_the_lowest_seed_to_the_highest():
-    seeds = [trained("a", n, losses).course for n, losses in enumerate(([4, 3, 2], [5, 2.5, 2.2]))]
-    by_round, by_time, by_mb = with_bands({"a": seeds, "b": seeds[:1]}, target=2.1)
+    seeds = [trained("a", n, losses).history for n, losses in enumerate(([4, 3, 2], [5, 2.5, 2.2]))]
+    by_round, by_time, by_mb = loss_with_bands({"a": seeds, "b": seeds[:1]}, target=2.1)
     band, *lines = by_time.data
-    assert band["x"] == [0, 10, 20, 20, 10, 0]
-    assert band["y"] == [4, 2.5, 2, 2.2, 3, 5]
-    assert {line["name"]: line["y"] for line in lines} == {
+    assert list(band["x"]) == [0, 10, 20, 20, 10, 0]
+    assert list(band["y"]) == [4, 2.5, 2, 2.2, 3, 5]
+    assert {line["name"]: list(line["y"]) for line in lines} == {
         "a": [4.5, 2.75, 2.1], "b": [4, 3, 2], "target": [2.1, 2.1],
     }  # fmt: skip
-    assert by_round.data[1]["x"] == [0, 1, 2]
-    assert by_mb.data[1]["x"] == [0, 5, 10]
+    assert list(by_round.data[1]["x"]) == [0, 1, 2]
+    assert list(by_mb.data[1]["x"]) == [0, 5, 10]
     untimed = {"a": [Point(0, 4, None, 0), Point(1, 3, None, 1)]}
-    assert [chart.title for chart in against_costs(untimed)] == ["Loss by traffic"]
+    assert [chart.title for chart in loss_against_costs(untimed)] == ["Loss by traffic"]
 
 
 def test_what_the_server_reads_is_told_by_the_bytes_that_reached_it():
@@ -104,8 +101,8 @@ def test_what_the_server_reads_is_told_by_the_bytes_that_reached_it():
     assert reads(hidden=1, gradient=1) == "hidden states"
     assert reads(adapter=1) == "adapters"
     assert reads() == "nothing"
-    told = {"bytes": {"adapter": {"up": 1, "down": 1}}}  # frames without tensors are counted too
-    said = {received: server_reads(told, received) for received in ("text", "nothing", "hidden", None)}
+    data = {"bytes": {"adapter": {"up": 1, "down": 1}}}  # frames without tensors are counted too
+    said = {received: server_reads(data, received) for received in ("text", "nothing", "hidden", None)}
     assert list(said.values()) == ["all the text", "nothing", "adapters", "adapters"]
 
 
@@ -118,19 +115,19 @@ def prints(held_out: str, trained_on: str = "0b") -> dict:
 def test_runs_on_different_text_are_refused_with_what_differs():
     one, other = trained("a", 0, [4, 3], **prints("0a")), trained("b", 0, [4, 3], **prints("0c"))
     with pytest.raises(RunError, match=r"runs/a-0 and runs/b-0 were evaluated on different text \(3 and 3"):
-        compared([one, other])
-    assert compared([one, trained("b", 1, [4, 3], **prints("0c"))]), "another seed draws other text"
-    assert compared([one, trained("b", 0, [4, 3])]), "an older run does not tell"
+        compare_runs([one, other])
+    assert compare_runs([one, trained("b", 1, [4, 3], **prints("0c"))]), "another seed draws other text"
+    assert compare_runs([one, trained("b", 0, [4, 3])]), "an older run does not tell"
     trained_otherwise = trained("b", 0, [4, 3], **prints("0a", "0d"))
     with pytest.raises(RunError, match="trained on different text"):
-        compared([one, trained_otherwise])
-    told = differences([("x", one.summary), ("y", {**other.summary, "model": "another"})])
-    assert told == ["the runs trained different models: tiny (x), another (y)"]
+        compare_runs([one, trained_otherwise])
+    data = differences([("x", one.summary), ("y", {**other.summary, "model": "another"})])
+    assert data == ["the runs trained different models: tiny (x), another (y)"]
 
 
 def test_a_run_without_a_finite_loss_is_named():
     with pytest.raises(RunError, match="runs/a-0: no finite held-out loss after training"):
-        compared([trained("a", 0, [4])])
+        compare_runs([trained("a", 0, [4])])
 
 
 def test_what_the_models_can_do_has_a_table_of_its_own():
@@ -139,9 +136,9 @@ def test_what_the_models_can_do_has_a_table_of_its_own():
         replace(trained("a", 1, [4, 3]), metrics={"bleu": 12.0, "rouge_l": 0.5}),
         trained("b", 0, [4, 3]),
     ]
-    headings, rows = metric_columns(compared(runs))
-    assert headings == ("method", "BLEU", "ROUGE-L")
-    assert rows == [("a", f"11.00±{math.sqrt(2):.2f}", "0.5000±0.0000"), ("b", "–", "–")]
-    assert "<h2>Tasks</h2>" in comparison_body(compared(runs), "")
-    assert metric_columns(compared(runs[2:]))[1] == []
-    assert "<h2>Tasks</h2>" not in comparison_body(compared(runs[2:]), "")
+    table = metric_table(compare_runs(runs))
+    assert table.headings == ("method", "BLEU", "ROUGE-L")
+    assert table.rows == [("a", f"11.00±{math.sqrt(2):.2f}", "0.5000±0.0000"), ("b", "–", "–")]
+    assert "<h2>Tasks</h2>" in comparison_page(compare_runs(runs), "")
+    assert metric_table(compare_runs(runs[2:])) is None
+    assert "<h2>Tasks</h2>" not in comparison_page(compare_runs(runs[2:]), "")

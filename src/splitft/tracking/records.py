@@ -1,10 +1,10 @@
-"""What the events of a run tell of: bytes, clients, bars of the clock, and who can read what.
+"""The records inside events: bytes, clients, bars of the clock, and what the server can read.
 
-    events.py   what happened, and when     RoundDone(traffic={client: Traffic}), RunStarted(clients=...)
-    facts.py    what it happened to         Traffic, ClientFacts, Bar
+    events.py    what happened, and when    RoundDone(traffic={client: Traffic}), RunStarted(clients=...)
+    records.py   what it happened to        Traffic, ClientInfo, Bar
 
-A fact has no time of its own. The rooms above name what they measure by these types as well: the wire counts
-bytes by `Role`, and the simulated clock draws its `Bar`s.
+A record has no time of its own. Other packages use these types too: the protocol counts bytes by `Role`, and
+the simulated clock draws its `Bar`s.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 Received = Literal["hidden", "adapters", "nothing", "text"]
-"""What comes to the server: hidden states (and adapters), adapters alone, nothing, or all text."""
+"""Content that reaches the server: hidden states (and adapters), adapters alone, nothing, or all text."""
 Role = Literal["hidden", "gradient", "adapter", "label"]
-"""What a tensor on the wire is: hidden states, their gradients, LoRA factors, or token ids."""
+"""Content of a tensor on the wire: hidden states, their gradients, LoRA factors, or token ids."""
 
 
-class Fact(BaseModel):
-    """Frozen, strict about its keys, documented by its field docstrings."""
+class Record(BaseModel):
+    """Base of records and events: frozen, and strict about its keys."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants"
     )
 
 
-class Traffic(Fact):
-    """Bytes of one client, by role, as they crossed the wire (frames and all)."""
+class Traffic(Record):
+    """Bytes of one client on the wire, by role, frame headers included."""
 
     up: Mapping[Role, int] = {}
     """From the client to the server."""
@@ -37,11 +37,11 @@ class Traffic(Fact):
     """From the server to the client."""
 
 
-class ClientFacts(Fact):
-    """One client as it enters the run."""
+class ClientInfo(Record):
+    """One client at the start of the run."""
 
     name: str
-    """How every other event calls it."""
+    """Its name in every other event."""
     cut: int
     """k: blocks on the client in the first round."""
     train_examples: int
@@ -53,20 +53,20 @@ class ClientFacts(Fact):
     truncated: int = 0
     """Examples cut off at `data.max_tokens`."""
     trained_on: str = ""
-    """Fingerprint of the training examples, to tell whether two runs had the same; nothing if not known."""
+    """Fingerprint of the training examples, to compare two runs; empty if unknown."""
     held_out: str = ""
     """Fingerprint of the held-out examples, likewise."""
 
 
-class Bar(Fact):
-    """Something done in a round on the simulated clock: one bar of its Gantt chart."""
+class Bar(Record):
+    """One leg of a step on the simulated clock: a bar of its Gantt chart."""
 
     who: str
     """A client, or `server`."""
     leg: str
-    """What, such as client_forward, up_hidden or wait."""
+    """A leg of a step, such as client_forward, up_hidden or wait."""
     start: float
-    """Seconds since the round began, without moving."""
+    """Seconds since the round began, moving of blocks excluded."""
     end: float
     """Likewise."""
 
@@ -78,6 +78,6 @@ PRIVACY = {
     "adapters": "The whole model is on every client: the server receives adapters, no hidden states "
     "and no token ids.",
     "nothing": "Every client trains alone: the server receives no text, no hidden states and no adapters.",
-    "text": "All text lies in one place: whoever trains there can read it.",
+    "text": "All text is in one place: whoever trains there can read it.",
 }
-"""What the server can read, by where labels are, or by what comes to it if that is no hidden states."""
+"""What the server can read, by the place of the labels, or by `Received` if that is not hidden states."""
