@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from splitft.run.train import train
 from splitft.schedule.clock import client_round, simulate_round
 from splitft.schedule.codec_cost import WireBytes
 from splitft.schedule.cost import adapter_legs, round_bytes
-from splitft.schedule.profile import ServerProfile, device_preset, link_preset
+from splitft.schedule.presets import device_preset, link_preset
+from splitft.schedule.profile import ServerProfile
 from splitft.schedule.sizes import sizes_of
 from splitft.schedule.workload import ClientProfile, SharedCosts, Workload
 from splitft.specs import LoraSpec
@@ -66,7 +67,7 @@ class Setting:
 
 def job_of(setting: Setting) -> SharedCosts:
     """What the paper's clients share: labels on the server, fp32 on the wire."""
-    sizes = sizes_of(GPT2, adapter_parameters_per_rank=FUSED_ATTENTION)
+    sizes = replace(sizes_of(GPT2), adapter_parameters_per_rank=FUSED_ATTENTION)
     lora = LoraSpec(rank=RANK, rank_at_cut=setting.rank_at_cut, cut_sides=setting.sides)
     server = ServerProfile(device_preset("server-gpu", sizes, 512))
     wire = WireBytes(hidden=4.0, gradient=4.0, adapter=4.0)

@@ -117,7 +117,7 @@ def contenders(
     fleet = _fleet(data, seed, alpha, fleet_name, SERVER)
     if capacity is not None:
         laptop = _fleet(data, seed, alpha, fleet_name, "laptop").costs.server
-        device = laptop.device.scaled(capacity, memory_bytes=float("inf"))
+        device = replace(laptop.device.scaled(capacity), memory_bytes=float("inf"))
         fleet = replace(fleet, costs=replace(fleet.costs, server=replace(laptop, device=device)))
     works = [replace(one, workload=replace(one.workload, steps=steps)) for one in fleet.clients]
     fleet = replace(fleet, clients=tuple(works))

@@ -1,4 +1,4 @@
-"""Small jobs, clients and problems that the tests of this room share."""
+"""Small costs, clients and problems that the tests of this folder share."""
 
 from __future__ import annotations
 

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from schedule.cases import client, costs, option, problems
 from splitft.errors import PluginError, ScheduleError
 from splitft.schedule.controllers import CONTROLLERS, Controller, Decision, checked, choose
+from splitft.schedule.cost import LEGS
 from splitft.schedule.makespan import best_cuts, predicted_round_s
 from splitft.schedule.problem import (
     ClientChoices,
     CutProblem,
     corrected,
     feasible,
+    measured_ratios,
     problem_of,
 )
 from splitft.specs import ScheduleSpec
@@ -192,15 +194,17 @@ def test_paper_follows_the_sign_of_the_deviation(problem, gamma):
             assert cuts[one.name] <= one.current
 
 
-def test_a_measured_leg_puts_the_profile_right_at_every_cut():
+def test_the_ratio_of_a_measured_leg_is_applied_at_every_cut():
     prices = tuple(option(cut, 10 * cut, 9 - cut, link_s=4) for cut in range(1, 4))
     one = ClientChoices("a", 2, prices, measured={"client_forward": 40.0, "head": 3.0})
+    assert measured_ratios(one) == {"client_forward": 2.0}  # 40 s instead of 20 s; no head was predicted
     assert [price.compute_s for price in corrected(one)] == [20, 40, 60]
     assert [price.own_s for price in corrected(one)] == [20 + 8 + 4, 40 + 7 + 4, 60 + 6 + 4]
     assert corrected(replace(one, measured={})) == prices
+    assert corrected(replace(one, current=4)) == prices  # no price to compare with
 
 
-def test_makespan_follows_a_client_that_turns_out_slow():
+def test_makespan_gives_a_client_that_measures_slow_a_shallower_cut():
     prices = tuple(option(cut, 10 * cut, 40 - 10 * cut) for cut in range(1, 4))
     one = ClientChoices("a", 3, prices)
     two = replace(one, name="b")
@@ -210,6 +214,28 @@ def test_makespan_follows_a_client_that_turns_out_slow():
     decision = choose("makespan", slow)
     assert decision.cuts == {"a": 1, "b": 3}
     assert "predicted round 130 s instead of 310 s" in decision.reason
+
+
+@given(problem=problems(), times=st.integers(2, 5), data=st.data())
+def test_a_client_that_measures_slower_than_predicted_never_gets_a_deeper_cut(problem, times, data):
+    one = data.draw(st.sampled_from(problem.clients))
+    predicted_s = one.option(one.current).seconds["client_forward"]
+    slow = replace(one, measured={"client_forward": times * predicted_s})
+    measured = replace(problem, clients=tuple(slow if c is one else c for c in problem.clients))
+    assert (
+        best_cuts(measured, feasible(measured))[one.name] <= best_cuts(problem, feasible(problem))[one.name]
+    )
+    resources = CONTROLLERS["resources"].choose
+    assert resources(measured).cuts[one.name] <= resources(problem).cuts[one.name]
+
+
+def test_resources_gives_a_client_that_measures_half_as_fast_half_the_blocks():
+    problem = problem_of(costs(), [client("slow"), client("fast")], [3, 3])
+    assert choose("resources", problem).cuts == {"slow": 3, "fast": 3}
+    slow, fast = problem.clients
+    measured = {leg: 2 * seconds for leg, seconds in slow.option(3).seconds.items() if LEGS[leg] == "client"}
+    problem = replace(problem, clients=(replace(slow, measured=measured), fast))
+    assert choose("resources", problem).cuts == {"slow": 2, "fast": 4}
 
 
 def test_a_client_without_a_possible_cut_is_named_with_what_it_lacks():

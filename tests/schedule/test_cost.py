@@ -15,7 +15,6 @@ from splitft.schedule.codec_cost import WireBytes
 from splitft.schedule.cost import (
     adapter_legs,
     move_seconds,
-    pipelined_step_s,
     round_bytes,
     round_seconds,
     step_legs,
@@ -163,17 +162,10 @@ def test_moving_deeper_fetches_weights_and_adapters_and_shallower_hands_over_mom
     adapters = (4 + 2) * 20 * 4  # blocks 2 and 3 at cut 4
     assert move_seconds(costs(), one, 2, 2) == 0
     assert move_seconds(costs(), one, 2, 4) == 0.25 + (2 * 1000 * 2 + adapters) / 200
-    assert move_seconds(costs(), one, 2, 4, weights_kept=True) == 0.25 + adapters / 200
-    assert move_seconds(costs(), one, 2, 4, True, moments_kept=True) == 0.25 + 3 * adapters / 200
+    kept = move_seconds(costs(), one, 2, 4, moments_kept=True)
+    assert kept == 0.25 + (2 * 1000 * 2 + 3 * adapters) / 200
     assert move_seconds(costs(), one, 4, 2) == 0.25
     assert move_seconds(costs(), one, 4, 2, moments_kept=True) == 0.25 + 2 * (2 + 4) * 20 * 4 / 100
-
-
-def test_a_pipelined_step_is_bound_by_its_busiest_place_or_its_chain():
-    legs = step_legs(costs(), client(), 2)
-    assert pipelined_step_s(legs, 1) == sum(leg.seconds for leg in legs)
-    computing = 32 + 4 + 64
-    assert pipelined_step_s(legs, 50) == 50 * computing
 
 
 def test_cuts_that_do_not_exist_are_refused():

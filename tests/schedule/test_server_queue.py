@@ -1,4 +1,4 @@
-"""Whose batches the server takes: common batches wait for all, turns are kept to their end."""
+"""The server's queue: common batches wait for all clients, and turns are kept to their end."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from schedule.cases import SERVER
 from splitft.errors import ScheduleError
-from splitft.schedule.clock import WAIT, ClientRound, simulate_round
+from splitft.schedule.clock import ClientRound, simulate_round
 from splitft.schedule.cost import Leg
+from splitft.schedule.round_timeline import WAIT
 
 SHARED, IN_TURN = replace(SERVER, adapters="shared"), replace(SERVER, adapters="shared-in-turn")
 LEGS = ("client_forward", "up_hidden", "server_forward", "head", "server_backward", "client_backward")
@@ -53,7 +54,8 @@ def test_every_client_does_all_of_its_work_and_waits_for_the_rest(clients, serve
     timeline = simulate_round(clients, server)
     for client in clients:
         by_leg = timeline.seconds_by_leg(client.name)
-        assert sum(by_leg.values()) == pytest.approx(timeline.finished_s(client.name))
+        finished_s = max(one.end_s for one in timeline.of(client.name))
+        assert sum(by_leg.values()) == pytest.approx(finished_s)
         for leg in client.step:
             if leg.place != "server":
                 assert by_leg.get(leg.name, 0.0) == pytest.approx(client.steps * leg.seconds)

@@ -1,4 +1,4 @@
-"""Makespan with a clock at hand: never slower on it than any common cut, and it stops moving."""
+"""Makespan with a simulated clock: never slower on it than any common cut, and it stops moving."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _on_the_clock(members, cuts):
 
 @settings(max_examples=10)
 @given(fleets)
-def test_nor_in_a_long_round(speeds):
+def test_no_common_cut_is_quicker_in_a_long_round(speeds):
     members = [
         client(f"c{n}", speed, workload=replace(WORK, steps=MOST_STEPS)) for n, speed in enumerate(speeds)
     ]
@@ -78,3 +78,19 @@ def test_a_long_round_is_prolonged_from_a_short_one():
     members = [client(f"c{n}", speed, workload=replace(WORK, steps=steps)) for n, speed in enumerate([1, 3])]
     cuts = {"c0": 2, "c1": 4}
     assert round_simulator(costs(), members)(cuts) == pytest.approx(_on_the_clock(members, cuts), rel=0.02)
+
+
+def test_the_clock_too_takes_a_client_to_be_as_slow_as_it_measured():
+    members, problem = _seen([4.0, 4.0], [5, 5])
+    first, other = problem.clients
+    predicted_s = first.option(5).seconds
+    measured = {leg: 50 * predicted_s[leg] for leg in ("client_forward", "client_backward")}
+    slow = replace(problem, clients=(replace(first, measured=measured), other))
+    cuts = choose("makespan", slow).cuts
+    assert cuts["c0"] < choose("makespan", problem).cuts["c0"]
+    # the profile of a machine as slow as measured gives the same round
+    slower = replace(members[0], device=members[0].device.scaled(1 / 50))
+    ratios = {"c0": {"client_forward": 50, "client_backward": 50, "head": 50}}
+    assert round_simulator(costs(), members)(cuts, ratios=ratios) == pytest.approx(
+        round_simulator(costs(), [slower, members[1]])(cuts)
+    )

@@ -1,1 +1,1 @@
-"""Seconds, bytes and memory of every cut, a simulated clock, and the controllers that choose cuts."""
+"""Time, traffic and memory of every cut, a simulated clock, and the controllers that choose cuts."""

@@ -1,70 +1,40 @@
-"""One round on a simulated clock: who does what, from when to when.
+"""Simulate one round of clients and server on a clock.
 
     a  |forward|up|  wait  |==server==|down|head|up|==server==|down|backward| ...
     b  |forward |up|wait|==server==|down|head|up|wait|==server==|down|backward| ...
     server          |  b  |    a    |           ...
 
-A discrete-event simulation over a heap: at each instant first everything that ends is handed on, then
-every free place (a client's processor, each direction of its link, the server) starts what waits for it,
-first come first served. The server works on one group at a time (`turns` says which): with factors for each
-client, all that wait for the same leg as the one that has waited longest, one micro-batch each, while they
-have at most `group_tokens` padded tokens together. A group takes `group_overhead_s` plus the seconds of its
-members, and all of them wait for its end. Ties go to the client named first. The arithmetic has no
-randomness: equal input gives equal output, bit for bit.
+A discrete-event simulation over a heap. At each event time all batches whose leg ends go on to their next
+leg. Then every free place (a client's processor, each direction of its link, the server) starts the first
+batch that waits for it. The server processes one group at a time, which `server_queue` selects. A group takes
+`group_overhead_s` plus the seconds of its members, and all of them end together. Ties go to the client named
+first. Nothing is random: equal input gives equal output, bit for bit.
 
-A client's optimizer step is a barrier: micro-batches of a step may be in flight together, up to `in_flight`,
-those of the next step may not. The round ends when every client has sent its adapters.
+A client's optimizer step is a barrier: up to `in_flight` micro-batches of a step are in progress together,
+but none of the next step. The round ends when every client has sent its adapters.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from splitft.errors import ScheduleError
 from splitft.schedule.cost import Leg, Place, exchange_legs, step_legs
 from splitft.schedule.profile import ServerProfile
-from splitft.schedule.server_queue import ServerBatch, Turns
+from splitft.schedule.round_timeline import SERVER, WAIT, Interval, RoundTimeline
+from splitft.schedule.server_queue import QueueDiscipline, SimulatedBatch
 from splitft.schedule.workload import ClientProfile, SharedCosts
-
-SERVER = "server"
-"""Name of the server among those who do things; no client may be called so."""
-
-WAIT = "wait"
-"""Name of the interval between arrival at a place and the start of its work."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """One bar of the chart."""
-
-    who: str
-    """A client, or SERVER."""
-    leg: str
-    """One of `cost.LEGS`, or WAIT."""
-    place: Place
-    """What is occupied, or waited for."""
-    start_s: float
-    """From when, in seconds since the round began."""
-    end_s: float
-    """Until when."""
-    members: tuple[str, ...] = ()
-    """For the server: the clients of the group."""
-
-    @property
-    def seconds(self) -> float:
-        """How long."""
-        return self.end_s - self.start_s
 
 
 @dataclass(frozen=True)
 class ClientRound:
-    """What one client goes through in a round."""
+    """The work of one client in a round."""
 
     name: str
-    """Who."""
+    """The client's name."""
     before: tuple[Leg, ...]
     """Legs before the first step: fetching adapters."""
     step: tuple[Leg, ...]
@@ -76,73 +46,42 @@ class ClientRound:
     micro_batches: int = 1
     """Micro-batches of a step."""
     in_flight: int | None = None
-    """How many of them are underway at once; None for all."""
+    """Micro-batches in progress at once; None for all."""
 
     @property
     def own_s(self) -> float:
-        """Its round with the server to itself and micro-batches one by one, without overhead of groups."""
+        """Seconds of its round alone on the server, one micro-batch at a time, without overhead of groups."""
         step_s = sum(leg.seconds for leg in self.step)
         once_s = sum(leg.seconds for leg in (*self.before, *self.after))
         return once_s + self.steps * self.micro_batches * step_s
 
-
-@dataclass(frozen=True)
-class RoundTimeline:
-    """What happened in a round, and when."""
-
-    clients: tuple[str, ...]
-    """Who took part, in the order given."""
-    intervals: tuple[Interval, ...]
-    """By start; at a client every leg has one, on the server every group."""
-    round_s: float
-    """Until the last client has sent its adapters."""
-
-    def of(self, who: str, place: Place | None = None) -> tuple[Interval, ...]:
-        """The intervals of a client or of SERVER, waits included; of one place only if it is given."""
-        if who not in (*self.clients, SERVER):
-            raise ScheduleError(f"{who!r} took no part in the round; {', '.join(self.clients)} did")
-        return tuple(one for one in self.intervals if one.who == who and place in (None, one.place))
-
-    def finished_s(self, client: str) -> float:
-        """When this client had sent its adapters."""
-        return max((one.end_s for one in self.of(client)), default=0.0)
-
-    def seconds_by_leg(self, who: str) -> dict[str, float]:
-        """Seconds that a client (or SERVER) spent on each leg, waiting included as a leg of its own.
-
-        With one micro-batch a client is always on exactly one leg, so these add up to when it finished.
-        """
-        seconds: dict[str, float] = {}
-        for one in self.of(who):
-            seconds[one.leg] = seconds.get(one.leg, 0.0) + one.seconds
-        return seconds
-
-    def busy_s(self, who: str) -> float:
-        """Seconds in which a client's processor, or the server, was computing."""
-        place: Place = "server" if who == SERVER else "client"
-        return sum(one.seconds for one in self.of(who, place) if one.leg != WAIT)
-
-    def idle_s(self, who: str) -> float:
-        """Seconds of the round in which it was not."""
-        return self.round_s - self.busy_s(who)
+    def scaled(self, ratios: Mapping[str, float]) -> ClientRound:
+        """Return the round with the seconds of legs multiplied by these ratios, by leg name."""
+        if not ratios:
+            return self
+        before, step, after = (
+            tuple(replace(leg, seconds=leg.seconds * ratios.get(leg.name, 1.0)) for leg in legs)
+            for legs in (self.before, self.step, self.after)
+        )
+        return replace(self, before=before, step=step, after=after)
 
 
 def client_round(costs: SharedCosts, client: ClientProfile, cut: int) -> ClientRound:
-    """A client's round at this cut, with the legs that `cost` predicts."""
+    """Return a client's round at this cut, with the legs that `cost` predicts."""
     before, after = exchange_legs(costs, client, cut)
     micro_batches = costs.parts(client.workload)
     divided = replace(client, workload=client.workload.divided(micro_batches))
     legs = step_legs(costs, divided, cut)
     steps, in_flight = client.workload.steps, costs.in_flight
-    if cut == costs.sizes.blocks:  # it works alone, on one part after the other
+    if cut == costs.sizes.blocks:  # without the server, one micro-batch after the other
         in_flight = 1
     return ClientRound(client.name, before, legs, steps, after, micro_batches, in_flight)
 
 
 def simulate_round(clients: Sequence[ClientRound], server: ServerProfile) -> RoundTimeline:
-    """Run one round of these clients to its end.
+    """Simulate one round of clients that train together.
 
-    Raises ScheduleError if a name appears twice, or if a client has no work or endless work.
+    Raises ScheduleError for a repeated name, and for a client without work or with a leg that never ends.
     """
     _check(clients)
     if server.adapters == "shared" and len({client.micro_batches for client in clients}) > 1:
@@ -151,7 +90,7 @@ def simulate_round(clients: Sequence[ClientRound], server: ServerProfile) -> Rou
 
 
 def simulate_in_turn(clients: Sequence[ClientRound], server: ServerProfile) -> RoundTimeline:
-    """One round of clients that train one after the other: each has the server to itself, and times add up.
+    """Simulate one round of clients that train one after the other, each alone on the server.
 
     Raises what `simulate_round` raises.
     """
@@ -167,8 +106,8 @@ def simulate_in_turn(clients: Sequence[ClientRound], server: ServerProfile) -> R
     return RoundTimeline(tuple(client.name for client in clients), tuple(intervals), now_s)
 
 
-_Where = tuple[int, Place]
-"""A place: a client's number and what of it; the server is (-1, "server")."""
+_PlaceKey = tuple[int, Place]
+"""A client's number and one of its places; the server is (-1, "server")."""
 
 
 @dataclass
@@ -177,29 +116,32 @@ class _Clock:
 
     clients: Sequence[ClientRound]
     server: ServerProfile
-    ends: list[tuple[float, int, _Where, list[ServerBatch]]] = field(default_factory=list)
-    """Heap of what is under way: end, number, place, members."""
-    waiting: dict[_Where, list[ServerBatch]] = field(default_factory=dict)
-    """What waits for each place, in order of arrival; places for which nothing waits are not in it."""
-    busy: set[_Where] = field(default_factory=set)
+    ends: list[tuple[float, int, _PlaceKey, list[SimulatedBatch]]] = field(default_factory=list)
+    """Heap of groups in progress: end, sequence number, place, members."""
+    waiting: dict[_PlaceKey, list[SimulatedBatch]] = field(default_factory=dict)
+    """Batches that wait for each place, in order of arrival; no entry is empty."""
+    busy: set[_PlaceKey] = field(default_factory=set)
     intervals: list[Interval] = field(default_factory=list)
     queued: dict[int, list[tuple[Leg, ...]]] = field(default_factory=dict)
-    """Micro-batches of a client's step that begin when others are done."""
+    """By client: micro-batches of its step that start when others have ended."""
     stepping: set[int] = field(default_factory=set)
     """Clients that still have steps at the server."""
     number: int = 0
-    """Of the next entry of the heap: entries of equal end come out as they went in."""
+    """Sequence number of the next entry of the heap, so that equal ends leave it in order."""
 
     def __post_init__(self) -> None:
-        self.turns = Turns(self.server)
+        self.discipline = QueueDiscipline(self.server)
 
     def run(self) -> RoundTimeline:
+        """Run to the end of the round."""
+        # every client enters its first stage
         self.stepping = {i for i, one in enumerate(self.clients) if one.steps and _at_server([one.step])}
         stages = [_stages(client) for client in self.clients]
         open_batches = [0] * len(self.clients)
         for client in range(len(self.clients)):
             open_batches[client] = self.enter(next(stages[client]), client, 0.0)
         self.start(0.0)
+        # from event to event
         now_s = 0.0
         while self.ends:
             now_s = self.ends[0][0]
@@ -209,10 +151,10 @@ class _Clock:
                     self.wait(batch, now_s)
                     continue
                 if queued := self.queued[batch.client]:
-                    self.wait(ServerBatch(batch.client, queued.pop()), now_s)
+                    self.wait(SimulatedBatch(batch.client, queued.pop()), now_s)
                     continue
                 open_batches[batch.client] -= 1
-                if not open_batches[batch.client]:  # the barrier: on to the next step
+                if not open_batches[batch.client]:  # the barrier is reached: next stage
                     stage = next(stages[batch.client], ())
                     if not _at_server(stage):
                         self.stepping.discard(batch.client)
@@ -222,31 +164,32 @@ class _Clock:
         return RoundTimeline(tuple(client.name for client in self.clients), tuple(ordered), now_s)
 
     def enter(self, chains: Sequence[tuple[Leg, ...]], client: int, now_s: float) -> int:
-        """Begin as many of these chains of legs as may be underway together; return how many."""
+        """Start as many of these chains of legs as may be in progress together, and return their number."""
         at_once = self.clients[client].in_flight or len(chains)
         self.queued[client] = list(chains[at_once:])
         for legs in chains[:at_once]:
-            self.wait(ServerBatch(client, legs), now_s)
+            self.wait(SimulatedBatch(client, legs), now_s)
         return len(chains[:at_once])
 
-    def wait(self, batch: ServerBatch, now_s: float) -> None:
+    def wait(self, batch: SimulatedBatch, now_s: float) -> None:
+        """Append a batch to the queue at the place of its next leg."""
         place = batch.leg.place
-        where: _Where = (-1, place) if place == "server" else (batch.client, place)
+        where: _PlaceKey = (-1, place) if place == "server" else (batch.client, place)
         batch.ready_s = now_s
         self.waiting.setdefault(where, []).append(batch)
 
-    def ended(self, now_s: float) -> Iterator[ServerBatch]:
-        """All batches whose leg ends now; their places are free again."""
+    def ended(self, now_s: float) -> Iterator[SimulatedBatch]:
+        """Yield all batches whose leg ends now, and free their places."""
         while self.ends and self.ends[0][0] == now_s:
             _, _, where, members = heapq.heappop(self.ends)
             self.busy.discard(where)
             yield from members
 
     def start(self, now_s: float) -> None:
-        """Let every free place begin what waits for it."""
+        """Start the next batches at every free place."""
         for where in sorted(where for where in self.waiting if where not in self.busy):
             queue = self.waiting[where]
-            group = self.turns.next(queue, self.stepping) if where[1] == "server" else queue[:1]
+            group = self.discipline.next_group(queue, self.stepping) if where[1] == "server" else queue[:1]
             for batch in group:
                 queue.remove(batch)
             if not queue:
@@ -254,8 +197,8 @@ class _Clock:
             if group:
                 self.work(where, group, now_s)
 
-    def work(self, where: _Where, group: list[ServerBatch], now_s: float) -> None:
-        """Occupy a place with one leg of this group, and write it down."""
+    def work(self, where: _PlaceKey, group: list[SimulatedBatch], now_s: float) -> None:
+        """Occupy a place with one leg of this group, and record the intervals."""
         seconds = sum(batch.leg.seconds for batch in group)
         if where[1] == "server":
             seconds += self.server.group_overhead_s
@@ -278,7 +221,7 @@ def _at_server(chains: Sequence[tuple[Leg, ...]]) -> bool:
 
 
 def _stages(client: ClientRound) -> Iterator[Sequence[tuple[Leg, ...]]]:
-    """What a client goes through between barriers: chains of legs that may be in flight together."""
+    """Yield a client's stages between barriers: chains of legs that may be in progress together."""
     if client.before:
         yield (client.before,)
     for _ in range(client.steps):

@@ -18,7 +18,7 @@ from functools import partial
 
 from splitft.errors import ScheduleError, SplitftError
 from splitft.schedule.makespan import best_cuts, predicted_round_s
-from splitft.schedule.problem import CutProblem, Feasible, corrected, feasible
+from splitft.schedule.problem import CutProblem, Feasible, corrected, feasible, measured_ratios
 from splitft.schedule.simulated_search import quickest
 from splitft.specs.schedule import CONTROLLERS, Controller
 
@@ -122,9 +122,11 @@ def makespan(problem: CutProblem) -> Decision:
     current, allowed = _current(problem), feasible(problem)
     if problem.simulate is None:
         best = best_cuts(problem, allowed)
+        predict = partial(predicted_round_s, problem)
     else:
-        best = quickest(problem, allowed, problem.simulate)
-    predict = problem.simulate or partial(predicted_round_s, problem)
+        ratios = {client.name: measured_ratios(client) for client in problem.clients}
+        predict = partial(problem.simulate, ratios=ratios)
+        best = quickest(problem, allowed, predict)
     best_s = predict(best)
     if any(cut not in allowed[name].cuts for name, cut in current.items()):
         return Decision(best, f"a current cut is not possible any more; predicted round {best_s:.4g} s")

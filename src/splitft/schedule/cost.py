@@ -1,4 +1,4 @@
-"""What a cut costs one client: seconds and bytes, leg by leg.
+"""Costs of a cut for one client: seconds and bytes, leg by leg.
 
     labels on the client                              labels on the server
       client_forward    client   k blocks               client_forward   client
@@ -13,13 +13,13 @@
     and once a round: adapters_down, before the first step, and adapters_up, after the last.
 
 N real tokens and M labelled ones a step, D width, L blocks, k the cut. Machines compute padded tokens, links
-carry real ones. Waiting for the server is not a cost of a cut but of the others' cuts: `clock` finds it. A
-link carries one message at a time and counts the latency, as request and answer do.
+carry real ones. The time of waiting for the server depends on the other clients' cuts: `clock` simulates it.
+A link carries one message at a time, and each message takes the latency once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,7 +27,7 @@ from splitft.geometry import check_cut
 from splitft.schedule.workload import ClientProfile, SharedCosts
 
 Place = Literal["client", "up", "down", "server"]
-"""What a leg occupies: the client's processor, its link in one direction, or the server."""
+"""The resource that a leg occupies: the client's processor, its link in one direction, or the server."""
 
 LEGS: dict[str, Place] = {
     "adapters_down": "down",
@@ -43,12 +43,12 @@ LEGS: dict[str, Place] = {
     "client_backward": "client",
     "adapters_up": "up",
 }
-"""Every leg of a round, in its order, and what it occupies."""
+"""Every leg of a round, in order, with its place."""
 
 FOLDED_BYTES = 4
-"""A number of what joins the frozen base, which no codec rounds."""
+"""Bytes of a number that is folded into the frozen base, which no codec rounds."""
 LABEL_BYTES = 8
-"""A token id on the wire."""
+"""Bytes of a token id on the wire."""
 
 
 @dataclass(frozen=True)
@@ -58,106 +58,88 @@ class Leg:
     name: str
     """One of LEGS."""
     seconds: float
-    """How long it occupies its place when nothing else does; without the server's overhead of a group."""
+    """Seconds for which it occupies its place alone, without the server's overhead of a group."""
     nbytes: float = 0.0
-    """What it sends."""
+    """Bytes that it sends."""
     tokens: float = 0.0
-    """Padded tokens, which limit how many clients the server groups."""
+    """Padded tokens, which limit the server's groups."""
 
     @property
     def place(self) -> Place:
-        """What it occupies."""
+        """The place that it occupies."""
         return LEGS[self.name]
 
 
 def step_legs(costs: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg, ...]:
-    """The legs of one step, in order; they follow one another, so the step takes the sum of their seconds."""
+    """Return the legs of one step, in order; without waiting, a step takes the sum of their seconds."""
     L, D = costs.sizes.blocks, costs.sizes.width
     check_cut(cut, L)
-    work, device, server, wire = (
-        client.workload,
-        client.device,
-        costs.server.device,
-        client.wire or costs.wire,
-    )
-    padded = work.padded_tokens
+    work, device, wire = client.workload, client.device, client.wire or costs.wire
+    padded, rows, labelled_rows = work.padded_tokens, work.tokens * D, work.labelled_tokens * D
+    # the client's processor: its blocks, head and codecs
     forward_s = cut * device.block_forward_s(padded)
     backward_s = cut * device.block_backward_s(padded)
     head_s = work.labelled_tokens * device.head_s_per_token
     if cut == L:
         return Leg("client_forward", forward_s), Leg("head", head_s), Leg("client_backward", backward_s)
-    all_rows, labelled_rows = work.tokens * D, work.labelled_tokens * D
-    (hide, show), (grade, read) = wire.hidden_s, wire.gradient_s  # to encode and to decode a number
-    forward = Leg("client_forward", forward_s + all_rows * hide)
-    backward = Leg("client_backward", backward_s + all_rows * read)
-    head = Leg("head", head_s + labelled_rows * (show + grade))
-    hidden = work.tokens * D * wire.hidden
-    down_gradient = _down(client, "down_gradient", work.tokens * D * wire.gradient)
-    forward_s = (L - cut) * server.block_forward_s(padded)
-    backward_s = (L - cut) * server.block_backward_s(padded)
+    (encode_hidden_s, decode_hidden_s), (encode_grad_s, decode_grad_s) = wire.hidden_s, wire.gradient_s
+    forward = Leg("client_forward", forward_s + rows * encode_hidden_s)
+    head = Leg("head", head_s + labelled_rows * (decode_hidden_s + encode_grad_s))
+    backward = Leg("client_backward", backward_s + rows * decode_grad_s)
+    down_gradient = _down(client, "down_gradient", rows * wire.gradient)
+    # the server: the other blocks, with labels there also the head
+    server = costs.server.device
+    server_forward_s = (L - cut) * server.block_forward_s(padded)
+    server_backward_s = (L - cut) * server.block_backward_s(padded)
     if costs.labels == "server":
-        head_s = work.labelled_tokens * server.head_s_per_token
-        up = _up(client, "up_hidden", hidden + work.labelled_tokens * LABEL_BYTES)
-        coding_s = all_rows * (show + grade)
-        visit = Leg("server_step", forward_s + head_s + backward_s + coding_s, tokens=padded)
-        return forward, up, visit, down_gradient, backward
+        server_s = server_forward_s + work.labelled_tokens * server.head_s_per_token + server_backward_s
+        server_step = Leg("server_step", server_s + rows * (decode_hidden_s + encode_grad_s), tokens=padded)
+        up_hidden = _up(client, "up_hidden", rows * wire.hidden + work.labelled_tokens * LABEL_BYTES)
+        return forward, up_hidden, server_step, down_gradient, backward
+    server_forward_s = server_forward_s + rows * decode_hidden_s + labelled_rows * encode_hidden_s
+    server_backward_s = server_backward_s + labelled_rows * decode_grad_s + rows * encode_grad_s
     return (
         forward,
-        _up(client, "up_hidden", hidden),
-        Leg("server_forward", forward_s + all_rows * show + labelled_rows * hide, tokens=padded),
-        _down(client, "down_hidden", work.labelled_tokens * D * wire.hidden),
+        _up(client, "up_hidden", rows * wire.hidden),
+        Leg("server_forward", server_forward_s, tokens=padded),
+        _down(client, "down_hidden", labelled_rows * wire.hidden),
         head,
-        _up(client, "up_gradient", work.labelled_tokens * D * wire.gradient),
-        Leg("server_backward", backward_s + labelled_rows * read + all_rows * grade, tokens=padded),
+        _up(client, "up_gradient", labelled_rows * wire.gradient),
+        Leg("server_backward", server_backward_s, tokens=padded),
         down_gradient,
         backward,
     )
 
 
 def adapter_legs(costs: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg, Leg]:
-    """adapters_down and adapters_up of one round: the factors of the client's own blocks, as they travel.
+    """Return adapters_down and adapters_up of one round: the factors of the client's blocks, as encoded.
 
-    What is folded into the base travels in float32 at most at the members' rank sum, or the width if less.
+    An update that is folded into the base is sent in float32, with rank the sum of the participants' ranks,
+    but at most the width.
     """
-    sizes, rank, exchange = costs.sizes, costs.lora.rank, costs.adapter_traffic
-    moments = 4 * costs.moments if costs.handed_on else 0  # they travel as they are kept, in float32
-    whole = (
-        [rank] * cut if exchange.full_rank else costs.ranks(cut)[:cut]
-    )  # the global factors, whatever its own
-    folded = sizes.adapter_parameters([min(exchange.folded_members * rank, sizes.width)] * cut)
-    down = sizes.adapter_parameters(whole) * (exchange.down * costs.wire.adapter + moments)
-    up = sizes.adapter_parameters(costs.ranks(cut, client.rank)[:cut]) * (
-        exchange.up * costs.wire.adapter + moments
-    )
-    return _down(client, "adapters_down", down + folded * FOLDED_BYTES), _up(client, "adapters_up", up)
+    sizes, rank, traffic = costs.sizes, costs.lora.rank, costs.adapter_traffic
+    moments = 4 * costs.moments if costs.handed_on else 0  # sent as they are stored, in float32
+    # what is received has the ranks of the global factors, what is sent the client's own
+    received = sizes.adapter_parameters([rank] * cut if traffic.full_rank else costs.ranks(cut)[:cut])
+    sent = sizes.adapter_parameters(costs.ranks(cut, client.rank)[:cut])
+    folded = sizes.adapter_parameters([min(traffic.folded_members * rank, sizes.width)] * cut)
+    down = received * (traffic.down * costs.wire.adapter + moments) + folded * FOLDED_BYTES
+    up = sent * (traffic.up * costs.wire.adapter + moments)
+    return _down(client, "adapters_down", down), _up(client, "adapters_up", up)
 
 
 def exchange_legs(
     costs: SharedCosts, client: ClientProfile, cut: int
 ) -> tuple[tuple[Leg, ...], tuple[Leg, ...]]:
-    """Legs before the first step of a round and after the last; none if adapters stay where they are."""
+    """Return the legs before a round's first step and after its last; none if adapters are not sent."""
     if not costs.federated:
         return (), ()
     down, up = adapter_legs(costs, client, cut)
     return (down,), (up,)
 
 
-def pipelined_step_s(micro_batch: Sequence[Leg], micro_batches: int) -> float:
-    """Least seconds of a step whose micro-batches are all in flight: no schedule does it in less.
-
-    Each place works through all its legs of all micro-batches, one at a time; and one micro-batch must go
-    through its whole chain. `micro_batch` holds the legs of one: `step_legs` of the divided workload. With a
-    single micro-batch this is the sum of the legs.
-    """
-    chain_s = sum(leg.seconds for leg in micro_batch)
-    by_place: dict[Place, float] = {}
-    for leg in micro_batch:
-        by_place[leg.place] = by_place.get(leg.place, 0.0) + leg.seconds
-    return max(chain_s, micro_batches * max(by_place.values()))
-
-
 def round_seconds(costs: SharedCosts, client: ClientProfile, cut: int) -> dict[str, float]:
-    """Seconds of a round by leg, with the server to itself: each visit pays the overhead of a group."""
+    """Return the seconds of a round by leg, alone on the server: each server leg has a group's overhead."""
     seconds: dict[str, float] = {}
     for leg, times in _round(costs, client, cut):
         overhead_s = costs.server.group_overhead_s if leg.place == "server" else 0.0
@@ -166,22 +148,17 @@ def round_seconds(costs: SharedCosts, client: ClientProfile, cut: int) -> dict[s
 
 
 def round_bytes(costs: SharedCosts, client: ClientProfile, cut: int) -> dict[str, float]:
-    """Bytes of a round by leg; legs that send nothing are left out."""
+    """Return the bytes of a round by leg, without legs that send nothing."""
     return {leg.name: times * leg.nbytes for leg, times in _round(costs, client, cut) if leg.nbytes}
 
 
 def move_seconds(
-    costs: SharedCosts,
-    client: ClientProfile,
-    old: int,
-    new: int,
-    weights_kept: bool = False,
-    moments_kept: bool = False,
+    costs: SharedCosts, client: ClientProfile, old: int, new: int, moments_kept: bool = False
 ) -> float:
-    """Seconds that changing a client's cut takes before its next round can begin.
+    """Return the seconds of changing a client's cut, before its next round can begin.
 
-    Going deeper it fetches the frozen weights of the blocks between (unless `weights_kept` at the client),
-    their adapters and, if the run keeps them, their moments; going shallower it hands over moments only.
+    For a deeper cut the client receives the frozen weights of the blocks between, their adapters and, with
+    `moments_kept`, their optimizer moments. For a shallower one it sends the moments alone.
     """
     if new == old:
         return 0.0
@@ -190,17 +167,17 @@ def move_seconds(
     moments = factors * costs.moments * costs.wire.adapter if moments_kept else 0.0
     if new < old:
         return client.link.seconds_up(moments)
-    weights = 0 if weights_kept else (high - low) * costs.sizes.block_parameters * costs.weight_bytes
+    weights = (high - low) * costs.sizes.block_parameters * costs.weight_bytes
     return client.link.seconds_down(weights + factors * costs.wire.adapter + moments)
 
 
 def total_by_place(by_leg: Mapping[str, float], place: Place) -> float:
-    """Sum over the legs that occupy this place."""
+    """Return the sum over the legs that occupy this place."""
     return sum(value for leg, value in by_leg.items() if LEGS[leg] == place)
 
 
 def _round(costs: SharedCosts, client: ClientProfile, cut: int) -> list[tuple[Leg, int]]:
-    """The legs of a round, and how often each runs: those of a step for each of its micro-batches."""
+    """Return the legs of a round, and how often each runs: those of a step for each of its micro-batches."""
     before, after = exchange_legs(costs, client, cut)
     parts = costs.parts(client.workload)
     steps = client.workload.steps * parts

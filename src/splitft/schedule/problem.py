@@ -1,12 +1,12 @@
-"""What a controller of cuts knows: for each client every cut with its price, and what happened last.
+"""The problem that a controller solves: every client's cuts with their prices, and its last round.
 
     client a   cut 1   round 40 s   1.2 GB   server 30 s        now at cut 2, loss 2.31, has 4 GB
                cut 2   round 38 s   1.4 GB   server 28 s
                ...
     server     memory, and the weights it holds by the shallowest cut
 
-The table is made by `options` from predicted costs, or by anyone from measured ones. Which cuts a client may
-have at all is one question, asked in one place: `feasible`.
+Prices are predicted (`options`). Where legs of the last round were measured, `corrected` scales them by
+measured over predicted seconds. `feasible` says which cuts fit a client's bounds, memory and time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from splitft.schedule.workload import ClientProfile, SharedCosts
 
 @dataclass(frozen=True)
 class CutOption:
-    """What one cut means for one client."""
+    """The price of one cut for one client."""
 
     cut: int
     """k."""
@@ -33,18 +33,18 @@ class CutOption:
     client_bytes: float
     """Peak memory of the client."""
     server_bytes: float
-    """What the client adds to the server's peak memory."""
+    """Bytes that the client adds to the server's peak memory."""
     move_s: float = 0.0
-    """Seconds that moving here from the current cut takes, once."""
+    """Seconds of the move from the current cut, once."""
 
     @property
     def own_s(self) -> float:
-        """Seconds of a round, from the first leg to the last, if the client never waits for others."""
+        """Seconds of a round, from the first leg to the last, without waiting for others."""
         return sum(self.seconds.values())
 
     @property
     def compute_s(self) -> float:
-        """Seconds of a round in which the client's own processor works."""
+        """Seconds of a round in which the client's processor works."""
         return total_by_place(self.seconds, "client")
 
     @property
@@ -58,11 +58,11 @@ class ClientChoices:
     """One client before the next round."""
 
     name: str
-    """Who."""
+    """The client's name."""
     current: int
     """Its cut in the last round."""
     options: tuple[CutOption, ...]
-    """Every cut that the model admits, ascending, as predicted."""
+    """Every cut of the model with its predicted price, ascending."""
     min_cut: int = 1
     """The site's smallest allowed cut."""
     max_cut: int | None = None
@@ -74,9 +74,12 @@ class ClientChoices:
     loss: float | None = None
     """Held-out loss after the last round, in nats; None before the first."""
     weight: float = 1.0
-    """How much its loss counts in the mean of all clients, such as its tokens."""
+    """Weight of its loss in the mean of all clients, such as its tokens."""
     measured: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of the last round by leg, at the current cut, as far as they were measured."""
+    """Measured seconds of the last round by leg (`cost.LEGS`), at `current` and without waiting.
+
+    Only the measured legs have an entry. Empty before the first round, and where nothing is measured.
+    """
 
     def __post_init__(self) -> None:
         cuts = [option.cut for option in self.options]
@@ -93,7 +96,7 @@ class ClientChoices:
             raise ScheduleError(f"client {self.name!r}: weights are above 0, and measured times at least 0")
 
     def option(self, cut: int) -> CutOption:
-        """The price of one cut."""
+        """Return the price of one cut. Raises ScheduleError if there is none."""
         for option in self.options:
             if option.cut == cut:
                 return option
@@ -104,30 +107,35 @@ class ClientChoices:
 
 
 class RoundSimulator(Protocol):
-    """A clock that tells how long a round would take (`round_simulator`)."""
+    """A simulated clock for rounds that differ in their cuts (`round_simulator`)."""
 
-    def __call__(self, cuts: Mapping[str, int], brief: bool = False) -> float:
-        """Seconds of a round with these cuts; quicker to tell, and less exact, if brief."""
+    def __call__(
+        self, cuts: Mapping[str, int], brief: bool = False, ratios: Mapping[str, Mapping[str, float]] = ...
+    ) -> float:
+        """Return the seconds of a round with these cuts; `brief` is faster and less exact.
+
+        `ratios` are the `measured_ratios` of clients by name.
+        """
 
 
 @dataclass(frozen=True)
 class CutProblem:
-    """All clients and the server before the next round: everything a controller decides from."""
+    """All clients and the server before the next round: the input of a controller."""
 
     clients: tuple[ClientChoices, ...]
-    """Who takes part."""
+    """The clients that take part."""
     rounds_left: int = 1
-    """Rounds still to come, over which a move must pay."""
+    """Remaining rounds, over which a move must pay."""
     server_memory_bytes: float = math.inf
     """Memory that training may use at the server."""
     server_weights_bytes: tuple[float, ...] = ()
-    """Frozen weights at the server by the shallowest cut of all, from 0; empty if they do not count."""
+    """Frozen weights at the server by the shallowest cut of all, from 0; empty to ignore them."""
     gamma: float = 1.0
-    """Blocks that `paper` moves the client farthest from the mean."""
+    """Step size of `paper`: blocks that the client farthest from the mean moves."""
     client_blocks: int | None = None
     """Blocks on all clients together that `resources` distributes; None for the sum of the current cuts."""
     simulate: RoundSimulator | None = field(default=None, compare=False, repr=False)
-    """Seconds of a round with given cuts on a clock, where one is at hand."""
+    """Simulated clock of these clients; None to predict by the model of `makespan`."""
 
     def __post_init__(self) -> None:
         names = [client.name for client in self.clients]
@@ -137,7 +145,7 @@ class CutProblem:
             raise ScheduleError(f"gamma is {self.gamma}; it must be a number of at least 0")
 
     def server_bytes(self, cuts: Mapping[str, int]) -> float:
-        """The server's peak memory with these cuts."""
+        """Return the server's peak memory with these cuts."""
         shallowest = min(cuts.values())
         shared = self.server_weights_bytes[shallowest] if self.server_weights_bytes else 0.0
         return shared + sum(client.option(cuts[client.name]).server_bytes for client in self.clients)
@@ -145,37 +153,33 @@ class CutProblem:
 
 @dataclass(frozen=True)
 class Feasible:
-    """Which cuts a client may have."""
+    """The possible cuts of a client."""
 
     cuts: tuple[int, ...]
     """Ascending; empty if there are none."""
     lack: str = ""
-    """What is missing if there are none, in words."""
+    """If there are none: the missing memory or time, in words."""
 
 
 def feasible(problem: CutProblem) -> dict[str, Feasible]:
-    """For each client the cuts that fit its bounds, memory and time, or what it lacks.
+    """Return for each client the cuts that fit its bounds, memory and time, or what it lacks.
 
-    Whether a client without any is left out or stops the run is for the caller to say.
+    The caller decides whether a client without a possible cut is left out or stops the run.
     """
     return {client.name: _feasible(client) for client in problem.clients}
 
 
 def options(
-    costs: SharedCosts,
-    client: ClientProfile,
-    current: int,
-    weights_kept: bool = False,
-    moments_kept: bool = False,
+    costs: SharedCosts, client: ClientProfile, current: int, moments_kept: bool = False
 ) -> tuple[CutOption, ...]:
-    """The predicted price of every cut 1..L for one client, now at cut `current`."""
+    """Predict the price of every cut 1..L for one client, now at cut `current`."""
     return tuple(
         CutOption(
             cut=cut,
             seconds=round_seconds(costs, client, cut),
             client_bytes=client_memory(costs, client, cut).total,
             server_bytes=server_memory(costs, client, cut).total,
-            move_s=move_seconds(costs, client, current, cut, weights_kept, moments_kept),
+            move_s=move_seconds(costs, client, current, cut, moments_kept),
         )
         for cut in range(1, costs.sizes.blocks + 1)
     )
@@ -186,14 +190,13 @@ def problem_of(
     clients: Sequence[ClientProfile],
     cuts: Sequence[int],
     rounds_left: int = 1,
-    weights_kept: bool = False,
     moments_kept: bool = False,
-    whole_allowed: bool = False,
 ) -> CutProblem:
-    """A problem of predicted prices and device memories; bounds, losses and measurements by `replace`.
+    """Return a problem with predicted prices and device memories.
 
-    Cuts end at L - 1 unless `whole_allowed`: the whole model on a client sends no hidden states, so on slow
-    links it would win every comparison of times, and there would be no split left.
+    Bounds, losses and measured seconds are set by `dataclasses.replace`.
+    Cuts end at L - 1: the whole model on a client sends no hidden states, so on slow links it would win every
+    comparison of times, and nothing would be split.
     """
     if len(clients) != len(cuts):
         raise ScheduleError(f"{len(clients)} clients but {len(cuts)} cuts; give one cut a client")
@@ -203,8 +206,8 @@ def problem_of(
             ClientChoices(
                 client.name,
                 current,
-                options(costs, client, current, weights_kept, moments_kept),
-                max_cut=L if whole_allowed else L - 1,
+                options(costs, client, current, moments_kept),
+                max_cut=L - 1,
                 memory_bytes=client.device.memory_bytes,
                 weight=client.workload.tokens * client.workload.steps,
             )
@@ -216,22 +219,28 @@ def problem_of(
     )
 
 
-def corrected(client: ClientChoices) -> tuple[CutOption, ...]:
-    """The client's options with each measured leg put right at every cut.
+def measured_ratios(client: ClientChoices) -> dict[str, float]:
+    """Return measured over predicted seconds of each measured leg, at the client's current cut.
 
-    A leg that took twice what was predicted at the current cut is taken to take twice everywhere: the
-    machine or the link is that much slower than its profile. Legs that were not measured stay as predicted.
+    2.0 means that the machine or the link took twice the predicted time.
     """
-    if client.current not in [option.cut for option in client.options]:
-        return client.options
-    predicted = client.option(client.current).seconds
-    ratio = {
+    predicted = next((one.seconds for one in client.options if one.cut == client.current), {})
+    return {
         leg: seconds / predicted[leg]
         for leg, seconds in client.measured.items()
         if predicted.get(leg, 0.0) > 0
     }
+
+
+def corrected(client: ClientChoices) -> tuple[CutOption, ...]:
+    """Return the client's options with its `measured_ratios` applied to each leg at every cut.
+
+    A machine or link that is slower than its profile at the current cut is assumed to be as many times slower
+    at every other. Legs that were not measured stay as predicted. All controllers read the corrected prices.
+    """
+    ratios = measured_ratios(client)
     return tuple(
-        replace(option, seconds={leg: value * ratio.get(leg, 1.0) for leg, value in option.seconds.items()})
+        replace(option, seconds={leg: value * ratios.get(leg, 1.0) for leg, value in option.seconds.items()})
         for option in client.options
     )
 

@@ -1,12 +1,12 @@
-"""Whose batches a free server works on next, as its factors demand (`split.server_adapters`).
+"""The queue at the server: the batches that a free server processes next (`split.server_adapters`).
 
-    per-client       who waits for the same leg as the one that has waited longest, while they fit together
+    per-client       the batches that wait for the same leg as the first in the queue, up to `group_tokens`
     shared           all clients that still have steps, once they all wait for the same leg: one common batch
-    shared-in-turn   one client from its first visit in a step to its last: the factors step in between
+    shared-in-turn   one client, from its first leg at the server in a step to its last; then the factors step
 
-Arrival decides among those that may come. A common batch waits for the slowest client, and a client in its
-turn keeps the server while its own head and link work: what these methods take, beside groups that form
-themselves (SplitLoRA, arXiv 2407.00952; SplitFed v2, 2004.12088).
+Within these rules the order is that of arrival. A common batch waits for the slowest client, and a client in
+turn keeps the server while its own head and link work; both are part of these methods (SplitLoRA, arXiv
+2407.00952; SplitFed v2, 2004.12088).
 """
 
 from __future__ import annotations
@@ -19,40 +19,43 @@ from splitft.schedule.profile import ServerProfile
 
 
 @dataclass(eq=False)
-class ServerBatch:
-    """One micro-batch (or an exchange of adapters) on its way through its legs; equal to itself alone."""
+class SimulatedBatch:
+    """One micro-batch, or an exchange of adapters, with its progress through its legs; equal by identity."""
 
     client: int
+    """Number of its client."""
     legs: tuple[Leg, ...]
     done: int = 0
+    """Number of finished legs."""
     ready_s: float = 0.0
+    """Time of arrival at the place of its next leg."""
 
     @property
     def leg(self) -> Leg:
-        """What it waits for, or what is done with it."""
+        """The leg that it waits for, or that is being processed."""
         return self.legs[self.done]
 
 
 @dataclass
-class Turns:
-    """The order at one server."""
+class QueueDiscipline:
+    """The order of batches at one server."""
 
     server: ServerProfile
     holder: int | None = None
-    """The client whose turn has begun and not ended."""
+    """With shared-in-turn: the client between its first and last leg of a step."""
 
-    def next(self, queue: Sequence[ServerBatch], stepping: Set[int]) -> list[ServerBatch]:
-        """Of those that wait, in order of arrival, the ones to work on now; none if all have to wait on.
+    def next_group(self, queue: Sequence[SimulatedBatch], stepping: Set[int]) -> list[SimulatedBatch]:
+        """Return the batches of a queue, in order of arrival, to process now; empty if the server must wait.
 
-        `stepping`: the clients that still have steps at the server.
+        `stepping` are the clients that still have steps at the server.
         """
         if self.server.adapters == "shared":
-            return _all_of_a_leg(queue, stepping)
+            return _common_batch(queue, stepping)
         if self.server.adapters == "shared-in-turn":
-            return self._one(queue)
+            return self._in_turn(queue)
         return _group(queue, self.server.group_tokens)
 
-    def _one(self, queue: Sequence[ServerBatch]) -> list[ServerBatch]:
+    def _in_turn(self, queue: Sequence[SimulatedBatch]) -> list[SimulatedBatch]:
         found = next((batch for batch in queue if self.holder in (None, batch.client)), None)
         if found is None:
             return []
@@ -61,8 +64,8 @@ class Turns:
         return [found]
 
 
-def _group(queue: Sequence[ServerBatch], group_tokens: float) -> list[ServerBatch]:
-    """The first in the queue, and the others that wait for the same leg while they fit together."""
+def _group(queue: Sequence[SimulatedBatch], group_tokens: float) -> list[SimulatedBatch]:
+    """Return the first in the queue, and others that wait for the same leg while they fit together."""
     group, tokens = [queue[0]], queue[0].leg.tokens
     for batch in queue[1:]:
         if batch.leg.name == group[0].leg.name and all(batch.client != one.client for one in group):
@@ -73,10 +76,10 @@ def _group(queue: Sequence[ServerBatch], group_tokens: float) -> list[ServerBatc
     return group
 
 
-def _all_of_a_leg(queue: Sequence[ServerBatch], stepping: Set[int]) -> list[ServerBatch]:
-    """A batch of every client that still has steps, all waiting for the same leg; none if one is missing."""
+def _common_batch(queue: Sequence[SimulatedBatch], stepping: Set[int]) -> list[SimulatedBatch]:
+    """Return a batch of each client in `stepping`, all waiting for one leg; empty if any is missing."""
     for name in dict.fromkeys(batch.leg.name for batch in queue):
-        first: dict[int, ServerBatch] = {}
+        first: dict[int, SimulatedBatch] = {}
         for batch in queue:
             if batch.leg.name == name:
                 first.setdefault(batch.client, batch)

@@ -1,9 +1,9 @@
-"""How large a model's parts are: parameters, operations and kept activations, block by block.
+"""Sizes of a model's parts: parameters, operations and kept activations, block by block.
 
     embedding | block 0 | ... | block L-1 | head (final norm + output matrix)
 
-Who can count exactly (the model is at hand) gives the numbers; `sizes_of` derives them from a `ModelShape`,
-which is right for the linear layers of the usual families and leaves out norms and biases (under 1 %).
+`sizes_of` derives them from a `ModelShape`: exact for the linear layers of the usual families, without norms
+and biases (under 1 %). Where the model is loaded, exact counts replace them (`run.fleet.exact_sizes`).
 
 Operations are floating-point operations (FLOPs); a multiply-add is two. The base is frozen, so its backward
 pass computes gradients of inputs only, never of weights: as many operations as the forward pass.
@@ -32,7 +32,7 @@ Targets = Literal["attention", "all-linear"]
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What one model weighs, as plain numbers that a cost can be computed from."""
+    """The sizes of one model, from which costs are computed."""
 
     blocks: int
     """L."""
@@ -45,17 +45,16 @@ class ModelSizes:
     embedding_parameters: int
     """Parameters of the token embedding (and of learned positions)."""
     head_parameters: int
-    """Parameters that the head needs beside the embedding: with tied embeddings only the final norm."""
+    """Parameters of the head beside the embedding: with tied embeddings the final norm alone."""
     tied: bool
     """Whether the head reads the embedding's matrix."""
     adapter_parameters_per_rank: int
-    """Sum over a block's adapted layers of (inputs + outputs): times R it is the block's A and B."""
+    """Sum over a block's adapted layers of (inputs + outputs); times R, the parameters of its A and B."""
     kept_elements_per_token: int
     """Elements of activations that one block keeps for its backward pass, per padded token, in the type of
     the weights."""
     kept_wide_elements_per_token: int = 0
-    """Those that it keeps in float32, whatever the weights are: inputs of norms, and attention's."""
-
+    """Those that it keeps in float32 for any type of weights: inputs of norms, and attention's."""
     magnitudes: int = 0
     """Outputs of a block's adapted layers, each of which has a magnitude with DoRA; 0 without."""
 
@@ -72,7 +71,7 @@ class ModelSizes:
         return self.head_parameters + (self.embedding_parameters if self.tied else 0)
 
     def block_flops_per_token(self, context_tokens: float) -> float:
-        """FLOPs of a block's forward pass (and of its backward pass) for one token of a sequence.
+        """Return the FLOPs of a block's forward pass (and of its backward pass) for one token of a sequence.
 
         2 for each parameter, and 4 D for each of the context_tokens / 2 positions that a causal token sees on
         average (scores and their sum; Kaplan et al. 2020, arXiv 2001.08361, table 1).
@@ -80,56 +79,36 @@ class ModelSizes:
         return 2.0 * self.block_parameters + 4.0 * self.width * context_tokens / 2
 
     def head_flops_per_token(self) -> float:
-        """FLOPs of the output matrix for one labelled token, forward and the gradient of its input."""
+        """Return the FLOPs of the output matrix for a labelled token: forward, and gradient of its input."""
         return 4.0 * self.width * self.vocab
 
     def adapter_parameters(self, ranks: Sequence[int]) -> int:
-        """Parameters of the adapters of blocks with these LoRA ranks."""
+        """Return the parameters of the adapters of blocks with these LoRA ranks."""
         return self.adapter_parameters_per_rank * sum(ranks) + self.magnitudes * sum(map(bool, ranks))
 
 
-def sizes_of(
-    shape: ModelShape,
-    targets: Targets = "attention",
-    block_parameters: int | None = None,
-    embedding_parameters: int | None = None,
-    head_parameters: int | None = None,
-    adapter_parameters_per_rank: int | None = None,
-    kept_elements_per_token: int | None = None,
-    kept_wide_elements_per_token: int | None = None,
-) -> ModelSizes:
-    """Sizes of a model, derived from its shape where no exact number is given.
+def sizes_of(shape: ModelShape, targets: Targets = "attention") -> ModelSizes:
+    """Derive the sizes of a model from its shape.
 
-    Kept activations: results of two norms and attention's output (3 D) and what the feed-forward layer keeps
+    Kept activations: results of two norms and attention's output (3 D) and those of the feed-forward layer
     (3 I with a gate, 2 I without); in float32 the inputs of two norms (2 D), and attention's queries, keys,
     values and result (`model.attention`).
     """
     D, I = shape.width, shape.inner  # noqa: E741
     kv_width = D * shape.kv_heads // shape.heads
     mlp_matrices = 2 if shape.family in PLAIN_MLP else 3
-    layers = [(D, D), (D, kv_width), (D, kv_width), (D, D)]  # q, k, v, o: (inputs, outputs)
-    attention = len(layers)
-    layers += [(D, I)] * mlp_matrices
-    adapted = layers[:attention] if targets == "attention" else layers
-    derived_block = sum(inputs * outputs for inputs, outputs in layers)
-    derived_head = D if shape.tied else D + D * shape.vocab
-    derived_kept = 3 * D + mlp_matrices * I
-    derived_wide = 2 * D + 2 * D + 2 * kv_width
+    attention = [(D, D), (D, kv_width), (D, kv_width), (D, D)]  # q, k, v, o: (inputs, outputs)
+    layers = attention + [(D, I)] * mlp_matrices
+    adapted = attention if targets == "attention" else layers
     return ModelSizes(
         blocks=shape.blocks,
         width=D,
         vocab=shape.vocab,
-        block_parameters=_known(block_parameters, derived_block),
-        embedding_parameters=_known(embedding_parameters, D * shape.vocab),
-        head_parameters=_known(head_parameters, derived_head),
+        block_parameters=sum(inputs * outputs for inputs, outputs in layers),
+        embedding_parameters=D * shape.vocab,
+        head_parameters=D if shape.tied else D + D * shape.vocab,
         tied=shape.tied,
-        adapter_parameters_per_rank=_known(
-            adapter_parameters_per_rank, sum(inputs + outputs for inputs, outputs in adapted)
-        ),
-        kept_elements_per_token=_known(kept_elements_per_token, derived_kept),
-        kept_wide_elements_per_token=_known(kept_wide_elements_per_token, derived_wide),
+        adapter_parameters_per_rank=sum(inputs + outputs for inputs, outputs in adapted),
+        kept_elements_per_token=3 * D + mlp_matrices * I,
+        kept_wide_elements_per_token=2 * D + 2 * D + 2 * kv_width,
     )
-
-
-def _known(exact: int | None, derived: int) -> int:
-    return derived if exact is None else exact

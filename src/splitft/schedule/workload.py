@@ -1,6 +1,7 @@
-"""What is trained, as the schedule sees it: a round's work of each client, and what all clients share.
+"""The inputs of the cost model: each client's work, machine and link, and what all clients share.
 
-Job(model, server, ranks, codecs, ...)  +  Client(machine, link, Workload)  -->  `cost`, `memory`, `clock`
+SharedCosts(model, server, ranks, codecs, ...)  +  ClientProfile(device, link, Workload)  -->  `cost`, `clock`
+Fleet: SharedCosts, every ClientProfile, and scripted changes of conditions
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from splitft.specs import ChangeSpec, LoraSpec
 
 @dataclass(frozen=True)
 class Workload:
-    """What one client trains on in a round; means over its steps, so fractions fit."""
+    """The training work of one client in a round; means over its steps, which may be fractions."""
 
     tokens: float
     """N, real tokens of a step."""
@@ -30,7 +31,7 @@ class Workload:
     steps: int
     """Local steps of a round."""
     largest_tokens: float = 0.0
-    """Padded tokens of the largest batch, which memory must hold; 0: all are alike."""
+    """Padded tokens of the largest batch, which memory must hold; 0 if all batches are equal."""
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -46,7 +47,7 @@ class Workload:
 
     @property
     def padded_tokens(self) -> float:
-        """B x T, what machines compute."""
+        """B x T, the tokens that machines compute."""
         return self.sequences * self.padded_length
 
     @property
@@ -55,7 +56,7 @@ class Workload:
         return max(self.largest_tokens, self.padded_tokens)
 
     def divided(self, parts: int) -> Workload:
-        """The workload of one of `parts` equal micro-batches of every step."""
+        """Return the workload of one of `parts` equal micro-batches of every step."""
         return replace(
             self,
             tokens=self.tokens / parts,
@@ -67,16 +68,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class ClientProfile:
-    """One client as its costs see it."""
+    """One client of the cost model."""
 
     name: str
-    """How messages call it."""
+    """Its name in messages."""
     device: Device
     """Its machine."""
     link: Link
-    """Its connection to the server."""
+    """Its link to the server."""
     workload: Workload
-    """What it trains on in a round."""
+    """Its training work in a round."""
     wire: WireBytes | None = None
     """Its own codecs, where they are not those of all clients."""
     rank: int | None = None
@@ -85,21 +86,21 @@ class ClientProfile:
 
 @dataclass(frozen=True)
 class AdapterTraffic:
-    """What the aggregation rule lets travel of a round's adapters."""
+    """The part of a round's adapters that the aggregation rule sends."""
 
     up: float = 1.0
     """Share of the numbers of A and B together that a client sends: about half for one factor alone."""
     down: float = 1.0
-    """Share that it gets back."""
+    """Share that it receives."""
     full_rank: bool = False
-    """Whether what it gets has the full rank R in every block, also next to a cut."""
+    """Whether the factors that it receives have the full rank R in every block, also next to a cut."""
     folded_members: int = 0
-    """Participants whose ranks together bound that of what joins the base; 0 if nothing does."""
+    """Participants whose ranks add up to that of the update folded into the base; 0 if none is folded."""
 
 
 @dataclass(frozen=True)
 class SharedCosts:
-    """What all clients of a run share."""
+    """The terms of the cost model that all clients share."""
 
     sizes: ModelSizes
     """The model."""
@@ -108,37 +109,36 @@ class SharedCosts:
     lora: LoraSpec
     """Ranks, also at the cut."""
     wire: WireBytes = field(default_factory=WireBytes)
-    """What an element takes on the wire."""
+    """Bytes and seconds of an element on the wire."""
     labels: Side = "client"
-    """Where the labels live, and so the head and the loss."""
+    """Side of the labels, and so of the head and the loss."""
     weight_bytes: int = 2
     """Bytes of a frozen weight and of a kept activation: 2 for bfloat16, 4 for float32."""
     moments: int = 2
     """Optimizer moments of a parameter: 2 for AdamW, 0 for SGD."""
     micro_batches: int = 1
-    """Parts of a step, where its batch has so many sequences."""
+    """Micro-batches of a step, at most one for each sequence."""
     in_flight: int = 1
-    """Of these, how many are underway at once."""
+    """Micro-batches in progress at once."""
     adapter_traffic: AdapterTraffic = field(default_factory=AdapterTraffic)
-    """What of the adapters travels."""
-
+    """The part of the adapters that is sent."""
     federated: bool = True
-    """Whether adapters travel at all."""
+    """Whether adapters are sent at all."""
     handed_on: bool = False
-    """Whether moments travel with them, from client to client."""
+    """Whether optimizer moments are sent with them, from client to client."""
 
     def parts(self, workload: Workload) -> int:
-        """Micro-batches of a step with this workload: none is less than a sequence."""
+        """Return the number of micro-batches of a step with this workload, each at least a sequence."""
         return max(1, min(self.micro_batches, int(workload.sequences + 1e-9)))
 
-    def share_underway(self, workload: Workload) -> float:
-        """Share of a batch whose activations are kept at once: its largest micro-batches in flight."""
+    def share_in_flight(self, workload: Workload) -> float:
+        """Return the share of a batch whose activations are kept at once: its largest micro-batches."""
         parts, sequences = self.parts(workload), max(1, int(workload.sequences + 1e-9))
         sizes = [sequences // parts + (part < sequences % parts) for part in range(parts)]
         return sum(sizes[: self.in_flight]) / sequences
 
     def ranks(self, cut: int, rank: int | None = None) -> tuple[int, ...]:
-        """LoRA rank of each block for a client with this cut, and with a rank of its own if it has one."""
+        """Return the LoRA rank of each block for a client with this cut; `rank` is its own, if it has one."""
         lora = self.lora
         rank = lora.rank if rank is None else rank
         at_cut = None if lora.rank_at_cut is None else min(rank, lora.rank_at_cut)
@@ -147,17 +147,17 @@ class SharedCosts:
 
 @dataclass(frozen=True)
 class Fleet:
-    """All machines of a run."""
+    """All machines and links of a run."""
 
     costs: SharedCosts
     """What all clients share, the server included."""
     clients: tuple[ClientProfile, ...]
-    """As they are before any scripted change."""
+    """The clients before any scripted change."""
     changes: tuple[ChangeSpec, ...] = ()
-    """What happens to them, and when."""
+    """Scripted changes of conditions."""
 
     def at(self, number: int) -> tuple[ClientProfile, ...]:
-        """The clients under the conditions of a round."""
+        """Return the clients under the conditions of a round."""
         clients = list(self.clients)
         for change in sorted(self.changes, key=lambda one: one.round):
             if change.round <= number:
