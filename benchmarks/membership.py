@@ -126,7 +126,7 @@ def main() -> None:
                 f"{examples - members} others of the same clients, drawn anew for each seed",
                 "seed": ", ".join(map(str, range(chosen.seed, chosen.seed + seeds))),
                 "spread": "mean and range over the seeds",
-                "chance": f"an AUC of 0.5 has a 95 % interval of {interval_in_words(chance(examples))} in one run "
+                "chance": f"an AUC of 0.5 has a 95 % interval of {in_words(chance(examples))} in one run "
                 "(Hanley and McNeil 1982)",
                 "epsilon": "at delta 1e-5, zero-out neighbours, of a client against who gets the adapter",
             },
@@ -198,7 +198,7 @@ def configuration(
     })  # fmt: skip
 
 
-def interval_in_words(interval: tuple[float, float]) -> str:
+def in_words(interval: tuple[float, float]) -> str:
     """Format an interval."""
     return f"{interval[0]:.2f} to {interval[1]:.2f}"
 

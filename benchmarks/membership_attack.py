@@ -65,7 +65,7 @@ def judged(members: Scores, others: Scores) -> Membership:
 
 
 def auc(members: Scores, others: Scores) -> float:
-    """Return the share of pairs in which the member scores higher; ties count half (Mann and Whitney 1947)."""
+    """Return the share of pairs won by the member; ties count half (Mann and Whitney 1947)."""
     if not len(members) or not len(others):
         raise DataError(f"membership needs texts of both kinds: {len(members)} members, {len(others)} others")
     ordered = np.sort(others)

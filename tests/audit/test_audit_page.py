@@ -18,7 +18,7 @@ def test_a_rise_of_perplexity_is_told_in_per_cent_or_times(cost, words):
     assert rise(cost) == words
 
 
-def test_a_table_fits_80_columns_and_tells_a_setting_once():
+def test_a_table_fits_80_columns_and_names_a_setting_once():
     row = {
         "cut": 15, "codec": "int8", "noise": 0.05, "gradient_noise": 0.05, "way": "hidden", "tokens": 1.0,
         "standard_error": 0.0, "rare": 1.0, "function": None, "sentences": 1.0, "rouge_l": 1.0,
@@ -26,7 +26,7 @@ def test_a_table_fits_80_columns_and_tells_a_setting_once():
     }  # fmt: skip
     rows = [{**row, "attack": "matching"}, {**row, "attack": "head gradient", "way": "labels"}]
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(short_table({"rows": rows}).to_rich().to_rich())
+    console.print(short_table({"rows": rows}).to_rich())
     lines = console.export_text().splitlines()
     assert lines[-2].split() == [
         "15",

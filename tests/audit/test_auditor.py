@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -146,7 +147,9 @@ ATTACKS.add("zeros", Attack("hidden", first_token))
 @pytest.fixture
 def registry(monkeypatch):
     monkeypatch.setattr(ATTACKS, "_things", dict(ATTACKS._things))
-    return ATTACKS
+    yield ATTACKS
+    for name in [name for name in sys.modules if name.startswith("splitft_plugin_")]:
+        del sys.modules[name]
 
 
 def test_a_plug_in_attack_is_run_and_shown_like_a_built_in_one(config, tmp_path, monkeypatch, registry):
@@ -156,7 +159,7 @@ def test_a_plug_in_attack_is_run_and_shown_like_a_built_in_one(config, tmp_path,
     (tmp_path / "mine.py").write_text(PLUGIN, encoding="utf-8")
     one_cut = config.model_copy(update={"clients": config.clients.model_copy(update={"cuts": 1})})
     file = tmp_path / "run.yaml"
-    file.write_text(dump(one_cut) + "plugins: [mine.py]\n", encoding="utf-8")
+    file.write_text(dump(one_cut).replace("plugins: []", "plugins: [mine.py]"), encoding="utf-8")
     page = tmp_path / "leaks.html"
     shown = invoke("audit", file, "--html", page)
     assert shown.exit_code == 0, shown.output

@@ -126,7 +126,7 @@ def observations(
     done: list[Observation] = []
     for client, _, data in frames:
         state = states.setdefault(client, CodecState(seed, client))
-        message = serializer.from_bytes(data, streams=state)
+        message = serializer.from_bytes(data, state=state)
         if isinstance(message, Activations):
             if client in current:
                 done.append(current.pop(client))
