@@ -225,21 +225,21 @@ def test_ends_that_remember_different_things_find_out():
         codec.decode(encoded, torch.float32, CodecContext("hidden", memory=lie))
 
 
-def test_streams_come_back_from_a_checkpoint_and_forget_another_cut():
-    streams = CodecState(seed=1, client="a")
-    streams.at_cut(3)
-    streams.begin(True, [(4, 5, 2)])
-    passage = streams.passage("Activations", "hidden", 7)
-    assert passage.examples == ((4, 5),)
-    assert streams.passage("LastHidden", "hidden", 7).examples == ((4, 2),)
-    assert passage.seed != streams.passage("Activations", "hidden", 8).seed
-    passage.memory["owed"] = torch.ones(2)
-    streams.begin(False, [])
-    assert streams.passage("Activations", "hidden", 7).memory == {}
+def test_state_come_back_from_a_checkpoint_and_forget_another_cut():
+    state = CodecState(seed=1, client="a")
+    state.begin_round(3)
+    state.begin_batch(True, [(4, 5, 2)])
+    context = state.context("Activations", "hidden", 7)
+    assert context.examples == ((4, 5),)
+    assert state.context("LastHidden", "hidden", 7).examples == ((4, 2),)
+    assert context.seed != state.context("Activations", "hidden", 8).seed
+    context.memory["owed"] = torch.ones(2)
+    state.begin_batch(False, [])
+    assert state.context("Activations", "hidden", 7).memory == {}
     again = CodecState(seed=1, client="a")
-    again.restore(streams.tensors())
-    again.at_cut(3)
-    again.begin(True, [])
-    assert torch.equal(again.passage("Activations", "hidden", 7).memory["owed"], torch.ones(2))
-    again.at_cut(4)
-    assert again.passage("Activations", "hidden", 7).memory == {}
+    again.restore(state.tensors())
+    again.begin_round(3)
+    again.begin_batch(True, [])
+    assert torch.equal(again.context("Activations", "hidden", 7).memory["owed"], torch.ones(2))
+    again.begin_round(4)
+    assert again.context("Activations", "hidden", 7).memory == {}

@@ -57,8 +57,8 @@ class Line:
         return self._pass("own", name, tensor, self.client, self.server)
 
     def _pass(self, way, name, tensor, sender, receiver):
-        encoded = sender.sent(way, name, tensor, self.writer, _read)
-        arrived = receiver.received(way, name, encoded, _read)
+        encoded = sender.encode(way, name, tensor, self.writer, _read)
+        arrived = receiver.decode(way, name, encoded, _read)
         assert sender.held.keys() == receiver.held.keys()
         for slot, one in sender.held.items():
             assert torch.equal(one, receiver.held[slot])  # to the last bit
@@ -116,7 +116,7 @@ def test_the_sum_of_uploads_misses_one_rounding_alone(name, seed, count):
             continue
         _, arrived = line.up(tensor)
         missed += tensor - arrived
-        assert torch.allclose(missed, line.client.owed[NAME], atol=1e-5)
+        assert torch.allclose(missed, line.client.residuals[NAME], atol=1e-5)
         assert float(missed.abs().max()) < 0.02
 
 
@@ -131,7 +131,7 @@ def test_without_feedback_the_sum_misses_more(seed):
             else:
                 missed += tensor - line.up(tensor)[1]
         sums[feedback] = float(missed.norm())
-        assert bool(line.client.owed) == feedback
+        assert bool(line.client.residuals) == feedback
     assert sums[True] < sums[False]
 
 
@@ -156,15 +156,15 @@ def test_a_whole_tensor_travels_where_the_difference_would_be_larger():
 def test_a_difference_to_another_version_is_refused_and_the_whole_is_taken():
     line = Line(_int8)
     line.down(torch.ones(2, 3))
-    encoded = line.server.sent("global", NAME, torch.full((2, 3), 1.5), _int8, _read)
-    for holdings in (
+    encoded = line.server.encode("global", NAME, torch.full((2, 3), 1.5), _int8, _read)
+    for state in (
         DeltaState(exact=False),
         DeltaState(exact=False, held={f"global/{NAME}": torch.zeros(2, 3)}),
     ):
         with pytest.raises(WireError, match=f"difference to version {version_of(torch.ones(2, 3)):08x}"):
-            holdings.received("global", NAME, encoded, _read)
-    line.client.forget()
-    line.server.forget()
+            state.decode("global", NAME, encoded, _read)
+    line.client.clear()
+    line.server.clear()
     encoded, arrived = line.down(torch.full((2, 3), 1.5))
     assert "base" not in encoded.parameters
     assert torch.allclose(arrived, torch.full((2, 3), 1.5))
@@ -181,7 +181,7 @@ def test_a_reference_that_nobody_holds_is_refused(parameters):
     line.down(torch.ones(2, 3))
     encoded = Encoded("adapter", SAME, torch.float32, (2, 3), {}, parameters)
     with pytest.raises(WireError, match="has to send the whole"):
-        line.client.received("global", NAME, encoded, _read)
+        line.client.decode("global", NAME, encoded, _read)
 
 
 def test_a_reference_of_another_shape_is_refused():
@@ -191,7 +191,7 @@ def test_a_reference_of_another_shape_is_refused():
     for changed in ({"shape": (3, 2)}, {"dtype": torch.float64}):
         lying = dataclasses.replace(encoded, codec=SAME, parts={}, parameters=about, **changed)
         with pytest.raises(WireError, match="has to send the whole"):
-            line.client.received("global", NAME, lying, _read)
+            line.client.decode("global", NAME, lying, _read)
 
 
 def test_a_cut_that_moves_back_forgets_the_blocks_given_up():
@@ -199,7 +199,7 @@ def test_a_cut_that_moves_back_forgets_the_blocks_given_up():
     for name in ("1.q.A", "2.q.A"):
         line.down(torch.ones(2, 3), name)
         line.up(torch.ones(2, 3) * 1.1, name)
-    line.client.at_cut(2)
+    line.client.begin_round(2)
     assert {name.rpartition("/")[2] for name in line.client.tensors()} == {"1.q.A"}
 
 
@@ -210,7 +210,7 @@ def test_what_is_kept_is_all_there_is():
     again = DeltaState(exact=False, feedback=True)
     again.restore(line.client.tensors())
     tensor = torch.full((4, 6), 0.3)
-    one, other = (h.sent("own", NAME, tensor, _int8, _read) for h in (line.client, again))
+    one, other = (h.encode("own", NAME, tensor, _int8, _read) for h in (line.client, again))
     assert one.parameters == other.parameters
     assert torch.equal(one.parts["codes"], other.parts["codes"])
-    assert dict(again.known()).keys() == {NAME}
+    assert dict(again.global_factors()).keys() == {NAME}

@@ -141,7 +141,7 @@ def _prefixed(*fields) -> bytes:
 
 
 SPOILT = {
-    "bad magic": ((b"PICK", VERSION, 0, 2, 2), "not from splitft"),
+    "bad magic": ((b"PICK", VERSION, 0, 2, 2), "is the sender splitft"),
     "an older version": ((b"SPFT", 2, 0, 2, 2), r"version 2, this side .*version 3: update the other side"),
     "a newer version": ((b"SPFT", 4, 0, 2, 2), r"version 4, this side .*version 3: update this side"),
     "reserved bits": ((b"SPFT", VERSION, 7, 2, 2), "prefix is damaged"),
@@ -295,5 +295,5 @@ def test_a_header_too_long_to_be_read_is_not_sent():
 
 
 def test_a_number_that_json_has_not_is_not_sent():
-    with pytest.raises(WireError, match="no header can carry"):
+    with pytest.raises(WireError, match="JSON cannot express"):
         Frame("K", {"loss": float("nan")}, {}).to_bytes()

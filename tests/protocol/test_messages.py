@@ -181,7 +181,7 @@ Q = "adapters/0.self_attn.q_proj"
         (_spoilt(SAMPLES[0], cut=0), ("cut", "greater than or equal to 1")),
         (_spoilt(SAMPLES[0], moments={"1.a.A.step": 3}), ("moments", "instance of Tensor")),
         (_spoilt(UPLOAD, {f"{Q}.A": _numbers(2, 4).bfloat16()}), ("q_proj.A", "agreed was torch.float32")),
-        (_spoilt(UPLOAD, {f"{Q}.A": _numbers(3, 4)}), ("are not two factors",)),
+        (_spoilt(UPLOAD, {f"{Q}.A": _numbers(3, 4)}), ("are not factors of one product",)),
         (_spoilt(UPLOAD, {f"{Q}.A": torch.full((2, 4), math.nan)}), ("q_proj.A", "not finite")),
         (_spoilt(UPLOAD, without=(f"{Q}.A",)), ("block 0 self_attn.q_proj", "only factor B")),
         (_spoilt(UPLOAD, {"adapters/x": _numbers(2, 4)}), ("'x' is not the name of an adapter factor",)),
@@ -217,9 +217,9 @@ def test_a_tensor_beside_the_members_of_its_field_is_refused_in_whatever_order_t
 
 
 def test_labels_that_stay_at_home_neither_leave_nor_enter():
-    with pytest.raises(ProtocolError, match="labels were about to leave the client"):
+    with pytest.raises(ProtocolError, match="labels must not leave the client"):
         EXACT.to_bytes(LABELLED)
-    with pytest.raises(ProtocolError, match="labels were about to leave the client"):
+    with pytest.raises(ProtocolError, match="labels must not leave the client"):
         EXACT.rounded(LABELLED)
     _refused(EXACT, _spoilt(LABELLED, terms=WITH_LABELS), "carries token ids, but labels stay on the clients")
 
@@ -280,7 +280,7 @@ def test_a_batch_of_more_rows_than_any_batch_has_is_refused():
 
 def test_parts_are_those_of_the_codec():
     wrong = Encoded("hidden", "fp32", torch.float32, (3, WIDTH), {"": _numbers(3, WIDTH).bfloat16()})
-    with pytest.raises(WireError, match=r"comes as BF16 \[3, 4\]; fp32 has F32 \[3, 4\]"):
+    with pytest.raises(WireError, match=r"is BF16 \[3, 4\]; codec fp32 requires F32 \[3, 4\]"):
         EXACT.from_bytes(Frame("LastHidden", {"step": 5}, {"hidden": wrong}).to_bytes())
     spoilt = dataclasses.replace(EXACT.pack(LAST).tensors["hidden"], parameters={"scale": 2})
     with pytest.raises(WireError, match="has no parameter 'scale'"):

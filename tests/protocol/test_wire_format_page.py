@@ -166,7 +166,7 @@ def test_the_reader_follows_a_stream_along_principal_axes(bits):
         )
         hidden[5] += 100
         data = terms.to_bytes(LastHidden(step=step, hidden=hidden), ends[0])
-        wanted = terms.from_bytes(data, streams=ends[1]).hidden
+        wanted = terms.from_bytes(data, state=ends[1]).hidden
         facts, stored = read_frame(data)
         entry, own = (
             facts["tensors"]["hidden"],
@@ -204,7 +204,7 @@ def test_the_reader_follows_adapters_that_travel_as_changes():
     for number, factors in enumerate((first, second)):
         message = GlobalAdapters(round=number, adapters=AdapterState(factors))
         data = terms.to_bytes(message, ends[0])
-        wanted = terms.from_bytes(data, streams=ends[1]).adapters.tensors()
+        wanted = terms.from_bytes(data, state=ends[1]).adapters.tensors()
         facts, stored = read_frame(data)
         for name, entry in facts["tensors"].items():
             key, about = name.removeprefix("adapters/"), entry.get("parameters", {})

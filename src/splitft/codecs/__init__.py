@@ -1,7 +1,18 @@
-"""Codecs: named tensors as checked bytes, rounded as the user chose."""
+"""Codecs: tensors as named, typed parts, rounded as the user chose."""
 
-from splitft.codecs.encoded import Encoded, StoredPart, TensorEntry
-from splitft.codecs.passage import CodecContext, Memory
-from splitft.codecs.registry import CODECS, Codec, codec_of
+from splitft.codecs.codec import Codec, codec_of
+from splitft.codecs.encoded import CodecContext, Encoded, Memory, StoredPart, TensorEntry
+from splitft.specs.codecs import CODECS, CodecKind, CodecOption
 
-__all__ = ["CODECS", "Codec", "CodecContext", "Encoded", "Memory", "StoredPart", "TensorEntry", "codec_of"]
+__all__ = [
+    "CODECS",
+    "Codec",
+    "CodecContext",
+    "CodecKind",
+    "CodecOption",
+    "Encoded",
+    "Memory",
+    "StoredPart",
+    "TensorEntry",
+    "codec_of",
+]

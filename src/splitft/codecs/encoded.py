@@ -1,17 +1,21 @@
-"""One tensor on the wire: what a codec stores for it, and what a receiver may hold the sender to.
+"""One tensor on its way: what a codec stores for it, and what a codec knows beside the numbers.
 
     tensor --codec--> Encoded(parts: codes, scales, ...; parameters) --frame--> Encoded --codec--> tensor
-                      Entry(role, codec, logical shape and type; Part of each stored tensor) goes ahead
+                      TensorEntry(role, codec, shape, type; StoredPart of each part) is read first
 
-An `TensorEntry` is known before any payload is read: from it and from what was agreed, a codec says in its
-`layout` which parts there must be, of which type and how large, and a frame that promises anything else is
-refused there.
+A `TensorEntry` is known before any payload is read. A codec's `layout` says which parts the entry must have,
+of which type and how large; a frame that announces anything else is refused.
+
+Some codecs learn from earlier messages (error feedback, differences to the last epoch, principal axes).
+What they learn lies in a memory that belongs to one stream: one client, one kind of message, one purpose.
+Sender and receiver update their copies from the decoded numbers, which both know, so that the copies agree.
+A checkpoint keeps them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +23,9 @@ import torch
 from splitft.errors import WireError
 
 Parameter = int | float | str | bool
-"""What a codec may note beside its parts."""
+"""A value that a codec may store in the header beside its parts."""
+Memory = dict[str, torch.Tensor]
+"""What one end of a stream remembers: tensors by name, empty at the start of a run."""
 
 DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -37,39 +43,63 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """Types that may be stored, by their names in safetensors."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-"""The same, the other way round."""
+"""Names in safetensors by type."""
 
 MAX_DIMENSIONS = 8
 MAX_LENGTH = 2**40
 """Longest dimension of a tensor."""
 MAX_PARTS = 10
-"""Stored tensors of one logical tensor, at most."""
+"""Most stored tensors of one logical tensor."""
 MAX_PARAMETERS = 8
 MAX_NAME = 300
-"""Letters in the name of a tensor, at most."""
+"""Most letters in the name of a tensor."""
 PART_NAME = re.compile(r"[a-z_]{0,16}", re.ASCII)
-"""Empty for the only part; otherwise `codes`, `scales` and the like."""
+"""Empty for a single part; otherwise `codes`, `scales` and the like."""
+
+
+@dataclass(frozen=True)
+class CodecContext:
+    """What a codec knows of a message: equal at both ends, except that each end has its own memory."""
+
+    role: str = "hidden"
+    """Kind of tensor: hidden (state), gradient or adapter."""
+    seed: int = 0
+    """Fixes the random rounding of gradients; different for every message."""
+    memory: Memory | None = field(default=None, compare=False)
+    """Memory of this end of the stream; None if nothing may be kept."""
+    examples: Sequence[tuple[int, int]] = ()
+    """(example id, rows) of each sequence in the tensor, if the codec compares epochs."""
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether rounding must be right on average: errors of gradients add up over steps."""
+        return self.role == "gradient"
+
+    def uniform(self, like: torch.Tensor) -> torch.Tensor:
+        """Return float32 numbers in [0, 1) of this shape, the same for the same seed."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.rand(like.shape, generator=generator, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class StoredPart:
-    """One stored tensor: as announced, or as it must be."""
+    """Type and shape of one stored tensor, as announced or as required."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     at_most: bool = False
-    """In a layout: the first dimension may be anything up to this (compressed bytes, chosen positions)."""
+    """In a layout: whether the first dimension may be shorter, as for compressed bytes."""
 
     @property
     def nbytes(self) -> int:
-        """Size of the payload."""
+        """Size of the payload in bytes."""
         size = self.dtype.itemsize
         for length in self.shape:
             size *= length
         return size
 
-    def admits(self, other: StoredPart) -> bool:
-        """Whether what was announced is what must be."""
+    def accepts(self, other: StoredPart) -> bool:
+        """Return whether an announced part meets this requirement."""
         if self.dtype != other.dtype or len(self.shape) != len(other.shape):
             return False
         if self.at_most and self.shape:
@@ -83,30 +113,30 @@ class StoredPart:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One logical tensor as its frame announces it; no payload yet."""
+    """One logical tensor as the header of a frame announces it, without its payload."""
 
     role: str
-    """What it is: hidden, gradient, adapter or label."""
+    """Kind of tensor: hidden, gradient, adapter or label."""
     codec: str
-    """Name of the codec that wrote it."""
+    """Name of the codec that encoded it."""
     dtype: torch.dtype
     """Type that the sender computes in."""
     shape: tuple[int, ...]
-    """Its own shape, whatever its parts are."""
+    """Shape of the decoded tensor."""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
-    """What the codec noted."""
+    """Values that the codec stores in the header."""
     parts: Mapping[str, StoredPart] = field(default_factory=dict)
     """Stored tensors by name."""
 
     def check(self, name: str, layout: Mapping[str, StoredPart]) -> None:
-        """Raise WireError unless the parts announced are those of the layout."""
+        """Raise WireError unless the announced parts are those of the layout; `name` is the tensor's."""
         if self.parts.keys() != layout.keys():
-            due, found = (", ".join(map(repr, sorted(keys))) for keys in (layout, self.parts))
-            raise WireError(f"{name!r} in codec {self.codec} has the parts {found}; due were {due}")
-        for part, due_part in layout.items():
-            if not due_part.admits(self.parts[part]):
-                called = f"{name}#{part}" if part else name
-                raise WireError(f"{called!r} comes as {self.parts[part]}; {self.codec} has {due_part} here")
+            expected, found = (", ".join(map(repr, sorted(keys))) for keys in (layout, self.parts))
+            raise WireError(f"{name!r} in codec {self.codec} has the parts {found}; expected {expected}")
+        for part, required in layout.items():
+            if not required.accepts(self.parts[part]):
+                stored = f"{name}#{part}" if part else name
+                raise WireError(f"{stored!r} is {self.parts[part]}; codec {self.codec} requires {required}")
 
 
 @dataclass(frozen=True)
@@ -119,16 +149,16 @@ class Encoded:
     """Type that the sender computes in."""
     shape: tuple[int, ...]
     parts: Mapping[str, torch.Tensor]
-    """Stored tensors by name; the empty name for the only one."""
+    """Stored tensors by name; a single one has the empty name."""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its payload."""
+        """Size of the payload in bytes."""
         return sum(part.numel() * part.dtype.itemsize for part in self.parts.values())
 
     @property
     def entry(self) -> TensorEntry:
-        """What a frame announces of it."""
+        """What the header of a frame says about it."""
         parts = {name: StoredPart(part.dtype, tuple(part.shape)) for name, part in self.parts.items()}
         return TensorEntry(self.role, self.codec, self.dtype, self.shape, self.parameters, parts)

@@ -1,16 +1,15 @@
 """Codecs of small integers: numbers in groups of up to 64 share a scale.
 
-    int8   rows less their mean, outlier channels apart;
-           code = round(x / s), s = max|x| / 127                         1 byte, 1/64, and the channels
-    int4   the same, and what is left is rotated;
-           code = round(x / s + 7.5), s = max|x| / 7.5                   half a byte, 1/64, and the channels
-    int2   the same with 4 levels, s = max(max|x| / 2.5, rms)            a quarter of a byte and 1/64
+    rows = mean + outlier channels + rest, the first two in bfloat16
+    int8   code = round(rest / s), s = max|rest| / 127                   1 byte and 1/64
+    int4   rest rotated; code = round(rest / s + 7.5), s = max / 7.5     half a byte and 1/64
+    int2   the same with 4 levels, s = max(max / 2.5, rms)               a quarter of a byte and 1/64
 
-A few channels and a mean row carry most of a hidden state's energy, and so most of the error if all share a
-scale: they travel apart, in bfloat16, and what is left is rotated (`rows`). Gradients are rounded at random,
-up as often as is right on average, by a seeded generator, so that errors cancel over steps; int2 rounds to
-the nearest and relies on feedback instead (`feedback`). Scales are powers of 2^(1/8), rounded up, in one
-byte, relative to the largest of the message.
+A few channels and the mean row carry most of the energy of hidden states, and would cause most of the error
+if all numbers shared a scale. The rotation (`rotation`) evens out the rest. Gradients are rounded at random
+by a seeded generator, right on average, so that errors cancel over steps; int2 rounds to the nearest and
+relies on error feedback instead. Scales are powers of 2^(1/8), rounded up, in one byte, relative to the
+largest of the message.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from splitft.codecs.encoded import Encoded, Parameter, StoredPart
-from splitft.codecs.passage import CodecContext
+from splitft.codecs.encoded import CodecContext, Encoded, Parameter, StoredPart
+from splitft.codecs.error_feedback import ErrorFeedback
 from splitft.codecs.rotation import (
     as_rows,
     attention_sinks,
@@ -36,59 +35,61 @@ from splitft.codecs.rotation import (
 from splitft.errors import WireError
 
 CHUNK = 4096
-"""Groups quantised at a time: their numbers stay in the cache."""
-APART = 4
+"""Groups quantized at a time, so that their numbers stay in the processor's cache."""
+OUTLIER_CHANNELS = 4
 """Outlier channels of a row of 128 numbers or more."""
 _TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class Int8:
-    """One byte a number; of a lone row, as adapters travel, nothing is taken apart."""
+    """One byte for each number; a single row, as adapters are, has no mean and no outlier channels."""
 
     name: str = "int8"
 
     def bytes_for(self, shape: tuple[int, ...]) -> float:
-        """Payload of a tensor of this shape."""
+        """Return the payload of a tensor of this shape."""
         return float(sum(part.nbytes for part in self.layout(shape, {"top": 0}).values()))
 
     def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, StoredPart]:
-        """Codes (N, D), one byte of scale a group, mean (D,), outlier channels and which they are."""
+        """Return codes (N, D), a scale for each group, the mean (D,), outlier channels and their indices."""
         top_of(parameters)
         rows, width = sizes(shape)
         return {
             "codes": StoredPart(torch.int8, (rows, width)),
             "scales": StoredPart(torch.uint8, (rows * groups_of(width)[0],)),
-            **_layout_apart(rows, width, lone=True),
+            **_outlier_layout(rows, width, single_row=False),
         }
 
-    def encode(self, tensor: torch.Tensor, passage: CodecContext) -> Encoded:
-        """Round to the nearest, or at random where it must be right on average."""
+    def encode(self, tensor: torch.Tensor, context: CodecContext) -> Encoded:
+        """Separate mean and outlier channels, and round the rest; at random if it must be unbiased."""
         rows = as_rows(tensor)
-        rest, parts = _taken_apart(rows, lone=True)
+        rest, parts = _without_outliers(rows, single_row=False)
         groups = grouped(rest)
-        room = torch.empty(min(CHUNK, len(groups)), groups.shape[1])
+        # scales; `buffer` is reused so that a chunk stays in the cache
+        buffer = torch.empty(min(CHUNK, len(groups)), groups.shape[1])
         largest = torch.empty(len(groups))
         for start in range(0, len(groups), CHUNK):
-            some = groups[start : start + CHUNK]
-            largest[start : start + CHUNK] = torch.abs(some, out=room[: len(some)]).amax(1)
+            part = groups[start : start + CHUNK]
+            largest[start : start + CHUNK] = torch.abs(part, out=buffer[: len(part)]).amax(1)
         scales, top = scale_bytes(largest / 127)
+        # codes
         per_step = 1 / steps_of(scales, top)[:, None]
         codes = torch.empty(groups.shape, dtype=torch.int8)
-        noise = passage.uniform(groups) if passage.unbiased else None
+        noise = context.uniform(groups) if context.unbiased else None
         for start in range(0, len(groups), CHUNK):
             chunk = slice(start, start + CHUNK)
-            work = torch.mul(groups[chunk], per_step[chunk], out=room[: len(groups[chunk])])
+            work = torch.mul(groups[chunk], per_step[chunk], out=buffer[: len(groups[chunk])])
             if noise is None:
                 work.round_()
             else:
                 work.add_(noise[chunk]).floor_()
             codes[chunk].copy_(work.clamp_(-127, 127))
         parts |= {"codes": ungrouped(codes, rows.shape[1]).contiguous(), "scales": scales}
-        return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), parts, {"top": top})
+        return Encoded(context.role, self.name, tensor.dtype, tuple(tensor.shape), parts, {"top": top})
 
-    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: CodecContext) -> torch.Tensor:
-        """Codes times scales, and what was apart."""
+    def decode(self, encoded: Encoded, dtype: torch.dtype, context: CodecContext) -> torch.Tensor:
+        """Multiply codes by scales, and add mean and outlier channels."""
         codes, scales = encoded.parts["codes"], steps_of(encoded.parts["scales"], top_of(encoded.parameters))
         width = codes.shape[1]
         count, size = groups_of(width)
@@ -96,61 +97,65 @@ class Int8:
             rest = torch.mul(codes.reshape(-1, size), scales[:, None]).reshape(codes.shape)
         else:
             rest = codes * scales.reshape(-1, count).repeat_interleave(size, 1)[:, :width]
-        return _put_together(rest, encoded.parts).reshape(encoded.shape).to(dtype)
+        return _with_outliers(rest, encoded.parts).reshape(encoded.shape).to(dtype)
 
-    def error_bound(self, encoded: Encoded, passage: CodecContext) -> torch.Tensor:
-        """(N,): half a step a number, a whole one where rounding was random."""
+    def error_bound(self, encoded: Encoded, context: CodecContext) -> torch.Tensor:
+        """Return (N,) bounds: half a step for each number, a whole step if rounding was random."""
         return _row_bound(encoded, 1.0 if encoded.role == "gradient" else 0.5)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A few bits a number, after the mean and the outlier channels are taken out and the rest is rotated."""
+    """Four or two bits for each number of the rotated rest."""
 
-    name: str
     bits: int
     """4 or 2."""
 
     @property
+    def name(self) -> str:
+        """`int4` or `int2`."""
+        return f"int{self.bits}"
+
+    @property
     def levels(self) -> int:
-        """Codes there are."""
+        """Number of different codes."""
         return int(2**self.bits)
 
     def bytes_for(self, shape: tuple[int, ...]) -> float:
-        """Payload of a tensor of this shape."""
+        """Return the payload of a tensor of this shape."""
         return float(sum(part.nbytes for part in self.layout(shape, {"top": 0}).values()))
 
     def layout(self, shape: tuple[int, ...], parameters: Mapping[str, Parameter]) -> dict[str, StoredPart]:
-        """Packed codes, one byte of scale a group, mean (D,), outlier channels and which they are."""
+        """Return packed codes, a scale for each group, the mean, outlier channels and their indices."""
         top_of(parameters)
         rows, width = sizes(shape)
         count, size = groups_of(width)
         return {
             "codes": StoredPart(torch.uint8, (-(-rows * count * size // (8 // self.bits)),)),
             "scales": StoredPart(torch.uint8, (rows * count,)),
-            **_layout_apart(rows, width),
+            **_outlier_layout(rows, width),
         }
 
-    def encode(self, tensor: torch.Tensor, passage: CodecContext) -> Encoded:
-        """Take out what is large, rotate the rest, round it."""
+    def encode(self, tensor: torch.Tensor, context: CodecContext) -> Encoded:
+        """Separate mean and outlier channels, rotate the rest, and round it."""
         rows = as_rows(tensor)
-        rest, parts = _taken_apart(rows)
+        rest, parts = _without_outliers(rows)
         groups = grouped(rotated(rest))
         scales, top = scale_bytes(self._steps(groups))
         steps = steps_of(scales, top)
         middle = (self.levels - 1) / 2
         codes = torch.empty(groups.shape, dtype=torch.uint8)
-        noise = passage.uniform(groups) if passage.unbiased and self.bits > 2 else None
+        noise = context.uniform(groups) if context.unbiased and self.bits > 2 else None
         for start in range(0, len(groups), CHUNK):
             chunk = slice(start, start + CHUNK)
             work = groups[chunk] * (1 / steps[chunk, None])
             work += middle + 0.5 if noise is None else middle + noise[chunk]
-            codes[chunk] = work.clamp_(0, self.levels - 1)  # towards zero, and nothing is below it: floor
+            codes[chunk] = work.clamp_(0, self.levels - 1)  # truncation is floor: nothing is negative
         parts |= {"codes": pack_bits(codes.reshape(-1), self.bits), "scales": scales}
-        return Encoded(passage.role, self.name, tensor.dtype, tuple(tensor.shape), parts, {"top": top})
+        return Encoded(context.role, self.name, tensor.dtype, tuple(tensor.shape), parts, {"top": top})
 
-    def decode(self, encoded: Encoded, dtype: torch.dtype, passage: CodecContext) -> torch.Tensor:
-        """The other way round."""
+    def decode(self, encoded: Encoded, dtype: torch.dtype, context: CodecContext) -> torch.Tensor:
+        """Invert `encode`."""
         rows, width = sizes(encoded.shape)
         count, size = groups_of(width)
         codes = unpack_bits(encoded.parts["codes"], self.bits, rows * count * size).reshape(-1, size)
@@ -158,29 +163,29 @@ class Packed:
             encoded.parts["scales"], top_of(encoded.parameters)
         )[:, None]
         rest = rotated_back(ungrouped(groups, width))
-        return _put_together(rest, encoded.parts).reshape(encoded.shape).to(dtype)
+        return _with_outliers(rest, encoded.parts).reshape(encoded.shape).to(dtype)
 
-    def error_bound(self, encoded: Encoded, passage: CodecContext) -> torch.Tensor:
-        """(N,): int4 half a step a number, a whole one at random; int2 a step at most."""
+    def error_bound(self, encoded: Encoded, context: CodecContext) -> torch.Tensor:
+        """Return (N,) bounds: int4 half a step, a whole one if random; int2 at most a step."""
         return _row_bound(encoded, 0.5 if self.bits > 2 and encoded.role != "gradient" else 1.0)
 
     def _steps(self, groups: torch.Tensor) -> torch.Tensor:
-        """Each group's step, from its largest number (and its rms where levels are few)."""
+        """Return each group's step, from its largest number, and from its rms if levels are few."""
         largest = groups.abs().amax(1)
         if self.bits == 2:
             return torch.maximum(largest / 2.5, groups.square().mean(1).sqrt_())
         return largest * (2 / (self.levels - 1))
 
 
-def channels_apart(width: int) -> int:
-    """How many channels travel by themselves."""
-    return min(APART, width // 32)
+def int2() -> ErrorFeedback:
+    """Return the codec `int2`, whose errors are corrected in later messages."""
+    return ErrorFeedback(Packed(2))
 
 
 def scale_bytes(steps: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Positive steps as bytes, and the power of two that the largest byte stands for.
+    """Return positive steps as bytes, and `top`, the power of two that the largest byte stands for.
 
-    Step = 2^(top + (byte - 255) / 8), rounded up; what is under 2^-31 of the largest is taken for that.
+    Step = 2^(top + (byte - 255) / 8), rounded up; steps below 2^-31 of the largest are raised to that.
     """
     largest = float(steps.max()) if len(steps) else 0.0
     top = math.ceil(math.log2(largest)) if largest > _TINY else LOWEST_TOP
@@ -189,15 +194,15 @@ def scale_bytes(steps: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def steps_of(scales: torch.Tensor, top: int) -> torch.Tensor:
-    """The steps that bytes stand for."""
+    """Return the steps that bytes stand for."""
     return (_EIGHTHS * 2.0**top)[scales.long()].float()
 
 
 def top_of(parameters: Mapping[str, Parameter]) -> int:
-    """The parameter `top`. Raises WireError if it is not a power of two that numbers have."""
+    """Return the parameter `top`. Raises WireError if it is out of range."""
     top = parameters.get("top")
     if not isinstance(top, int) or isinstance(top, bool) or not LOWEST_TOP <= top <= HIGHEST_TOP:
-        raise WireError(f"the scale is 2^{top!r}; it must be a whole power of {LOWEST_TOP} to {HIGHEST_TOP}")
+        raise WireError(f"the scale is 2^{top!r}; the exponent must be {LOWEST_TOP} to {HIGHEST_TOP}")
     return top
 
 
@@ -206,7 +211,7 @@ LOWEST_TOP, HIGHEST_TOP = -90, 120
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes (n,) of a few bits -> bytes: the first share of them in the low bits, and so on."""
+    """Pack codes (n,) of a few bits into bytes: the first n / share of them in the low bits, and so on."""
     share = 8 // bits
     length = -(-len(codes) // share)
     if length * share != len(codes):
@@ -218,26 +223,31 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The inverse of `pack_bits`: the first `count` codes."""
+    """Return the first `count` codes of `pack_bits`. Raises WireError if there are fewer."""
     share, mask = 8 // bits, 2**bits - 1
     if count > len(packed) * share:
-        raise WireError(f"{len(packed)} bytes hold {len(packed) * share} codes; {count} were due")
+        raise WireError(f"{len(packed)} bytes hold {len(packed) * share} codes; expected {count}")
     return torch.cat([(packed >> (bits * place)) & mask for place in range(share)])[:count]
 
 
-def _layout_apart(rows: int, width: int, lone: bool = False) -> dict[str, StoredPart]:
-    """What travels beside codes; with `lone`, nothing does of a row alone, which would be its own mean."""
-    width, apart = (0, 0) if lone and rows == 1 else (width, channels_apart(width))
+def _outlier_layout(rows: int, width: int, single_row: bool = True) -> dict[str, StoredPart]:
+    """Return the parts of mean and outlier channels, which the wire calls `channels` and `apart`.
+
+    They are empty for a single row, which would be its own mean, unless `single_row` is true.
+    """
+    width, outliers = (width, min(OUTLIER_CHANNELS, width // 32)) if single_row or rows != 1 else (0, 0)
     return {
         "mean": StoredPart(torch.bfloat16, (width,)),
-        "channels": StoredPart(torch.int32, (apart,)),
-        "apart": StoredPart(torch.bfloat16, (rows, apart)),
+        "channels": StoredPart(torch.int32, (outliers,)),
+        "apart": StoredPart(torch.bfloat16, (rows, outliers)),
     }
 
 
-def _taken_apart(rows: torch.Tensor, lone: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Rows without their mean and their largest channels, and both as they travel."""
-    layout = _layout_apart(len(rows), rows.shape[1], lone)
+def _without_outliers(
+    rows: torch.Tensor, single_row: bool = True
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return rows without their mean and outlier channels, and the parts that hold these."""
+    layout = _outlier_layout(len(rows), rows.shape[1], single_row)
     if not layout["mean"].shape[0]:
         return rows, {name: torch.empty(part.shape, dtype=part.dtype) for name, part in layout.items()}
     mean = _mean(rows).to(torch.bfloat16)
@@ -250,7 +260,7 @@ def _taken_apart(rows: torch.Tensor, lone: bool = False) -> tuple[torch.Tensor, 
 
 
 def _mean(rows: torch.Tensor) -> torch.Tensor:
-    """(D,): of the rows of ordinary length, for one attention sink is longer than a hundred others."""
+    """Return (D,), without attention sinks: one is longer than a hundred other rows."""
     if not len(rows):
         return rows.new_zeros(rows.shape[1])
     ordinary = (~attention_sinks(rows)).float()
@@ -258,11 +268,11 @@ def _mean(rows: torch.Tensor) -> torch.Tensor:
     return mean
 
 
-def _put_together(rest: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The inverse of `_taken_apart`. Raises WireError for channels that are not there."""
+def _with_outliers(rest: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Invert `_without_outliers`. Raises WireError for channels out of range."""
     channels, width = parts["channels"].long(), rest.shape[1]
     if len(channels) and not 0 <= int(channels.min()) <= int(channels.max()) < width:
-        raise WireError(f"outlier channels {channels.tolist()} of rows of width {width}")
+        raise WireError(f"outlier channels {channels.tolist()} are out of range for rows of width {width}")
     if not len(parts["mean"]):
         return rest
     rest[:, channels] = parts["apart"].float()
@@ -270,7 +280,7 @@ def _put_together(rest: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torc
 
 
 def _row_bound(encoded: Encoded, share: float) -> torch.Tensor:
-    """(N,): the length of a row's error if every number is off by this share of its group's step."""
+    """Return (N,) the length of a row's error if each number is off by this share of its step."""
     parts = encoded.parts
     count, size = groups_of(sizes(encoded.shape)[1])
     steps = steps_of(parts["scales"], top_of(encoded.parameters)).double() * share

@@ -1,164 +1,166 @@
-"""LoRA factors as what changed since the other side last saw them.
+"""LoRA factors as differences to what the other side holds.
 
     server                                                       client
-      G(t)   --- G(t) - last G that the client holds  --->  G'(t) = last + what came
-      U(t)   <-- W(t) + owed - what the server holds  ----  W(t), owed = what rounding left out
+      G(t)   --- G(t) - base, which the client holds  --->  G'(t) = base + difference
+      U(t)   <-- W(t) + residual - base  -----------------  W(t), residual = rounding error of this upload
 
-Both ends of a client's line hold the last factors that passed it each way (`global` from the server, `own`
-from the client), as decoded, so the copies are equal to the last bit. A tensor that is one of them does not
-travel at all (`same`). Where the codec rounds, its difference to the nearer of the two travels, or the whole
-if that is smaller; the receiver adds what came to what it holds.
+Both ends of a client's connection hold the last factors sent each way (`global` from the server, `own` from
+the client), as decoded, so that the copies are equal bit by bit. A tensor equal to one of them is not sent
+(`same`). If the codec rounds, the difference to the nearer of the two is sent, or the whole tensor if that is
+smaller.
 
-From the server, what rounding left out is made good by the next difference: it is taken to what the client
-really holds. From the client, the sum over rounds is what trains the global factors, so it keeps what was
-left out (`owed`) and adds it to what it sends next: error feedback (Seide et al. 2014; Karimireddy et al.
-2019, arXiv 1901.09847). The sum of all that was received is then the sum of all that was meant, less the last
-debt alone, which is as small as one rounding of one difference. A rule that turns the factors' axes between
-rounds (`svd`) makes debts meaningless: none are kept.
+The rounding error of the server is corrected by its next difference, whose base is what the client really
+holds. The global factors are trained by the sum of uploads over rounds, so a client keeps the rounding error
+of an upload and adds it to the next: error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv
+1901.09847). The sum of the uploads received then differs from the exact sum only by the last residual. Rules
+that rotate the axes of the factors between rounds (`svd`) make a residual meaningless; then none is kept.
 
-The version of a tensor is the checksum of its bytes, and goes with every difference: a receiver that holds
-another version refuses, and a sender that does not know what the other side holds sends the whole.
+The version of a tensor is the checksum of its bytes and goes with every difference. A receiver that holds
+another version refuses it; a sender that does not know what the other side holds sends the whole tensor.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
-from splitft.codecs.encoded import Encoded, Parameter
+from splitft.codecs.encoded import Encoded, Parameter, TensorEntry
 from splitft.errors import WireError
 
 SAME = "same"
-"""In place of a codec's name: bit by bit what the receiver holds."""
-Way = Literal["global", "own"]
-"""Whose factors: from the server, or from the client."""
-BASES: tuple[Way, ...] = ("global", "own")
-ABOUT = ("base", "version")
-"""Parameters that an entry has beside those of its codec."""
+"""Codec name of a tensor that the receiver already holds."""
+Origin = Literal["global", "own"]
+"""Sender of factors: the server, or the client."""
+BASES: tuple[Origin, ...] = ("global", "own")
+_RESIDUAL = "owed/"
+"""Prefix of residuals in checkpoints."""
+DELTA_PARAMETERS = ("base", "version")
+"""Parameters of an entry that are not its codec's."""
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """CRC-32 of a tensor's bytes."""
+    """Return the CRC-32 of a tensor's bytes."""
     return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def of_codec(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
-    """The codec's own among an entry's parameters."""
-    return {key: value for key, value in parameters.items() if key not in ABOUT}
+def codec_parameters(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """Return those parameters of an entry that are its codec's."""
+    return {key: value for key, value in parameters.items() if key not in DELTA_PARAMETERS}
 
 
 @dataclass
 class DeltaState:
-    """What one end of a client's line knows that the other end holds."""
+    """A client's factors that both ends of its connection hold."""
 
     exact: bool = True
-    """Whether the codec keeps every bit; then whole tensors travel, or none."""
+    """Whether the codec does not round; then only whole tensors are sent."""
     feedback: bool = False
-    """Whether a client carries what rounding left out over to its next upload."""
+    """Whether a client adds the rounding error of an upload to its next one."""
     held: dict[str, torch.Tensor] = field(default_factory=dict)
-    """`global/7.self_attn.q_proj.A`, `own/...`: the last that passed."""
-    owed: dict[str, torch.Tensor] = field(default_factory=dict)
-    """What rounding left out of the last upload; at the client's end alone."""
+    """Last factors sent each way, by `global/7.self_attn.q_proj.A` or `own/...`."""
+    residuals: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Rounding error of the last upload, by name; only at the client's end."""
 
-    def at_cut(self, cut: int) -> None:
-        """A round begins at this cut: factors of blocks beyond are not the client's any more."""
-        for kept in (self.held, self.owed):
+    def begin_round(self, cut: int) -> None:
+        """Begin a round; blocks from the cut on are not the client's any more."""
+        for kept in (self.held, self.residuals):
             for name in [name for name in kept if _block(name) >= cut]:
                 del kept[name]
 
-    def sent(
+    def encode(
         self,
-        way: Way,
+        origin: Origin,
         name: str,
         tensor: torch.Tensor,
         write: Callable[[torch.Tensor], Encoded],
         read: Callable[[Encoded], torch.Tensor],
     ) -> Encoded:
-        """The tensor as it goes over the line; from then on both ends hold what the other end makes of it."""
-        debt = self.owed.get(name) if way == "own" else None
+        """Return the tensor as it travels, and hold what the receiver will decode.
+
+        `write` and `read` encode and decode a whole tensor.
+        """
+        residual = self.residuals.get(name) if origin == "own" else None
         wanted = tensor.detach()
-        if debt is not None and debt.shape == wanted.shape:
-            wanted = wanted + debt
+        if residual is not None and residual.shape == wanted.shape:
+            wanted = wanted + residual
         base = self._nearest(name, wanted)
         if base is not None and torch.equal(self.held[base], wanted):
-            encoded = Encoded("adapter", SAME, wanted.dtype, tuple(wanted.shape), {}, self._about(base))
+            encoded = Encoded("adapter", SAME, wanted.dtype, tuple(wanted.shape), {}, self._parameters(base))
             arrived = self.held[base]
         elif base is None or self.exact:
             encoded = write(wanted)
             arrived = read(encoded)
         else:
             encoded = write(wanted - self.held[base])
-            encoded = replace(encoded, parameters={**encoded.parameters, **self._about(base)})
+            encoded = replace(encoded, parameters={**encoded.parameters, **self._parameters(base)})
             arrived = self.held[base] + read(encoded)
-        if way == "own" and self.feedback:
-            self.owed[name] = wanted - arrived
-        self._hold(way, name, arrived)
+        if origin == "own" and self.feedback:
+            self.residuals[name] = wanted - arrived
+        self._hold(origin, name, arrived)
         return encoded
 
-    def received(
-        self, way: Way, name: str, encoded: Encoded, read: Callable[[Encoded], torch.Tensor]
+    def decode(
+        self, origin: Origin, name: str, encoded: Encoded, read: Callable[[Encoded], torch.Tensor]
     ) -> torch.Tensor:
-        """The tensor that came; this end holds it from now on. Raises WireError for an unknown version."""
-        base = self.base_of(name, encoded.dtype, encoded.shape, encoded.codec, encoded.parameters)
+        """Return the tensor received, and hold it. Raises WireError for a base that is not held here."""
+        base = self.base_of(name, encoded)
         if encoded.codec == SAME:
             assert base is not None
             arrived = base
         else:
             arrived = read(encoded) if base is None else base + read(encoded)
-        self._hold(way, name, arrived)
+        self._hold(origin, name, arrived)
         return arrived
 
-    def base_of(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        shape: tuple[int, ...],
-        codec: str,
-        parameters: Mapping[str, Parameter],
-    ) -> torch.Tensor | None:
-        """What a tensor that is announced so is a difference to; None if it comes whole."""
-        if "base" not in parameters and codec != SAME:
+    def base_of(self, name: str, announced: TensorEntry | Encoded) -> torch.Tensor | None:
+        """Return the base of a tensor, or None if it is sent whole.
+
+        Raises WireError unless this side holds the base in the type, shape and version announced.
+        """
+        parameters = announced.parameters
+        if "base" not in parameters and announced.codec != SAME:
             return None
         slot, version = f"{parameters.get('base')}/{name}", parameters.get("version")
         held = self.held.get(slot) if parameters.get("base") in BASES else None
-        if held is None or (held.dtype, tuple(held.shape)) != (dtype, shape) or version_of(held) != version:
+        fits = held is not None and (held.dtype, tuple(held.shape)) == (announced.dtype, announced.shape)
+        if held is None or not fits or version_of(held) != version:
             has = "none" if held is None else f"{list(held.shape)} of version {version_of(held):08x}"
             wanted = f"{version:08x}" if isinstance(version, int) else repr(version)
             raise WireError(
                 f"{name!r} comes as a difference to version {wanted}, but this side holds {has}; "
-                "the sender has to send the whole"
+                "the sender has to send the whole tensor"
             )
         return held
 
-    def forget(self) -> None:
-        """The other side is new, or not known: the next factors go whole."""
-        self.held, self.owed = {}, {}
+    def clear(self) -> None:
+        """Forget everything, so that the next factors are sent whole."""
+        self.held, self.residuals = {}, {}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All of it by name, to be kept."""
-        return self.held | {f"owed/{name}": tensor for name, tensor in self.owed.items()}
+        """Return everything by name, for a checkpoint."""
+        return self.held | {_RESIDUAL + name: tensor for name, tensor in self.residuals.items()}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Hold what was kept, and nothing else."""
-        self.forget()
+        """Replace everything by the tensors of a checkpoint."""
+        self.clear()
         for name, tensor in tensors.items():
-            if name.startswith("owed/"):
-                self.owed[name.removeprefix("owed/")] = tensor
+            if name.startswith(_RESIDUAL):
+                self.residuals[name.removeprefix(_RESIDUAL)] = tensor
             else:
                 self.held[name] = tensor
 
-    def known(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The last factors that came from the server, by name."""
-        return ((n.removeprefix("global/"), t) for n, t in self.held.items() if n.startswith("global/"))
+    def global_factors(self) -> dict[str, torch.Tensor]:
+        """Return the last factors that came from the server, by name."""
+        return {n.removeprefix("global/"): t for n, t in self.held.items() if n.startswith("global/")}
 
     # ----------------------------------------------------------------------------------------------
 
     def _nearest(self, name: str, wanted: torch.Tensor) -> str | None:
-        """Where the held tensor is that leaves the smallest difference, if smaller than the whole."""
+        """Return the name of the nearest held tensor; None if its difference is no smaller than the whole."""
         slots = [f"{base}/{name}" for base in BASES]
         fitting = [
             slot
@@ -175,14 +177,14 @@ class DeltaState:
             return nearest if nearest is not None and distances[nearest] == 0 else None
         return nearest
 
-    def _about(self, slot: str) -> dict[str, Parameter]:
+    def _parameters(self, slot: str) -> dict[str, Parameter]:
         return {"base": slot.partition("/")[0], "version": version_of(self.held[slot])}
 
-    def _hold(self, way: Way, name: str, arrived: torch.Tensor) -> None:
-        if way == "global" or not self.exact:
-            self.held[f"{way}/{name}"] = arrived
+    def _hold(self, origin: Origin, name: str, arrived: torch.Tensor) -> None:
+        if origin == "global" or not self.exact:
+            self.held[f"{origin}/{name}"] = arrived
 
 
 def _block(name: str) -> int:
-    """Block of `global/7.self_attn.q_proj.A` or `7.self_attn.q_proj.A`."""
+    """Return the block of `global/7.self_attn.q_proj.A` or `7.self_attn.q_proj.A`."""
     return int(name.rpartition("/")[2].partition(".")[0])

@@ -1,133 +1,124 @@
-"""What client and server agreed on before the first message, and whether what is announced keeps to it.
+"""The terms of a run, and the check of a frame header against them.
 
-    kind, plain fields, Entry of each tensor --admit--> the kind of message, or a ProtocolError
+    FrameHeader (kind, fields, TensorEntry of each tensor) --validate_header--> type of message, or error
 
-Nothing here has seen a payload: roles, codecs, types, shapes and the parts of each tensor are settled before
-a byte is allocated for it.
+Roles, codecs, types, shapes and the parts of each tensor are checked here, before any memory is allocated for
+the payload.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from splitft.codecs import CODECS, Codec, StoredPart, TensorEntry
 from splitft.codecs import codec_of as codec_named
 from splitft.errors import ProtocolError
-from splitft.protocol.adapter_deltas import SAME, DeltaState, of_codec
+from splitft.protocol.adapter_deltas import SAME, DeltaState, codec_parameters
 from splitft.protocol.codec_state import CodecState
 from splitft.protocol.control import CONTROL_MESSAGES
 from splitft.protocol.frame import MAX_FRAME_BYTES, SENDER, VERSION
+from splitft.protocol.frame_header import FrameHeader
 from splitft.protocol.messages import MESSAGES, Message
 from splitft.specs import WireSpec
+from splitft.specs.codecs import kind_of
 from splitft.specs.wire import AUTO
 from splitft.tracking.events import Role
 
 RAW = "raw"
-"""In place of a codec's name: bit by bit, for token ids and for moments, whose rounding would change the
-training."""
-FLAT = frozenset({"int8"})
-"""Codecs that take a factor as one row of all its numbers."""
-MEMBERED = frozenset({"adapters", "moments", "folded", "own"})
-"""Fields that hold several tensors, each by a name of its own."""
-KINDS: dict[str, type[Message]] = {**MESSAGES, **{kind.frame_kind(): kind for kind in CONTROL_MESSAGES}}
-"""Every message that may travel, by name."""
+"""Codec name of tensors that travel bit by bit: token ids and EXACT fields."""
 EXACT = frozenset({"moments", "folded", "own"})
-"""Those that travel as they are: rounding them would change the training, or undo what corrects a mean."""
+"""Fields that are never rounded: it would change the training, or undo the correction of a mean."""
+MEMBERED = frozenset({"adapters", "moments", "folded", "own"})
+"""Fields that hold several tensors, each with a name of its own."""
+KINDS: dict[str, type[Message]] = {**MESSAGES, **{kind.frame_kind(): kind for kind in CONTROL_MESSAGES}}
+"""Every type of message, by its name in a frame."""
 _MOMENT = re.compile(r"(0|[1-9]\d{0,5})\.[\w.]+\.[ABM]\.\w+", re.ASCII)
 """`7.self_attn.q_proj.A.exp_avg`"""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What was agreed."""
+    """The terms of a run, equal on client and server before the first message."""
 
     width: int
-    """D."""
+    """D, the width of the model."""
     dtype: torch.dtype
     """Type that hidden states and gradients are computed in."""
     adapter_dtype: torch.dtype
-    """Type that factors are kept in."""
+    """Type of LoRA factors."""
     wire: WireSpec
     """Codecs by role."""
     labels_travel: bool = False
-    """Whether token ids may travel at all (`labels: server`)."""
+    """Whether token ids may be sent at all (`labels: server`)."""
     most_rows: int = 2**20
-    """Real tokens of one batch, at most."""
+    """Most real tokens of a batch."""
     feedback: bool = False
-    """Whether a client adds to its next upload of factors what rounding left out of the last."""
+    """Whether a client adds the rounding error of its last upload of factors to the next."""
 
     def codec(self, role: Role, field: str) -> str:
-        """Name of the codec that a tensor of this field travels in."""
+        """Return the name of the codec for a field of a message."""
         return RAW if field in EXACT or role == "label" else self.codec_of(role).name
 
     def codec_of(self, role: Role) -> Codec:
-        """The codec of a role. Raises ProtocolError while none is chosen."""
-        given: str = getattr(self.wire, role)
-        if given == AUTO:
+        """Return the codec of a role. Raises ProtocolError while none is chosen."""
+        text: str = getattr(self.wire, role)
+        if text == AUTO:
             raise ProtocolError(f"no codec is chosen for {role} yet; give wire.{role}, or let a run choose")
-        return codec_named(given)
+        return codec_named(text)
 
     def type_of(self, role: Role) -> torch.dtype:
-        """Type that both sides compute in."""
+        """Return the type that both sides compute in."""
         return {"label": torch.int64, "adapter": self.adapter_dtype}.get(role, self.dtype)
 
-    def holdings(self, streams: CodecState) -> DeltaState:
-        """What this end knows that the other holds of the client's factors."""
-        exact = {"fp64": torch.float64, "fp32": torch.float32}.get(self.wire.adapter)
-        streams.adapters.exact = exact is not None and exact.itemsize >= self.adapter_dtype.itemsize
-        streams.adapters.feedback = self.feedback
-        return streams.adapters
+    def delta_state(self, state: CodecState) -> DeltaState:
+        """Return the factors that both ends hold, with the settings of this run."""
+        state.adapters.exact = kind_of(self.wire.adapter).exact_bytes >= self.adapter_dtype.itemsize
+        state.adapters.feedback = self.feedback
+        return state.adapters
 
-    def validate_header(
-        self,
-        name: str,
-        fields: Mapping[str, Any],
-        entries: Mapping[str, TensorEntry],
-        sender: str,
-        streams: CodecState,
-    ) -> type[Message]:
-        """The kind of message, if all its tensors are announced as agreed. Raises ProtocolError if not."""
-        kind = KINDS.get(name)
+    def validate_header(self, header: FrameHeader, state: CodecState) -> type[Message]:
+        """Return the type of message. Raises ProtocolError unless every tensor is as agreed."""
+        kind = KINDS.get(header.kind)
         if kind is None:
             raise ProtocolError(
-                f"no message is called {name!r}; known: {', '.join(KINDS)} "
-                f"(it came from {sender}; this side is {_here()})"
+                f"no message is called {header.kind!r}; known: {', '.join(KINDS)} ({_versions(header)})"
             )
-        for tensor, entry in entries.items():
-            field, _, key = tensor.partition("/")
-            if field not in kind.ROLES or field in fields or bool(key) != (field in MEMBERED):
-                raise ProtocolError(f"{name} has no tensor {tensor!r}")
-            self._admit_entry(name, kind.ROLES[field], tensor, entry, sender)
+        for name, entry in header.entries.items():
+            field, _, key = name.partition("/")
+            if field not in kind.ROLES or field in header.fields or bool(key) != (field in MEMBERED):
+                raise ProtocolError(f"{header.kind} has no tensor {name!r}")
+            self._validate_entry(header, kind.ROLES[field], name, entry)
             if field == "adapters":
-                self.holdings(streams).base_of(key, entry.dtype, entry.shape, entry.codec, entry.parameters)
+                self.delta_state(state).base_of(key, entry)
         return kind
 
-    def _admit_entry(self, kind: str, role: Role, name: str, entry: TensorEntry, sender: str) -> None:
-        """Raise ProtocolError unless the tensor is announced as agreed."""
+    def _validate_entry(self, header: FrameHeader, role: Role, name: str, entry: TensorEntry) -> None:
+        """Raise ProtocolError unless a tensor has the role, codec, type, shape and parts agreed on."""
+        kind = header.kind
         field, _, key = name.partition("/")
+        # role and codec
         if role == "label" and not self.labels_travel:
             raise ProtocolError(f"{kind} carries token ids, but labels stay on the clients in this run")
         if entry.role != role:
-            raise ProtocolError(f"{kind}: {name} comes as {entry.role}; it is {role}")
+            raise ProtocolError(f"{kind}: the role of {name} is {entry.role}; expected {role}")
         codec = self.codec(role, field)
         if entry.codec != codec and not (field == "adapters" and entry.codec == SAME):
-            known = "" if entry.codec in (*CODECS, RAW) else ", which this side does not know"
+            unknown = "" if entry.codec in (*CODECS, RAW) else ", which this side does not know"
             raise ProtocolError(
-                f"{kind}: {name} comes in codec {entry.codec!r}{known}; agreed was {codec!r} "
-                f"(it came from {sender}; this side is {_here()})"
+                f"{kind}: {name} comes in codec {entry.codec!r}{unknown}; agreed was {codec!r} "
+                f"({_versions(header)})"
             )
-        due = {self.type_of(role)}
+        # type and shape
+        types = {self.type_of(role)}
         if field == "moments":
             if not _MOMENT.fullmatch(key):
                 raise ProtocolError(f"{kind}: {key!r} is not the name of an optimizer's moment")
-            due |= set() if entry.shape else {torch.float32}  # the count of steps
-        if entry.dtype not in due:
+            types |= set() if entry.shape else {torch.float32}  # the count of steps
+        if entry.dtype not in types:
             raise ProtocolError(f"{kind}: {name} comes as {entry.dtype}; agreed was {self.type_of(role)}")
         if role in ("hidden", "gradient") and (len(entry.shape) != 2 or entry.shape[1] != self.width):
             raise ProtocolError(f"{kind}: {name} is {entry.shape}, not rows of width {self.width}")
@@ -137,21 +128,20 @@ class Agreement:
             )
         if math.prod(entry.shape) > MAX_FRAME_BYTES:
             raise ProtocolError(f"{kind}: {name} is {entry.shape}, larger than any frame")
+        # parts
         layout = {"": StoredPart(entry.dtype, entry.shape)}
         if entry.codec == SAME:
             layout = {}
         elif codec != RAW:
-            stored = as_stored(role, codec, entry.shape)
-            own = of_codec(entry.parameters) if field == "adapters" else entry.parameters
-            layout = self.codec_of(role).layout(stored, own)
+            own = codec_parameters(entry.parameters) if field == "adapters" else entry.parameters
+            layout = self.codec_of(role).layout(as_stored(role, codec, entry.shape), own)
         entry.check(name, layout)
 
 
 def as_stored(role: Role, codec: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a codec is given: factors are narrow, so groups run over their rows."""
-    return (1, math.prod(shape)) if role == "adapter" and codec in FLAT else shape
+    """Return the shape in which a codec is given a tensor: some take a factor as a single row."""
+    return (1, math.prod(shape)) if role == "adapter" and kind_of(codec).flattens_adapters else shape
 
 
-def _here() -> str:
-    """This side's versions."""
-    return f"{SENDER}, frames of version {VERSION}"
+def _versions(header: FrameHeader) -> str:
+    return f"it came from {header.sender}; this side is {SENDER}, frames of version {VERSION}"

@@ -1,9 +1,9 @@
-"""What one end of a client's line remembers between messages.
+"""The memory of codecs at one end of a client's connection.
 
-    client end   [Activations|train, HeadGradient|train, ...]  -->  <--  the same at the server's end
+    client end   {Activations|train: Memory, HeadGradient|train: Memory, ...}     the same at the server end
 
-A stream is one kind of tensor for one purpose, so that evaluation does not disturb training. Each end keeps a
-`Memory` for each stream, whether it sends or receives; a checkpoint keeps both ends.
+A stream is one kind of message for one purpose, so that evaluation does not disturb training. Each end keeps
+a `Memory` for each stream, whether it sends or receives; a checkpoint keeps both ends.
 """
 
 from __future__ import annotations
@@ -13,50 +13,55 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from splitft.codecs.passage import CodecContext, Memory
+from splitft.codecs import CodecContext, Memory
 from splitft.protocol.adapter_deltas import DeltaState
 
 _CUT = "line/cut"
 _ADAPTERS = "adapters|"
+"""Names in checkpoints."""
 
 
 class CodecState:
-    """One end of one client's line."""
+    """Everything that codecs remember at one end of a client's connection."""
 
     def __init__(self, seed: int = 0, client: str = "") -> None:
         self._seed, self._client = seed, client
         self._memories: dict[str, Memory] = {}
         self.adapters = DeltaState()
         """The client's factors that both ends hold."""
-        self._underway: dict[int, tuple[tuple[int, int, int], ...]] = {}  # by micro-batch
+        self._examples: dict[int, tuple[tuple[int, int, int], ...]] = {}  # by micro-batch
         self._training = True
         self._cut = 0  # 0: no round has begun
 
-    def begin(self, training: bool, examples: Sequence[tuple[int, int, int]], micro_batch: int = 0) -> None:
-        """A batch is underway: (example, rows, labelled rows) of each sequence, where that is told."""
+    def begin_batch(
+        self, training: bool, examples: Sequence[tuple[int, int, int]], micro_batch: int = 0
+    ) -> None:
+        """Begin a batch of sequences (example id, rows, labelled rows); without ids there are none."""
         self._training = training
-        self._underway[micro_batch] = tuple(examples)
+        self._examples[micro_batch] = tuple(examples)
 
-    def at_cut(self, cut: int) -> None:
-        """A round begins at this cut: what was learnt of another cut's tensors is forgotten."""
+    def begin_round(self, cut: int) -> None:
+        """Begin a round; a new cut clears what was learned of tensors at the old one."""
         if self._cut not in (0, cut):
             self._memories = {}
         self._cut = cut
-        self.adapters.at_cut(cut)
+        self.adapters.begin_round(cut)
 
-    def passage(self, kind: str, role: str, number: int, micro_batch: int = 0) -> CodecContext:
-        """Of the message of this kind and step, and its part of the step; `Activations` have all rows."""
+    def context(self, kind: str, role: str, step: int, micro_batch: int = 0) -> CodecContext:
+        """Return the context of a message of this kind, step and micro-batch."""
         purpose = "train" if self._training else "evaluate"
-        name = f"{kind}|{purpose}"
-        whole = kind in ("Activations", "CutGradient")
-        underway = self._underway.get(micro_batch, ())
-        examples = tuple((one, rows if whole else labelled) for one, rows, labelled in underway)
-        place = f"{number}.{micro_batch}" if micro_batch else str(number)
-        seed = zlib.crc32(f"{self._seed}/{self._client}/{name}/{place}".encode())
-        return CodecContext(role, seed, self._memories.setdefault(name, {}), examples)
+        stream = f"{kind}|{purpose}"
+        all_rows = kind in ("Activations", "CutGradient")  # others have the labelled rows
+        examples = tuple(
+            (example, rows if all_rows else labelled)
+            for example, rows, labelled in self._examples.get(micro_batch, ())
+        )
+        place = f"{step}.{micro_batch}" if micro_batch else str(step)
+        seed = zlib.crc32(f"{self._seed}/{self._client}/{stream}/{place}".encode())
+        return CodecContext(role, seed, self._memories.setdefault(stream, {}), examples)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything remembered, by stream and name, to be kept."""
+        """Return everything remembered, by stream and name, for a checkpoint."""
         remembered = {
             f"{stream}/{name}": tensor
             for stream, memory in self._memories.items()
@@ -67,13 +72,13 @@ class CodecState:
         return remembered | {_CUT: torch.tensor(self._cut)} if remembered else {}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Remember what was kept, and nothing else."""
+        """Replace everything by the tensors of a checkpoint."""
         self._memories = {}
-        kept = {name: tensor for name, tensor in tensors.items() if name.startswith(_ADAPTERS)}
-        self.adapters.restore({name.removeprefix(_ADAPTERS): tensor for name, tensor in kept.items()})
+        adapters = {name: tensor for name, tensor in tensors.items() if name.startswith(_ADAPTERS)}
+        self.adapters.restore({name.removeprefix(_ADAPTERS): tensor for name, tensor in adapters.items()})
         self._cut = int(tensors.get(_CUT, torch.tensor(0)))
         for key, tensor in tensors.items():
-            if key == _CUT or key in kept:
+            if key == _CUT or key in adapters:
                 continue
             stream, _, name = key.rpartition("/")
             self._memories.setdefault(stream, {})[name] = tensor

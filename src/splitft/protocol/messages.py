@@ -25,7 +25,7 @@ knows what both sides agreed on, and turns messages into frames and back.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -40,6 +40,8 @@ Length = Annotated[int, Field(ge=1)]
 Loss = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 MicroBatch = Annotated[int, Field(ge=0, lt=MOST_MICRO_BATCHES)]
+Seconds = dict[Literal["client_forward", "head", "client_backward"], Annotated[float, Field(ge=0, le=1e6)]]
+"""Seconds that a client has computed since its last message of the round, by leg."""
 
 
 class Message(BaseModel):
@@ -114,12 +116,14 @@ class Activations(Message):
     """Parts of the step."""
     step_labelled: Length | None = None
     """Labelled tokens of all parts of the step; left out for a step of one part, whose M it is."""
+    seconds: Seconds = {}
+    """Measured by a site in training; empty in simulation."""
     hidden: torch.Tensor
     """(N, D)."""
     labels: torch.Tensor | None = None
     """(M,) token ids; only with `labels: server`."""
     ROLES = {"hidden": "hidden", "labels": "label"}
-    LEFT_OUT = frozenset({"micro_batch", "micro_batches", "step_labelled"})
+    LEFT_OUT = frozenset({"micro_batch", "micro_batches", "step_labelled", "seconds"})
 
     @property
     def labelled_tokens(self) -> int:
@@ -175,10 +179,12 @@ class HeadGradient(Message):
     micro_batch: MicroBatch = 0
     loss: Loss
     """Mean loss over these M positions in nats, for the record."""
+    seconds: Seconds = {}
+    """Measured by a site; empty in simulation."""
     gradient: torch.Tensor
     """(M, D)."""
     ROLES = {"gradient": "gradient"}
-    LEFT_OUT = frozenset({"micro_batch"})
+    LEFT_OUT = frozenset({"micro_batch", "seconds"})
 
 
 class CutGradient(Message):

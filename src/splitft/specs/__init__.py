@@ -5,13 +5,14 @@ Unknown keys are refused, so that a typo is never silently ignored. No torch her
 """
 
 from splitft.specs.base import Spec, field_docs
+from splitft.specs.codecs import CodecChoice
 from splitft.specs.data import ClientsSpec, DataSpec, ModelSpec, SharesSpec
 from splitft.specs.deploy import DeploySpec
 from splitft.specs.privacy import LabelsSpec, PrivacySpec, RowDefenceSpec, SiteBoundsSpec, UpdatesSpec
 from splitft.specs.schedule import ChangeSpec, DeviceName, DeviceSpec, LinkName, LinkSpec, ScheduleSpec
 from splitft.specs.site import SiteAllowsSpec, SiteMachineSpec, SiteModelSpec, SiteSpec, SiteTextSpec
 from splitft.specs.training import AggregateSpec, LoraSpec, SplitSpec, TrainingSpec
-from splitft.specs.wire import CodecChoice, WireSpec
+from splitft.specs.wire import WireSpec
 
 __all__ = [
     "AggregateSpec",

@@ -142,7 +142,7 @@ class Simulation:
                 state.restore(states.get(f"{name}/{end}", {}))
                 if not state.adapters.held:
                     state.adapters.restore({f"global/{n}": t for n, t in known[name].tensors().items()})
-            arrived[name] = AdapterState.from_tensors(dict(channel.ends["client"].adapters.known()))
+            arrived[name] = AdapterState.from_tensors(channel.ends["client"].adapters.global_factors())
         return arrived
 
     # ----------------------------------------------------------------------------------------------
