@@ -73,7 +73,7 @@ def cut(ground: Ground, how: str, repeats: int) -> list[float]:
 def in_process(size: int, repeats: int) -> list[float]:
     """Seconds of messages whose answer is a call away, with the same numbering."""
     from echo_job import Asking, Echo
-    from splitft.deploy.transport import Direct
+    from splitft.deploy.requests import Direct
 
     found: list[float] = Asking(Direct("here", Echo(["here"]).answer)).ask(size, repeats, 1)["seconds"]
     return found

@@ -1,8 +1,8 @@
 """A FLARE job that carries bytes to the server and back, as the steps of a run travel: for `deployment.py`.
 
-    site: n lanes, each asking one message after the other --carrier, envelope--> server: the same bytes back
+    site: n channels, one message after the other on each --transport, requests--> server: the same bytes back
 
-Carrier, numbering and the hand-over to a worker are those of a run; only the model is missing.
+Transport, numbering and the hand-over to a worker are those of a run; only the model is missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
-from splitft.deploy.flare.transport import FlareAnswers, FlareCarrier
+from splitft.deploy.flare.transport import FlareAnswers, FlareTransport
 from splitft.deploy.requests import Envelope, ReplyCache, RequestChannel
 from splitft.deploy.server.inbox import HOLD_S, WORKERS
 
@@ -38,7 +38,7 @@ class Echo:
         self._workers = ThreadPoolExecutor(WORKERS)
 
     def answer(self, site: str, data: bytes) -> bytes:
-        """Implements `carrier.Answer`."""
+        """Implements `requests.Answer`."""
         envelope = Envelope.from_bytes(data, LINK, LIMIT)
         return self._repeats[site].answer(envelope, lambda frame: frame, self._workers, HOLD_S)
 
@@ -126,7 +126,7 @@ class EchoSite(Executor):
         """One stage."""
         stage = json.loads(shareable["stage"])
         if self._asking is None:
-            self._asking = Asking(FlareCarrier(fl_ctx, abort_signal))
+            self._asking = Asking(FlareTransport(fl_ctx, abort_signal))
         measured = self._asking.ask(stage["size"], stage["repeats"], stage["lanes"], stage["at"])
         return Shareable({"measured": json.dumps(measured)})
 

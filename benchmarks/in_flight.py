@@ -110,12 +110,12 @@ class Rounds:
         """The steps of each round."""
         self._done.set()
         self._thread.join()
-        self._follower.look()
+        self._follower.poll()
         return [[one for one in self.steps if one.round == number + 1] for number in range(len(self._lines))]
 
     def _look(self) -> None:
         while not self._done.wait(0.02):
-            self._follower.look()
+            self._follower.poll()
 
     def _take(self, event: Any) -> None:
         if event.event == "StepDone":

@@ -15,7 +15,7 @@
     ├── MethodError        a method that cannot run as configured
     └── DeployError        a federation that cannot be set up, reached or kept running
         ├── ForbiddenError the data owner's own file forbids what the run asks of its site
-        ├── CarrierError   a message could not be carried: the other side is away, or the time is up
+        ├── TransportError a message could not be delivered: the other side is away, or it timed out
         └── PausedError    too few sites are there to go on with the round
 
 Each message says what was found, what would fit, and what to do next. The command line turns any of
@@ -85,8 +85,8 @@ class ForbiddenError(DeployError):
     """What a run asks of a site is forbidden by its data owner; the message says each reason."""
 
 
-class CarrierError(DeployError):
-    """A message could not be carried to the other side and back."""
+class TransportError(DeployError):
+    """A message could not be delivered, or its reply did not come in time."""
 
 
 class PausedError(DeployError):

@@ -96,7 +96,7 @@ def deployed(
             transport = transports.get(client.name, lambda own: own)(Direct(client.name, inbox.answer))
             training = prepared.config.training
             connection = Connection(
-                transport, KEY, prepared.terms, LIMIT, patience_s=30, heartbeat_s=0.3,
+                transport, KEY, prepared.serializer, LIMIT, patience_s=30, heartbeat_s=0.3,
                 in_flight=min(training.in_flight, training.micro_batches),
             )  # fmt: skip
             session = SiteSession(

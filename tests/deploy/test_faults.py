@@ -68,21 +68,21 @@ def of(events, kind: str) -> list:
 
 def test_a_job_process_that_is_killed_costs_its_round_once_more_and_nothing_else(run):
     ended, events = run(lambda folder: kill(folder, "client.worker_process", "kits/client-2"), 2)
-    assert [link.sites for link in of(events, "SessionStarted")] == [EVERYONE, EVERYONE]
+    assert [session.sites for session in of(events, "SessionStarted")] == [EVERYONE, EVERYONE]
     assert [event.participants for event in of(events, "RoundDone")] == [EVERYONE] * 6
     steps = [event.step for event in of(events, "StepDone") if event.client == "client-2"]
     assert steps == list(range(6 * 120))
     assert ended.summary["finished"]
 
 
-def test_a_site_that_is_killed_as_a_whole_is_back_in_the_next_link(run):
+def test_a_site_that_is_killed_as_a_whole_is_back_in_the_next_session(run):
     ended, events = run(lambda folder: kill(folder, "kits/client-2"), 2)
-    lost, links = of(events, "SiteChanged"), of(events, "SessionStarted")
+    lost, sessions = of(events, "SiteChanged"), of(events, "SessionStarted")
     assert [(event.site, event.state) for event in lost] == [("client-2", "lost")]
     participants = [event.participants for event in of(events, "RoundDone")]
     assert ("client-1", "client-3") in participants
-    assert [link.sites for link in links] == [EVERYONE, EVERYONE]
-    assert links[1].round - lost[0].round <= 3
+    assert [session.sites for session in sessions] == [EVERYONE, EVERYONE]
+    assert sessions[1].round - lost[0].round <= 3
     assert participants[-1] == EVERYONE
     assert len(participants) == 6
     assert ended.summary["finished"]

@@ -10,13 +10,12 @@ import tracemalloc
 import pytest
 import torch
 
-from deploy.network import BATCH_TOKENS, LIMIT, LINK, SPEC, deployed, hello
+from deploy.network import BATCH_TOKENS, KEY, LIMIT, SPEC, deployed, hello
 from laws.federations import federation, largest_relative_difference, play, write_text
 from splitft.adapters import AdapterState, Factors
 from splitft.codecs import Encoded
-from splitft.deploy.requests import Envelope, RequestChannel
+from splitft.deploy.requests import Direct, Envelope, RequestChannel
 from splitft.deploy.server.inbox import Fault, Inbox
-from splitft.deploy.transport import Direct
 from splitft.errors import WireError
 from splitft.protocol import (
     Activations,
@@ -46,17 +45,17 @@ def text(tmp_path_factory):
 class Hand:
     """A site played by hand: a real client, which says what a test wants at one point."""
 
-    def __init__(self, desk, prepared):
-        self.terms, self.desk = prepared.terms, desk
+    def __init__(self, inbox, prepared):
+        self.terms, self.inbox = prepared.serializer, inbox
         self.client = next(client for client in prepared.clients if client.name == EVIL)
-        self.lane = RequestChannel(Direct(EVIL, desk.answer), LINK, 0, LIMIT)
+        self.channel = RequestChannel(Direct(EVIL, inbox.answer), KEY, 0, LIMIT)
         self.refusals = []
 
     def ask(self, message):
         return self.ask_bytes(self.terms.to_bytes(message))
 
     def ask_bytes(self, frame):
-        answer = self.terms.from_bytes(self.lane.ask(frame, 20))
+        answer = self.terms.from_bytes(self.channel.ask(frame, 20))
         if isinstance(answer, Refused):
             self.refusals.append(answer)
         return answer
@@ -93,9 +92,9 @@ class Hand:
                 self.client.install(order)
                 order = Next(client=EVIL)
             elif isinstance(order, Evaluate):
-                for index in range(self.client.held_out_batches):
-                    self.client.held_out_head(self.ask(self.client.held_out(index)))
-                order = self.client.evaluation()
+                for index in range(len(self.client.held_out)):
+                    self.client.held_out.head(self.ask(self.client.held_out.forward(index)))
+                order = self.client.held_out.result()
             else:
                 assert isinstance(order, Wait | Stop | Refused)
                 order = Next(client=EVIL)
@@ -220,8 +219,8 @@ def test_a_misdeed_is_refused_by_name_and_costs_its_sender_the_round_and_nobody_
     at, misdeed, error = MISDEEDS[name]
     hands = []
 
-    def play_evil(desk, prepared):
-        hands.append(Hand(desk, prepared))
+    def play_evil(inbox, prepared):
+        hands.append(Hand(inbox, prepared))
         hands[0].play(misdeed, at)
 
     prepared = federation(tiny_llama, text, CUTS, training=TRAINING)
@@ -240,7 +239,7 @@ def test_a_misdeed_changes_nothing_of_what_the_others_learn(tiny_llama, text):
     training, (_, spoil, _) = {"rounds": 1, "steps": 3}, MISDEEDS["NaN in a gradient"]
     outcome = deployed(
         federation(tiny_llama, text, CUTS, training=training),
-        impostors={EVIL: lambda desk, parties: Hand(desk, parties).play(spoil, "head")},
+        impostors={EVIL: lambda inbox, parties: Hand(inbox, parties).play(spoil, "head")},
     )  # fmt: skip
     prepared = federation(tiny_llama, text, CUTS, training=training)
     prepared = type(prepared)(**{
@@ -255,62 +254,62 @@ def test_a_misdeed_changes_nothing_of_what_the_others_learn(tiny_llama, text):
 
 
 @pytest.fixture
-def desk(tiny_llama, text):
+def inbox(tiny_llama, text):
     prepared = federation(tiny_llama, text, CUTS, training=TRAINING)
-    return Inbox(["client-1", "client-2"], LINK, prepared.terms, LIMIT, BATCH_TOKENS), prepared.terms
+    return Inbox(["client-1", "client-2"], KEY, prepared.serializer, LIMIT, BATCH_TOKENS), prepared.serializer
 
 
-def answered(desk, terms, data, site="client-1"):
-    return terms.from_bytes(Envelope.from_bytes(desk.answer(site, data), LINK, LIMIT).frame)
+def answered(inbox, terms, data, site="client-1"):
+    return terms.from_bytes(Envelope.from_bytes(inbox.answer(site, data), KEY, LIMIT).frame)
 
 
-def test_a_message_that_comes_again_gets_the_same_answer_and_is_not_heard_twice(desk):
-    desk, terms = desk
-    data = Envelope(LINK, 0, 0, terms.to_bytes(hello("client-1"))).to_bytes()
-    first = desk.answer("client-1", data)
-    assert desk.answer("client-1", data) == first
-    assert len(desk.take(0, 0)) == 1
+def test_a_message_that_comes_again_gets_the_same_answer_and_is_not_heard_twice(inbox):
+    inbox, terms = inbox
+    data = Envelope(KEY, 0, 0, terms.to_bytes(hello("client-1"))).to_bytes()
+    first = inbox.answer("client-1", data)
+    assert inbox.answer("client-1", data) == first
+    assert len(inbox.take(0, 0)) == 1
 
 
 @pytest.mark.parametrize("number", [1, 5, 2**63])
-def test_a_number_that_is_not_due_is_refused(desk, number):
-    desk, terms = desk
-    answer = answered(desk, terms, Envelope(LINK, 0, number, terms.to_bytes(hello("client-1"))).to_bytes())
-    assert (answer.error, isinstance(desk.take(0, 0)[0], Fault)) == ("RepeatError", True)
+def test_a_number_that_is_not_due_is_refused(inbox, number):
+    inbox, terms = inbox
+    answer = answered(inbox, terms, Envelope(KEY, 0, number, terms.to_bytes(hello("client-1"))).to_bytes())
+    assert (answer.error, isinstance(inbox.take(0, 0)[0], Fault)) == ("RepeatError", True)
 
 
-def test_an_older_message_played_back_is_refused(desk):
-    desk, terms = desk
-    ask = [Envelope(LINK, 0, n, terms.to_bytes(Next(client="client-1"))).to_bytes() for n in range(2)]
+def test_an_older_message_played_back_is_refused(inbox):
+    inbox, terms = inbox
+    ask = [Envelope(KEY, 0, n, terms.to_bytes(Next(client="client-1"))).to_bytes() for n in range(2)]
     for data in ask:
-        desk.answer("client-1", data)
-    assert answered(desk, terms, ask[0]).error == "RepeatError"
+        inbox.answer("client-1", data)
+    assert answered(inbox, terms, ask[0]).error == "RepeatError"
 
 
-def test_another_message_under_a_used_number_is_refused(desk):
-    desk, terms = desk
-    desk.answer("client-1", Envelope(LINK, 0, 0, terms.to_bytes(Next(client="client-1"))).to_bytes())
-    again = Envelope(LINK, 0, 0, terms.to_bytes(hello("client-1"))).to_bytes()
-    assert answered(desk, terms, again).error == "RepeatError"
+def test_another_message_under_a_used_number_is_refused(inbox):
+    inbox, terms = inbox
+    inbox.answer("client-1", Envelope(KEY, 0, 0, terms.to_bytes(Next(client="client-1"))).to_bytes())
+    again = Envelope(KEY, 0, 0, terms.to_bytes(hello("client-1"))).to_bytes()
+    assert answered(inbox, terms, again).error == "RepeatError"
 
 
-def test_a_message_of_another_link_is_refused(desk):
-    desk, terms = desk
+def test_a_message_of_another_session_is_refused(inbox):
+    inbox, terms = inbox
     data = Envelope(bytes(16), 0, 0, terms.to_bytes(hello("client-1"))).to_bytes()
-    assert answered(desk, terms, data).error == "RepeatError"
+    assert answered(inbox, terms, data).error == "RepeatError"
 
 
-def test_who_is_no_site_of_the_run_is_refused(desk):
-    desk, terms = desk
-    data = Envelope(LINK, 0, 0, terms.to_bytes(hello("client-9"))).to_bytes()
-    assert answered(desk, terms, data, "client-9").error == "ProtocolError"
+def test_who_is_no_site_of_the_run_is_refused(inbox):
+    inbox, terms = inbox
+    data = Envelope(KEY, 0, 0, terms.to_bytes(hello("client-9"))).to_bytes()
+    assert answered(inbox, terms, data, "client-9").error == "ProtocolError"
 
 
-def test_a_message_over_the_limit_is_refused_before_it_is_read(desk):
-    desk, terms = desk
-    data = Envelope(LINK, 0, 0, bytes(10 * LIMIT)).to_bytes()
+def test_a_message_over_the_limit_is_refused_before_it_is_read(inbox):
+    inbox, terms = inbox
+    data = Envelope(KEY, 0, 0, bytes(10 * LIMIT)).to_bytes()
     tracemalloc.start()
-    answer = answered(desk, terms, data)
+    answer = answered(inbox, terms, data)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert answer.error == "WireError"
@@ -318,29 +317,29 @@ def test_a_message_over_the_limit_is_refused_before_it_is_read(desk):
 
 
 @pytest.mark.parametrize("length", [0, 1, 31, 32, 100])
-def test_bytes_that_are_no_message_are_refused(desk, length):
-    desk, terms = desk
-    assert answered(desk, terms, bytes(length)).error in ("WireError", "RepeatError")
+def test_bytes_that_are_no_message_are_refused(inbox, length):
+    inbox, terms = inbox
+    assert answered(inbox, terms, bytes(length)).error in ("WireError", "RepeatError")
 
 
-def test_a_site_does_not_take_the_answer_to_another_message(desk):
-    desk, terms = desk
+def test_a_site_does_not_take_the_answer_to_another_message(inbox):
+    inbox, terms = inbox
 
     class Wrong:
         def ask(self, data, within_s):
-            return Envelope(LINK, 0, 3, terms.to_bytes(Wait())).to_bytes()
+            return Envelope(KEY, 0, 3, terms.to_bytes(Wait())).to_bytes()
 
     with pytest.raises(WireError, match="the answer to message 3 came"):
-        RequestChannel(Wrong(), LINK, 0, LIMIT).ask(terms.to_bytes(Next(client="client-1")), 1)
+        RequestChannel(Wrong(), KEY, 0, LIMIT).ask(terms.to_bytes(Next(client="client-1")), 1)
 
 
-def test_two_threads_that_send_the_same_message_are_answered_alike(desk):
-    desk, terms = desk
-    data = Envelope(LINK, 0, 0, terms.to_bytes(hello("client-1"))).to_bytes()
+def test_two_threads_that_send_the_same_message_are_answered_alike(inbox):
+    inbox, terms = inbox
+    data = Envelope(KEY, 0, 0, terms.to_bytes(hello("client-1"))).to_bytes()
     answers: list[bytes] = []
 
     def ask():
-        answers.append(desk.answer("client-1", data))
+        answers.append(inbox.answer("client-1", data))
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
@@ -348,4 +347,4 @@ def test_two_threads_that_send_the_same_message_are_answered_alike(desk):
     for thread in threads:
         thread.join()
     assert len(set(answers)) == 1
-    assert len(desk.take(0, 0)) == 1
+    assert len(inbox.take(0, 0)) == 1

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from splitft.deploy.manifest import Parts, manifest_of, needed, verify
+from splitft.deploy.manifest import ParameterNames, manifest_of, needed, verify
 from splitft.errors import ForbiddenError
 from splitft.geometry import Span
 from splitft.model import open_model
@@ -26,7 +26,7 @@ def sharded(tmp_path_factory, tiny_llama):
 
 
 def files_at(model, cut: int) -> tuple[str, ...]:
-    return needed(model, Parts.of(model, head=True), cut)
+    return needed(model, ParameterNames.of(model, head=True), cut)
 
 
 def copied(model, to):
@@ -52,8 +52,8 @@ def test_a_client_needs_the_shards_of_its_blocks_and_no_others(sharded, cut):
 
 
 def test_a_client_without_the_head_needs_less(sharded):
-    with_head = Parts.of(sharded, head=True).at(1)
-    without = Parts.of(sharded, head=False).at(1)
+    with_head = ParameterNames.of(sharded, head=True).at(1)
+    without = ParameterNames.of(sharded, head=False).at(1)
     assert set(without) < set(with_head)
     assert any("embed_tokens" in name for name in without)
     assert not any(name.startswith("model.norm") for name in without)
@@ -71,7 +71,7 @@ def test_a_segment_reads_no_other_tensors_than_those_foretold(sharded):
     checkpoint = Listening(sharded.path, sharded.checkpoint.fetch, sharded.checkpoint.prefixes)
     object.__setattr__(sharded, "checkpoint", checkpoint)
     sharded.segment(Span(0, 2), embedding=True, head=True)
-    assert read == set(Parts.of(sharded, head=True).at(2))
+    assert read == set(ParameterNames.of(sharded, head=True).at(2))
 
 
 def test_a_manifest_has_every_file_with_its_hash(sharded):

@@ -1,1 +1,1 @@
-"""The same client and server over a network: sites that ask, a server that answers, and what carries it."""
+"""The same run over a network: sites send requests, a server answers, a transport carries the messages."""

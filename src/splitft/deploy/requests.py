@@ -1,12 +1,16 @@
-"""Numbered messages: what is lost is sent again, what comes twice changes nothing.
+"""Send numbered requests over a transport that may lose, delay or repeat messages.
 
-    "SPFE" | version u16 | lane u16 | number u64 | link 16 bytes | frame
+    client: Pipeline -> RequestChannel --ask(bytes)--> Transport --answer(site, bytes)--> server: ReplyCache
+    message: "SPFE" | version u16 | channel u16 | number u64 | session key 16 bytes | frame
 
-A client numbers its messages on each of its lanes from 0, and sends the next when it has the answer to the
-last. The server keeps, by site and lane, the last number, a digest of the message and its answer: the same
-message again gets the same answer and is not worked on twice, another one under that number is refused, and
-so is a number that is not due. The link is a secret of one link of the job chain, so that nothing recorded
-in another link can be played back.
+A client numbers its requests on each channel from 0, and sends the next one after it has the reply to the
+last. The server keeps the last number, a digest of the request and the reply for each site and channel. The
+same request again gets the same reply and is not processed twice. Another request under that number is
+refused, and so is a number that is not the next one. The session key is a secret of one session of the run,
+so that messages recorded in another session cannot be replayed.
+
+The transport must not invent the sender: `Answer` gets the site's name from the transport's certificates.
+Transports: `flare.transport` over NVIDIA FLARE, and `Direct` in this process.
 """
 
 from __future__ import annotations
@@ -15,136 +19,209 @@ import hashlib
 import hmac
 import struct
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from threading import Lock
+from typing import Protocol
 
-from splitft.deploy.transport import Transport
-from splitft.errors import CarrierError, RepeatError, WireError
+from splitft.errors import RepeatError, TransportError, WireError
 
 MAGIC = b"SPFE"
 VERSION = 1
-LINK_BYTES = 16
-LANES = 64
-"""Lanes that a client may use at most: batches in flight and its sign of life."""
+CHANNELS = 64
+"""Most channels of a client: one for each micro-batch in flight, and one for its heartbeat."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+"""Pause before a request is sent again; it doubles each time."""
 
 _HEAD = struct.Struct("<4sHHQ16s")
+
+Answer = Callable[[str, bytes], bytes]
+"""The server's side of a transport: the sender's certified name and its message -> the reply."""
+
+
+class Transport(Protocol):
+    """The client's side of a transport."""
+
+    def ask(self, data: bytes, within_s: float) -> bytes:
+        """Carry the message to the server and return its reply.
+
+        Raises TransportError if none comes within that time; the server may have received the message.
+        """
+
+
+class Direct:
+    """A transport within this process, for tests and for benchmarks without a network."""
+
+    def __init__(self, site: str, answer: Answer) -> None:
+        self._site, self._answer = site, answer
+
+    def ask(self, data: bytes, within_s: float) -> bytes:
+        """Call the server on the caller's thread."""
+        return self._answer(self._site, data)
 
 
 @dataclass(frozen=True)
 class Envelope:
     """One numbered message."""
 
-    link: bytes
-    """Secret of this link of the chain."""
-    lane: int
-    """Which of the client's lanes."""
+    session_key: bytes
+    """Secret of this session of the run."""
+    channel: int
+    """Number of the client's channel."""
     number: int
-    """Its place on the lane, from 0."""
+    """Position on the channel, from 0."""
     frame: bytes
-    """What it says; `protocol.Terms` reads it."""
+    """Content, read by `protocol.MessageSerializer`."""
 
     def to_bytes(self) -> bytes:
-        """As it travels."""
-        return _HEAD.pack(MAGIC, VERSION, self.lane, self.number, self.link) + self.frame
+        """Return the message as it is sent."""
+        return _HEAD.pack(MAGIC, VERSION, self.channel, self.number, self.session_key) + self.frame
 
     @classmethod
-    def from_bytes(cls, data: bytes, link: bytes, limit: int) -> Envelope:
-        """Read one of at most `limit` bytes. Raises WireError that says what is wrong with it."""
+    def from_bytes(cls, data: bytes, session_key: bytes, limit: int) -> Envelope:
+        """Read a message with a frame of at most `limit` bytes. Raises WireError that says what is wrong."""
         if len(data) > limit + _HEAD.size:
             raise WireError(f"a message of {len(data)} bytes is over the limit of {limit}")
         if len(data) < _HEAD.size:
             raise WireError(f"{len(data)} bytes are too few for a numbered message")
-        magic, version, lane, number, secret = _HEAD.unpack_from(data)
+        magic, version, channel, number, key = _HEAD.unpack_from(data)
         if magic != MAGIC or version != VERSION:
             raise WireError(f"not a numbered message of version {VERSION}: {magic!r}, version {version}")
-        if not hmac.compare_digest(secret, link):
-            raise RepeatError("the message belongs to another link of the run")
-        if lane >= LANES:
-            raise WireError(f"lane {lane} of a client; there are {LANES}")
-        return cls(link, lane, number, data[_HEAD.size :])
+        if not hmac.compare_digest(key, session_key):
+            raise RepeatError("the message belongs to another session of the run")
+        if channel >= CHANNELS:
+            raise WireError(f"channel {channel} of a client; there are {CHANNELS}")
+        return cls(session_key, channel, number, data[_HEAD.size :])
 
     @classmethod
-    def claimed(cls, data: bytes, link: bytes) -> Envelope:
-        """An empty one in the place that a message claims; in the first place if it claims none."""
+    def for_refusal(cls, data: bytes, session_key: bytes) -> Envelope:
+        """Return an empty message with the channel and number of an invalid one, or 0 and 0."""
         try:
-            return cls.from_bytes(data[: _HEAD.size], link, 0)
+            return cls.from_bytes(data[: _HEAD.size], session_key, 0)
         except WireError:
-            return cls(link, 0, 0, b"")
+            return cls(session_key, 0, 0, b"")
 
 
 class RequestChannel:
-    """The client's side of one lane: asks until it is answered."""
+    """One channel of a client: sends a request until it is answered, then the next."""
 
-    def __init__(self, carrier: Transport, link: bytes, lane: int, limit: int) -> None:
-        self._carrier, self._link, self._lane, self._limit = carrier, link, lane, limit
+    def __init__(self, transport: Transport, session_key: bytes, channel: int, limit: int) -> None:
+        self._transport, self._key, self._channel, self._limit = transport, session_key, channel, limit
         self._number = 0
 
     def ask(self, frame: bytes, within_s: float) -> bytes:
-        """Send, again and again if need be, until the answer is here.
+        """Send a frame, again if need be, and return the frame of the reply.
 
-        Raises CarrierError if the time is up, WireError if what comes is not the answer to this message.
+        Raises TransportError after `within_s` without a reply, WireError for a reply to another request.
         """
-        data = Envelope(self._link, self._lane, self._number, frame).to_bytes()
-        until = time.monotonic() + within_s
-        pause_s = 0.1
+        data = Envelope(self._key, self._channel, self._number, frame).to_bytes()
+        deadline = time.monotonic() + within_s
+        pause_s = FIRST_PAUSE_S
         while True:
             try:
-                answer = self._carrier.ask(data, max(1.0, until - time.monotonic()))
+                answer = self._transport.ask(data, max(1.0, deadline - time.monotonic()))
                 break
-            except CarrierError:
-                if time.monotonic() + pause_s > until:
+            except TransportError:
+                if time.monotonic() + pause_s > deadline:
                     raise
                 time.sleep(pause_s)
-                pause_s = min(2 * pause_s, 5.0)
-        envelope = Envelope.from_bytes(answer, self._link, self._limit)
-        if (envelope.lane, envelope.number) != (self._lane, self._number):
-            raise RepeatError(f"the answer to message {envelope.number} came, {self._number} was asked")
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        reply = Envelope.from_bytes(answer, self._key, self._limit)
+        if (reply.channel, reply.number) != (self._channel, self._number):
+            raise RepeatError(f"the answer to message {reply.number} came, {self._number} was asked")
         self._number += 1
-        return envelope.frame
+        return reply.frame
+
+
+class Pipeline:
+    """Several requests of one client in flight, each on a channel of its own; replies in the order sent.
+
+        channel 0   send ----------> reply        the client works on the replies that have come
+        channel 1        send -----------> reply  while the others are in flight
+
+    Only the sending runs in other threads. Requests are made and replies used by the client alone, in an
+    order that neither the network nor the server can change.
+    """
+
+    def __init__(self, channels: Sequence[RequestChannel], patience_s: float) -> None:
+        self._free, self._patience_s = deque(channels), patience_s
+        self._in_flight: deque[tuple[RequestChannel, Future[bytes]]] = deque()
+        self._threads = ThreadPoolExecutor(len(channels), thread_name_prefix="channel")
+
+    def __len__(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def full(self) -> bool:
+        """Whether every channel waits for a reply."""
+        return not self._free
+
+    def send(self, frame: bytes) -> None:
+        """Send on a free channel; there must be one."""
+        channel = self._free.popleft()
+        self._in_flight.append((channel, self._threads.submit(channel.ask, frame, self._patience_s)))
+
+    def reply(self) -> bytes:
+        """Wait for the reply to the oldest request. Raises what `RequestChannel.ask` raises."""
+        channel, future = self._in_flight.popleft()
+        try:
+            return future.result()
+        finally:
+            self._free.append(channel)
+
+    def drain(self) -> None:
+        """Wait for the replies to all requests in flight and discard them, so that every channel is free."""
+        wait([future for _, future in self._in_flight])
+        self._free.extend(channel for channel, _ in self._in_flight)
+        self._in_flight.clear()
+
+    def close(self) -> None:
+        """Send no more requests; those in flight may still end."""
+        self._threads.shutdown(wait=False)
 
 
 @dataclass
-class _Last:
-    """The last message of one lane."""
+class _Request:
+    """The last request of one channel."""
 
     number: int
     digest: bytes
-    answer: Future[bytes]
+    reply: Future[bytes]
 
 
 class ReplyCache:
-    """The server's side of one site's lanes: a message is worked on once, answered as often as it comes."""
+    """The server's side of one site's channels: processes a request once, answers it as often as it comes."""
 
     def __init__(self) -> None:
-        self._last: dict[int, _Last] = {}
+        self._last: dict[int, _Request] = {}
         self._lock = Lock()
 
     def answer(
         self, envelope: Envelope, work: Callable[[bytes], bytes], workers: Executor, within_s: float
     ) -> bytes:
-        """The answer to this message: from `work` if it is new, otherwise as it was or will be given.
+        """Return the reply to a request: from `work` if the request is new, else the earlier reply.
 
-        Raises RepeatError if it cannot come now, CarrierError if it is still worked on after `within_s`.
+        Raises RepeatError if the number is not due, TransportError if `work` takes longer than `within_s`.
         """
         digest = hashlib.sha256(envelope.frame).digest()
         with self._lock:
-            last = self._last.get(envelope.lane)
+            last = self._last.get(envelope.channel)
             due = 0 if last is None else last.number + 1
             if last is not None and envelope.number == last.number:
                 if digest != last.digest:
                     raise RepeatError(f"message {envelope.number} comes again with other content")
             elif envelope.number != due:
                 raise RepeatError(f"message {envelope.number} comes where {due} is due")
-            elif last is not None and not last.answer.done():
+            elif last is not None and not last.reply.done():
                 raise RepeatError(f"message {envelope.number} comes before {last.number} is answered")
             else:
-                answer = workers.submit(work, envelope.frame)
-                last = self._last[envelope.lane] = _Last(envelope.number, digest, answer)
+                reply = workers.submit(work, envelope.frame)
+                last = self._last[envelope.channel] = _Request(envelope.number, digest, reply)
         try:
-            frame = last.answer.result(timeout=within_s)
+            frame = last.reply.result(timeout=within_s)
         except FutureTimeoutError as error:
-            raise CarrierError(f"message {envelope.number} is still being worked on") from error
-        return Envelope(envelope.link, envelope.lane, envelope.number, frame).to_bytes()
+            raise TransportError(f"message {envelope.number} is still being processed") from error
+        return Envelope(envelope.session_key, envelope.channel, envelope.number, frame).to_bytes()

@@ -1,10 +1,12 @@
-"""The supervisor of a run: starts one link after the other until all rounds are trained.
+"""Supervise a run over a federation: start one session after the other until all rounds are trained.
 
-    enough sites there --submit--> link runs --------------------------> finished
-        ^                           |  a site that was away is connected: make room, after this round
-        +---------------------------+  ended early, died, or the whole server did     stopped by hand: no more
+    enough sites connected --submit--> session --+--> finished, or stopped by the operator
+           ^                                     |
+           +-- a site can join, or it failed ----+
 
-What a link leaves is the last finished round, so the supervisor itself keeps nothing and may be started anew.
+A session ends after the current round when an absent site has connected. It also ends when too few sites are
+left, when its job dies, or with the server. The next session goes on after the last finished round. The
+supervisor keeps no state of its own and can be restarted at any time.
 """
 
 from __future__ import annotations
@@ -19,152 +21,145 @@ from typing import Any, Protocol, TypeVar
 from splitft.errors import DeployError
 
 T = TypeVar("T")
+OnStatus = Callable[[str, Mapping[str, Any]], None]
+"""Called with the session's id and its status, every `POLL_S`."""
 POLL_S = 1.0
 UNANSWERED_S = 60.0
-"""A job that is said to run and answers nothing for so long is given up."""
-FRUITLESS = 5
-"""Links without a finished round, one after the other, after which the run is given up."""
+"""A session is given up after its status was unavailable for this long."""
+MAX_FRUITLESS = 5
+"""Consecutive sessions without a finished round after which the run is given up."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What came of a link."""
+    """Result of a session."""
 
     rounds: int
-    """Rounds of the run that are safe."""
+    """Finished rounds of the run."""
     finished: bool = False
-    """Whether these are all."""
+    """Whether these are all rounds."""
     stopped: bool = False
-    """Whether whoever runs the federation has stopped the run."""
+    """Whether the operator has stopped the run."""
 
 
 class Engine(Protocol):
-    """A running federation, as the supervisor sees it. Raises DeployError while its server is away."""
+    """A running federation. Every method raises DeployError while its server is away."""
 
     def connected(self) -> set[str]:
-        """Sites that are connected now."""
+        """Return the sites that are connected now."""
 
-    def submit_link(self) -> str:
-        """Start a link; returns its name."""
+    def submit_session(self) -> str:
+        """Start a session; returns its id."""
 
-    def state(self, link: str) -> tuple[bool, Mapping[str, Any] | None]:
-        """Whether it has ended, and else what it tells of itself, if it does."""
+    def state(self, session: str) -> tuple[bool, Mapping[str, Any] | None]:
+        """Return whether the session has ended and, if it runs, its status if known."""
 
-    def make_room(self, link: str) -> None:
-        """Let it end after the round underway."""
+    def make_room(self, session: str) -> None:
+        """End the session after the current round, so that absent sites can join the next."""
 
-    def give_up(self, link: str) -> None:
-        """Stop it."""
+    def give_up(self, session: str) -> None:
+        """Abort the session."""
 
-    def ending(self, link: str) -> Ending:
-        """After its end: what came of it."""
+    def ending(self, session: str) -> Ending:
+        """Return the result of a session that has ended."""
 
 
 def supervise(
-    federation: Engine,
+    engine: Engine,
     sites: tuple[str, ...],
     min_clients: int,
-    gather_s: float,
+    join_s: float,
     say: Callable[[str], None],
-    tell: Callable[[str, Mapping[str, Any]], None] | None = None,
+    on_status: OnStatus | None = None,
 ) -> Ending:
-    """Run links until all rounds are trained, or somebody stops the run; returns how the last one ended.
+    """Run sessions until all rounds are trained or the run is stopped; returns how the last one ended.
 
-    Raises DeployError if link after link ends without a finished round.
+    Raises DeployError if session after session ends without a finished round.
     """
-    links, fruitless, done = 0, 0, -1
+    sessions, fruitless, rounds = 0, 0, -1
     while True:
-        present = _await_sites(federation, sites, min_clients, gather_s, say)
-        link = _insist(federation.submit_link, "submit the next link")
-        links += 1
-        say(f"link {links}: {', '.join(sorted(present))}")
-        _follow(federation, link, say, tell)
-        ending = _insist(partial(federation.ending, link), "read what came out")
+        present = _await_sites(engine, sites, min_clients, join_s, say)
+        session = _retry(engine.submit_session, "submit the next session")
+        sessions += 1
+        say(f"session {sessions}: {', '.join(sorted(present))}")
+        _follow(engine, session, say, on_status)
+        ending = _retry(partial(engine.ending, session), "read the session's result")
         if ending.finished or ending.stopped:
             return ending
-        fruitless = fruitless + 1 if ending.rounds <= done else 0
-        done = max(done, ending.rounds)
-        say(f"link {links} ended after round {ending.rounds}")
-        if fruitless >= FRUITLESS:
+        fruitless = fruitless + 1 if ending.rounds <= rounds else 0
+        rounds = max(rounds, ending.rounds)
+        say(f"session {sessions} ended after round {ending.rounds}")
+        if fruitless >= MAX_FRUITLESS:
             raise DeployError(
-                f"{FRUITLESS} links in a row ended without a finished round; see the logs of the server and "
-                "the sites, mend what they say, and start the run again: it goes on after round "
+                f"{MAX_FRUITLESS} sessions in a row ended without a finished round; see the logs of the "
+                "server and the sites, correct the cause, and start the run again: it goes on after round "
                 f"{ending.rounds}"
             )
 
 
 def _await_sites(
-    federation: Engine,
-    sites: tuple[str, ...],
-    min_clients: int,
-    gather_s: float,
-    say: Callable[[str], None],
+    engine: Engine, sites: tuple[str, ...], min_clients: int, join_s: float, say: Callable[[str], None]
 ) -> set[str]:
-    """Wait for all sites for a while, and then for as many as the run needs."""
-    until, told = time.monotonic() + gather_s, False
+    """Wait for all sites for `join_s`, then for `min_clients`; returns those that are connected."""
+    deadline, announced = time.monotonic() + join_s, False
     while True:
         try:
-            present = federation.connected() & set(sites)
+            present = engine.connected() & set(sites)
         except DeployError as error:
             logger.info("%s", error)
             present = set()
-        enough, late = len(present) >= max(1, min_clients), time.monotonic() > until
+        enough, late = len(present) >= max(1, min_clients), time.monotonic() > deadline
         if len(present) == len(sites) or (enough and late):
             return present
-        if late and not told:
-            told = True
+        if late and not announced:
+            announced = True
             say(f"paused: {len(present)} of {len(sites)} sites are connected, {min_clients} are needed")
         time.sleep(POLL_S)
 
 
-def _follow(
-    federation: Engine,
-    link: str,
-    say: Callable[[str], None],
-    tell: Callable[[str, Mapping[str, Any]], None] | None,
-) -> None:
-    """Until the link has ended; makes room for who can join."""
-    answered, asked = time.monotonic(), False
+def _follow(engine: Engine, session: str, say: Callable[[str], None], on_status: OnStatus | None) -> None:
+    """Poll a session until it has ended, and let absent sites join."""
+    answered, room_made = time.monotonic(), False
     while True:
         time.sleep(POLL_S)
         try:
-            ended, status = federation.state(link)
+            ended, status = engine.state(session)
             if ended:
                 return
             if status:
                 answered = time.monotonic()
-                if tell is not None:
-                    tell(link, status)
-                back = _can_join(status) & federation.connected() if not asked else set()
-                if back:
-                    asked = True
-                    say(f"{', '.join(sorted(back))} can join after this round")
-                    federation.make_room(link)
+                if on_status is not None:
+                    on_status(session, status)
+                joining = _can_join(status) & engine.connected() if not room_made else set()
+                if joining:
+                    room_made = True
+                    say(f"{', '.join(sorted(joining))} can join after this round")
+                    engine.make_room(session)
         except DeployError as error:
             logger.info("%s", error)
         if time.monotonic() - answered > UNANSWERED_S:
-            say("the link does not answer; starting the next")
+            say("the session does not answer; starting the next")
             try:
-                federation.give_up(link)
+                engine.give_up(session)
             except DeployError as error:
                 logger.info("%s", error)
             return
 
 
 def _can_join(status: Mapping[str, Any]) -> set[str]:
-    """Sites without a living process in this link: away since its start, or lost since."""
+    """Return the sites without a live process in this session: absent from its start, or lost since."""
     if not status.get("started"):
         return set()
     return {site["name"] for site in status.get("sites", ()) if site["state"] in ("away", "lost")}
 
 
-def _insist(do: Callable[[], T], what: str) -> T:
-    """Do it as soon as the server answers."""
+def _retry(call: Callable[[], T], purpose: str) -> T:
+    """Call until the server answers."""
     while True:
         try:
-            return do()
+            return call()
         except DeployError as error:
-            logger.info("cannot %s yet: %s", what, error)
+            logger.info("cannot %s yet: %s", purpose, error)
             time.sleep(POLL_S)

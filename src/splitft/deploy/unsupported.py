@@ -1,81 +1,67 @@
-"""What a run may ask for that is to be deployed, and why not the rest.
+"""The settings that cannot be deployed, each with the reason and what to give instead.
 
-    configuration --check_deployable--> nothing, or DeployError: what was found, why it does not go, what does
+    RunConfig --check_deployable--> nothing, or DeployError with every reason
 
-Most of a configuration means the same wherever the clients are. What is refused needs all clients in one
-place or in step, or a memory that a site would have to bring back after it was away.
+Most settings mean the same in simulation and in deployment. Those below need all clients in one place or in
+step, or a memory that a site would have lost when it returns. Facts about rules and codecs stand in
+`splitft.specs.rules` and `splitft.specs.codecs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from splitft.codecs import codec_of
-from splitft.codecs.error_feedback import Feedback
 from splitft.config import RunConfig
+from splitft.config.compatibility import Requirement
 from splitft.errors import DeployError
+from splitft.specs.codecs import ROLES, kind_of
 from splitft.specs.rules import RULES, rules_where
 from splitft.specs.wire import AUTO
-
-LEARNING = ("temporal", "principal")
-"""Codecs whose two ends must remember the same."""
 
 
 def check_deployable(config: RunConfig) -> None:
     """Raise DeployError, with every reason, if the run cannot be deployed."""
-    if found := [*_of_one_place(config), *_of_memory(config), *_of_codecs(config)]:
-        raise DeployError("; ".join(found))
+    found = [conflict for one in UNSUPPORTED for conflict in one.conflicts(config)]
+    if found:
+        raise DeployError("; ".join(f"{keys[0]}: {message}" for keys, message in found))
 
 
-def _of_one_place(config: RunConfig) -> Iterator[str]:
-    """What needs all clients in one place, or in step."""
-    if config.split.server_adapters != "per-client":
-        yield (
-            f"split.server_adapters: {config.split.server_adapters} needs all clients in step, and a "
-            "deployed run never waits for a site that is away; give per-client"
-        )
-    for found, what in (
-        (config.clients.pooled, "clients.pooled: the text of all clients in one place"),
-        (config.training.order == "in-turn", "training.order: in-turn"),
-        (
-            config.clients.cuts == "whole",
-            "clients.cuts: whole, by which clients step without a server,",
-        ),
-    ):
-        if found:
-            yield f"{what} is for simulation; a deployed run has no such thing yet"
-    if config.wire.chooses:
-        yield "wire: auto tries codecs on all clients' text in one place; name the codecs here"
+def _codecs_with_memory(config: RunConfig, memory: str) -> dict[str, str]:
+    """Return the codecs of a run that must remember earlier messages, by role."""
+    codecs = {role: str(getattr(config.wire, role)) for role in ROLES}
+    return {
+        role: codec for role, codec in codecs.items() if codec != AUTO and kind_of(codec).memory == memory
+    }
 
 
-def _of_memory(config: RunConfig) -> Iterator[str]:
-    """What a site would have to keep, and bring back after it was away."""
-    if not RULES[config.aggregate.rule].deployable:
-        yield (
-            f"aggregate.rule: {config.aggregate.rule} leaves a factor of its own with each client, and a "
-            "site of a deployed run keeps none from one link to the next yet; give one of "
-            + rules_where(lambda rule: rule.deployable)
-        )
-    if config.privacy.private_blocks:
-        yield (
-            "privacy.private_blocks: a site of a deployed run keeps no blocks of its own from one link to "
-            "the next yet; give 0"
-        )
+def _unordered_codecs(config: RunConfig) -> dict[str, str]:
+    """Return the codecs that need ordered messages where those of a step have no order."""
+    if min(config.training.micro_batches, config.training.in_flight) == 1:
+        return {}
+    found = _codecs_with_memory(config, "sender")
+    return {role: codec for role, codec in found.items() if role != "adapter"}
 
 
-def _of_codecs(config: RunConfig) -> Iterator[str]:
-    """Codecs that remember what a line has carried."""
-    in_flight = config.training.micro_batches > 1 and config.training.in_flight > 1
-    for role in ("hidden", "gradient", "adapter"):
-        codec = str(getattr(config.wire, role))
-        if codec.startswith(LEARNING):
-            yield (
-                f"wire.{role}: {codec} learns on both ends of a line, and a site that comes back knows "
-                "nothing of what was learnt; give another codec"
-            )
-        elif in_flight and role != "adapter" and codec != AUTO and isinstance(codec_of(codec), Feedback):
-            yield (
-                f"wire.{role}: {codec} makes good in a message what it left out of the last, and messages "
-                "of several micro-batches in flight have no order; give training.in_flight: 1, or another "
-                "codec"
-            )
+# fmt: off
+UNSUPPORTED = (
+    Requirement(("split.server_adapters",),
+        lambda c: c.split.server_adapters if c.split.server_adapters != "per-client" else "",
+        "{found} needs all clients in step, and a deployed run waits for no absent site; give per-client"),
+    Requirement(("clients.pooled",), lambda c: c.clients.pooled,
+        "true puts the text of all clients in one place, which is for simulation; give false"),
+    Requirement(("training.order",), lambda c: c.training.order == "in-turn",
+        "in-turn is for simulation; give together"),
+    Requirement(("clients.cuts",), lambda c: c.clients.cuts == "whole",
+        "whole lets clients train without a server, which is for simulation; give numbers or auto"),
+    Requirement(("wire",), lambda c: c.wire.chooses,
+        "auto tries codecs on the text of all clients in one place; name the codecs"),
+    Requirement(("aggregate.rule",), lambda c: "" if RULES[c.aggregate.rule].deployable else c.aggregate.rule,
+        lambda c: "{found} leaves factors of its own with each client, and a site keeps none between "
+        "sessions; give one of " + rules_where(lambda rule: rule.deployable)),
+    Requirement(("privacy.private_blocks",), lambda c: c.privacy.private_blocks,
+        "found {found}, but a site keeps no blocks of its own between sessions; give 0"),
+    Requirement(("wire.{index}",), lambda c: _codecs_with_memory(c, "both"),
+        "{found} learns on both ends, and a site that returns has lost what it learned; give another codec"),
+    Requirement(("wire.{index}",), _unordered_codecs,
+        "{found} adds to a message what it left out of the last, and messages of micro-batches in flight "
+        "have no order; give training.in_flight: 1, or another codec"),
+)
+# fmt: on

@@ -18,7 +18,7 @@ from far_sites import behind_a_line
 from laws.federations import largest_relative_difference
 from runs import invoke, settings_file, started
 from splitft.config import load
-from splitft.deploy import supervisor as chain
+from splitft.deploy import supervisor
 from splitft.deploy.flare import poc
 from splitft.deploy.flare.poc import run_poc
 from splitft.deploy.flare.provisioning import party_of
@@ -86,7 +86,7 @@ def test_with_two_parts_of_a_step_in_flight_and_a_cable_pulled_for_3_s_too(tmp_p
             lines[0].pull(3.0)
 
     monkeypatch.setattr(poc.Poc, "start", with_a_line)
-    monkeypatch.setattr(chain, "POLL_S", 0.05)  # so that events are heard of while their round goes on
+    monkeypatch.setattr(supervisor, "POLL_S", 0.05)  # so that events are heard of while their round goes on
     simulated, deployed = _both(
         tmp_path,
         tiny_llama,
@@ -132,7 +132,7 @@ def test_hidden_states_take_as_many_bytes_as_in_simulation(both):
         assert deployed["gradient"][way] == pytest.approx(simulated["gradient"][way], rel=0.01)
 
 
-def test_it_leaves_no_process_and_says_how_its_links_began_and_ended(both):
+def test_it_leaves_no_process_and_says_how_its_sessions_began_and_ended(both):
     _, deployed = both
     events = read_events(deployed.folder / "events.jsonl")
     assert [e.sites for e in events if e.event == "SessionStarted"] == [("client-1", "client-2", "client-3")]

@@ -13,7 +13,7 @@ import pytest
 from runs import started
 from splitft.deploy.flare.poc import free_port
 from splitft.deploy.flare.processes import Service, processes_of
-from splitft.deploy.flare.provisioning import provision, settle
+from splitft.deploy.flare.provisioning import prepare_kit, provision
 from splitft.errors import DeployError
 
 pytest.importorskip("nvflare")
@@ -41,12 +41,12 @@ def test_a_process_that_dies_is_started_again_and_sigterm_ends_all(tmp_path):
 
 def test_what_is_no_kit_is_said(tmp_path):
     with pytest.raises(DeployError, match="no startup kit"):
-        settle(tmp_path)
+        prepare_kit(tmp_path)
 
 
 def test_a_server_s_kit_keeps_its_jobs_to_itself(tmp_path):
     kit = provision(tmp_path / "kits", "localhost", free_port(), ["north"]).of("localhost")
-    assert settle(kit) == "server"
+    assert prepare_kit(kit) == "server"
     resources = (kit / "local" / "resources.json").read_text()
     assert "/tmp/nvflare" not in resources
     assert "splitft.deploy.flare.job." in resources

@@ -38,7 +38,7 @@ def change_software() -> None:
     from splitft.protocol import Activations, RoundStart
     from splitft.protocol.frame import Frame
 
-    honest, do = SiteSession._send, SiteSession._do
+    honest, do = SiteSession._send, SiteSession._carry_out
 
     def order(self, message):
         if isinstance(message, RoundStart):
@@ -51,12 +51,12 @@ def change_software() -> None:
         self.sent += 1
         if self.sent != 2:
             return honest(self, message)
-        frame = self._terms.pack(message, self._streams)
+        frame = self._serializer.pack(message, self._codec_state)
         fields, hidden = MISDEEDS[message.round - 1](dict(frame.fields), frame.tensors["hidden"])
-        self._flight.ask(Frame(frame.kind, fields, {**frame.tensors, "hidden": hidden}).to_bytes())
+        self._steps.send(Frame(frame.kind, fields, {**frame.tensors, "hidden": hidden}).to_bytes())
         return None
 
-    SiteSession._do, SiteSession._send = order, send
+    SiteSession._carry_out, SiteSession._send = order, send
 
 
 if any("client.worker_process" in word for word in sys.orig_argv):

@@ -1,4 +1,4 @@
-"""A deployed run over a network of threads: equal to its simulation, whatever the carrier or a site does."""
+"""A deployed run on threads equals its simulation, whatever the transport or a site does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from deploy.network import SPEC, KilledError, deployed, kind_of
 from laws.federations import Losing, federation, largest_relative_difference, play, write_text
-from splitft.errors import CarrierError, ModelError, PausedError
+from splitft.errors import ModelError, PausedError, TransportError
 from splitft.geometry import Span
 
 TRAINING = {"rounds": 2, "steps": 4}
@@ -43,43 +43,43 @@ def difference(one, other) -> float:
 class Faulty:
     """Loses requests and answers, and repeats requests, at random."""
 
-    def __init__(self, carrier, seed):
-        self._carrier, self._random = carrier, random.Random(seed)
+    def __init__(self, transport, seed):
+        self._transport, self._random = transport, random.Random(seed)
         self.faults = 0
 
     def ask(self, data, within_s):
         chance = self._random.random()
         if chance < 0.1:
             self.faults += 1
-            raise CarrierError("the request was lost")
-        answer = self._carrier.ask(data, within_s)
+            raise TransportError("the request was lost")
+        answer = self._transport.ask(data, within_s)
         if chance < 0.2:
             self.faults += 1
-            raise CarrierError("the answer was lost")
+            raise TransportError("the answer was lost")
         if chance < 0.3:
             self.faults += 1
-            assert self._carrier.ask(data, within_s) == answer
+            assert self._transport.ask(data, within_s) == answer
         return answer
 
 
 class Dying:
     """Is gone before it sends its n-th message of a kind, and sends nothing any more."""
 
-    def __init__(self, carrier, kind, nth):
-        self._carrier, self._kind, self._left = carrier, kind, nth
+    def __init__(self, transport, kind, nth):
+        self._transport, self._kind, self._left = transport, kind, nth
 
     def ask(self, data, within_s):
         self._left -= kind_of(data) == self._kind
         if self._left <= 0:
             raise KilledError("killed")
-        return self._carrier.ask(data, within_s)
+        return self._transport.ask(data, within_s)
 
 
 class Cut:
     """Its line is cut once, for some seconds, before its n-th message of a kind."""
 
-    def __init__(self, carrier, kind, nth, seconds):
-        self._carrier, self._kind, self._left, self._seconds = carrier, kind, nth, seconds
+    def __init__(self, transport, kind, nth, seconds):
+        self._transport, self._kind, self._left, self._seconds = transport, kind, nth, seconds
         self._until = 0.0
 
     def ask(self, data, within_s):
@@ -88,20 +88,20 @@ class Cut:
         if before > 0 >= self._left:
             self._until = time.monotonic() + self._seconds
         if time.monotonic() < self._until:
-            raise CarrierError("the line is cut")
-        return self._carrier.ask(data, within_s)
+            raise TransportError("the network is cut")
+        return self._transport.ask(data, within_s)
 
 
 class Slow:
     """Takes its time for every message with tensors."""
 
-    def __init__(self, carrier, seconds):
-        self._carrier, self._seconds = carrier, seconds
+    def __init__(self, transport, seconds):
+        self._transport, self._seconds = transport, seconds
 
     def ask(self, data, within_s):
         if len(data) > 2000:
             time.sleep(self._seconds)
-        return self._carrier.ask(data, within_s)
+        return self._transport.ask(data, within_s)
 
 
 def test_a_federation_on_threads_equals_its_simulation(parties, simulated):
@@ -150,8 +150,8 @@ def test_what_rounding_left_out_of_an_upload_is_made_good_as_in_simulation(tiny_
 def test_lost_and_repeated_messages_change_nothing(parties, simulated):
     made = []
 
-    def faulty(carrier):
-        made.append(Faulty(carrier, len(made)))
+    def faulty(transport):
+        made.append(Faulty(transport, len(made)))
         return made[-1]
 
     outcome = deployed(parties(), dict.fromkeys(EVERYONE, faulty))
@@ -167,7 +167,7 @@ def test_lost_and_repeated_messages_change_nothing(parties, simulated):
 )
 def test_who_dies_is_left_out_and_the_others_go_on(parties, kind, nth):
     spec = SPEC.model_copy(update={"silence_s": 1.5})
-    outcome = deployed(parties(), {"client-2": lambda carrier: Dying(carrier, kind, nth)}, spec)
+    outcome = deployed(parties(), {"client-2": lambda transport: Dying(transport, kind, nth)}, spec)
     assert outcome.error is None
     assert outcome.states("client-2") == ["lost"]
     assert outcome.participants()[-1] == ("client-1", "client-3")
@@ -180,7 +180,7 @@ def test_who_dies_changes_nothing_of_what_the_others_learn(tiny_llama, text):
     spec = SPEC.model_copy(update={"silence_s": 1.5})
     outcome = deployed(
         federation(tiny_llama, text, CUTS, training=training),
-        {"client-2": lambda carrier: Dying(carrier, "HeadGradient", 3)},
+        {"client-2": lambda transport: Dying(transport, "HeadGradient", 3)},
         spec,
     )
     prepared = federation(tiny_llama, text, CUTS, training=training)
@@ -197,10 +197,10 @@ def test_whose_line_was_cut_is_told_where_the_run_is_and_takes_part_again(tiny_l
     spec = SPEC.model_copy(update={"silence_s": 1.0})
     sections = {"training": {"rounds": 5, "steps": 4}, "aggregate": {"rule": rule}}
 
-    def cut(carrier):
-        return Cut(carrier, "HeadGradient", 3, 2.5)
+    def cut(transport):
+        return Cut(transport, "HeadGradient", 3, 2.5)
 
-    slow = {name: (lambda carrier: Slow(carrier, 0.1)) for name in ("client-1", "client-3")}
+    slow = {name: (lambda transport: Slow(transport, 0.1)) for name in ("client-1", "client-3")}
     outcome = deployed(federation(tiny_llama, text, CUTS, **sections), {"client-2": cut, **slow}, spec)
     assert outcome.error is None
     assert outcome.states("client-2") == ["lost", "back"], outcome.reasons("client-2")
@@ -217,7 +217,7 @@ def test_whose_line_was_cut_is_told_where_the_run_is_and_takes_part_again(tiny_l
 
 
 def test_a_line_that_is_cut_for_less_than_the_silence_allowed_costs_no_step(parties, simulated):
-    outcome = deployed(parties(), {"client-2": lambda carrier: Cut(carrier, "HeadGradient", 3, 2.0)})
+    outcome = deployed(parties(), {"client-2": lambda transport: Cut(transport, "HeadGradient", 3, 2.0)})
     assert outcome.error is None
     assert not outcome.of("SiteChanged")
     assert difference(outcome.state, simulated) < 1e-6
@@ -225,7 +225,7 @@ def test_a_line_that_is_cut_for_less_than_the_silence_allowed_costs_no_step(part
 
 def test_the_finished_steps_of_a_slow_site_count(parties):
     spec = SPEC.model_copy(update={"slack": 1.0, "patience_s": 1.0})
-    outcome = deployed(parties(steps=12), {"client-2": lambda carrier: Slow(carrier, 0.2)}, spec)
+    outcome = deployed(parties(steps=12), {"client-2": lambda transport: Slow(transport, 0.2)}, spec)
     assert outcome.error is None
     assert outcome.states("client-2") == ["late", "late"]
     assert outcome.participants() == [EVERYONE, EVERYONE]
@@ -236,7 +236,7 @@ def test_the_finished_steps_of_a_slow_site_count(parties):
 
 def test_with_too_few_sites_left_the_run_pauses(parties):
     spec = SPEC.model_copy(update={"silence_s": 1.5, "min_clients": 3})
-    outcome = deployed(parties(), {"client-2": lambda carrier: Dying(carrier, "HeadGradient", 3)}, spec)
+    outcome = deployed(parties(), {"client-2": lambda transport: Dying(transport, "HeadGradient", 3)}, spec)
     assert isinstance(outcome.error, PausedError)
     assert outcome.participants() == []
 
@@ -249,17 +249,17 @@ PARTS = {"micro_batches": 3, "in_flight": 2, "batch_size": 3}
 class Counting:
     """Counts how many steps' messages are underway at once; each takes its time."""
 
-    def __init__(self, carrier, counts):
-        self._carrier, self._counts, self._underway = carrier, counts, 0
+    def __init__(self, transport, counts):
+        self._transport, self._counts, self._underway = transport, counts, 0
 
     def ask(self, data, within_s):
         if kind_of(data) not in ("Activations", "HeadGradient"):
-            return self._carrier.ask(data, within_s)
+            return self._transport.ask(data, within_s)
         self._underway += 1
         self._counts.append(self._underway)
         try:
             time.sleep(0.01)
-            return self._carrier.ask(data, within_s)
+            return self._transport.ask(data, within_s)
         finally:
             self._underway -= 1
 
@@ -268,7 +268,8 @@ class Counting:
 def test_so_many_micro_batches_are_underway_at_once_and_nothing_changes(parties, simulated, in_flight):
     counts = []
     outcome = deployed(
-        parties(**PARTS | {"in_flight": in_flight}), {"client-1": lambda carrier: Counting(carrier, counts)}
+        parties(**PARTS | {"in_flight": in_flight}),
+        {"client-1": lambda transport: Counting(transport, counts)},
     )
     assert outcome.error is None
     assert not outcome.of("SiteChanged")
@@ -278,17 +279,17 @@ def test_so_many_micro_batches_are_underway_at_once_and_nothing_changes(parties,
 
 
 def test_lost_and_repeated_messages_of_several_micro_batches_change_nothing(parties, simulated):
-    carriers = {
-        name: (lambda carrier, seed=seed: Faulty(carrier, seed)) for seed, name in enumerate(EVERYONE)
+    transports = {
+        name: (lambda transport, seed=seed: Faulty(transport, seed)) for seed, name in enumerate(EVERYONE)
     }
-    outcome = deployed(parties(**PARTS), carriers)
+    outcome = deployed(parties(**PARTS), transports)
     assert outcome.error is None
     assert difference(outcome.state, simulated) < 1e-6
 
 
 def test_a_site_that_is_stopped_in_the_middle_of_a_divided_step_keeps_its_whole_steps(parties):
     spec = SPEC.model_copy(update={"slack": 1.0, "patience_s": 1.0})
-    outcome = deployed(parties(steps=12, **PARTS), {"client-2": lambda carrier: Slow(carrier, 0.1)}, spec)
+    outcome = deployed(parties(steps=12, **PARTS), {"client-2": lambda transport: Slow(transport, 0.1)}, spec)
     assert outcome.error is None
     assert outcome.states("client-2") == ["late", "late"]
     assert outcome.participants() == [EVERYONE, EVERYONE]
@@ -309,29 +310,29 @@ def moving(number, cuts):
 class CutUntil:
     """Its line is cut before its n-th message of a kind, until somebody says otherwise."""
 
-    def __init__(self, carrier, kind, nth, mended):
-        self._carrier, self._kind, self._left, self._mended = carrier, kind, nth, mended
+    def __init__(self, transport, kind, nth, mended):
+        self._transport, self._kind, self._left, self._mended = transport, kind, nth, mended
 
     def ask(self, data, within_s):
         if self._left > 0:
             self._left -= kind_of(data) == self._kind
         if self._left <= 0 and not self._mended.is_set():
-            raise CarrierError("the line is cut")
-        return self._carrier.ask(data, within_s)
+            raise TransportError("the network is cut")
+        return self._transport.ask(data, within_s)
 
 
 class Mending:
     """Lets a line be mended before its n-th message of a kind, and gives it a second to be heard."""
 
-    def __init__(self, carrier, kind, nth, mended):
-        self._carrier, self._kind, self._left, self._mended = carrier, kind, nth, mended
+    def __init__(self, transport, kind, nth, mended):
+        self._transport, self._kind, self._left, self._mended = transport, kind, nth, mended
 
     def ask(self, data, within_s):
         self._left -= kind_of(data) == self._kind
         if self._left <= 0 and not self._mended.is_set():
             self._mended.set()
             time.sleep(1.0)
-        return self._carrier.ask(data, within_s)
+        return self._transport.ask(data, within_s)
 
 
 @pytest.mark.parametrize("lost", ["client-1", "client-2"])  # to a deeper cut, to a shallower one
@@ -342,12 +343,12 @@ def test_whose_line_is_cut_when_it_has_moved_comes_back_at_its_old_cut_with_all_
     sections = {"training": {"rounds": 4, "steps": 3, "optimizer_state": "keep"}}
     spec = SPEC.model_copy(update={"silence_s": 1.0})
     mended = threading.Event()
-    carriers = {
-        lost: lambda carrier: CutUntil(carrier, "RoundReady", 2, mended),
-        "client-3": lambda carrier: Mending(carrier, "AdapterUpload", 2, mended),
+    transports = {
+        lost: lambda transport: CutUntil(transport, "RoundReady", 2, mended),
+        "client-3": lambda transport: Mending(transport, "AdapterUpload", 2, mended),
     }
     prepared = federation(tiny_llama, text, BY_ROUND[0], **sections)
-    outcome = deployed(prepared, carriers, spec, controller=moving, kept=tmp_path)
+    outcome = deployed(prepared, transports, spec, controller=moving, kept=tmp_path)
     assert outcome.error is None
     assert outcome.states(lost) == ["lost", "back"], outcome.reasons(lost)
     others = tuple(name for name in EVERYONE if name != lost)
@@ -379,7 +380,7 @@ def test_a_site_that_cannot_load_its_new_blocks_costs_nobody_time_and_is_back_in
     assert time.monotonic() - began < SPEC.join_s / 4
     assert outcome.error is None
     assert outcome.states("client-1") == ["refused", "back"]
-    assert "client-1 did not manage RoundStart" in outcome.reasons("client-1")
+    assert "client-1 did not complete RoundStart" in outcome.reasons("client-1")
     assert outcome.participants() == [EVERYONE, EVERYONE[1:], EVERYONE, EVERYONE]
     absent, _ = play(
         federation(tiny_llama, text, BY_ROUND[0], **sections),

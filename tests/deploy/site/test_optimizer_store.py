@@ -16,24 +16,24 @@ def value_of(found) -> float | None:
 
 
 def test_a_site_goes_on_with_what_the_server_knows_of(tmp_path):
-    keeping = OptimizerStore(tmp_path)
-    keeping.keep(1, 2, 10, moments(1.0))
-    keeping.keep(2, 3, 10, moments(2.0))  # it has moved in round 2
-    assert value_of(keeping.moments_of(1, 2, 10)) == 1.0  # the server went back to round 1
-    assert value_of(keeping.moments_of(2, 2, 10)) == 1.0  # it never heard of the move
-    assert value_of(keeping.moments_of(2, 3, 10)) == 2.0  # it heard of the move, and of no training
-    assert value_of(keeping.moments_of(5, 3, 10)) == 2.0  # rounds went by without this site
-    keeping.keep(2, 3, 20, moments(3.0))  # it has trained
-    assert value_of(keeping.moments_of(2, 3, 20)) == 3.0
-    assert value_of(keeping.moments_of(2, 3, 10)) is None
+    store = OptimizerStore(tmp_path)
+    store.save(1, 2, 10, moments(1.0))
+    store.save(2, 3, 10, moments(2.0))  # it has moved in round 2
+    assert value_of(store.load(1, 2, 10)) == 1.0  # the server went back to round 1
+    assert value_of(store.load(2, 2, 10)) == 1.0  # it never heard of the move
+    assert value_of(store.load(2, 3, 10)) == 2.0  # it heard of the move, and of no training
+    assert value_of(store.load(5, 3, 10)) == 2.0  # rounds went by without this site
+    store.save(2, 3, 20, moments(3.0))  # it has trained
+    assert value_of(store.load(2, 3, 20)) == 3.0
+    assert value_of(store.load(2, 3, 10)) is None
 
 
 def test_the_last_two_rounds_stay_and_what_is_damaged_is_none(tmp_path):
-    keeping = OptimizerStore(tmp_path)
+    store = OptimizerStore(tmp_path)
     for number in (1, 2, 3):
-        keeping.keep(number, 2, 10 * number, moments(number))
-    assert value_of(keeping.moments_of(3, 2, 10)) is None
-    assert value_of(keeping.moments_of(3, 2, 20)) == 2.0
+        store.save(number, 2, 10 * number, moments(number))
+    assert value_of(store.load(3, 2, 10)) is None
+    assert value_of(store.load(3, 2, 20)) == 2.0
     (tmp_path / "kept-0003.safetensors").write_bytes(b"half a file")
-    assert value_of(keeping.moments_of(3, 2, 30)) is None
-    assert value_of(keeping.moments_of(3, 2, 20)) == 2.0
+    assert value_of(store.load(3, 2, 30)) is None
+    assert value_of(store.load(3, 2, 20)) == 2.0

@@ -12,12 +12,14 @@ from deploy.network import deployed
 from laws.federations import federation, write_text
 from runs import invoke, settings
 from splitft.config import from_mapping
-from splitft.deploy.common import common_of, open_server, open_site, unfit
 from splitft.deploy.manifest import manifest_of
+from splitft.deploy.run_terms import load_run_terms
+from splitft.deploy.server.setup import open_server, unfit
 from splitft.deploy.site.policy import SitePolicy, load_site, refusals, site_template
+from splitft.deploy.site.setup import open_site
 from splitft.errors import ConfigError, ForbiddenError
 from splitft.specs import SiteSpec
-from splitft.specs.wire import ADAPTER_CODECS, OPTIONS
+from splitft.specs.codecs import CODECS, codecs_for
 
 CUTS = [1, 2, 3]
 NAMES = ("client-1", "client-2", "client-3")
@@ -25,7 +27,7 @@ BOUNDED = {"bounded": "bounded:rel=0.01"}
 PHONE = {
     "block_forward_ms_per_token": 1.0, "block_backward_ms_per_token": 2.0, "head_ms_per_token": 1.0,
 }  # fmt: skip
-CODECS = sorted(set(OPTIONS) - {"temporal"})
+NAMED = sorted(set(CODECS) - {"temporal"})
 
 
 def site(**sections) -> SiteSpec:
@@ -95,13 +97,13 @@ def test_the_verb_writes_a_file_and_holds_it_against_a_run(tmp_path, tiny_llama,
     may_leave=st.booleans(),
     asked=st.fixed_dictionaries(
         {
-            "hidden": st.sampled_from(CODECS),
-            "gradient": st.sampled_from(CODECS),
-            "adapter": st.sampled_from(ADAPTER_CODECS),
+            "hidden": st.sampled_from(NAMED),
+            "gradient": st.sampled_from(NAMED),
+            "adapter": st.sampled_from(codecs_for("adapter")),
         }
     ),
     allowed=st.fixed_dictionaries(
-        dict.fromkeys(("hidden", "gradient", "adapter"), st.none() | st.lists(st.sampled_from(CODECS)))
+        dict.fromkeys(("hidden", "gradient", "adapter"), st.none() | st.lists(st.sampled_from(NAMED)))
     ),
     cut=st.none() | st.integers(1, 5),
     least=st.integers(1, 5),
@@ -136,11 +138,11 @@ def test_a_file_that_forbids_nothing_asked_for_declines_nothing():
 def test_a_site_trains_on_all_of_its_own_text(config, tmp_path):
     own = write_text(tmp_path / "own.jsonl", examples=17, seed=5)
     party = open_site(config, "client-2", site(text={"source": str(own)}))
-    assert party.hello.client == "client-2"
-    assert 0 < party.hello.train_examples + party.hello.eval_examples <= 17
+    assert party.register.client == "client-2"
+    assert 0 < party.register.train_examples + party.register.eval_examples <= 17
     assert party.open_client(2).plan.cut == 2
     everybody = open_site(config, "client-2")
-    assert everybody.hello.train_examples < 40
+    assert everybody.register.train_examples < 40
 
 
 def test_a_site_declines_before_it_reads_anything(config, tmp_path):
@@ -153,7 +155,7 @@ def test_a_cut_that_does_not_fit_the_memory_given_is_declined(config, text):
     own = {"source": str(text)}
     with pytest.raises(ForbiddenError, match=r"this site gives 1e-06 GB \(machine.memory_gb\)"):
         open_site(config, "client-2", site(text=own, machine={"memory_gb": 1e-6}))
-    told = open_site(config, "client-2", site(text=own, machine={"memory_gb": 3})).hello
+    told = open_site(config, "client-2", site(text=own, machine={"memory_gb": 3})).register
     assert told.device["memory_gb"] == 3
 
 
@@ -170,26 +172,28 @@ def test_the_server_plans_with_what_sites_tell(config, text):
         open_site(auto, "client-2", site(text=own, machine={"device": "phone", "memory_gb": 4})),
         open_site(auto, "client-3", site(text=own)),
     ]
-    hellos = {party.hello.client: party.hello for party in parties}
-    ready = open_server(common_of(auto), hellos)
+    registered = {party.register.client: party.register for party in parties}
+    ready = open_server(load_run_terms(auto), registered)
     assert ready.cuts["client-1"] == 3
     assert set(ready.cuts) == set(NAMES)
-    devices = {one.name: one.device.memory_bytes for one in ready.pace.fleet.clients}
+    devices = {one.name: one.device.memory_bytes for one in ready.schedule.fleet.clients}
     assert devices["client-2"] == pytest.approx(4e9)
-    small = hellos["client-3"].model_copy(update={"device": {**hellos["client-2"].device, "memory_gb": 1e-6}})
-    fewer = open_server(common_of(auto), {**hellos, "client-3": small})
+    small = registered["client-3"].model_copy(
+        update={"device": {**registered["client-2"].device, "memory_gb": 1e-6}}
+    )
+    fewer = open_server(load_run_terms(auto), {**registered, "client-3": small})
     assert set(fewer.cuts) == {"client-1", "client-2"}
     assert "client-3" in fewer.left_out
 
 
 def test_a_site_whose_shallowest_cut_is_deeper_than_the_run_goes_stops_nobody_else(config, text):
-    hello = open_site(config, "client-2", site(text={"source": str(text)})).hello
-    assert unfit(config, 4, "client-2", hello) is None
+    register = open_site(config, "client-2", site(text={"source": str(text)})).register
+    assert unfit(config, 4, "client-2", register) is None
     for device in ({"memory_gb": 1.0}, {"speed": 2.0}, {**PHONE, "memory_gb": 1e300}):
-        assert "it tells of a machine" in str(
-            unfit(config, 4, "client-2", hello.model_copy(update={"device": device}))
+        assert "it describes a machine" in str(
+            unfit(config, 4, "client-2", register.model_copy(update={"device": device}))
         )
-    deeper = hello.model_copy(update={"min_cut": 3})
+    deeper = register.model_copy(update={"min_cut": 3})
     assert "from 3 on, and this run goes to 2" in str(unfit(config, 4, "client-2", deeper))
 
 
@@ -203,9 +207,9 @@ def test_a_site_that_declines_is_out_and_the_others_finish(tiny_llama, text, cap
     prepared = federation(tiny_llama, text, CUTS, training={"rounds": 2, "steps": 2})
     strict = SitePolicy(site(bounds={"min_cut": 3}), prepared.model, head=True)
     lax = SitePolicy(SiteSpec(), prepared.model, head=True)
-    guards = {"client-1": lax, "client-2": strict, "client-3": lax}
+    policies = {"client-1": lax, "client-2": strict, "client-3": lax}
     with caplog.at_level(logging.WARNING, logger="splitft.deploy"):
-        outcome = deployed(prepared, guards=guards, manifest=manifest_of(prepared.model))
+        outcome = deployed(prepared, policies=policies, manifest=manifest_of(prepared.model))
     assert outcome.error is None
     assert outcome.participants() == [("client-1", "client-3")] * 2
     assert outcome.states("client-2") == ["declined"]
@@ -221,15 +225,17 @@ def test_a_base_model_that_is_not_the_servers_is_never_loaded(tiny_llama, text):
     other = tuple(
         one._replace(sha256="0" * 64) if one.name.endswith(".safetensors") else one for one in manifest
     )
-    guards = {
+    policies = {
         name: SitePolicy(SiteSpec(), prepared.model, head=True) for name in ("client-1", "client-3")
     } | {"client-2": SitePolicy(site(model={"trusted": {}}), prepared.model, head=True)}
-    outcome = deployed(prepared, guards=guards, manifest=manifest)
+    outcome = deployed(prepared, policies=policies, manifest=manifest)
     assert outcome.states("client-2") == ["declined"]
     assert "model.safetensors" in outcome.reasons("client-2")
     assert outcome.participants() == [("client-1", "client-3")]
     wrong = deployed(
-        federation(tiny_llama, text, CUTS, training={"rounds": 1, "steps": 2}), guards=guards, manifest=other
+        federation(tiny_llama, text, CUTS, training={"rounds": 1, "steps": 2}),
+        policies=policies,
+        manifest=other,
     )
     assert wrong.error is not None
     assert "is not the server's" in wrong.reasons("client-1")

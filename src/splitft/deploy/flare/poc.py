@@ -1,10 +1,10 @@
-"""A whole federation on this machine: real processes, real certificates, one run, and nothing left behind.
+"""Run a whole federation on this machine: real processes and certificates, one run, nothing left behind.
 
-    kits in a folder of their own --> a server's and each site's process --> chain of links --> the run folder
+    kits in a temporary folder --> a process of the server and of each site --> sessions --> the run folder
 
-Everything lives in a temporary folder, which goes when the run is over, however it ends; the logs of all
-processes stay in `logs/` of the run folder. No file of the user's own FLARE is read or written, and the port
-is one that is free, so that federations do not disturb one another.
+The temporary folder is deleted when the run ends, however it ends; the logs of all processes stay in `logs/`
+of the run folder. No file of the user's own FLARE is read or written, and the port is a free one, so
+federations do not disturb one another.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from splitft.config import RunConfig
-from splitft.deploy.common import common_of, site_names
 from splitft.deploy.flare.admin import Console
-from splitft.deploy.flare.engine import FlareFederation, Follower, explain_away
+from splitft.deploy.flare.engine import FlareEngine, FlareRun, Follower
 from splitft.deploy.flare.job import RUNS
-from splitft.deploy.flare.processes import CONSOLE, Service, ending_on_signals
+from splitft.deploy.flare.processes import CONSOLE, Service, interrupt_on_sigterm
 from splitft.deploy.flare.provisioning import Kits, provision
-from splitft.deploy.flare.times import START_S
-from splitft.deploy.supervisor import supervise
+from splitft.deploy.run_terms import load_run_terms, site_names
+from splitft.deploy.supervisor import OnStatus, supervise
 from splitft.errors import DeployError
 from splitft.run.folder import Run, find_snapshot
 from splitft.tracking.events import Listener
 
 HOST = "localhost"
+START_S = 180.0
+"""Longest time until all sites of the federation are connected."""
 
 
 class Poc:
-    """The federation's processes."""
+    """The processes of a federation on this machine."""
 
     def __init__(self, folder: Path, sites: Sequence[str], runs: Path) -> None:
         """Make kits in `folder`; runs are kept in `runs`."""
@@ -49,31 +49,32 @@ class Poc:
 
     @property
     def services(self) -> tuple[Service, ...]:
-        """All of them, the server first."""
+        """The server's process and the sites'."""
         return (self.server, *self.sites.values())
 
     def start(self, console: Console) -> None:
-        """Start all processes and wait for their connections. Raises DeployError if one does not come up."""
+        """Start all processes and wait until the sites are connected. Raises DeployError if one fails."""
         for service in self.services:
             service.start()
-        until = time.monotonic() + START_S
+        deadline = time.monotonic() + START_S
         connected: set[str] = set()
         while connected < set(self.sites):
             with contextlib.suppress(DeployError):
                 connected = console.connected()
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 missing = sorted(set(self.sites) - connected)[0] if connected else HOST
                 text = (self.kits.of(missing) / CONSOLE).read_text(encoding="utf-8", errors="replace")
-                raise explain_away(missing, text)
+                output = [line for line in text.splitlines() if line.strip()][-3:]
+                raise DeployError(f"{missing} did not start: {' | '.join(output) or 'it has no output'}")
             time.sleep(0.5)
 
-    def tend(self) -> None:
-        """Start again what died."""
+    def restart_dead(self) -> None:
+        """Restart the processes that died."""
         for service in self.services:
-            service.tend()
+            service.restart_if_dead()
 
     def stop(self) -> None:
-        """End all processes, all at once."""
+        """Stop all processes at once."""
         threads = [threading.Thread(target=service.stop) for service in self.services]
         for thread in threads:
             thread.start()
@@ -81,7 +82,7 @@ class Poc:
             thread.join()
 
     def save_logs(self, to: Path) -> None:
-        """Copy what every process and job has said."""
+        """Copy the logs of every process and job."""
         to.mkdir(parents=True, exist_ok=True)
         for service in self.services:
             for log in (service.kit / CONSOLE, *service.kit.glob("*/log.txt")):
@@ -97,48 +98,48 @@ def run_poc(
     resume: bool = False,
     listeners: Sequence[Listener] = (),
     say: Callable[[str], None] = lambda line: None,
-    tell: Callable[[str, Mapping[str, Any]], None] | None = None,
+    on_status: OnStatus | None = None,
 ) -> Run:
     """Run the configuration over real processes on this machine, into `out`, as `train` would.
 
     Raises what `train` raises, and DeployError if the federation cannot be kept running.
     """
-    config = _as_others_read_it(config)
+    config = _with_full_paths(config)
     sites = site_names(config)
-    common_of(config)  # what cannot be is said before anything is started
+    load_run_terms(config)  # errors of the configuration come before any process is started
     find_snapshot(out, config, resume)
-    with ending_on_signals(), tempfile.TemporaryDirectory(prefix="splitft-poc-") as scratch:
+    with interrupt_on_sigterm(), tempfile.TemporaryDirectory(prefix="splitft-poc-") as scratch:
         folder = Path(scratch)
         poc = Poc(folder, sites, out.parent)
         follower = Follower(out / "events.jsonl", listeners)
 
-        def tend() -> None:
-            poc.tend()
-            follower.look()
+        def on_poll() -> None:
+            poc.restart_dead()
+            follower.poll()
 
         try:
             with Console(poc.kits.admin) as console:
                 say(f"starting a server and {len(sites)} sites")
                 poc.start(console)
-                federation = FlareFederation(console, out.name, config, folder, out, False, tend)
-                supervise(federation, sites, config.deploy.min_clients, config.deploy.join_s, say, tell)
+                engine = FlareEngine(console, FlareRun(out.name, config, folder, out, fetch=False), on_poll)
+                supervise(engine, sites, config.deploy.min_clients, config.deploy.join_s, say, on_status)
         finally:
             poc.stop()
             if out.is_dir():
                 poc.save_logs(out / "logs")
-            follower.look()
+            follower.poll()
     return Run(out)
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port that is free now."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
 
 
-def _as_others_read_it(config: RunConfig) -> RunConfig:
-    """With full paths, since other processes have other working folders."""
+def _with_full_paths(config: RunConfig) -> RunConfig:
+    """Return the configuration with absolute paths, since other processes have other working folders."""
     model, data = config.model, config.data
     if Path(model.name).exists():
         model = model.model_copy(update={"name": str(Path(model.name).resolve())})

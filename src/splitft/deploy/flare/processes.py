@@ -1,10 +1,10 @@
-"""Run the FLARE process of one startup kit, and keep it running.
+"""Run the FLARE process of one startup kit, and restart it when it dies.
 
     kit --start--> python -m nvflare...server_train | client_train, in the kit's folder
                    that process starts one more for each job
 
-A process that dies is started again, more slowly each time. Ending a kit ends its jobs too: whatever runs
-with the kit's folder on its command line, and nothing else.
+The pause before a restart doubles each time. Stopping a kit stops its jobs too: every FLARE process with the
+kit's folder on its command line, and nothing else.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ from types import FrameType
 
 import psutil
 
-from splitft.deploy.flare.provisioning import PROJECT, party_of, settle
-from splitft.deploy.flare.times import STOP_S
+from splitft.deploy.flare.provisioning import PROJECT, party_of, prepare_kit
 from splitft.errors import DeployError
 
 CONSOLE = "console.txt"
-"""Where a kit's process writes what it says."""
-_MODULES = {"server": "server.server_train", "client": "client.client_train"}
+"""File in a kit with the output of its process."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
-"""Between the end of a process and its next start."""
+"""Pause between the end of a process and its restart."""
+STOP_S = 20.0
+"""A process is killed if it has not ended by itself after this long."""
+_MODULES = {"server": "server.server_train", "client": "client.client_train"}
 
 
 class Service:
-    """One kit's process."""
+    """The process of one kit."""
 
     def __init__(self, kit: Path, environment: dict[str, str] | None = None) -> None:
-        """Make the kit ready."""
+        """Prepare the kit to run where it is. Raises DeployError if it is no kit of a server or a site."""
         self.kit = kit.resolve()
-        self.kind, self.party = settle(self.kit), party_of(self.kit)
+        self.kind, self.party = prepare_kit(self.kit), party_of(self.kit)
         self.environment = dict(environment or {})
-        """Added to this process's own when it is started."""
+        """Environment variables of the process, beside those of this one."""
         self._process: subprocess.Popen[bytes] | None = None
-        self._pause_s, self._again_at = FIRST_PAUSE_S, 0.0
+        self._pause_s, self._restart_at = FIRST_PAUSE_S, 0.0
 
     def start(self) -> None:
         """Start the process."""
@@ -61,35 +62,31 @@ class Service:
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for whoever keeps the services, not for them
+                start_new_session=True,  # Ctrl-C is for this process, which then stops the others
             )
 
-    def tend(self) -> bool:
-        """Start the process again if it died and its pause is over; returns whether it runs."""
+    def restart_if_dead(self) -> bool:
+        """Restart the process if it died and its pause is over; returns whether it runs."""
         if self._process is not None and self._process.poll() is None:
             return True
         now = time.monotonic()
-        if not self._again_at:
-            self._again_at = now + self._pause_s
+        if not self._restart_at:
+            self._restart_at = now + self._pause_s
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-        elif now >= self._again_at:
-            self._again_at = 0.0
-            self.end_jobs()
+        elif now >= self._restart_at:
+            self._restart_at = 0.0
+            _end(processes_of(self.kit), 0)  # jobs that the dead process has left
             self.start()
             return True
         return False
 
     @property
     def pid(self) -> int | None:
-        """The process, if it was started."""
+        """Id of the process, if it was started."""
         return None if self._process is None else self._process.pid
 
-    def end_jobs(self) -> None:
-        """End what is left of an earlier process."""
-        _end(processes_of(self.kit), 0)
-
     def stop(self) -> None:
-        """End the process and its jobs."""
+        """Stop the process and its jobs."""
         _end(processes_of(self.kit), STOP_S / 4)
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -97,34 +94,34 @@ class Service:
 
 
 def processes_of(kit: Path) -> list[psutil.Process]:
-    """Every FLARE process that runs out of this kit."""
+    """Return every FLARE process that runs from this kit."""
     found, own = [], str(kit.resolve())
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            line = process.cmdline()
-            if any("nvflare." in part for part in line) and own in line:
+            words = process.cmdline()
+            if any("nvflare." in word for word in words) and own in words:
                 found.append(process)
     return found
 
 
 def keep_running(kit: Path) -> None:
-    """Run a kit until Ctrl-C. Raises DeployError if it cannot be."""
+    """Run a kit until Ctrl-C or SIGTERM. Raises DeployError if it is running already."""
     service = Service(kit)
     if processes_of(service.kit):
         raise DeployError(f"{kit} is running already")
-    with ending_on_signals():
+    with interrupt_on_sigterm():
         service.start()
         try:
             while True:
-                service.tend()
+                service.restart_if_dead()
                 time.sleep(1.0)
         finally:
             service.stop()
 
 
 @contextlib.contextmanager
-def ending_on_signals() -> Iterator[None]:
-    """Let SIGTERM end what is done here as Ctrl-C does, so that no process is left."""
+def interrupt_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt as Ctrl-C does, so that no process is left."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -140,7 +137,7 @@ def ending_on_signals() -> Iterator[None]:
 
 
 def _end(processes: list[psutil.Process], grace_s: float) -> None:
-    """Ask them to end, and end those that do not."""
+    """Terminate processes, and kill those that are alive after `grace_s`."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.terminate() if grace_s else process.kill()

@@ -1,11 +1,11 @@
-"""Certificates and startup kits for named parties, by FLARE's own provisioning.
+"""Make certificates and startup kits for named parties with FLARE's own provisioning.
 
     server, sites --provision--> KITS/HOST  KITS/SITE ...  KITS/admin@splitft.local    one for each machine
 
-Every kit has its own key and certificate, signed by a root that is made once and stays in `KITS/.authority`:
-whoever has that folder can admit others, so it stays with the project. A site opens connections only, to the
-server's one port, with TLS certificates checked on both sides. Which classes a job may start is fixed in each
-kit: FLARE's own list and ours by name, so that no job can bring code along.
+Every kit has its own key and certificate, signed by a root that is made once and stays in `KITS/.authority`.
+Whoever has that folder can admit new parties, so it stays with the project. A site only opens connections, to
+the server's one port, and both sides check TLS certificates. Each kit lists the classes that a job may start,
+FLARE's own and ours by name, so that no job can bring code.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from splitft.errors import DeployError
 
 PROJECT = "splitft"
 ADMIN = "admin@splitft.local"
-"""Who submits runs."""
+"""Name of the party that submits runs."""
 OURS = ("splitft.deploy.flare.job.",)
 """Prefixes of the classes that a run's job starts."""
 AUTHORITY = ".authority"
+"""Folder of the root certificate's key."""
 _LIGHTER = "nvflare.lighter.impl"
 
 
@@ -46,17 +47,17 @@ class Kits:
     sites: tuple[str, ...]
 
     def of(self, party: str) -> Path:
-        """A party's kit."""
+        """Return a party's kit."""
         return self.folder / party
 
     @property
     def admin(self) -> Path:
-        """The kit of who submits runs."""
+        """The admin's kit."""
         return self.folder / ADMIN
 
 
 def provision(folder: Path, server: str, port: int, sites: Sequence[str]) -> Kits:
-    """Make certificates and kits. Raises DeployError if there are some already, or it does not work."""
+    """Make certificates and kits. Raises DeployError if the folder is not empty or FLARE fails."""
     if folder.exists() and any(folder.iterdir()):
         raise DeployError(f"{folder} exists and is not empty; give another folder")
     project = {
@@ -81,13 +82,13 @@ def provision(folder: Path, server: str, port: int, sites: Sequence[str]) -> Kit
             {"path": f"{_LIGHTER}.signature.SignatureBuilder", "args": {}},
         ],
     }
-    authority, said = folder / AUTHORITY, io.StringIO()
+    authority, output = folder / AUTHORITY, io.StringIO()
     authority.mkdir(parents=True, mode=0o700)
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             made = Provisioner(str(authority), prepare_builders(project)).provision(prepare_project(project))
         if made.get(CtxKey.BUILD_ERROR):
-            raise ValueError(said.getvalue().strip().splitlines()[-1])
+            raise ValueError(output.getvalue().strip().splitlines()[-1])
     except ValueError as error:
         shutil.rmtree(folder)
         raise DeployError(f"no kits could be made: {error}") from error
@@ -99,8 +100,8 @@ def provision(folder: Path, server: str, port: int, sites: Sequence[str]) -> Kit
     return kits
 
 
-def settle(kit: Path) -> str:
-    """Make a kit ready to run where it lies now; returns `server` or `client`. Raises DeployError."""
+def prepare_kit(kit: Path) -> str:
+    """Adjust a kit to its present folder; returns `server` or `client`. Raises DeployError if it is none."""
     kind = next(
         (one for one in ("server", "client") if (kit / "startup" / f"fed_{one}.json").is_file()), None
     )
@@ -122,7 +123,7 @@ def settle(kit: Path) -> str:
 
 
 def party_of(kit: Path) -> str:
-    """The name in a kit's certificate: its site or server. Raises DeployError if it has none."""
+    """Return the name in a kit's certificate: a site or the server. Raises DeployError if it has none."""
     from cryptography import x509
     from cryptography.x509.oid import NameOID
 
@@ -135,7 +136,7 @@ def party_of(kit: Path) -> str:
 
 
 def _allow_our_classes(kit: Path) -> None:
-    """Let jobs start our classes, and no others than FLARE's own list."""
+    """Let jobs start our classes beside those of FLARE's own list."""
     local = kit / "local"
     own, default = local / "resources.json", local / "resources.json.default"
     path = own if own.is_file() else default

@@ -1,15 +1,15 @@
-"""Our messages as requests between FLARE's job cells: bytes up, bytes back, on a channel of our own.
+"""Carry messages as requests between FLARE's job cells: bytes up, bytes back, on a cell channel of our own.
 
     site's job cell --request(bytes)--> server (checks the sender's token) --> server's job cell
                     <--reply(bytes)---
 
-A request that is not answered in time is sent again under the same number (`envelope`), so a lost connection
-costs nothing but time. FLARE's own ReliableMessage does the same, with three more messages for each of ours:
-a step of 1 MB takes 7 ms this way and 23 ms that way. The payload is `bytes` and stays so: FLARE puts no
-encoding of its own around it, and what comes as anything else is not answered.
+A request without a reply in time is sent again under its number (`requests`), so a lost connection costs only
+time. FLARE's own ReliableMessage does the same with three more messages for each of ours: a step of 1 MB
+takes 7 ms this way and 23 ms that way. Payloads are `bytes`, which FLARE does not encode; others are not
+answered.
 
-Who sends is what the certificates say: FLARE's server lets nothing pass whose signed token does not fit the
-connection that it came over, and the origin of a request is that connection's site.
+The sender is certified: FLARE's server passes on only messages whose signed token fits the connection that
+they came over, and the origin of a request is that connection's site.
 """
 
 from __future__ import annotations
@@ -24,24 +24,26 @@ from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.cellnet.utils import make_reply
 from nvflare.fuel.f3.message import Message
 
-from splitft.deploy.flare.times import TRY_S
-from splitft.deploy.transport import Answer
-from splitft.errors import CarrierError, DeployError
+from splitft.deploy.requests import Answer
+from splitft.errors import DeployError, TransportError
 
 CHANNEL, TOPIC = "splitft", "ask"
+TRY_S = 8.0
+"""A request without a reply after this long is sent again; a short network failure costs that. It must be
+longer than `inbox.HOLD_S`, for which the server may keep a request, and than a large message takes."""
 
 logger = logging.getLogger(__name__)
 
 
-class FlareCarrier:
-    """The site's side. Implements `deploy.carrier.Carrier`."""
+class FlareTransport:
+    """The site's side. Implements `requests.Transport`."""
 
     def __init__(self, fl_ctx: FLContext, abort_signal: Signal) -> None:
         self._cell, self._abort = fl_ctx.get_engine().get_cell(), abort_signal
         self._server = FQCN.join([FQCN.ROOT_SERVER, fl_ctx.get_job_id()])
 
     def ask(self, data: bytes, within_s: float) -> bytes:
-        """Carry the message to the server's job and bring back its answer."""
+        """Carry the message to the server's job and return its reply."""
         if self._abort.triggered:
             raise DeployError("the job was stopped")
         reply = self._cell.send_request(
@@ -54,12 +56,12 @@ class FlareCarrier:
         )
         code = reply.get_header(MessageHeaderKey.RETURN_CODE)
         if code != ReturnCode.OK or not isinstance(reply.payload, bytes | bytearray | memoryview):
-            raise CarrierError(f"the server did not answer: {code}")
+            raise TransportError(f"the server did not answer: {code}")
         return bytes(reply.payload)
 
 
 class FlareAnswers:
-    """The server's side: hands on every message, with the site that its connection belongs to."""
+    """The server's side: passes on every message with the name of the site that sent it."""
 
     def __init__(self, fl_ctx: FLContext) -> None:
         self._answer: Answer | None = None
@@ -67,7 +69,7 @@ class FlareAnswers:
         fl_ctx.get_engine().get_cell().register_request_cb(channel=CHANNEL, topic="*", cb=self._handle)
 
     def open(self, answer: Answer) -> None:
-        """From now on, answer."""
+        """Answer messages from now on."""
         self._answer = answer
 
     def _handle(self, request: Any) -> Any:
@@ -82,6 +84,6 @@ class FlareAnswers:
             return make_reply(ReturnCode.SERVICE_UNAVAILABLE)
         try:
             data = self._answer(origin[-2], bytes(request.payload))
-        except CarrierError:
-            return make_reply(ReturnCode.SERVICE_UNAVAILABLE)  # not ready yet: it asks again
+        except TransportError:
+            return make_reply(ReturnCode.SERVICE_UNAVAILABLE)  # not ready yet: the site asks again
         return make_reply(ReturnCode.OK, body=data)

@@ -1,10 +1,10 @@
-"""One link of a run: from its last finished round to the end, or until the sites that are there do not fit.
+"""Run one session of a run on the server: rounds from the last finished one on, with the sites that register.
 
-    FOLDER/checkpoints --> Hellos of who is there --> rounds --> finished | back | paused
+    FOLDER/checkpoints --> sites register --> rounds --> finished | back | paused | stopped
 
-A run over real machines is a chain of links, since the sites of a link are fixed. A link ends when all rounds
-are trained, when somebody who was away can join (after the round that is underway), or when too few sites
-are left. Whatever ends it, and be it a power cut, the next one begins from the last finished round.
+The sites of a session are fixed, so a run over real machines takes several. A session ends when all rounds
+are trained, after the current round when an absent site can join, or when too few sites are left. Whatever
+ends it, even a power cut, the next session goes on after the last finished round.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Event as Flag
 
 from splitft.adapters import with_folded
-from splitft.deploy.common import Common, ServerParty, open_server, site_names, unfit
-from splitft.deploy.server.federation import RemoteFederation
+from splitft.deploy.run_terms import RunTerms, site_names
+from splitft.deploy.server.federation import FederationSetup, RemoteFederation
 from splitft.deploy.server.inbox import Arrival, Inbox
+from splitft.deploy.server.setup import ServerParty, open_server, unfit
 from splitft.deploy.server.status import RunStatus
 from splitft.errors import PausedError
-from splitft.model.quiet import silence_transformers
+from splitft.model.source import silence_transformers
 from splitft.protocol import Declined, Register
 from splitft.run.folder import Run, find_snapshot, is_finished, open_log, put_adapter
 from splitft.run.train import stopping
@@ -39,95 +39,101 @@ from splitft.tracking.events import (
     SiteChanged,
     Warned,
 )
+from splitft.tracking.log import read_events, settled
 from splitft.tracking.summary import write_summary
-from splitft.training import RunState, train_rounds
+from splitft.training import FederatedTrainer, RunState
 from splitft.training.checkpoint import Snapshot, save_snapshot
 from splitft.version import __version__
 
 logger = logging.getLogger(__name__)
 
 
-class _BackError(Exception):
-    """Somebody who was away can join."""
+class _MakeRoomError(Exception):
+    """An absent site can join."""
 
 
 class ServerSession:
-    """The server's side of one link."""
+    """The server's side of one session."""
 
-    def __init__(self, common: Common, folder: Path, present: tuple[str, ...], link: bytes) -> None:
-        """`present` are the sites that the carrier reaches; `folder` is the run's, for all its links."""
-        self._common, self._folder = common, folder
-        everyone = site_names(common.config)
-        self._present = tuple(name for name in everyone if name in present)
-        self._absent = tuple(name for name in everyone if name not in present)
-        self.desk = Inbox(
-            self._present, link, common.terms, common.frame_limit, common.batch_tokens, common.config.seed
+    def __init__(self, terms: RunTerms, folder: Path, connected: tuple[str, ...], session_key: bytes) -> None:
+        """`connected` are the sites that the transport reaches; `folder` is the run's, for all sessions."""
+        self._terms, self._folder = terms, folder
+        everyone = site_names(terms.config)
+        self._connected = tuple(name for name in everyone if name in connected)
+        self.inbox = Inbox(
+            self._connected,
+            session_key,
+            terms.serializer,
+            terms.frame_limit,
+            terms.batch_tokens,
+            terms.config.seed,
         )
-        self.board = RunStatus(everyone, common.config.training.rounds)
-        self._back, self._stopped = Flag(), Flag()
-        self._declined: dict[str, str] = {}  # sites whose data owners forbid what is asked, and why
+        self._status = RunStatus(everyone, terms.config.training.rounds)
+        self._room_wanted, self._stopped = Flag(), Flag()
+        self._declined: dict[str, str] = {}  # sites that take no part, and why
 
     def make_room(self) -> None:
-        """End the link after the round that is underway, so that who is back can join the next."""
-        self._back.set()
+        """End the session after the current round, so that absent sites can join the next."""
+        self._room_wanted.set()
 
     def stop(self) -> None:
-        """End the link and the run, since whoever runs the federation says so; it can go on later."""
+        """End the session and the run on the operator's behalf; the run can go on later."""
         self._stopped.set()
-        self.desk.close("the run was stopped")
+        self.inbox.close("the run was stopped")
 
     def abort(self) -> None:
-        """Let everybody go: the engine ends the job. The next link goes on."""
-        self.desk.close("the job was stopped")
+        """End the session because its job ends; the next session goes on."""
+        self.inbox.close("the job was stopped")
 
     def status(self) -> dict[str, object]:
-        """Where the run is, as plain data."""
-        return self.board.status({name: self.desk.silence_s(name) for name in self._present})
+        """Return the run's status as plain data."""
+        return self._status.as_data({name: self.inbox.silence_s(name) for name in self._connected})
 
     def serve(self) -> SessionEnded:
         """Train from the last finished round on. Raises what stops a run for good, such as a full disk."""
-        config, folder = self._common.config, self._folder
+        config, folder = self._terms.config, self._folder
         snapshot = find_snapshot(folder, config, resume=(folder / "config.yaml").is_file())
+        done = 0 if snapshot is None else snapshot.state.round
         with (
             stopping(folder),
             contextlib.closing(open_log(folder, config, snapshot)) as log,
             silence_transformers(),
-            self._letting_go(),
+            contextlib.ExitStack() as at_end,
         ):
+            at_end.callback(self.inbox.close, "the session has ended")
 
             def listener(event: Event) -> None:
                 log(event)
-                self.board(event)
+                self._status(event)
 
-            if snapshot is not None and snapshot.state.round >= config.training.rounds:
-                return self._finish(listener, snapshot.state.round)
-            hellos = self._greet()
-            if self.desk.closed:
-                return self._let_go(listener, 0 if snapshot is None else snapshot.state.round, "")
-            if len(hellos) < config.deploy.min_clients:
-                done = 0 if snapshot is None else snapshot.state.round
-                self._tell_declined(listener, done)
-                return self._end(listener, done, "paused", f"{len(hellos)} sites said hello")
-            party = open_server(self._common, hellos)
+            if snapshot is not None and done >= config.training.rounds:
+                return self._finish(listener, done)
+            registered = self._await_registrations()
+            if self.inbox.closed:
+                return self._end_early(listener, done, "")
+            if len(registered) < config.deploy.min_clients:
+                self._record_declined(listener, done)
+                return self._end(listener, done, "paused", f"{len(registered)} sites registered")
+            party = open_server(self._terms, registered)
             try:
-                state = self._train(party, tuple(hellos), snapshot, listener)
+                state = self._train(party, tuple(registered), snapshot, listener)
             except PausedError as error:
-                return self._let_go(listener, self._rounds_done(), str(error))
-            except _BackError:
-                return self._end(listener, self._rounds_done(), "back", "somebody who was away can join")
+                return self._end_early(listener, self._status.rounds_done, str(error))
+            except _MakeRoomError:
+                return self._end(listener, self._status.rounds_done, "back", "an absent site can join")
             return self._finish(listener, state.round)
 
     # ----------------------------------------------------------------------------------------------
 
-    def _greet(self) -> dict[str, Register]:
-        """Wait until every site that is reached has read its text; who takes too long is left out."""
+    def _await_registrations(self) -> dict[str, Register]:
+        """Wait until every connected site has registered or declined, up to `deploy.join_s`."""
         found: dict[str, Register] = {}
-        config, blocks = self._common.config, self._common.model.shape.blocks
-        until = time.monotonic() + self._common.config.deploy.join_s
-        while len(found) + len(self._declined) < len(self._present) and time.monotonic() < until:
-            if self.desk.closed:
+        config, blocks = self._terms.config, self._terms.model.shape.blocks
+        deadline = time.monotonic() + config.deploy.join_s
+        while len(found) + len(self._declined) < len(self._connected) and time.monotonic() < deadline:
+            if self.inbox.closed:
                 break
-            for arrival in self.desk.take(0, 0.5):
+            for arrival in self.inbox.take(0, 0.5):
                 if not isinstance(arrival, Arrival):
                     continue
                 if isinstance(arrival.message, Declined):
@@ -137,51 +143,58 @@ class ServerSession:
                         self._declined[arrival.site] = reason
                     else:
                         found[arrival.site] = arrival.message
-        return {name: found[name] for name in self._present if name in found}
+        return {name: found[name] for name in self._connected if name in found}
 
-    def _tell_declined(self, listener: Listener, number: int) -> None:
+    def _record_declined(self, listener: Listener, number: int) -> None:
         for site, reason in self._declined.items():
             logger.warning("%s declines: %s", site, reason)
             listener(SiteChanged(round=number, site=site, state="declined", reason=reason))
 
     def _train(
-        self, party: ServerParty, here: tuple[str, ...], snapshot: Snapshot | None, listener: Listener
+        self, party: ServerParty, present: tuple[str, ...], snapshot: Snapshot | None, listener: Listener
     ) -> RunState:
-        common, config = self._common, self._common.config
-        steps = {} if snapshot is None else dict(snapshot.steps)
-        away = (
-            {} if snapshot is None else {n: c for n, c in snapshot.state.cuts.items() if n not in party.cuts}
-        )
+        """Train rounds with the sites that are present, and save each."""
+        terms, config = self._terms, self._terms.config
         state = self._begin(party, snapshot, listener)
-        self.board.place(state.cuts)
-        names = [name for name in here if name in party.cuts]
+        self._status.place(state.cuts)
+        names = [name for name in present if name in party.cuts]
         absent = tuple(name for name in site_names(config) if name not in names)
         listener(SessionStarted(round=state.round + 1, sites=tuple(names), absent=absent))
         self._declined.update(party.left_out)
-        self._tell_declined(listener, state.round)
-        gathering = RemoteFederation(
-            self.desk, party.server, common.ranks, config.deploy, state, steps, listener, party.manifest
-        )
+        self._record_declined(listener, state.round)
+        steps, old_cuts = ({}, {}) if snapshot is None else (snapshot.steps, snapshot.state.cuts)
+        absent_cuts = {name: cut for name, cut in old_cuts.items() if name not in party.cuts}
+        setup = FederationSetup(party.server, terms.ranks, config.deploy, party.manifest)
+        federation = RemoteFederation(self.inbox, setup, state, steps, listener)
 
         def save(state: RunState) -> None:
-            whole = replace(state, cuts={**away, **state.cuts})
+            whole = replace(state, cuts={**absent_cuts, **state.cuts})
             moments = {slot: own for slot, own in party.server.moments.items() if own}
-            path = save_snapshot(self._folder, Snapshot(whole, gathering.steps, {}, moments))
-            learnt = with_folded(state.adapters, state.folded)
-            put_adapter(learnt, common.model, common.ranks, Run(self._folder).adapter_dir)
+            path = save_snapshot(self._folder, Snapshot(whole, federation.steps, {}, moments))
+            trained = with_folded(state.adapters, state.folded)
+            put_adapter(trained, terms.model, terms.ranks, Run(self._folder).adapter_dir)
             listener(CheckpointSaved(round=state.round, path=str(path.relative_to(self._folder))))
             write_summary(self._folder)
-            if self._back.is_set() and state.round < config.training.rounds:
-                raise _BackError
+            if self._room_wanted.is_set() and state.round < config.training.rounds:
+                raise _MakeRoomError
 
-        return train_rounds(
-            state, party.server, gathering, common.ranks, config.training, party.pace, listener, save,
-            config.privacy, secret=True, aggregation=config.aggregate,
+        def measuring(event: Event) -> None:
+            """Let the controller of the cuts know the seconds of steps."""
+            party.schedule.observe(event)
+            listener(event)
+
+        if snapshot is not None:  # the seconds of the last round were measured in an earlier session
+            for event in settled(read_events(self._folder / "events.jsonl")):
+                party.schedule.observe(event)
+        trainer = FederatedTrainer(
+            party.server, federation, terms.ranks, config.training, party.schedule, measuring, save,
+            config.aggregate, config.privacy, secret=True,
         )  # fmt: skip
+        return trainer.train(state)
 
     def _begin(self, party: ServerParty, snapshot: Snapshot | None, listener: Listener) -> RunState:
-        """Where the run is, for the sites that are there."""
-        config = self._common.config
+        """Return the state from which these sites go on, and record how the run begins."""
+        config = self._terms.config
         if snapshot is None:
             listener(
                 RunStarted(
@@ -189,15 +202,15 @@ class ServerSession:
                     method=config.method,
                     seed=config.seed,
                     model=config.model.name,
-                    blocks=self._common.model.shape.blocks,
+                    blocks=self._terms.model.shape.blocks,
                     rounds=config.training.rounds,
                     steps=config.training.steps,
                     labels=config.split.labels,
                     clients=party.facts,
-                    machines=party.pace.machines(),
+                    machines=party.schedule.machines(),
                 )
             )
-            for message in (*party.pace.left_out, *party.pace.misfits):
+            for message in (*party.schedule.left_out, *party.schedule.misfits):
                 listener(Warned(message=message))
             return RunState(0, party.cuts, party.server.initial())
         listener(RunResumed(round=snapshot.state.round + 1))
@@ -209,9 +222,6 @@ class ServerSession:
         losses = {name: loss for name, loss in old.losses.items() if name in cuts}
         return replace(old, cuts=cuts, losses=losses)
 
-    def _rounds_done(self) -> int:
-        return self.board.rounds_done
-
     def _finish(self, listener: Listener, rounds: int) -> SessionEnded:
         if not is_finished(self._folder):
             listener(RunDone(rounds=rounds))
@@ -219,21 +229,12 @@ class ServerSession:
         Run(self._folder).report()
         return self._end(listener, rounds, "finished", "")
 
-    def _let_go(self, listener: Listener, rounds: int, detail: str) -> SessionEnded:
-        """It ends before its time, for want of sites or since it was stopped."""
+    def _end_early(self, listener: Listener, rounds: int, detail: str) -> SessionEnded:
         reason = "stopped" if self._stopped.is_set() else "paused"
         return self._end(listener, rounds, reason, detail)
 
     def _end(self, listener: Listener, rounds: int, reason: str, detail: str) -> SessionEnded:
         ended = SessionEnded.model_validate({"round": rounds, "reason": reason, "detail": detail})
         listener(ended)
-        logger.info("the link ends after round %d: %s %s", rounds, reason, detail)
+        logger.info("the session ends after round %d: %s %s", rounds, reason, detail)
         return ended
-
-    @contextlib.contextmanager
-    def _letting_go(self) -> Iterator[None]:
-        """However it ends, nobody is left waiting."""
-        try:
-            yield
-        finally:
-            self.desk.close("the link has ended")

@@ -1,6 +1,6 @@
-"""Where a deployed run is, at a glance: sites, cuts, rounds, losses, throughput, when each was last heard.
+"""The status of a deployed run: sites, cuts, rounds, losses, throughput, time of each site's last message.
 
-events --> Board --status()--> plain data, which `splitft deploy status` draws
+events --> RunStatus --as_data()--> plain data, which `splitft deploy status` draws
 """
 
 from __future__ import annotations
@@ -25,64 +25,64 @@ from splitft.tracking.events import (
 )
 
 WINDOW_S = 60.0
-"""Throughput is taken over this many seconds."""
+"""Throughput is averaged over this many seconds."""
 
 
 @dataclass
-class _Line:
-    """One site's line."""
+class _SiteStatus:
+    """Status of one site."""
 
     cut: int | None = None
     state: str = "away"
     steps: int = 0
-    """Steps in the round underway."""
+    """Steps in the current round."""
     loss: float | None = None
-    """Of its last step."""
+    """Loss of its last step."""
     held_out: float | None = None
     recent: deque[tuple[float, int]] = field(default_factory=deque)
     """(time, tokens) of its last steps."""
 
 
 class RunStatus:
-    """Listens to the events of a link."""
+    """Status of a run, kept up to date by the events of a session."""
 
     def __init__(self, sites: Sequence[str], rounds: int) -> None:
-        self._lines = {name: _Line() for name in sites}
+        self._sites = {name: _SiteStatus() for name in sites}
         self._rounds, self._round = rounds, 0
         self.rounds_done = 0
-        """Rounds that are safe on disk."""
+        """Rounds that are saved on disk."""
         self._started = False
-        self._losses: list[float] = []
+        self._held_out: float | None = None
         self._lock = Lock()
 
     def place(self, cuts: Mapping[str, int]) -> None:
-        """Take in the cuts with which a link begins."""
+        """Set the cuts with which a session begins."""
         with self._lock:
             for name, cut in cuts.items():
-                self._lines[name].cut = cut
+                self._sites[name].cut = cut
 
     def __call__(self, event: Event) -> None:
-        """Take in one event."""
+        """Update the status by one event."""
         with self._lock:
             match event:
                 case SessionStarted():
                     self._started = True
                     self.rounds_done = event.round - 1
-                    for name, line in self._lines.items():
-                        line.state = "training" if name in event.sites else "away"
+                    for name, site in self._sites.items():
+                        site.state = "training" if name in event.sites else "away"
                 case RunResumed():
                     self.rounds_done = event.round - 1
                 case CutsChanged():
                     for name, cut in event.cuts.items():
-                        self._lines[name].cut = cut
+                        self._sites[name].cut = cut
                 case StepDone():
                     self._step(event)
-                case SiteChanged() if event.site in self._lines:
-                    self._lines[event.site].state = "training" if event.state == "back" else event.state
+                case SiteChanged() if event.site in self._sites:
+                    self._sites[event.site].state = "training" if event.state == "back" else event.state
                 case Evaluated():
-                    self._losses.append(event.loss)
+                    self._held_out = event.loss
                     for name, loss in event.by_client.items():
-                        self._lines[name].held_out = loss
+                        self._sites[name].held_out = loss
                 case CheckpointSaved():
                     self.rounds_done = event.round
                 case _:
@@ -91,30 +91,30 @@ class RunStatus:
     def _step(self, event: StepDone) -> None:
         if event.round != self._round:
             self._round = event.round
-            for line in self._lines.values():
-                line.steps = 0
-        line = self._lines[event.client]
-        line.steps += 1
-        line.loss, line.state = event.loss, "training"
-        line.recent.append((event.t, event.tokens))
+            for site in self._sites.values():
+                site.steps = 0
+        site = self._sites[event.client]
+        site.steps += 1
+        site.loss, site.state = event.loss, "training"
+        site.recent.append((event.t, event.tokens))
 
-    def status(self, silence_s: Mapping[str, float]) -> dict[str, Any]:
-        """Plain data; `silence_s` says since when nothing was heard of each site."""
+    def as_data(self, silence_s: Mapping[str, float]) -> dict[str, Any]:
+        """Return plain data; `silence_s` has the seconds since each site's last message."""
         now = time.time()
         with self._lock:
             sites = []
-            for name, line in self._lines.items():
-                while line.recent and now - line.recent[0][0] > WINDOW_S:
-                    line.recent.popleft()
+            for name, site in self._sites.items():
+                while site.recent and now - site.recent[0][0] > WINDOW_S:
+                    site.recent.popleft()
                 silence = silence_s.get(name, math.inf)
                 sites.append({
                     "name": name,
-                    "cut": line.cut,
-                    "state": line.state,
-                    "steps": line.steps,
-                    "loss": line.loss,
-                    "held_out": line.held_out,
-                    "tokens_per_s": round(sum(tokens for _, tokens in line.recent) / WINDOW_S, 1),
+                    "cut": site.cut,
+                    "state": site.state,
+                    "steps": site.steps,
+                    "loss": site.loss,
+                    "held_out": site.held_out,
+                    "tokens_per_s": round(sum(tokens for _, tokens in site.recent) / WINDOW_S, 1),
                     "heard_s_ago": None if math.isinf(silence) else round(silence, 1),
                 })  # fmt: skip
             return {
@@ -122,6 +122,6 @@ class RunStatus:
                 "round": self._round,
                 "rounds": self._rounds,
                 "rounds_done": self.rounds_done,
-                "eval_loss": self._losses[-1] if self._losses else None,
+                "eval_loss": self._held_out,
                 "sites": sites,
             }

@@ -1,50 +1,45 @@
-"""What a site keeps for itself over a run: the moments of its optimizer, since they were last other.
+"""Keep the moments of a site's optimizer on its own disk, from one session to the next.
 
-    FOLDER/kept-0003.safetensors        moments in round 3, at a cut and after so many steps; two rounds stay
+    FOLDER/kept-0003.safetensors    moments in round 3, with their cut and count of steps; the last two rounds
 
-They are written when the site has moved to a round's cut and when it has trained, before it says so: what the
-server takes for moved or trained is on disk here. The server may go back by one round, when it died between
-a site's last word and its own checkpoint, or when that word never came; so two rounds are kept. Moments are
-those of the cut and the steps that the server counts; if there are none such, they start afresh, as they do
-for a new site.
+The site writes them after it has moved to a round's cut and after it has trained, before it tells the server:
+what the server counts is on disk. The server may go back by one round, if it dies before its own checkpoint
+or misses the site's message; therefore two rounds are kept. Moments are used only with the cut and the steps
+that the server names. Without a match the optimizer starts afresh, as for a new site.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from splitft.adapters import Moments
+from splitft.files import write_whole
 
-KEPT = 2
-"""Rounds that stay on disk."""
+ROUNDS_KEPT = 2
 
 
 class OptimizerStore:
-    """One site's folder for one run; without a folder, nothing is kept."""
+    """One site's folder of moments for one run; without a folder, nothing is kept."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def keep(self, round: int, cut: int, steps: int, moments: Moments) -> None:
-        """Write what the client keeps now, in a round."""
+    def save(self, round: int, cut: int, steps: int, moments: Moments) -> None:
+        """Write the client's moments of a round."""
         if self._folder is None or not moments:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        final = self._folder / f"kept-{round:04d}.safetensors"
-        draft = final.with_suffix(".draft")
         contiguous = {name: tensor.contiguous() for name, tensor in moments.items()}
-        draft.write_bytes(save(contiguous, metadata={"steps": str(steps), "cut": str(cut)}))
-        os.replace(draft, final)
-        for old in sorted(self._folder.glob("kept-*.safetensors"))[:-KEPT]:
+        data = save(contiguous, metadata={"steps": str(steps), "cut": str(cut)})
+        write_whole(self._folder / f"kept-{round:04d}.safetensors", data)
+        for old in sorted(self._folder.glob("kept-*.safetensors"))[:-ROUNDS_KEPT]:
             old.unlink(missing_ok=True)
 
-    def moments_of(self, round: int, cut: int, steps: int) -> Moments:
-        """The last moments up to this round that are of this cut and of so many steps, if they are here."""
+    def load(self, round: int, cut: int, steps: int) -> Moments:
+        """Return the last moments up to this round that are of this cut and count of steps, or none."""
         if self._folder is None:
             return {}
         for path in sorted(self._folder.glob("kept-*.safetensors"), reverse=True):

@@ -1,11 +1,11 @@
-"""What the data owner fixes: read from its own file, held against what a run asks, and enforced at the site.
+"""The data owner's policy: read from `site.yaml`, compared with what a run asks, and enforced at the site.
 
-    site.yaml --refusals--> none: it says Hello      some: it says Declined, with the reasons, and leaves
-                Guard ----> before a model file is read and before every change of the cut
+    site.yaml --refusals--> none: the site registers      some: it declines with the reasons, and leaves
+              SitePolicy -> checks before a model file is read, and before every change of the cut
 
-The server plans with what it is told (shallowest cut, machine), so that an honest one never asks for what is
-forbidden. It does not have to be believed: the site checks for itself, last of all at the client, whose noise
-and shallowest cut come from this file (`privacy.defence`).
+The server plans with what the site registers (shallowest cut, machine), so an honest server never asks for
+what is forbidden. The site does not rely on that: it checks for itself, last of all in the client, whose
+noise and shallowest cut come from this file (`privacy.defence`).
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from splitft.config import RunConfig, commented, load_spec
-from splitft.data.corpora import EMBEDDED
-from splitft.deploy.manifest import Parts, needed, verify
+from splitft.deploy.manifest import ParameterNames, needed, verify
 from splitft.errors import ForbiddenError
 from splitft.model import Model
 from splitft.protocol.control import BaseFile
 from splitft.schedule.profile import GB
 from splitft.specs import DataSpec, SharesSpec, SiteSpec
+from splitft.specs.data import EMBEDDED
 
-NAME = "site.yaml"
-"""Where a startup kit has it: in `local/`, which belongs to the data owner."""
+SITE_FILE = "site.yaml"
+"""Name of the data owner's file, in the folder `local/` of a startup kit."""
 OPENING = """\
-# What this site insists on, whatever the server asks for. It is read at the start of every run and never
-# leaves this machine. What it forbids does not happen: the site declines, and both sides log why.
+# What this site insists on, whatever the server asks for. It is read at the start of every session and never
+# leaves this machine. If a run asks for what it forbids, the site declines, and both sides log the reason.
 # Every key may be left out; it then has the value written here.
 """
 
 
 def load_site(path: Path) -> SiteSpec:
-    """Read a data owner's file. Raises ConfigError with every fault at once."""
+    """Read a data owner's file. Raises ConfigError that lists every mistake."""
     return load_spec(path, SiteSpec, "`splitft deploy site`")
 
 
 def site_template() -> str:
-    """A commented file to start from."""
+    """Return a commented file to start from."""
     return commented(SiteSpec(), OPENING)
 
 
 def refusals(site: SiteSpec, config: RunConfig, cut: int | None) -> tuple[str, ...]:
-    """Why this site does not take part in a run, one sentence each; `cut` is its own, where it is fixed."""
+    """Return why this site takes no part in a run, a sentence for each reason; `cut` is its cut if fixed."""
     found = []
     if config.split.labels == "server" and not site.allows.labels:
         found.append(
@@ -60,16 +60,16 @@ def refusals(site: SiteSpec, config: RunConfig, cut: int | None) -> tuple[str, .
         )
     if site.text.source is None and config.data.source not in EMBEDDED:
         found.append(
-            f"the run reads {config.data.source!r}, and this site says itself what is read on it: give "
-            "text.source"
+            f"the run reads {config.data.source!r}, and only the data owner chooses what is read on this "
+            "site: set text.source"
         )
     return tuple(found)
 
 
 def at_site(config: RunConfig, site: SiteSpec) -> RunConfig:
-    """The run as this site takes part in it: its own text, its own copy of the model, its own machine.
+    """Return the run as this site takes part in it: with its own text, copy of the model, and machine.
 
-    With a text of its own it is the only client of its configuration, and has all of that text.
+    A site with a text of its own is the only client of its configuration, and has all of that text.
     """
     model, data, clients, schedule = config.model, config.data, config.clients, config.schedule
     if site.model.folder is not None:
@@ -84,7 +84,7 @@ def at_site(config: RunConfig, site: SiteSpec) -> RunConfig:
 
 
 class SitePolicy:
-    """Stands before a site's client, and lets nothing through that the data owner forbids."""
+    """The checks of a site before its client is made or moved."""
 
     def __init__(
         self,
@@ -93,28 +93,28 @@ class SitePolicy:
         head: bool,
         memory_at: Callable[[int], float] = lambda cut: 0.0,
     ) -> None:
-        """`head` says whether the client holds the head; `memory_at` foretells bytes at a cut."""
+        """`head` says whether the client holds the head; `memory_at` predicts bytes at a cut."""
         self._site, self._model, self._memory_at = site, model, memory_at
-        self._parts = Parts.of(model, head=head)
+        self._names = ParameterNames.of(model, head=head)
         self._manifest: Sequence[BaseFile] = ()
         self._verified: set[str] = set()
 
-    def join(self, cut: int, manifest: Sequence[BaseFile]) -> None:
-        """Before the client is made. Raises ForbiddenError."""
+    def check_join(self, cut: int, manifest: Sequence[BaseFile]) -> None:
+        """Check before the client is made, with the server's manifest. Raises ForbiddenError."""
         self._manifest, self._verified = manifest, set()
-        self.move(cut)
+        self.check_move(cut)
 
-    def move(self, cut: int) -> None:
-        """Before the client takes up another cut. Raises ForbiddenError."""
+    def check_move(self, cut: int) -> None:
+        """Check before the client moves to another cut. Raises ForbiddenError."""
         least = self._site.bounds.min_cut
         if cut < least:
             raise ForbiddenError(
                 f"cut {cut} was asked for; this site takes part from {least} on (bounds.min_cut)"
             )
         self.check_memory(cut)
-        names = [name for name in needed(self._model, self._parts, cut) if name not in self._verified]
-        verify(self._model, names, self._manifest, self._site.model.trusted)
-        self._verified.update(names)
+        files = [file for file in needed(self._model, self._names, cut) if file not in self._verified]
+        verify(self._model, files, self._manifest, self._site.model.trusted)
+        self._verified.update(files)
 
     def check_memory(self, cut: int) -> None:
         """Raise ForbiddenError for a cut that needs more memory than the site gives."""

@@ -1,11 +1,11 @@
-"""A site's side of a deployed run: asks what is to do, does it with its `Client`, and asks again.
+"""Take part in one session of a run: fetch an order, carry it out with the client, and answer.
 
-    Hello -> Join -> [ RoundStart -> Train: steps -> AdapterUpload -> GlobalAdapters -> Evaluate ] -> Leave
+    Register -> Join -> [ RoundStart -> Train -> AdapterUpload -> GlobalAdapters -> Evaluate ] -> EndSession
 
-Of a step in micro-batches, `in_flight` are underway at once: while one is at the server, the client works on
-another. The client is the same object as in simulation. What it needs beyond one link of the job chain, the
-moments of its optimizer, it keeps on its own disk. A refusal or a fault of its own in a round costs it that
-round: it goes on asking, and does nothing until it is told where the run is when the next one begins.
+The client is the object of the simulation. `in_flight` micro-batches of a step are at the server at once,
+while the client works on another. What the site needs beyond a session, the moments of its optimizer, it
+keeps on its own disk. After a refusal or an error of its own the site is out of the round. It keeps asking,
+and waits for the run's state (`Join`) with the next round.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
 
-from splitft.deploy.flight import Pipeline
-from splitft.deploy.requests import LANES, RequestChannel
+from splitft.deploy.requests import CHANNELS, Pipeline, RequestChannel, Transport
 from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.policy import SitePolicy
-from splitft.deploy.transport import Transport
-from splitft.errors import CarrierError, ForbiddenError, ProtocolError, SplitftError
+from splitft.errors import ForbiddenError, ProtocolError, SplitftError, TransportError
 from splitft.protocol import (
+    Activations,
     AdapterUpload,
     Declined,
     EndSession,
     Evaluate,
     GlobalAdapters,
+    HeadGradient,
     Heartbeat,
     Join,
     LastHidden,
@@ -46,7 +48,11 @@ from splitft.protocol import (
 from splitft.protocol.codec_state import CodecState
 from splitft.training.client import Client
 
-ALIVE_LANE = LANES - 1
+T = TypeVar("T")
+
+HEARTBEAT_CHANNEL = CHANNELS - 1
+AFTER_ERROR_S = 1.0
+"""Pause after an error of this site's own."""
 logger = logging.getLogger(__name__)
 
 
@@ -55,201 +61,213 @@ class RefusedError(ProtocolError):
 
 
 class _StoppedError(Exception):
-    """The round's time is up."""
+    """The round is over for this site."""
 
 
-class _LeftError(Exception):
-    """The link has ended; says why."""
+class _SessionEndedError(Exception):
+    """The session has ended; says why."""
 
 
-def decline(
-    name: str,
-    reason: str,
-    carrier: Transport,
-    link: bytes,
-    terms: MessageSerializer,
-    frame_limit: int,
-    patience_s: float,
-) -> None:
-    """Tell the server that a site takes no part, and why. Raises CarrierError if it cannot be told."""
+@dataclass(frozen=True)
+class Connection:
+    """The server of one session, as a site talks to it."""
+
+    transport: Transport
+    session_key: bytes
+    serializer: MessageSerializer
+    frame_limit: int
+    """Longest message, in bytes."""
+    patience_s: float
+    """The server is given up after this long without a reply."""
+    heartbeat_s: float | None = None
+    """Time between two heartbeats, which keep a slow site from being lost; None for none."""
+    in_flight: int = 1
+    """Micro-batches at the server at once."""
+    seed: int = 0
+    """Seed of the codecs' random numbers."""
+
+    def channel(self, number: int) -> RequestChannel:
+        """Return a channel to the server."""
+        return RequestChannel(self.transport, self.session_key, number, self.frame_limit)
+
+
+def decline(name: str, reason: str, connection: Connection) -> None:
+    """Tell the server that a site takes no part, and why. Raises TransportError if it does not reply."""
     logger.warning("%s declines: %s", name, reason)
     message = Declined(client=name, reason=reason[:2000])
-    RequestChannel(carrier, link, 0, frame_limit).ask(terms.to_bytes(message), patience_s)
+    connection.channel(0).ask(connection.serializer.to_bytes(message), connection.patience_s)
 
 
 class SiteSession:
-    """One site in one link of the chain."""
+    """One site's side of one session."""
 
     def __init__(
         self,
-        hello: Register,
-        carrier: Transport,
-        link: bytes,
-        terms: MessageSerializer,
-        frame_limit: int,
+        register: Register,
+        connection: Connection,
         open_client: Callable[[int], Client],
-        keeping: OptimizerStore,
-        patience_s: float,
-        alive_every_s: float | None = None,
-        seed: int = 0,
-        guard: SitePolicy | None = None,
-        in_flight: int = 1,
+        store: OptimizerStore,
+        policy: SitePolicy | None = None,
     ) -> None:
-        """`open_client` makes the client at a cut; after `patience_s` without answer the server is gone.
-
-        `guard` holds what its data owner forbids; `in_flight` micro-batches are underway at once.
-        """
-        self._guard = guard
-        self._hello, self._terms, self._open = hello, terms, open_client
-        self._name, self._keeping, self._patience_s = hello.client, keeping, patience_s
-        self._alive_every_s = alive_every_s
-        self._lane = RequestChannel(carrier, link, 0, frame_limit)
-        others = [RequestChannel(carrier, link, number, frame_limit) for number in range(1, in_flight)]
-        self._flight = Pipeline((self._lane, *others), patience_s)
-        self._alive = RequestChannel(carrier, link, ALIVE_LANE, frame_limit)
+        """`open_client` makes the client at a cut; `policy` has what its data owner forbids."""
+        self._register, self._name = register, register.client
+        self._connection, self._serializer = connection, connection.serializer
+        self._open_client, self._store, self._policy = open_client, store, policy
+        channels = [connection.channel(number) for number in range(connection.in_flight)]
+        self._channel, self._steps = channels[0], Pipeline(channels, connection.patience_s)
         self._client: Client | None = None
-        self._knows = False  # where the run is
-        self._streams = CodecState(seed, self._name)
+        self._joined = False  # whether this site knows the run's state
+        self._codec_state = CodecState(connection.seed, self._name)
+        self._seconds: defaultdict[str, float] = defaultdict(float)  # computed since the last step message
 
     def run(self) -> str:
-        """Take part until the link ends; returns why it did. Raises CarrierError if the server is gone."""
-        with self._signs_of_life():
+        """Take part until the session ends; returns why it did. Raises TransportError without a server."""
+        with self._heartbeat():
             try:
                 self._take_part()
-            except _LeftError as left:
-                return str(left)
+            except _SessionEndedError as ended:
+                return str(ended)
             finally:
-                self._flight.close()
+                self._steps.close()
 
     def _take_part(self) -> NoReturn:
-        order = self._ask(self._hello)
+        order = self._ask(self._register)
         while True:
             try:
-                order = self._ask(self._do(order))
+                order = self._ask(self._carry_out(order))
             except _StoppedError:
-                order = self._ask(self._kept(self._known().upload()))
-            except CarrierError:
+                order = self._ask(self._stored(self._joined_client().upload()))
+            except TransportError:
                 raise
             except ForbiddenError as error:
                 logger.warning("%s declines: %s", self._name, error)
                 self._ask(Declined(client=self._name, reason=str(error)[:2000]))
-                raise _LeftError(f"it declined: {error}") from error
+                raise _SessionEndedError(f"it declined: {error}") from error
             except SplitftError as error:
                 logger.warning("%s is out of this round: %s", self._name, error)
-                self._knows = False
+                self._joined = False
                 if not isinstance(error, RefusedError):
-                    time.sleep(1.0)
+                    time.sleep(AFTER_ERROR_S)
                 order = self._ask(Next(client=self._name))
 
-    # ----------------------------------------------------------------------------------------------
+    # --- orders -----------------------------------------------------------------------------------
 
-    def _do(self, order: Message) -> Message:
-        """Do what the server asks; returns what to tell it."""
-        asks = Next(client=self._name)
+    def _carry_out(self, order: Message) -> Message:
+        """Carry out an order; returns the message that answers it."""
+        done = Next(client=self._name)
         if isinstance(order, Wait | Stop):
-            return asks
+            return done
         if isinstance(order, Refused):
             raise RefusedError(f"{order.error}: {order.reason}")
         if isinstance(order, Join):
             self._join(order)
-            return asks
-        client = self._known()
+            return done
+        client = self._joined_client()
         if isinstance(order, RoundStart):
-            if self._guard is not None:
-                self._guard.move(order.cut)
-            return self._kept(client.start(order))
+            if self._policy is not None:
+                self._policy.check_move(order.cut)
+            return self._stored(client.start(order))
         if isinstance(order, Train):
+            self._seconds.clear()
             for _ in range(order.steps):
                 self._step(client)
-            return self._kept(client.upload())
+            return self._stored(client.upload())
         if isinstance(order, GlobalAdapters):
             client.install(order)
-            return asks
+            return done
         if isinstance(order, Evaluate):
-            for index in range(client.held_out_batches):
-                client.held_out_head(self._reply(client.held_out(index)))
-            return client.evaluation()
+            for index in range(len(client.held_out)):
+                client.held_out.head(_step_reply(self._ask(client.held_out.forward(index))))
+            return client.held_out.result()
         raise ProtocolError(f"{type(order).__name__} is no order")
 
     def _join(self, order: Join) -> None:
-        """Take up the run where it is."""
-        if self._guard is not None:
-            self._guard.join(order.cut, order.manifest)
+        """Take over the run's state, with this site's own moments."""
+        if self._policy is not None:
+            self._policy.check_join(order.cut, order.manifest)
         if self._client is None:
-            self._client = self._open(order.cut)
-        moments = self._keeping.moments_of(order.round, order.cut, order.steps)
-        self._client.join(order, moments)
-        self._knows = True
+            self._client = self._open_client(order.cut)
+        self._client.join(order, self._store.load(order.round, order.cut, order.steps))
+        self._joined = True
         logger.info("%s joins after round %d with cut %d", self._name, order.round, order.cut)
 
-    def _kept(self, word: RoundReady | AdapterUpload) -> RoundReady | AdapterUpload:
-        """The word that it has moved, or has trained, once that is on disk."""
-        client = self._known()
-        self._keeping.keep(word.round, client.plan.cut, *client.kept())
-        return word
+    def _stored(self, message: RoundReady | AdapterUpload) -> RoundReady | AdapterUpload:
+        """Save the moments, then return the message that the client has moved or trained."""
+        client = self._joined_client()
+        self._store.save(message.round, client.plan.cut, *client.optimizer_state())
+        return message
 
     def _step(self, client: Client) -> None:
-        """One step: the next micro-batch leaves whenever a lane is free, and the oldest answer is next."""
+        """Take one step: send a micro-batch whenever a channel is free, process the replies in order."""
         try:
-            self._send(client.forward())
-            while self._flight or client.unsent:
-                while client.unsent and not self._flight.full:
-                    self._send(client.forward())
-                reply = _step_of(self._read(self._flight.answer()))
+            self._send(self._timed("client_forward", client.forward))
+            while self._steps or client.unsent:
+                while client.unsent and not self._steps.full:
+                    self._send(self._timed("client_forward", client.forward))
+                reply = _step_reply(self._read(self._steps.reply()))
                 if isinstance(reply, LastHidden):
-                    self._send(client.head(reply))
+                    self._send(self._timed("head", client.head, reply))
                 else:
-                    client.backward(reply)
+                    self._timed("client_backward", client.backward, reply)
         finally:
-            self._flight.settle()
+            self._steps.drain()
 
-    def _send(self, message: Message) -> None:
-        self._flight.ask(self._terms.to_bytes(message, self._streams))
+    def _timed(self, leg: str, work: Callable[..., T], *arguments: Message) -> T:
+        """Do one leg of a step, and add its seconds to those that the next step message reports."""
+        began = time.perf_counter()
+        result = work(*arguments)
+        self._seconds[leg] += time.perf_counter() - began
+        return result
 
-    def _reply(self, message: Message) -> Message:
-        """The answer to a held-out batch; raises if there is none."""
-        return _step_of(self._ask(message))
-
-    def _ask(self, message: Message) -> Message:
-        """The answer to a message. Raises _LeftError if it is that the link has ended."""
-        return self._read(self._lane.ask(self._terms.to_bytes(message, self._streams), self._patience_s))
-
-    def _read(self, data: bytes) -> Message:
-        answer = self._terms.from_bytes(data, streams=self._streams)
-        if isinstance(answer, EndSession):
-            raise _LeftError(answer.reason)
-        return answer
-
-    def _known(self) -> Client:
-        if self._client is None or not self._knows:
+    def _joined_client(self) -> Client:
+        if self._client is None or not self._joined:
             raise ProtocolError(f"{self._name}: an order came before Join")
         return self._client
 
-    @contextmanager
-    def _signs_of_life(self) -> Iterator[None]:
-        """Say `Heartbeat` now and then, so that a slow site is not taken for a lost one."""
-        done = threading.Event()
+    # --- messages ---------------------------------------------------------------------------------
 
-        def speak(every_s: float) -> None:
-            alive = self._terms.to_bytes(Heartbeat(client=self._name))
+    def _send(self, message: Activations | HeadGradient) -> None:
+        """Send a step, with the seconds computed for it; its reply comes from `self._steps`."""
+        seconds = {leg: round(spent, 6) for leg, spent in self._seconds.items()}
+        self._seconds.clear()
+        message = message.model_copy(update={"seconds": seconds})
+        self._steps.send(self._serializer.to_bytes(message, self._codec_state))
+
+    def _ask(self, message: Message) -> Message:
+        """Send a message and return the reply. Raises _SessionEndedError if the session has ended."""
+        data = self._serializer.to_bytes(message, self._codec_state)
+        return self._read(self._channel.ask(data, self._connection.patience_s))
+
+    def _read(self, data: bytes) -> Message:
+        reply = self._serializer.from_bytes(data, state=self._codec_state)
+        if isinstance(reply, EndSession):
+            raise _SessionEndedError(reply.reason)
+        return reply
+
+    @contextmanager
+    def _heartbeat(self) -> Iterator[None]:
+        """Send a `Heartbeat` at intervals from a thread."""
+        done, connection = threading.Event(), self._connection
+
+        def beat(every_s: float) -> None:
+            channel = connection.channel(HEARTBEAT_CHANNEL)
+            frame = self._serializer.to_bytes(Heartbeat(client=self._name))
             while not done.wait(every_s):
                 try:
-                    self._alive.ask(alive, self._patience_s)
+                    channel.ask(frame, connection.patience_s)
                 except SplitftError as error:
-                    logger.info("%s: no sign of life got through: %s", self._name, error)
+                    logger.info("%s: no heartbeat was answered: %s", self._name, error)
 
-        thread = None
-        if self._alive_every_s is not None:
-            thread = threading.Thread(target=speak, args=(self._alive_every_s,), daemon=True)
-            thread.start()
+        if connection.heartbeat_s is not None:
+            threading.Thread(target=beat, args=(connection.heartbeat_s,), daemon=True).start()
         try:
             yield
         finally:
             done.set()
 
 
-def _step_of(reply: Message) -> Message:
-    """The answer to a step; raises if there is none."""
+def _step_reply(reply: Message) -> Message:
+    """Return the reply to a step. Raises if the step was refused, or the round is over."""
     if isinstance(reply, Stop):
         raise _StoppedError
     if isinstance(reply, Refused):
