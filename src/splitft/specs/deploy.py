@@ -1,6 +1,6 @@
-"""A run on real machines: its sites, where the server listens, and how long anyone waits for anyone.
+"""Section `deploy`: the sites and the server of a run on real machines, and its waiting times.
 
-These are all the times of a deployed run; those of the engine below follow from them (`deploy.flare.times`).
+The timeouts of NVIDIA FLARE underneath are constants of `splitft.deploy.flare`.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ HostName = Annotated[
 
 
 class DeploySpec(Spec):
-    """Sites and server of a deployed run, and what happens when one of them does not answer."""
+    """Sites and server of a deployed run, and how long each waits for the others."""
 
     sites: tuple[SiteName, ...] | None = None
     """Names of the sites, in the order of `clients.cuts`; null for client-1, client-2 and so on."""
     server: HostName = "localhost"
-    """Host name of the server, as the sites reach it and as its certificate says."""
+    """Host name of the server, by which sites reach it and which is in its certificate."""
     port: int = Field(8002, ge=1, le=65535)
-    """The one port that the server listens on; sites only open connections, to this one."""
+    """The one port that the server listens on; sites only open connections, to this port."""
     min_clients: int = Field(1, ge=1)
-    """With fewer sites the run pauses, and goes on from its last finished round when enough are back."""
+    """With fewer sites the run pauses; it goes on after its last finished round when enough are connected."""
     window_ms: float = Field(5.0, ge=0)
-    """How long the server gathers what arrives from other sites before it works on it together."""
+    """How long the server collects the batches of other sites before it processes them together."""
     silence_s: float = Field(60.0, gt=0)
-    """A site from which nothing was heard for so long is lost; the round goes on without it."""
+    """A site that sends nothing for this long is lost; the round goes on without it."""
     join_s: float = Field(120.0, gt=0)
-    """How long the start of a link of the job chain waits for the sites to load their model and text."""
+    """How long the start of a session waits for the sites to load their model and text."""
     slack: float = Field(4.0, ge=1)
-    """A round waits for a slow site until this many times what the median site needed, but no less than
-    `patience_s`; the steps that it has finished by then count."""
+    """A slow site is stopped after this many times the median site's time, but not before `patience_s`; the
+    steps that it has finished count."""
     patience_s: float = Field(60.0, ge=0)
-    """Least time that a round waits for slow sites."""
+    """Shortest time that a round waits for slow sites."""
     round_s: float | None = Field(None, gt=0)
-    """If given, most seconds that the local steps of a round may take, whoever is slow."""
+    """If given, longest time for the local steps of a round."""
 
     @model_validator(mode="after")
     def _sites_have_names_of_their_own(self) -> DeploySpec:
