@@ -128,7 +128,7 @@ def test_fedsa_needs_no_b_and_then_compares_nothing(found):
     assert done.error == 0
     for key in KEYS:
         assert torch.equal(done.state[key].A, full.state[key].A)
-        assert done.state[key].halves == "A"
+        assert done.state[key].names == "A"
 
 
 @given(members(), members())

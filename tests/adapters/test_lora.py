@@ -188,9 +188,7 @@ def test_a_layer_that_gets_flattened_rows_divides_them_by_client():
 def test_a_batch_of_another_size_than_its_rows_is_refused(tiny_llama, rows):
     segment, bank = _adapted(tiny_llama)
     bank.put("a", _trained(bank))
-    with pytest.raises(
-        AdapterError, match=f"batch of 4 sequences whose is routed as {sum(n for _, n in rows)}"
-    ):
+    with pytest.raises(AdapterError, match=f"batch of 4 sequences is routed as {sum(n for _, n in rows)}"):
         _run(segment, bank, rows, torch.ones(4, 3, dtype=torch.long))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from splitft.adapters import AdapterState, Factors
-from splitft.adapters.server_optimizer import stepped
+from splitft.adapters.server_optimizer import server_step
 from splitft.specs import AggregateSpec
 
 KEY = (0, "q")
@@ -25,7 +25,7 @@ def _spec(**options) -> AggregateSpec:
 
 def test_none_takes_the_mean_as_it_is():
     mean = _state(1)
-    assert stepped(_spec(), _state(0), mean, {}) == (mean, {})
+    assert server_step(_spec(), _state(0), mean, {}) == (mean, {})
 
 
 @pytest.mark.parametrize("lr", [None, 0.3])
@@ -38,7 +38,7 @@ def test_fedavgm_is_sgd_with_momentum_on_the_negative_change(lr):
         for parameter, tensor in zip(theirs, mean.tensors().values(), strict=True):
             parameter.grad = parameter.detach() - tensor
         optimizer.step()
-        state, memory = stepped(spec, state, mean, memory)
+        state, memory = server_step(spec, state, mean, memory)
         for ours, wanted in zip(state.tensors().values(), theirs, strict=True):
             torch.testing.assert_close(ours, wanted.detach())
 
@@ -56,7 +56,7 @@ def test_fedadam_is_the_algorithm_of_reddi_et_al():
             m[name] = 0.7 * m[name] + 0.3 * delta
             v[name] = 0.95 * v[name] + 0.05 * delta * delta
             x[name] = x[name] + 0.05 * m[name] / (np.sqrt(v[name]) + 0.01)
-        state, memory = stepped(spec, state, mean, memory)
+        state, memory = server_step(spec, state, mean, memory)
         for name, tensor in state.tensors().items():
             np.testing.assert_allclose(tensor.numpy(), x[name], rtol=1e-12)
 
@@ -64,7 +64,7 @@ def test_fedadam_is_the_algorithm_of_reddi_et_al():
 def test_fedavgm_without_momentum_at_rate_one_is_plain_averaging():
     spec = _spec(server_optimizer="fedavgm", server_momentum=0.0)
     state, mean = _state(0), _state(1)
-    after, _ = stepped(spec, state, mean, {})
+    after, _ = server_step(spec, state, mean, {})
     for ours, wanted in zip(after.tensors().values(), mean.tensors().values(), strict=True):
         torch.testing.assert_close(ours, wanted)
 
@@ -72,10 +72,10 @@ def test_fedavgm_without_momentum_at_rate_one_is_plain_averaging():
 @pytest.mark.parametrize("name", ["fedavgm", "fedadam"])
 def test_rows_that_come_with_a_higher_rank_begin_as_the_mean_has_them(name):
     spec = _spec(server_optimizer=name, server_lr=0.5)
-    state, memory = stepped(spec, _state(0), _state(1), {})
+    state, memory = server_step(spec, _state(0), _state(1), {})
     mean = _state(2, rank=3)
-    grown, memory = stepped(spec, state, mean, memory)
+    grown, memory = server_step(spec, state, mean, memory)
     torch.testing.assert_close(grown[KEY].A[2], mean[KEY].A[2])
     assert all(tensor.shape in ((3, 4), (3, 3)) for tensor in memory.values())
-    smaller, _ = stepped(spec, grown, _state(3, rank=2), memory)
+    smaller, _ = server_step(spec, grown, _state(3, rank=2), memory)
     assert smaller.ranks() == {0: 2}

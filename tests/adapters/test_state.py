@@ -90,7 +90,7 @@ def test_a_product_is_b_times_a():
 
 @pytest.mark.parametrize(("A", "B"), [((2, 3), (3, 3)), ((2,), (3, 2)), ((2, 3), (1, 3, 2))])
 def test_shapes_that_make_no_product_are_refused(A, B):
-    with pytest.raises(AdapterError, match=re.escape(f"A {A} and B {B} are not two factors")):
+    with pytest.raises(AdapterError, match=re.escape(f"A {A} and B {B} are not factors of one product")):
         Factors(torch.zeros(A), torch.zeros(B))
 
 
@@ -117,7 +117,7 @@ def test_names_that_are_no_factors_are_refused(name):
 
 
 def test_one_factor_without_the_other_is_refused():
-    with pytest.raises(AdapterError, match="block 7 q: only factor B is there"):
+    with pytest.raises(AdapterError, match="block 7 q: only factor B is given"):
         AdapterState.from_tensors({"7.q.B": torch.zeros(1, 1)})
 
 

@@ -1,13 +1,13 @@
-"""From many clients' adapters, of unequal cuts and ranks, to one.
+"""Aggregate the adapters of many clients, of unequal cuts and ranks, by a rule.
 
-Every participant brings a full set over all L blocks, whatever its cut (its own blocks, and those that the
+Every participant has a full set over all L blocks, whatever its cut (its own blocks, and those that the
 server trained for it). Per layer, with weights w_i that sum to 1, the mean update is
 
     mean(BA) = sum_i w_i B_i A_i
 
-and a rule (`rules`) finds factors of a given rank for it, and may fold a part of it into the frozen base.
-`mean(B) mean(A)` is not that mean; how far each rule is from it is its aggregation error,
-||mean(BA) - B A - folded|| / ||mean(BA)|| over all layers together.
+and a rule (`splitft.specs.rules`, `aggregators`) finds factors of a given rank for it, and may fold a part of
+it into the frozen base. `mean(B) mean(A)` is not that mean; the distance of a rule's result from it is its
+aggregation error, ||mean(BA) - B A - folded|| / ||mean(BA)|| over all layers together.
 
 No rule forms a D x D product: stacked factors B' (out, sum r), A' (sum r, in) are orthogonalised (QR),
 and all norms and singular values are those of a core of at most (sum r, sum r).
@@ -30,20 +30,20 @@ from splitft.specs.rules import RULES, Rule, rules_where
 
 @dataclass(frozen=True)
 class Aggregated:
-    """What a rule made of the participants' adapters."""
+    """Result of an aggregation."""
 
     state: AdapterState
-    """Factors to train from."""
+    """Global factors of the next round."""
     error: float
-    """||mean(BA) - B A - folded|| / ||mean(BA)|| over the layers that can be compared; 0 if the mean is 0.
+    """||mean(BA) - B A - folded|| / ||mean(BA)|| over all layers; 0 if the mean is 0.
 
-    A layer whose B stayed with the clients cannot be compared.
+    Layers whose B stayed with the clients are left out.
     """
     folded: AdapterState = field(default_factory=AdapterState)
-    """What joins the frozen base, of the layers that have such a part; each at its own rank."""
+    """Update that joins the frozen base, by layer, each at its own rank."""
 
     def product(self, key: Key) -> torch.Tensor:
-        """The layer's whole update B A + folded (out, in), for tests; nothing else forms it."""
+        """Return the layer's whole update B A + folded (out, in); for tests only."""
         product = self.state[key].product()
         return product + self.folded[key].product() if key in self.folded else product
 
@@ -54,10 +54,10 @@ def aggregate(
     ranks: Mapping[int, int],
     fresh: Fresh,
 ) -> Aggregated:
-    """One adapter set of the given ranks by block, from (weight, full set) of every participant.
+    """Aggregate (weight, full set) of every participant to one set of the given ranks by block.
 
-    Weights are made to sum to 1. Raises AdapterError if they cannot be, if a set is not finite, if the sets
-    cover different layers, or if the rule cannot unite their ranks.
+    Weights are normalised to sum to 1. Raises AdapterError for unusable weights, sets that are not finite or
+    cover different layers, and a rule that does not fit their ranks, fails or returns unusable factors.
     """
     _check(members)
     total = sum(weight for weight, _ in members)
@@ -70,21 +70,21 @@ def aggregate(
         factors[key] = fit(key, united.factors, ranks[key[0]], rule, fresh)
         if united.folded is not None:
             folded[key] = united.folded
-        if all(one.halves == "AB" for _, one in weighted):
-            missed_here, mean_here = _distance(weighted, United(factors[key], united.folded))
-            missed, mean = missed + missed_here**2, mean + mean_here**2
+        if all(one.names == "AB" for _, one in weighted):
+            distance, norm = _distance(weighted, United(factors[key], united.folded))
+            missed, mean = missed + distance**2, mean + norm**2
     error = math.sqrt(missed / mean) if mean else 0.0
     return Aggregated(AdapterState(factors), error, AdapterState(folded))
 
 
 def _check(members: Sequence[tuple[float, AdapterState]]) -> None:
-    """Raise AdapterError for sets or weights that make no mean."""
+    """Raise AdapterError for sets or weights that have no mean."""
     if not members:
         raise AdapterError("nothing to aggregate: no participant finished the round")
     total = sum(weight for weight, _ in members)
     if min(weight for weight, _ in members) < 0 or not 0 < total < math.inf:
         listed = ", ".join(f"{weight:g}" for weight, _ in members)
-        raise AdapterError(f"weights {listed} make no mean: none may be negative, and one must be positive")
+        raise AdapterError(f"weights {listed} have no mean: give weights of at least 0, and one above it")
     keys = members[0][1].keys()
     for _, state in members:
         if state.keys() != keys:
@@ -137,7 +137,7 @@ def _fault(rule: Rule, united: object, member: Factors) -> str | None:
 
 
 def fit(key: Key, factors: Factors, rank: int, rule: str, fresh: Fresh) -> Factors:
-    """A layer's factors at another rank, as the rule does it: cut down, or grown without changing B A.
+    """Return a layer's factors at another rank: cut down as the rule does it, or grown without changing B A.
 
     A rule with `best_fit` keeps the best approximation, near the first rows of A; the others keep the first
     rows (HetLoRA's truncation).
@@ -152,11 +152,11 @@ def fit(key: Key, factors: Factors, rank: int, rule: str, fresh: Fresh) -> Facto
 
 
 def fit_all(state: AdapterState, ranks: Mapping[int, int], rule: str, fresh: Fresh) -> AdapterState:
-    """`fit` for every layer of the state; `ranks` by block."""
+    """Fit every layer of the state to its rank; `ranks` by block."""
     return AdapterState({key: fit(key, value, ranks[key[0]], rule, fresh) for key, value in state.items()})
 
 
 def _distance(members: Weighted, united: United) -> tuple[float, float]:
-    """(||mean(BA) - B A - folded||, ||mean(BA)||) in the Frobenius norm."""
-    made = [(-1.0, one) for one in (united.factors, united.folded) if one is not None]
-    return product_norm(stacked([*members, *made])), product_norm(stacked(members))
+    """Return (||mean(BA) - B A - folded||, ||mean(BA)||) in the Frobenius norm."""
+    result = [(-1.0, one) for one in (united.factors, united.folded) if one is not None]
+    return product_norm(stacked([*members, *result])), product_norm(stacked(members))

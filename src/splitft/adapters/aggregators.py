@@ -1,20 +1,19 @@
-"""The functions of the aggregation rules (`splitft.specs.rules`): one layer's factors of the next round.
+"""Functions of the aggregation rules (`splitft.specs.rules`): unite the clients' factors of one layer.
 
     mean(BA) = sum_i w_i B_i A_i        weights w_i sum to 1, client i of rank r_i
 
-What is *folded* is an update that nobody trains any more. The papers add it to the frozen base weights. Here
-every party holds it beside the base, for its own blocks, as one more pair of factors (`adapters.folding`): in
-a bfloat16 base most of a small update would be lost to rounding, and a server that works for many clients
-shares its base with them.
+An update that is *folded* is not trained any more. The papers add it to the frozen base weights. Here every
+party keeps it beside the base, for its own blocks, as one more pair of factors (`adapters.factoring`): in a
+bfloat16 base most of a small update would be lost to rounding, and all clients share the server's base.
 
-DoRA's magnitudes (`adapters.dora`) are averaged, sum w_i m_i, beside what `factors`, `zero-pad` or `svd` make
-of A and B. The other rules are refused with them: what is folded into the base would change the very weight
-whose rows the magnitudes rescale, and with A or B alone on the way a magnitude would belong to another
-direction than its own. W' is not linear in m and B A, so that this is no mean of the weights in use; the
-error that is reported is that of B A.
+DoRA's magnitudes (`adapters.dora`) are averaged, sum w_i m_i, by `factors`, `zero-pad` and `svd`. The other
+rules do not support them: an update that is folded into the base would change the weight whose rows the
+magnitudes rescale, and where A or B travels alone, a magnitude would be combined with another direction than
+its own. W' is not linear in m and B A, so the result is not the mean of the weights in use; the error that is
+reported is that of B A.
 
 `stack`, `exact`, `ffa` and `fedsa` keep the global factors at the full rank R. A client of lower rank trains
-their first rows and carries the others frozen, so that no lowered rank drops what others have learnt.
+their first rows and holds the others frozen, so that no lowered rank drops what other clients have learnt.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ Weighted = Sequence[tuple[float, Factors]]
 
 @dataclass(frozen=True)
 class Fresh:
-    """Where new directions come from when a rank grows: rows as LoRA initialises them, B zero."""
+    """Source of new directions when a rank grows: rows of A as LoRA initialises them, B zero."""
 
     seed: int
     salt: int
     """The round, so that regrown directions differ from dropped ones."""
 
     def grown(self, key: Key, factors: Factors, rank: int) -> Factors:
-        """`factors` at a higher rank, with the same product."""
+        """Return `factors` at a higher rank, with the same product."""
         extra = rank - factors.rank
         if extra <= 0:
             return factors
@@ -52,16 +51,16 @@ class Fresh:
 
 @dataclass(frozen=True)
 class United:
-    """What a rule makes of one layer."""
+    """Result of a rule for one layer."""
 
     factors: Factors
-    """To train from in the next round."""
+    """Factors of the next round."""
     folded: Factors | None = None
-    """What joins the frozen base; its product is added to that of `factors`."""
+    """Update that joins the frozen base, beside the product of `factors`."""
 
 
 def average_factors(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
-    """FedAvg of A and of B apart: A = sum w_i A_i, B = sum w_i B_i (McMahan et al. 2017, 1602.05629).
+    """Average A and B separately (FedAvg, McMahan et al. 2017, 1602.05629): sum w_i A_i, sum w_i B_i.
 
     The baseline; needs equal ranks.
     """
@@ -69,28 +68,27 @@ def average_factors(key: Key, members: Weighted, rank: int, fresh: Fresh) -> Uni
 
 
 def zero_pad(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
-    """HetLoRA (Cho et al. 2024, 2401.06432): pad with zeros to the largest rank, then average factors."""
+    """Pad with zeros to the largest rank, then average factors (HetLoRA, Cho et al. 2024, 2401.06432)."""
     return United(_padded_mean(members))
 
 
 def best_products(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
-    """FlexLoRA (2402.11505), HLoRA (2503.00813): the best rank-R approximation of sum w_i B_i A_i.
+    """Return the best rank-R approximation of sum w_i B_i A_i (FlexLoRA 2402.11505, HLoRA 2503.00813).
 
-    Of all factors of it, those near the members' mean A: what one client trains comes back as it was.
+    Of all factors of it, those near the members' mean A: the factors of a single client are unchanged.
     """
     if not any(torch.count_nonzero(factors.B) for weight, factors in members if weight):
         # nothing learnt yet: keep the directions that A starts with
-        return United(_mean([(weight, padded(factors, rank)) for weight, factors in members]))
+        return United(_mean([(weight, _padded(factors, rank)) for weight, factors in members]))
     B = torch.cat([math.sqrt(weight) * factors.B for weight, factors in members], 1)
     A = torch.cat([math.sqrt(weight) * factors.A for weight, factors in members])
     return United(in_frame(Factors(A, B, _mean_magnitude(members)), rank, _mean_rows(members, rank)))
 
 
 def stack_factors(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
-    """FLoRA (Wang et al. 2024, 2409.05976): [w_1 B_1 ... w_n B_n] [A_1; ...; A_n] = mean(BA), exactly.
+    """Fold [w_1 B_1 ... w_n B_n] [A_1; ...; A_n] = mean(BA) (FLoRA, Wang et al. 2024, 2409.05976).
 
-    The stack, of rank sum r_i at most, is folded into the base, and the next round begins with fresh A and
-    B = 0, from exactly mean(BA).
+    The stack has rank sum r_i at most; the next round begins with fresh A and B = 0, at exactly mean(BA).
     """
     first = members[0][1]
     start = Factors(first.A[:0], first.B[:, :0])
@@ -98,17 +96,17 @@ def stack_factors(key: Key, members: Weighted, rank: int, fresh: Fresh) -> Unite
 
 
 def average_with_residual(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
-    """FedEx-LoRA (Singhal et al. 2024, 2410.09432): A and B averaged, what they miss goes into the base.
+    """Average A and B, and fold the residual (FedEx-LoRA, Singhal et al. 2024, 2410.09432).
 
     The residual sum w_i B_i A_i - B A lies in the span of the members' own factors, so its rank is at most
-    sum r_i, and it travels as factors of that rank. Unequal ranks are padded with zeros first.
+    sum r_i, and it is sent as factors of that rank. Unequal ranks are padded with zeros first.
     """
     mean = _padded_mean(members)
     return United(mean, _folded(stacked([*members, (-1.0, mean)]), members))
 
 
 def average_b(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
-    """FFA-LoRA (Sun et al. 2024, 2403.12313): A is frozen at its shared start, so sum w_i B_i is exact.
+    """Average B beside a frozen A that all share (FFA-LoRA, Sun et al. 2024, 2403.12313), which is exact.
 
     sum w_i (B_i A) = (sum w_i B_i) A; with unequal ranks B_i is padded with zeros, as A has its first rows.
     """
@@ -117,18 +115,18 @@ def average_b(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
 
 
 def average_a(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
-    """FedSA-LoRA (Guo et al. 2024, 2410.01463): A is averaged, each client goes on with its own B_i.
+    """Average A; each client keeps its own B_i (FedSA-LoRA, Guo et al. 2024, 2410.01463).
 
-    A row of A is averaged over the members that have it. B is given as sum w_i B_i where all are known: what
-    the clients' own updates B_i A are on average, and so what the reported error compares with mean(BA).
+    A row of A is averaged over the members that have it. B is sum w_i B_i where all are known, for the
+    reported error: its product with A is the mean of the clients' updates B_i A.
     """
     A = _mean_rows(members, max(factors.rank for _, factors in members))
-    complete = all(factors.halves == "AB" for _, factors in members)
+    complete = all(factors.names == "AB" for _, factors in members)
     return United(Factors(A, _padded_mean(members).B if complete else A.new_empty(0, len(A))))
 
 
-def padded(factors: Factors, rank: int) -> Factors:
-    """At this rank, with zeros behind or cut down to the first rows."""
+def _padded(factors: Factors, rank: int) -> Factors:
+    """Return factors at this rank, padded with zeros or cut down to the first rows."""
     short = rank - factors.rank
     if short <= 0:
         return factors.first(rank)
@@ -137,21 +135,24 @@ def padded(factors: Factors, rank: int) -> Factors:
 
 
 def _mean_rows(members: Weighted, rank: int) -> torch.Tensor:
-    """(rank, in): each row of A over the members that have it; the widest's own if none of them counts."""
+    """Return A (rank, in), each row averaged over the members that have it.
+
+    A row whose members have weight zero is that of the member of the largest rank.
+    """
     _, widest = max(members, key=lambda member: member[1].rank)
-    rows = padded(widest, rank).A
+    rows = _padded(widest, rank).A
     weights, total = rows.new_zeros(rank), torch.zeros_like(rows)
     for weight, factors in members:
-        here = min(factors.rank, rank)
-        weights[:here] += weight
-        total[:here] += weight * factors.A[:here]
-    heard = (weights > 0)[:, None]
-    return torch.where(heard, total / torch.where(heard, weights[:, None], 1.0), rows)
+        shared = min(factors.rank, rank)
+        weights[:shared] += weight
+        total[:shared] += weight * factors.A[:shared]
+    weighted = (weights > 0)[:, None]
+    return torch.where(weighted, total / torch.where(weighted, weights[:, None], 1.0), rows)
 
 
 def _padded_mean(members: Weighted) -> Factors:
     largest = max(factors.rank for _, factors in members)
-    return _mean([(weight, padded(factors, largest)) for weight, factors in members])
+    return _mean([(weight, _padded(factors, largest)) for weight, factors in members])
 
 
 def _mean(members: Weighted) -> Factors:
@@ -163,22 +164,22 @@ def _mean(members: Weighted) -> Factors:
 
 
 def _mean_magnitude(members: Weighted) -> torch.Tensor | None:
-    """sum w_i m_i of DoRA's magnitudes, as changes from those of the base that all share; None for LoRA."""
-    known = [(weight, factors.magnitude) for weight, factors in members if factors.magnitude is not None]
-    if not known:
+    """Return sum w_i m_i of DoRA's magnitudes, as changes from those of the base; None for LoRA."""
+    terms = [weight * factors.magnitude for weight, factors in members if factors.magnitude is not None]
+    if not terms:
         return None
-    if len(known) < len(members):
+    if len(terms) < len(members):
         raise AdapterError("some adapter sets have magnitudes (DoRA) and others have none")
-    total = torch.zeros_like(known[0][1])
-    for weight, magnitude in known:
-        total = total + weight * magnitude
+    total = torch.zeros_like(terms[0])
+    for term in terms:
+        total = total + term
     return total
 
 
 def _folded(whole: Factors, members: Weighted) -> Factors | None:
-    """The product at its own rank; None if it is no more than rounding of the members' mean.
+    """Return the product at its own rank; None if it is below the rounding of the members' mean.
 
-    Its rank is at most that of the members together; what the type's rounding adds beyond is left out.
+    The rank is at most the sum of the members' ranks; directions that rounding adds beyond it are left out.
     """
     dtype, most = members[0][1].A.dtype, sum(factors.rank for _, factors in members)
     rounding = max(0.01 * torch.finfo(dtype).eps, 32 * torch.finfo(torch.float64).eps)

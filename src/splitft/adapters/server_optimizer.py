@@ -1,4 +1,4 @@
-"""An optimizer on the server that takes the round's mean change of the global factors for a gradient.
+"""Step the global factors on the server, with the round's mean change as the gradient.
 
     delta = mean of the participants' factors - global factors
     fedavgm   v = beta v + delta                             x = x + lr v
@@ -6,9 +6,9 @@
               v = b2 v + (1 - b2) delta^2                    x = x + lr m / (sqrt(v) + tau)
 
 FedAvgM: Hsu et al. 2019, https://arxiv.org/abs/1909.06335. FedAdam: Reddi et al. 2021, algorithm 2 (no bias
-correction), https://arxiv.org/abs/2003.00295; v begins at tau^2. The factors must keep their coordinates from
-round to round, so rules that make new ones (svd, stack) cannot have it. Where cuts change a block's rank,
-rows that were not there before begin as the mean has them, without momentum.
+correction), https://arxiv.org/abs/2003.00295; v begins at tau^2. The factors must keep their axes from
+round to round, so rules that make new ones (svd, stack) do not support it. Where cuts change a block's rank,
+new rows begin at the mean, without momentum.
 """
 
 from __future__ import annotations
@@ -21,22 +21,20 @@ from splitft.adapters.state import AdapterState
 from splitft.specs import AggregateSpec
 
 Memory = Mapping[str, torch.Tensor]
-"""What it remembers, by names such as `7.self_attn.q_proj.A.momentum`."""
+"""State of the optimizer, by names such as `7.self_attn.q_proj.A.momentum`."""
 Step = Callable[[AggregateSpec, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
-"""(options, delta, what is remembered of one factor, changed in place) -> what is added to the factor."""
+"""(options, delta, state of one factor, changed in place) -> change of the factor."""
 
 
-def averaged_momentum(
-    spec: AggregateSpec, delta: torch.Tensor, memory: dict[str, torch.Tensor]
-) -> torch.Tensor:
-    """FedAvgM."""
+def fedavgm(spec: AggregateSpec, delta: torch.Tensor, memory: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the step of FedAvgM."""
     momentum = memory.get("momentum")
     memory["momentum"] = delta if momentum is None else spec.server_momentum * momentum + delta
     return (1.0 if spec.server_lr is None else spec.server_lr) * memory["momentum"]
 
 
-def adaptive(spec: AggregateSpec, delta: torch.Tensor, memory: dict[str, torch.Tensor]) -> torch.Tensor:
-    """FedAdam."""
+def fedadam(spec: AggregateSpec, delta: torch.Tensor, memory: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the step of FedAdam."""
     first, second = spec.server_betas
     momentum = memory.get("momentum", torch.zeros_like(delta))
     variance = memory.get("variance", torch.full_like(delta, spec.server_tau**2))
@@ -46,14 +44,14 @@ def adaptive(spec: AggregateSpec, delta: torch.Tensor, memory: dict[str, torch.T
     return lr * memory["momentum"] / (memory["variance"].sqrt() + spec.server_tau)
 
 
-SERVER_OPTIMIZERS: dict[str, Step] = {"fedavgm": averaged_momentum, "fedadam": adaptive}
-"""By name; `none` takes the mean as it is."""
+SERVER_OPTIMIZERS: dict[str, Step] = {"fedavgm": fedavgm, "fedadam": fedadam}
+"""Steps by name; `none` uses the mean itself."""
 
 
-def stepped(
+def server_step(
     spec: AggregateSpec, before: AdapterState, mean: AdapterState, memory: Memory
 ) -> tuple[AdapterState, dict[str, torch.Tensor]]:
-    """The next global factors, and what to remember, from those before the round and their mean after it."""
+    """Return the next global factors and the optimizer's state, from the last factors and their mean."""
     if spec.server_optimizer == "none":
         return mean, {}
     step = SERVER_OPTIMIZERS[spec.server_optimizer]
@@ -72,7 +70,7 @@ def stepped(
 
 
 def _like(tensor: torch.Tensor, wanted: torch.Tensor, fill: torch.Tensor | float) -> torch.Tensor:
-    """A tensor in the shape of another: cut down, or with `fill` where it has nothing."""
+    """Return a tensor in the shape of another: cut down, or extended with `fill`."""
     if tensor.shape == wanted.shape:
         return tensor
     rows, columns = (min(pair) for pair in zip(tensor.shape, wanted.shape, strict=True))
