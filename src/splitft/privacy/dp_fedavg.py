@@ -17,9 +17,9 @@ participation and an upper bound below it.
 
 Nothing is hidden from the server, which sees each update and, in split learning, the hidden states and
 gradients as well. Noise that each client adds to its own upload would not help there: the server itself
-trains the blocks after the cut for it. The bound needs a rule that averages factors (`Rule.bounded`). The mean of
-products (svd) has no such bound: a factor moved by C moves its product by C times the size of the other
-factor. Readers of a run's events also see exact losses.
+trains the blocks after the cut for it. The bound needs a rule that averages factors (`Rule.bounded`). The
+mean of products (svd) has no such bound: a factor moved by C moves its product by C times the size of the
+other factor. Readers of a run's events also see exact losses.
 """
 
 from __future__ import annotations
