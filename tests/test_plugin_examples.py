@@ -84,7 +84,7 @@ def test_all_of_them_train_a_run_together(tmp_path, tiny_llama):
 
     run = splitft.train(file, tmp_path / "run")
     assert [client["cut"][-1] for client in run.summary["clients"]] == [1, 1]
-    sizes = sorted(client["examples"] + client["eval_examples"] for client in run.summary["clients"])
+    sizes = sorted(client["train_examples"] + client["eval_examples"] for client in run.summary["clients"])
     assert sizes == [6, 6]
     loss = run.summary["eval_loss"][-1]
     assert (run.folder / "state.txt").read_text() == f"round 3 of 3: held-out loss {loss:.3f}\n"
