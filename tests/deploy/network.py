@@ -64,7 +64,7 @@ def kind_of(data: bytes) -> str:
     return open_frame(data[HEAD_BYTES:]).kind
 
 
-def hello(name: str) -> Register:
+def registration(name: str) -> Register:
     return Register(
         client=name, train_examples=1, train_tokens=1, eval_examples=1, truncated=0,
         tokens_per_batch=1, labelled_per_batch=1, sequences_per_batch=1, padded_length=1,
@@ -100,7 +100,7 @@ def deployed(
                 in_flight=min(training.in_flight, training.micro_batches),
             )  # fmt: skip
             session = SiteSession(
-                hello(client.name), connection, lambda cut, client=client: client,
+                registration(client.name), connection, lambda cut, client=client: client,
                 OptimizerStore(kept and kept / client.name), (policies or {}).get(client.name),
             )  # fmt: skip
             target, arguments = _dying_quietly(session.run), ()

@@ -1,22 +1,18 @@
-"""Whatever a peer sends: a named refusal before anything is allocated or used, and nobody else is touched."""
+"""Invalid messages of a site are refused by name before anything is allocated, and affect no other site."""
 
 from __future__ import annotations
 
 import math
 import struct
-import threading
-import tracemalloc
 
 import pytest
 import torch
 
-from deploy.network import BATCH_TOKENS, KEY, LIMIT, SPEC, deployed, hello
+from deploy.network import BATCH_TOKENS, KEY, LIMIT, SPEC, deployed, registration
 from laws.federations import federation, largest_relative_difference, play, write_text
 from splitft.adapters import AdapterState, Factors
 from splitft.codecs import Encoded
-from splitft.deploy.requests import Direct, Envelope, RequestChannel
-from splitft.deploy.server.inbox import Fault, Inbox
-from splitft.errors import WireError
+from splitft.deploy.requests import Direct, RequestChannel
 from splitft.protocol import (
     Activations,
     EndSession,
@@ -46,23 +42,23 @@ class Hand:
     """A site played by hand: a real client, which says what a test wants at one point."""
 
     def __init__(self, inbox, prepared):
-        self.terms, self.inbox = prepared.serializer, inbox
+        self.serializer = prepared.serializer
         self.client = next(client for client in prepared.clients if client.name == EVIL)
         self.channel = RequestChannel(Direct(EVIL, inbox.answer), KEY, 0, LIMIT)
         self.refusals = []
 
     def ask(self, message):
-        return self.ask_bytes(self.terms.to_bytes(message))
+        return self.ask_bytes(self.serializer.to_bytes(message))
 
     def ask_bytes(self, frame):
-        answer = self.terms.from_bytes(self.channel.ask(frame, 20))
+        answer = self.serializer.from_bytes(self.channel.ask(frame, 20))
         if isinstance(answer, Refused):
             self.refusals.append(answer)
         return answer
 
     def play(self, misdeed, at):
         """Behave, but for one misdeed in round 1: at the first `step`, its `head`, or the `upload`."""
-        order, done = self.ask(hello(EVIL)), False
+        order, done = self.ask(registration(EVIL)), False
         while not isinstance(order, EndSession):
             answer = None
             if isinstance(order, Join):
@@ -105,7 +101,7 @@ def sends(**change):
     """A misdeed: the message's frame with other fields or tensors, as only who writes frames by hand can."""
 
     def misdeed(hand, message):
-        frame = hand.terms.pack(message)
+        frame = hand.serializer.pack(message)
         fields, tensors = dict(frame.fields), dict(frame.tensors)
         for name, given in change.items():
             value = given(message) if callable(given) else given
@@ -129,7 +125,7 @@ def raw(make):
     """A misdeed: bytes in place of the message's frame."""
 
     def misdeed(hand, message):
-        return hand.ask_bytes(make(hand.terms.to_bytes(message)))
+        return hand.ask_bytes(make(hand.serializer.to_bytes(message)))
 
     return misdeed
 
@@ -248,103 +244,3 @@ def test_a_misdeed_changes_nothing_of_what_the_others_learn(tiny_llama, text):
     without, _ = play(prepared, lambda number, cuts: {n: k for n, k in cuts.items() if n != EVIL})
     ours, theirs = outcome.state.adapters.tensors(), without.adapters.tensors()
     assert largest_relative_difference(ours, theirs) < 1e-6
-
-
-# --- numbers ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def inbox(tiny_llama, text):
-    prepared = federation(tiny_llama, text, CUTS, training=TRAINING)
-    return Inbox(["client-1", "client-2"], KEY, prepared.serializer, LIMIT, BATCH_TOKENS), prepared.serializer
-
-
-def answered(inbox, terms, data, site="client-1"):
-    return terms.from_bytes(Envelope.from_bytes(inbox.answer(site, data), KEY, LIMIT).frame)
-
-
-def test_a_message_that_comes_again_gets_the_same_answer_and_is_not_heard_twice(inbox):
-    inbox, terms = inbox
-    data = Envelope(KEY, 0, 0, terms.to_bytes(hello("client-1"))).to_bytes()
-    first = inbox.answer("client-1", data)
-    assert inbox.answer("client-1", data) == first
-    assert len(inbox.take(0, 0)) == 1
-
-
-@pytest.mark.parametrize("number", [1, 5, 2**63])
-def test_a_number_that_is_not_due_is_refused(inbox, number):
-    inbox, terms = inbox
-    answer = answered(inbox, terms, Envelope(KEY, 0, number, terms.to_bytes(hello("client-1"))).to_bytes())
-    assert (answer.error, isinstance(inbox.take(0, 0)[0], Fault)) == ("RepeatError", True)
-
-
-def test_an_older_message_played_back_is_refused(inbox):
-    inbox, terms = inbox
-    ask = [Envelope(KEY, 0, n, terms.to_bytes(Next(client="client-1"))).to_bytes() for n in range(2)]
-    for data in ask:
-        inbox.answer("client-1", data)
-    assert answered(inbox, terms, ask[0]).error == "RepeatError"
-
-
-def test_another_message_under_a_used_number_is_refused(inbox):
-    inbox, terms = inbox
-    inbox.answer("client-1", Envelope(KEY, 0, 0, terms.to_bytes(Next(client="client-1"))).to_bytes())
-    again = Envelope(KEY, 0, 0, terms.to_bytes(hello("client-1"))).to_bytes()
-    assert answered(inbox, terms, again).error == "RepeatError"
-
-
-def test_a_message_of_another_session_is_refused(inbox):
-    inbox, terms = inbox
-    data = Envelope(bytes(16), 0, 0, terms.to_bytes(hello("client-1"))).to_bytes()
-    assert answered(inbox, terms, data).error == "RepeatError"
-
-
-def test_who_is_no_site_of_the_run_is_refused(inbox):
-    inbox, terms = inbox
-    data = Envelope(KEY, 0, 0, terms.to_bytes(hello("client-9"))).to_bytes()
-    assert answered(inbox, terms, data, "client-9").error == "ProtocolError"
-
-
-def test_a_message_over_the_limit_is_refused_before_it_is_read(inbox):
-    inbox, terms = inbox
-    data = Envelope(KEY, 0, 0, bytes(10 * LIMIT)).to_bytes()
-    tracemalloc.start()
-    answer = answered(inbox, terms, data)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert answer.error == "WireError"
-    assert peak < 2 * LIMIT
-
-
-@pytest.mark.parametrize("length", [0, 1, 31, 32, 100])
-def test_bytes_that_are_no_message_are_refused(inbox, length):
-    inbox, terms = inbox
-    assert answered(inbox, terms, bytes(length)).error in ("WireError", "RepeatError")
-
-
-def test_a_site_does_not_take_the_answer_to_another_message(inbox):
-    inbox, terms = inbox
-
-    class Wrong:
-        def ask(self, data, within_s):
-            return Envelope(KEY, 0, 3, terms.to_bytes(Wait())).to_bytes()
-
-    with pytest.raises(WireError, match="the answer to message 3 came"):
-        RequestChannel(Wrong(), KEY, 0, LIMIT).ask(terms.to_bytes(Next(client="client-1")), 1)
-
-
-def test_two_threads_that_send_the_same_message_are_answered_alike(inbox):
-    inbox, terms = inbox
-    data = Envelope(KEY, 0, 0, terms.to_bytes(hello("client-1"))).to_bytes()
-    answers: list[bytes] = []
-
-    def ask():
-        answers.append(inbox.answer("client-1", data))
-
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(answers)) == 1
-    assert len(inbox.take(0, 0)) == 1

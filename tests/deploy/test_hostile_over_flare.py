@@ -1,4 +1,4 @@
-"""A site whose software was changed sends what cannot be, over FLARE with real processes and certificates.
+"""A site with changed software sends invalid messages, over FLARE with real processes and certificates.
 
 Half a minute, so it runs only where SPLITFT_SLOW=1 asks for it.
 """

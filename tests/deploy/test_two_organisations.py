@@ -118,7 +118,7 @@ def test_a_cable_that_is_pulled_for_20_s_costs_no_step_and_all_is_as_the_page_sa
     assert "north" in us.run("hub", "deploy", "logs", "--kit", ADMIN)
     said, errors = submit.communicate(timeout=240)
     assert submit.returncode == 0, errors
-    assert "link 1: north, south" in said
+    assert "session 1: north, south" in said
     assert "round 3 of 3 is done" in said or "Run folder" in said
     events = settled(read_events(us.folder / "hub/runs/first/events.jsonl"))
     assert not [event for event in events if event.event == "SiteChanged"]

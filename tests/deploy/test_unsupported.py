@@ -1,4 +1,4 @@
-"""What cannot be deployed is refused with the key to change; the rest is let through."""
+"""Settings that cannot be deployed are refused with the key to change; others are accepted."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def configured(**sections):
 
 
 @pytest.mark.parametrize("rule", sorted(set(RULES) - {"factors", "fedsa"}))
-def test_rules_that_share_all_they_train_are_let_through(rule):
+def test_rules_that_share_all_they_train_are_accepted(rule):
     check_deployable(configured(aggregate={"rule": rule}))
 
 
-def test_ranks_of_their_own_are_let_through():
+def test_ranks_of_their_own_are_accepted():
     check_deployable(configured(lora={"client_ranks": "halving"}, aggregate={"rule": "zero-pad"}))
 
 

@@ -241,13 +241,13 @@ def test_with_too_few_sites_left_the_run_pauses(parties):
     assert outcome.participants() == []
 
 
-# --- several micro-batches of a client underway at once ---------------------------------------------
+# --- several micro-batches of a client in flight ---------------------------------------------------
 
 PARTS = {"micro_batches": 3, "in_flight": 2, "batch_size": 3}
 
 
 class Counting:
-    """Counts how many steps' messages are underway at once; each takes its time."""
+    """Counts how many steps' messages are in flight; each takes its time."""
 
     def __init__(self, transport, counts):
         self._transport, self._counts, self._underway = transport, counts, 0

@@ -155,8 +155,8 @@ def test_a_cut_that_does_not_fit_the_memory_given_is_declined(config, text):
     own = {"source": str(text)}
     with pytest.raises(ForbiddenError, match=r"this site gives 1e-06 GB \(machine.memory_gb\)"):
         open_site(config, "client-2", site(text=own, machine={"memory_gb": 1e-6}))
-    told = open_site(config, "client-2", site(text=own, machine={"memory_gb": 3})).register
-    assert told.device["memory_gb"] == 3
+    register = open_site(config, "client-2", site(text=own, machine={"memory_gb": 3})).register
+    assert register.device["memory_gb"] == 3
 
 
 def test_the_server_plans_with_what_sites_tell(config, text):
