@@ -10,7 +10,7 @@ from splitft.errors import ModelError, ScheduleError
 from splitft.protocol import RoundStart
 from splitft.run.cut_schedule import CutSchedule
 from splitft.schedule.simulated_search import round_simulator
-from splitft.tracking.events import CutsChanged, RoundTimed
+from splitft.tracking.events import CutsChanged, RoundTimed, StepDone
 
 SLOW = {
     "block_forward_ms_per_token": 5.0,
@@ -204,3 +204,65 @@ def test_a_site_that_allows_no_shallow_cut_is_asked_for_none(run):
     )  # fmt: skip
     with pytest.raises(ScheduleError, match="client-2 has cut 2, but its site takes part from cut 3"):
         CutSchedule.begin(fixed, prepared.cut_schedule.fleet, floors)
+
+
+@pytest.fixture
+def deployed(tiny_llama, text):
+    """A schedule as a deployed run has it, its first cuts, and a function that reports a round's steps."""
+
+    def make(controller):
+        machines = {"devices": SLOW, "links": "lan", "server": {**SLOW, "memory_gb": 100.0}}
+        prepared = federation(
+            tiny_llama, text, [2] * 3, training={**TRAINING, "steps": 3},
+            schedule={"controller": controller, **machines},
+        )  # fmt: skip
+        schedule, cuts = CutSchedule.begin(prepared.config, prepared.cut_schedule.fleet)
+
+        def report(number, cuts, slower, stall_s=0.0):
+            """Report steps that took so many times as long as predicted, the last one with a stall."""
+            for client in schedule.problem(number, cuts).clients:
+                if client.name not in slower:
+                    continue
+                predicted = {leg: s / 3 for leg, s in client.option(cuts[client.name]).seconds.items()}
+                for step in range(3):
+                    seconds = {
+                        leg: predicted[leg] * slower[client.name] + (stall_s if step == 2 else 0.0)
+                        for leg in ("client_forward", "head", "client_backward")
+                    }
+                    schedule.observe(
+                        StepDone(
+                            round=number, step=3 * number - 3 + step, client=client.name, loss=1.0, tokens=1,
+                            examples=1, seconds=seconds,
+                        )
+                    )  # fmt: skip
+
+        return schedule, cuts, report
+
+    return make
+
+
+LOSSES = dict.fromkeys(("client-1", "client-2", "client-3"), 2.0)
+AS_PREDICTED = dict.fromkeys(LOSSES, 1.0)
+
+
+@pytest.mark.parametrize("controller", ["makespan", "resources"])
+def test_a_client_that_is_slower_than_its_profile_gets_a_shallower_cut_in_the_next_round(
+    deployed, controller
+):
+    schedule, cuts, report = deployed(controller)
+    report(1, cuts, {**AS_PREDICTED, "client-2": 20.0})
+    after = schedule.choose(2, cuts, LOSSES).cuts
+    assert after["client-2"] < cuts["client-2"]
+    assert all(after[name] >= cuts[name] for name in ("client-1", "client-3"))
+    # it is not in round 2, and is still known to be slow, at whatever cut it has
+    report(2, after, {"client-1": 1.0, "client-3": 1.0})
+    assert schedule.choose(3, after, LOSSES).cuts["client-2"] == after["client-2"]
+    # as quick again as its profile
+    report(3, after, AS_PREDICTED)
+    assert schedule.choose(4, after, LOSSES).cuts["client-2"] > after["client-2"]
+
+
+def test_steps_that_take_as_long_as_predicted_move_no_cut_and_neither_does_one_that_stalls(deployed):
+    schedule, cuts, report = deployed("makespan")
+    report(1, cuts, AS_PREDICTED, stall_s=100.0)
+    assert schedule.choose(2, cuts, LOSSES).cuts == cuts

@@ -1,13 +1,17 @@
-"""The schedule of one run: chooses each round's cuts and charges the round to the simulated clock.
+"""The cuts of a run's rounds: ask the controller, and charge each round to the simulated clock.
 
-    losses, conditions of the last round --choose--> cuts --(the round is trained)--> --charge--> RoundTimed
+    losses, times of the last round --choose--> cuts --(the round is trained)--> --charge--> RoundTimed
 
-A controller knows the conditions of the round before, as a real one would from its measurements: a change in
-round r is met by the cuts of round r + 1. The clock charges the conditions as they are.
+A controller knows the times of the round before, so a change in round r changes the cuts of round r + 1. In
+simulation these times are those of the simulated clock, which has the scripted changes of conditions; wall
+seconds of the simulating machine have no influence. In deployment they are the seconds that sites and server
+measured (`observe`), and the clock shows what the profiles predict.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,11 +24,11 @@ from splitft.schedule.codec_cost import WireBytes
 from splitft.schedule.controllers import Decision, choose
 from splitft.schedule.cost import move_seconds
 from splitft.schedule.memory import client_memory, server_peak_bytes
-from splitft.schedule.problem import CutProblem, feasible, problem_of
+from splitft.schedule.problem import ClientChoices, CutProblem, feasible, measured_ratios, problem_of
 from splitft.schedule.round_timeline import SERVER
 from splitft.schedule.simulated_search import round_simulator
 from splitft.schedule.workload import ClientProfile, Fleet, SharedCosts
-from splitft.tracking.events import Bar, RoundTimed
+from splitft.tracking.events import Bar, Event, RoundTimed, StepDone
 
 AUTO_SHARE = 4
 """With `cuts: auto` the first decision starts from a quarter of the model's blocks on every client."""
@@ -32,30 +36,32 @@ AUTO_SHARE = 4
 
 @dataclass
 class CutSchedule:
-    """Who chooses the cuts, and the clock."""
+    """The controller of a run's cuts, and its simulated clock. Implements `training.rounds.Schedule`."""
 
     config: RunConfig
     fleet: Fleet
     names: tuple[str, ...]
     """Clients that take part."""
     left_out: tuple[str, ...] = ()
-    """Why others do not, one sentence each."""
+    """The reasons why others do not, one sentence each."""
     misfits: tuple[str, ...] = ()
-    """Clients of a `fixed` run whose machine would not hold their cut, one sentence each."""
+    """Clients of a `fixed` run whose machine lacks memory for their cut, one sentence each."""
     client_blocks: int = 0
     """Blocks on all clients together that `resources` distributes: those of the given or first cuts."""
     first: Decision = field(default_factory=lambda: Decision({}, ""))
-    """The cuts of round 1, chosen before anyone holds a block."""
-    drawn: bool = False
-    """Whether a timeline has been recorded; later ones are when cuts move."""
+    """The cuts of round 1, chosen before any client loads a block."""
     site_cuts: Mapping[str, int] = field(default_factory=dict)
-    """Shallowest cuts that clients' own sites allow, where they say so."""
+    """Shallowest cuts that data owners allow, by client; only of those that have a bound."""
+    _timeline_sent: bool = False  # RoundTimed has bars in the first round, and whenever a cut moves
+    _steps: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # client, leg -> seconds of steps
+    _round: int = 0  # of these steps
+    _ratios: dict[str, dict[str, float]] = field(default_factory=dict)  # measured / predicted, by client, leg
 
     @classmethod
     def begin(
         cls, config: RunConfig, fleet: Fleet, site_cuts: Mapping[str, int] | None = None
     ) -> tuple[CutSchedule, dict[str, int]]:
-        """The pace and the cuts of round 1.
+        """Return the schedule of a run and the cuts of round 1.
 
         Raises ScheduleError, naming what a client lacks, if it fits at no cut and `schedule.misfit` is stop,
         or if cuts reveal more than `schedule.max_recovery`.
@@ -64,43 +70,55 @@ class CutSchedule:
         blocks = fleet.costs.sizes.blocks
         equal = blocks if config.clients.cuts == "whole" else max(1, blocks // AUTO_SHARE)
         start = config.cuts or (equal,) * len(everyone)
-        pace = cls(config, fleet, everyone, site_cuts=site_cuts or {})
+        schedule = cls(config, fleet, everyone, site_cuts=site_cuts or {})
         given = dict(zip(everyone, start, strict=True))
+        # fixed cuts
         if not config.schedule.adaptive:
-            pace._check_fixed(given)
-            pace.misfits = tuple(pace._misfits(given))
-            pace.first = Decision(given, "")
-            return pace, given
-        lacks = {
-            name: found.lack for name, found in feasible(pace.situation(1, given)).items() if not found.cuts
-        }
+            schedule._check_fixed(given)
+            schedule.misfits = tuple(schedule._misfits(given))
+            schedule.first = Decision(given, "")
+            return schedule, given
+        # clients that fit at no cut
+        possible = feasible(schedule.problem(1, given))
+        lacks = {name: found.lack for name, found in possible.items() if not found.cuts}
         if lacks and config.schedule.misfit == "stop":
             raise ScheduleError(
                 f"{'; '.join(lacks.values())}. Give it more, or leave it out with schedule.misfit: leave-out"
             )
-        pace.names = tuple(name for name in everyone if name not in lacks)
-        pace.left_out = tuple(lacks.values())
-        if not pace.names:
+        schedule.names = tuple(name for name in everyone if name not in lacks)
+        schedule.left_out = tuple(lacks.values())
+        if not schedule.names:
             raise ScheduleError(f"no client fits at any cut: {'; '.join(lacks.values())}")
-        given = {name: given[name] for name in pace.names}
-        pace.client_blocks = sum(given.values())
-        pace.first = choose(config.schedule.controller, pace.situation(1, given))
-        return pace, dict(pace.first.cuts)
+        # the controller's first decision
+        given = {name: given[name] for name in schedule.names}
+        schedule.client_blocks = sum(given.values())
+        schedule.first = choose(config.schedule.controller, schedule.problem(1, given))
+        return schedule, dict(schedule.first.cuts)
 
-    def take_wires(self, costs: Mapping[str, WireBytes]) -> None:
-        """From now on these clients' messages cost what their own codecs make of them."""
+    def set_wires(self, costs: Mapping[str, WireBytes]) -> None:
+        """Charge these clients' messages by their own codecs from now on."""
         clients = tuple(
             replace(one, wire=costs[one.name]) if one.name in costs else one for one in self.fleet.clients
         )
         self.fleet = replace(self.fleet, clients=clients)
 
-    def situation(
+    def observe(self, event: Event) -> None:
+        """Take in the measured seconds of a deployed run's steps; other events are ignored."""
+        if not isinstance(event, StepDone):
+            return
+        if event.round != self._round:
+            self._round, self._steps = event.round, {}
+        legs = self._steps.setdefault(event.client, defaultdict(list))
+        for leg, seconds in event.seconds.items():
+            legs[leg].append(seconds)
+
+    def problem(
         self, number: int, cuts: Mapping[str, int], losses: Mapping[str, float] | None = None
     ) -> CutProblem:
-        """What a controller knows before a round."""
+        """Return what a controller knows before a round."""
         schedule, training = self.config.schedule, self.config.training
         clients = self._clients(max(1, number - 1))
-        plain = problem_of(
+        predicted = problem_of(
             self.fleet.costs,
             clients,
             [cuts[client.name] for client in clients],
@@ -109,27 +127,42 @@ class CutSchedule:
         )
         deepest = self.fleet.costs.sizes.blocks - 1 if schedule.max_cut is None else schedule.max_cut
         return replace(
-            plain,
+            predicted,
             gamma=float(schedule.gamma),
             client_blocks=self.client_blocks or None,
             simulate=round_simulator(self.fleet.costs, clients),
             clients=tuple(
                 replace(
                     one,
-                    min_cut=max(schedule.min_cut, self.floor, self.site_cuts.get(one.name, 1)),
+                    min_cut=max(schedule.min_cut, self.min_cut, self.site_cuts.get(one.name, 1)),
                     max_cut=deepest,
                     loss=(losses or {}).get(one.name),
-                    # nothing has been loaded yet before the first round, so nothing has to move
+                    measured=self._measured(one, number - 1),
+                    # before the first round no client has loaded a block, so none has to move
                     options=tuple(replace(option, move_s=0.0) for option in one.options)
                     if number == 1
                     else one.options,
                 )
-                for one in plain.clients
+                for one in predicted.clients
             ),
         )
 
+    def _measured(self, client: ClientChoices, number: int) -> dict[str, float]:
+        """Return a client's seconds by leg in a whole round at its current cut, from the steps measured last.
+
+        A step's seconds are the median over the round. A client that did not train in round `number` keeps
+        the ratio of measured to predicted seconds that it had before.
+        """
+        predicted = client.option(client.current).seconds
+        if self._round == number and (legs := self._steps.get(client.name)):
+            steps = self.config.training.steps
+            seconds = {leg: steps * statistics.median(times) for leg, times in legs.items()}
+            self._ratios[client.name] = measured_ratios(replace(client, measured=seconds))
+        ratios = self._ratios.get(client.name, {})
+        return {leg: ratio * predicted[leg] for leg, ratio in ratios.items() if leg in predicted}
+
     @cached_property
-    def floor(self) -> int:
+    def min_cut(self) -> int:
         """The shallowest cut that `schedule.max_recovery` allows."""
         bound = self.config.schedule.max_recovery
         if bound is None:
@@ -148,10 +181,10 @@ class CutSchedule:
         )
 
     def _check_fixed(self, given: Mapping[str, int]) -> None:
-        """Raise ScheduleError if a cut that the user fixed is shallower than it may be."""
+        """Raise ScheduleError if a fixed cut is shallower than allowed."""
         bound = self.config.schedule.max_recovery
         if bound is not None:
-            check_fixed_cuts(given, self.floor, self._recovery, bound)
+            check_fixed_cuts(given, self.min_cut, self._recovery, bound)
         for name, least in self.site_cuts.items():
             if given.get(name, least) < least:
                 raise ScheduleError(
@@ -159,31 +192,32 @@ class CutSchedule:
                 )
 
     def choose(self, number: int, cuts: Mapping[str, int], losses: Mapping[str, float]) -> Decision:
-        """The cuts of a round, as the controller has them. Raises ScheduleError if they are impossible."""
+        """Return the controller's cuts for a round. Raises ScheduleError if they are impossible."""
         if number == 1:
             return self.first
         if not self.config.schedule.adaptive:
             return Decision(cuts, "")
-        return choose(self.config.schedule.controller, self.situation(number, cuts, losses))
+        return choose(self.config.schedule.controller, self.problem(number, cuts, losses))
 
     def charge(
         self, number: int, participants: Sequence[str], before: Mapping[str, int], cuts: Mapping[str, int]
     ) -> RoundTimed:
-        """One round on the simulated clock: moving first, then the participants' legs."""
-        job = self.fleet.costs
-        now = {client.name: client for client in self._clients(number)}
+        """Charge one round to the simulated clock: moving blocks first, then the participants' legs."""
+        costs = self.fleet.costs
+        clients = {client.name: client for client in self._clients(number)}
         kept = self.config.training.optimizer_state == "keep"
-        moves = dict.fromkeys(cuts, 0.0)
-        loaded = 0
-        if number > 1:
-            for name, cut in cuts.items():
-                moves[name] = move_seconds(job, now[name], before[name], cut, moments_kept=kept)
-                loaded += max(0, cut - before[name]) * job.sizes.block_parameters * job.weight_bytes
+        # clients change their cuts at the same time
+        move_s, loaded = 0.0, 0
+        for name, cut in cuts.items() if number > 1 else ():
+            seconds = move_seconds(costs, clients[name], before[name], cut, moments_kept=kept)
+            move_s = max(move_s, seconds)
+            loaded += max(0, cut - before[name]) * costs.sizes.block_parameters * costs.weight_bytes
+        # then they train
         simulate = simulate_in_turn if self.config.training.order == "in-turn" else simulate_round
-        timeline = simulate([client_round(job, now[name], cuts[name]) for name in participants], job.server)
-        move_s = max(moves.values())
-        draw = not self.drawn or any(before[name] != cut for name, cut in cuts.items())
-        self.drawn = True
+        rounds = [client_round(costs, clients[name], cuts[name]) for name in participants]
+        timeline = simulate(rounds, costs.server)
+        with_bars = not self._timeline_sent or any(before[name] != cut for name, cut in cuts.items())
+        self._timeline_sent = True
         return RoundTimed(
             round=number,
             seconds=move_s + timeline.round_s,
@@ -191,16 +225,16 @@ class CutSchedule:
             weight_bytes=loaded,
             legs={name: timeline.seconds_by_leg(name) for name in participants},
             idle={name: timeline.idle_s(name) for name in (*participants, SERVER)},
-            memory_bytes=_memory(job, [now[name] for name in participants], cuts),
+            memory_bytes=_memory(costs, [clients[name] for name in participants], cuts),
             bars=tuple(
                 Bar(who=one.who, leg=one.leg, start=one.start_s, end=one.end_s) for one in timeline.intervals
             )
-            if draw
+            if with_bars
             else (),
         )
 
     def machines(self) -> dict[str, str]:
-        """Each machine in words, for the record."""
+        """Return the description of each machine and link, for the record."""
         described = {one.name: f"{one.device.source}; link: {one.link.source}" for one in self._clients(1)}
         return {**described, SERVER: self.fleet.costs.server.device.source}
 
@@ -208,9 +242,9 @@ class CutSchedule:
         return [client for client in self.fleet.at(number) if client.name in self.names]
 
     def _misfits(self, cuts: Mapping[str, int]) -> list[str]:
-        """Clients whose machine, as described, would not hold the cut that the user fixed."""
+        """Return a sentence for each client whose machine lacks memory for its fixed cut."""
         found = []
-        for one in self.situation(1, cuts).clients:
+        for one in self.problem(1, cuts).clients:
             needed = one.option(one.current).client_bytes
             if needed > one.memory_bytes:
                 found.append(
@@ -220,7 +254,9 @@ class CutSchedule:
         return found
 
 
-def _memory(job: SharedCosts, clients: Sequence[ClientProfile], cuts: Mapping[str, int]) -> dict[str, float]:
-    """Foretold peak memory of each of these clients, and of the server with all of them."""
-    needed = {one.name: client_memory(job, one, cuts[one.name]).total for one in clients}
-    return {**needed, SERVER: server_peak_bytes(job, clients, [cuts[one.name] for one in clients])}
+def _memory(
+    costs: SharedCosts, clients: Sequence[ClientProfile], cuts: Mapping[str, int]
+) -> dict[str, float]:
+    """Predict the peak memory of each of these clients, and of the server with all of them."""
+    needed = {one.name: client_memory(costs, one, cuts[one.name]).total for one in clients}
+    return {**needed, SERVER: server_peak_bytes(costs, clients, [cuts[one.name] for one in clients])}

@@ -98,7 +98,7 @@ def plan(config: RunConfig) -> RunPlan:
     given = config.cuts or (1,) * len(fleet.clients)
     names = tuple(client.name for client in fleet.clients)
     current = dict(zip(names, given, strict=True))
-    allowed = feasible(CutSchedule(config, fleet, names).situation(1, current))
+    allowed = feasible(CutSchedule(config, fleet, names).problem(1, current))
     clients = tuple(
         ClientPlan(
             client.name,

@@ -126,7 +126,7 @@ def prepare(config: RunConfig, inputs: RunInputs | None = None) -> RunSetup:
     # codecs
     serializer = serializer_of(config, model)
     wires, chosen = choose_wires(clients, server, serializer) if config.wire.chooses else ({}, ())
-    cut_schedule.take_wires({name: wire_costs(wire, model.shape.width) for name, wire in wires.items()})
+    cut_schedule.set_wires({name: wire_costs(wire, model.shape.width) for name, wire in wires.items()})
     return RunSetup(
         config, model, ranks, server, clients, facts, inputs.text, serializer, cut_schedule, wires, chosen
     )
