@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from importlinter import api
 from importlinter.application.use_cases import lint_imports as lint
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src/splitft"
 HEAVY = ("torch", "transformers", "peft", "datasets", "pandas", "plotly")
 
 
@@ -23,15 +26,15 @@ def _in_the_checkout(monkeypatch):
 
 
 def modules_after(code: str) -> set[str]:
-    """Names of the top-level modules that a fresh interpreter has after this code."""
-    told = subprocess.run(
+    """Return the names of the top-level modules that a fresh interpreter has after this code."""
+    done = subprocess.run(
         [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
         check=True,
     )
-    return {name.partition(".")[0] for name in told.stdout.split()}
+    return {name.partition(".")[0] for name in done.stdout.split()}
 
 
 def test_imports_go_down_the_floors(capsys):
@@ -43,9 +46,8 @@ def test_there_are_floors_to_go_down_and_every_room_has_its_own():
     floors = [floor.split(" | ") for floor in contract["layers"]]
     assert len(floors) >= 6
     named = [room for floor in floors for room in floor]
-    source = ROOT / "src/splitft"
-    rooms = [path.name for path in source.iterdir() if (path / "__init__.py").is_file()]
-    files = [path.stem for path in source.glob("*.py") if path.stem != "__init__"]
+    rooms = [path.name for path in SOURCE.iterdir() if (path / "__init__.py").is_file()]
+    files = [path.stem for path in SOURCE.glob("*.py") if path.stem != "__init__"]
     assert sorted(named) == sorted(f"splitft.{name}" for name in rooms + files)
 
 
@@ -59,6 +61,33 @@ def test_a_floor_plan_upside_down_is_noticed(tmp_path, capsys):
     )
     assert not lint(config_filename=str(upside_down), cache_dir=None)
     assert "splitft.config" in capsys.readouterr().out
+
+
+def test_no_public_class_name_stands_twice():
+    names = Counter(
+        node.name
+        for path in SOURCE.rglob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert len(names) > 200
+    assert {name for name, times in names.items() if times > 1} == set()
+
+
+NAMED_WITH_THEIR_FOLDER = ("cli", "deploy/site", "deploy/server", "deploy/flare")
+"""Folders whose modules are named after what they mirror: verbs of a room, or the other side of a deployment.
+They are called by folder and name, such as `cli.audit`, `site.session` and `server.session`."""
+
+
+def test_no_module_name_stands_twice():
+    names = Counter(
+        f"{path.parent.name}.{path.stem}"
+        if path.parent.relative_to(SOURCE).as_posix() in NAMED_WITH_THEIR_FOLDER
+        else path.stem
+        for path in SOURCE.rglob("*.py")
+        if path.stem != "__init__"
+    )
+    assert {name for name, times in names.items() if times > 1} == set()
 
 
 def test_importing_the_package_is_light():

@@ -12,11 +12,11 @@ from runs import adapter_bytes, invoke, settings, settings_file
 from splitft.config import from_mapping, load
 from splitft.errors import ConfigError, PluginError, RunError
 from splitft.plugins import check_allowed, find
-from splitft.specs.plugins import TRACKERS
+from splitft.specs.extensions import TRACKERS
 from splitft.tracking.events import Evaluated
 
 TRACKER = """
-from splitft.specs.plugins import TRACKERS
+from splitft.specs.extensions import TRACKERS
 
 class Names:
     def __init__(self, folder, config, mark="-"):
@@ -88,7 +88,7 @@ def test_trackers_may_change_when_a_run_is_resumed(tmp_path, tiny_llama):
         ("x = 1\nif x\n", r"mine.py:2: SyntaxError"),
         ("\n\nraise ValueError('odd')\n", r"mine.py:3: ValueError: odd"),
         (
-            "from splitft.specs.plugins import TRACKERS\nTRACKERS.add('csv', print)\n",
+            "from splitft.specs.extensions import TRACKERS\nTRACKERS.add('csv', print)\n",
             r"mine.py:2: PluginError: the tracker 'csv' is built in; give yours another name",
         ),
     ],

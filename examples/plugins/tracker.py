@@ -3,7 +3,7 @@
 trackers: [{name: one-line, file: status.txt}]
 """
 
-from splitft.specs.plugins import TRACKERS
+from splitft.specs.extensions import TRACKERS
 from splitft.tracking.events import Evaluated
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import json
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 import splitft
 from runs import adapter_bytes, invoke, settings_file, started
@@ -150,4 +150,4 @@ def test_all_methods_are_tried_on_the_same_held_out_text(tmp_path, tiny_llama):
     assert reads["splitlora"] == "the text"
     assert reads["splitft"] == "hidden states"
     page = (tmp_path / "out/compare.html").read_text(encoding="utf-8")
-    assert html.escape(METHODS["splitlora"].difference) in page
+    assert escape(METHODS["splitlora"].difference) in page

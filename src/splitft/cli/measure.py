@@ -132,11 +132,9 @@ def compare(
     from splitft.compare.compare import compare as train_and_compare
     from splitft.compare.compare import plan_runs
     from splitft.compare.comparison_page import NOTE, comparison_table, metric_table, target_sentence
-    from splitft.methods import METHODS
 
     out = out or Path("runs") / f"compare-{file.stem}"
-    names = list(METHODS) if methods.strip() == "all" else _listed(methods)
-    rows = plan_runs(file, names, _seeds(seeds), out, overrides or [])
+    rows = plan_runs(file, _listed(methods), _seeds(seeds), out, overrides or [])
     screen = console(stderr=as_json)
     try:
         with ProgressBars(screen) as bars:

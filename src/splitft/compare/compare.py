@@ -24,7 +24,7 @@ from splitft.config import RunConfig, dump, load
 from splitft.errors import ConfigError, MethodError, RunError, SplitftError
 from splitft.evaluation.evaluate import HELD_OUT, EvaluationRequest, check_tasks, evaluate
 from splitft.files import write_whole
-from splitft.methods import METHODS, MethodName
+from splitft.methods import METHODS
 from splitft.report.page import write_page
 from splitft.run.folder import Run, is_finished
 from splitft.run.train import train
@@ -39,7 +39,7 @@ from splitft.version import __version__
 class ComparisonRow:
     """One run of a comparison."""
 
-    method: MethodName
+    method: str
     seed: int
     config: RunConfig
     folder: Path
@@ -66,14 +66,16 @@ def plan_runs(
 ) -> list[ComparisonRow]:
     """Return every run of the comparison, seed by seed, with its configuration checked; write nothing.
 
-    Raises MethodError for a method that does not exist or cannot run as configured, and ConfigError.
+    `methods` are names, or `all` alone. Raises MethodError for a method that does not exist or cannot run as
+    configured, and ConfigError.
     """
+    load(file, overrides)  # report the file's own faults once, not once for each method; load its plug-ins
+    methods = list(METHODS) if list(methods) == ["all"] else methods
     _check_methods(methods)
     if not seeds:
         raise ConfigError(
             "the list of seeds is empty; give their number (--seeds 3), or a list (--seeds 0,7)"
         )
-    load(file, overrides)  # report the file's own faults once, not once for each method
     rows, faults = [], []
     for seed in seeds:
         for name in methods:

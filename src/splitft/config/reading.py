@@ -24,7 +24,7 @@ from splitft.plugins import check_allowed
 from splitft.plugins import find as find_plugin
 from splitft.plugins import load as load_plugins
 from splitft.specs import Spec
-from splitft.specs.plugins import PluginSpec
+from splitft.specs.extensions import PluginSpec
 
 S = TypeVar("S", bound=Spec)
 

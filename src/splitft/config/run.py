@@ -28,7 +28,7 @@ from splitft.specs import (
     WireSpec,
 )
 from splitft.specs.base import NameIn
-from splitft.specs.plugins import PluginSpec, TrackerName, TrackerSpec
+from splitft.specs.extensions import PluginSpec, TrackerName, TrackerSpec
 
 
 class RunConfig(Spec):

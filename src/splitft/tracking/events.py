@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from splitft.tracking.records import PRIVACY, Record
+from splitft.tracking.records import PRIVACY, StrictRecord
 from splitft.tracking.records import Bar as Bar
 from splitft.tracking.records import ClientInfo as ClientInfo
 from splitft.tracking.records import Received as Received
@@ -25,7 +25,7 @@ from splitft.tracking.records import Role as Role
 from splitft.tracking.records import Traffic as Traffic
 
 
-class Stamped(Record):
+class Stamped(StrictRecord):
     """Base of all events."""
 
     t: float = Field(default_factory=time.time)

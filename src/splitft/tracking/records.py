@@ -20,7 +20,7 @@ Role = Literal["hidden", "gradient", "adapter", "label"]
 """Content of a tensor on the wire: hidden states, their gradients, LoRA factors, or token ids."""
 
 
-class Record(BaseModel):
+class StrictRecord(BaseModel):
     """Base of records and events: frozen, and strict about its keys."""
 
     model_config = ConfigDict(
@@ -28,7 +28,7 @@ class Record(BaseModel):
     )
 
 
-class Traffic(Record):
+class Traffic(StrictRecord):
     """Bytes of one client on the wire, by role, frame headers included."""
 
     up: Mapping[Role, int] = {}
@@ -37,7 +37,7 @@ class Traffic(Record):
     """From the server to the client."""
 
 
-class ClientInfo(Record):
+class ClientInfo(StrictRecord):
     """One client at the start of the run."""
 
     name: str
@@ -58,7 +58,7 @@ class ClientInfo(Record):
     """Fingerprint of the held-out examples, likewise."""
 
 
-class Bar(Record):
+class Bar(StrictRecord):
     """One leg of a step on the simulated clock: a bar of its Gantt chart."""
 
     who: str

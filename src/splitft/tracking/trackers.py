@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from splitft.errors import ConfigError
-from splitft.specs.plugins import TRACKERS, TrackerSpec
+from splitft.specs.extensions import TRACKERS, TrackerSpec
 from splitft.tracking.events import CutsChanged, Evaluated, Event, Listener, RoundDone
 
 logger = logging.getLogger(__name__)
