@@ -82,6 +82,7 @@ def provision(folder: Path, server: str, port: int, sites: Sequence[str]) -> Kit
             {"path": f"{_LIGHTER}.signature.SignatureBuilder", "args": {}},
         ],
     }
+    # root certificate, and a certificate and a kit for each party
     authority, output = folder / AUTHORITY, io.StringIO()
     authority.mkdir(parents=True, mode=0o700)
     try:
@@ -92,6 +93,7 @@ def provision(folder: Path, server: str, port: int, sites: Sequence[str]) -> Kit
     except ValueError as error:
         shutil.rmtree(folder)
         raise DeployError(f"no kits could be made: {error}") from error
+    # one folder for each kit
     for kit in Path(str(made[CtxKey.CURRENT_PROD_DIR])).iterdir():
         shutil.move(kit, folder / kit.name)
     kits = Kits(folder, server, tuple(sites))

@@ -89,9 +89,7 @@ class RemoteFederation:
             self._inbox.post(name, messages[name])
 
         def check(site: str, message: Message) -> RoundReady:
-            expect(message, RoundReady, round=messages[site].round)
-            assert isinstance(message, RoundReady)
-            return message
+            return expect(message, RoundReady, round=messages[site].round)
 
         ready = self._liveness.collect(names, check, within_s=self._setup.spec.join_s)
         self._require_enough(ready)
@@ -106,8 +104,7 @@ class RemoteFederation:
             self._inbox.post(name, Train(round=number, steps=steps))
 
         def check(site: str, message: Message) -> AdapterUpload:
-            expect(message, AdapterUpload, round=number)
-            assert isinstance(message, AdapterUpload)
+            message = expect(message, AdapterUpload, round=number)
             self._check_upload(site, message)
             return message
 
@@ -133,9 +130,7 @@ class RemoteFederation:
             self._inbox.post(name, Evaluate(round=number))
 
         def check(site: str, message: Message) -> Evaluation:
-            expect(message, Evaluation, round=number)
-            assert isinstance(message, Evaluation)
-            return message
+            return expect(message, Evaluation, round=number)
 
         results = self._liveness.collect(names, check, self._steps)
         self._require_enough(results)

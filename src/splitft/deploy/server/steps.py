@@ -103,7 +103,7 @@ class StepService:
     def _forward(self, arrivals: Mapping[str, Arrival], messages: list[Activations]) -> None:
         for group in self._server.groups(messages):
             began = time.monotonic()
-            replies = self._server.forward(group)
+            replies = self._server.forward(group, checked=True)
             share = (time.monotonic() - began) / len(group)
             for message in group:
                 site, reply = message.client, replies[message.client]
@@ -116,7 +116,7 @@ class StepService:
     def _backward(self, arrivals: Mapping[str, Arrival], messages: list[HeadGradient]) -> None:
         for group in self._server.group_gradients(messages):
             began = time.monotonic()
-            replies = self._server.backward(group)
+            replies = self._server.backward(group, checked=True)
             share = (time.monotonic() - began) / len(group)
             for message in group:
                 self._add_seconds(message.client, "server_backward", share)
