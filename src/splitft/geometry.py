@@ -1,4 +1,4 @@
-"""The integers a split is described by: spans of blocks, cuts, ranks by block.
+"""Describe a split by integers: spans of blocks, cuts, ranks by block.
 
     block      0   1   2   3   4   5   6   7
                [---- client ---)[--- server ---)      cut k = 3
@@ -41,13 +41,13 @@ class Span:
         return isinstance(block, int) and self.start <= block < self.stop
 
     def minus(self, other: Span) -> tuple[int, ...]:
-        """The blocks of this span that `other` does not hold."""
+        """Return the blocks of this span that are not in `other`."""
         return tuple(block for block in self if block not in other)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder-only language model that costs and checks depend on."""
+    """Sizes of a decoder-only language model, for costs and checks."""
 
     family: str
     """Hugging Face `model_type`, such as llama or gpt2."""
@@ -66,19 +66,19 @@ class ModelShape:
     tied: bool
     """Whether the output matrix is the embedding."""
     max_positions: int
-    """Longest sequence the model was built for, in tokens."""
+    """Longest supported sequence, in tokens."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Who holds which part of a model of L blocks for one client."""
+    """The parts of a model of L blocks on one client and on the server."""
 
     cut: int
     """k: the client holds the embedding and blocks [0, k)."""
     blocks: int
     """L."""
     labels: Side = "client"
-    """Where the labels live, and so the head and the loss."""
+    """Side of the labels, and so of the head and the loss."""
 
     def __post_init__(self) -> None:
         check_cut(self.cut, self.blocks)
@@ -97,8 +97,8 @@ class Plan:
 def check_cut(cut: int, blocks: int, whole_allowed: bool = True) -> int:
     """Return `cut` if it leaves the client at least one block, else raise GeometryError.
 
-    `cut == blocks` (the whole model on the client, no split) is what federated LoRA without a
-    server-side part needs; pass `whole_allowed=False` where a real split is required.
+    `cut == blocks` is the whole model on the client (federated LoRA); with `whole_allowed=False` the server
+    needs a block, too.
     """
     deepest = blocks if whole_allowed else blocks - 1
     if deepest < 1:
@@ -117,10 +117,10 @@ def ranks_by_block(
     cut_span: int = 1,
     cut_sides: Sequence[Side] = ("client", "server"),
 ) -> tuple[int, ...]:
-    """LoRA rank of each of the L blocks for a client with this cut (SplitFT, arXiv 2604.26388).
+    """Return the LoRA rank of each of the L blocks for a client with this cut (SplitFT, arXiv 2604.26388).
 
-    `cut_span` blocks on each side named in `cut_sides` carry `rank_at_cut`; all others carry `rank`.
-    A whole model on the client (cut = L) has no boundary, hence no lowered rank.
+    `cut_span` blocks on each side named in `cut_sides` have `rank_at_cut`; all others have `rank`. A whole
+    model on the client (cut = L) has no boundary, hence no lowered rank.
     """
     check_cut(cut, blocks)
     ranks = [rank] * blocks

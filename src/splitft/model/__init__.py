@@ -1,4 +1,4 @@
-"""Spans of Hugging Face causal language models: find the parts, load only what is held, run it."""
+"""Spans of Hugging Face causal language models: find the parts, load those that are held, run them."""
 
 from splitft.model.loss import divergence, loss_and_gradient, summed_loss
 from splitft.model.padding import pack, pad, pick

@@ -1,4 +1,4 @@
-"""Where a Hugging Face causal language model keeps its parts.
+"""Find the parts of a Hugging Face causal language model.
 
     causal LM ─┬─ trunk ─┬─ embedding     (wte, embed_tokens, embed_in, word_embeddings)
                │         ├─ positions     (wpe, embed_positions: learned tables; rotary ones are not here)
@@ -6,8 +6,8 @@
                │         └─ final norm    (ln_f, norm, final_layer_norm, norm_f)
                └─ output matrix           (lm_head, embed_out; often tied to the embedding)
 
-The families differ in names only, so the parts are found by looking, never by a copied modelling file.
-An unknown family is refused with the names that were looked for.
+The families differ in names only, so the parts are found by name, without copies of modelling files. An
+unknown family is refused with the names that were looked for.
 """
 
 from __future__ import annotations
@@ -55,22 +55,19 @@ class Anatomy:
 
 
 def locate(causal_lm: Any) -> Anatomy:
-    """Find the parts of a causal language model.
-
-    Raises ModelError, naming what was looked for, if the model keeps them in an unknown way.
-    """
+    """Find the parts of a causal language model. Raises ModelError, with the names tried, if it cannot."""
     trunk = causal_lm.base_model
     trunk = getattr(trunk, "decoder", trunk)  # OPT wraps its trunk once more
     family = getattr(causal_lm.config, "model_type", type(causal_lm).__name__)
     blocks = _first(trunk, BLOCK_NAMES, nn.ModuleList)
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     norm = _first(trunk, NORM_NAMES, nn.Module)
-    has_norm_slot = any(hasattr(trunk, name) for name in NORM_NAMES)
+    names_a_norm = any(hasattr(trunk, name) for name in NORM_NAMES)
     missing = [
         what
         for what, found in (
             (f"a block list named one of {', '.join(BLOCK_NAMES)}", blocks is not None),
-            (f"a final norm named one of {', '.join(NORM_NAMES)}", norm is not None or has_norm_slot),
+            (f"a final norm named one of {', '.join(NORM_NAMES)}", norm is not None or names_a_norm),
             ("an input embedding", embedding is not None),
             ("an output matrix", head is not None),
         )
@@ -94,13 +91,13 @@ def locate(causal_lm: Any) -> Anatomy:
     if strange:
         raise ModelError(
             f"cannot split a model of family {family!r}: its trunk {type(trunk).__name__} also holds "
-            f"{', '.join(strange)}, and it is not known which side needs that"
+            f"{', '.join(strange)}, and splitft does not know which side needs that"
         )
     return Anatomy(trunk, blocks, norm, positions, before, after, embedding, head)
 
 
 def shape_of(config: Any) -> ModelShape:
-    """Sizes of a model from its Hugging Face configuration. Raises ModelError if it does not tell them."""
+    """Return a model's sizes from its Hugging Face configuration. Raises ModelError if some are missing."""
     sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
     absent = [name for name in sizes if getattr(config, name, None) is None]
     if absent:

@@ -1,10 +1,10 @@
-"""Attention for training in bfloat16 on a CPU: the products in float32.
+"""Compute attention in float32 when training in bfloat16 on a CPU.
 
     q, k, v (B, H, T, d) in bfloat16 -> float32 -> transformers' sdpa -> bfloat16
 
-The backward pass of torch's fused attention is slow on bfloat16 there: for batches as short as those of
-fine-tuning, three times slower than on float32, which was a sixth of a whole step
-(`benchmarks/step_overhead.py`). Without gradient, on other devices and in other types it is sdpa as it is.
+The backward pass of torch's fused attention is slow in bfloat16 on CPUs: three times slower than in float32
+for the short batches of fine-tuning, a sixth of a whole step (`benchmarks/step_overhead.py`). Without a
+gradient, on other devices and in other types it is sdpa unchanged.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "splitft_sdpa"
-"""By this name transformers knows it."""
+"""Name in transformers' registry of attention functions."""
 
 
 def train_in_float32(causal_lm: Any) -> None:
-    """Let a model that was built with sdpa use this, if its family chooses its attention by name."""
+    """Use this attention in a model built with sdpa, if its family chooses attention by name."""
     if causal_lm.config._attn_implementation == "sdpa" and causal_lm._supports_attention_backend:
         causal_lm.set_attn_implementation(NAME)
 

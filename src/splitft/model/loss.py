@@ -1,10 +1,10 @@
-"""Next-token loss at labelled positions, its gradient at the last hidden state, and how predictions differ.
+"""Next-token loss at labelled positions, its gradient at the last hidden states, and KL divergence.
 
     hidden (M, D) -> final norm, output matrix -> logits (M, V) -> cross-entropy with targets (M,)
 
-With V in the tens of thousands the logits dwarf everything else, so they are made, used and dropped a few
-hundred positions at a time. The head is frozen: only the gradient of the hidden states is needed, and
-it is known as soon as the chunk's loss is.
+With V in the tens of thousands the logits need more memory than all else, so they are computed, used and
+freed for a few hundred positions at a time. The head is frozen: only the gradient of the hidden states is
+needed, and it is available as soon as the chunk's loss is.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.nn import functional
 from splitft.model.segment import Segment
 
 CHUNK = 256
-"""Positions whose logits exist at one time."""
+"""Positions whose logits are in memory at one time."""
 
 
 def loss_and_gradient(
     segment: Segment, hidden: torch.Tensor, targets: torch.Tensor
 ) -> tuple[float, torch.Tensor]:
-    """Mean loss over M positions, and d loss / d hidden (M, D)."""
+    """Return the mean loss over M positions, and d loss / d hidden (M, D)."""
     total, gradients = 0.0, []
     for chunk, wanted in zip(torch.split(hidden.detach(), CHUNK), torch.split(targets, CHUNK), strict=True):
         leaf = chunk.requires_grad_()
@@ -35,17 +35,16 @@ def loss_and_gradient(
 
 @torch.no_grad()
 def summed_loss(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -> float:
-    """Sum of the loss over M positions, without gradient."""
+    """Return the sum of the loss over M positions, without gradient."""
     chunks = zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True)
     return sum(float(_summed(segment, chunk, wanted)) for chunk, wanted in chunks)
 
 
 @torch.no_grad()
 def divergence(segment: Segment, hidden: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean Kullback-Leibler divergence, in nats, of what `other` (M, D) predicts from what `hidden` does.
+    """Return the mean Kullback-Leibler divergence, in nats, KL(hidden's || other's predictions), both (M, D).
 
-    By how much the loss rises where `hidden` predicts as often right as it says: each label then has the
-    chance that `hidden` gives it.
+    It is the rise of the loss from `hidden` to `other` if labels follow the predictions of `hidden`.
     """
     total = 0.0
     for one, two in zip(torch.split(hidden, CHUNK), torch.split(other, CHUNK), strict=True):
@@ -59,5 +58,5 @@ def _summed(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -> to
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
-    """In float32 at least: bfloat16 is too coarse for a sum over V."""
+    """Return logits in float32 at least: bfloat16 is too coarse for a sum over V."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,6 +1,6 @@
-"""Between padded batches (B, T, D), which blocks compute on, and packed rows (N, D), which travel.
+"""Convert padded batches (B, T, D), for computation, to packed rows (N, D), for transport, and back.
 
-N is the number of real tokens, the sum of the lengths. Padding stands on the right and is zero.
+N is the number of real tokens, the sum of the lengths. Padding is on the right and is zero.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import torch
 
 
 def pack(hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """(B, T, D) -> (N, D): the first `lengths[b]` positions of each sequence, in order."""
+    """Pack (B, T, D) to (N, D): the first `lengths[b]` positions of each sequence, in order."""
     if all(length == hidden.shape[1] for length in lengths):
         return hidden.reshape(-1, hidden.shape[-1])
     return torch.cat([row[:length] for row, length in zip(hidden, lengths, strict=True)])
 
 
 def pad(packed: torch.Tensor, lengths: Sequence[int], width: int | None = None) -> torch.Tensor:
-    """(N, D) -> (B, T, D) with T = `width`, by default the longest length."""
+    """Pad (N, D) to (B, T, D) with T = `width`, by default the longest length."""
     width = max(lengths) if width is None else width
     if all(length == width for length in lengths):
         return packed.reshape(len(lengths), width, packed.shape[-1])
@@ -27,5 +27,5 @@ def pad(packed: torch.Tensor, lengths: Sequence[int], width: int | None = None) 
 
 
 def pick(hidden: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """(B, T, D) -> (M, D): positions [start, stop) of each sequence, in order."""
+    """Pick (M, D) of (B, T, D): positions [start, stop) of each sequence, in order."""
     return torch.cat([row[start:stop] for row, (start, stop) in zip(hidden, ranges, strict=True)])

@@ -3,14 +3,13 @@
     tokens (B, T) -> [client: embedding, blocks 0..k-1] -> hidden (B, T, D) -> [server: blocks k..L-1]
                   -> hidden at labelled positions (M, D) -> [head: final norm, output matrix] -> logits (M, V)
 
-The model class is built on the meta device, where it weighs nothing. The parts that a segment holds are
-filled from the checkpoint; a span is run by mounting its blocks in the trunk's block list and calling
-the trunk's own forward, with hidden states instead of embeddings and with neutral stand-ins for
-the parts that belong to somebody else (position table, final norm). So rotary angles, masks, scalings and
-soft caps are those of the family, whichever it is.
+The model class is built on the meta device, where it needs no memory. The parts that a segment holds are read
+from the checkpoint. To run a span, its blocks are mounted in the trunk's block list and the trunk's own
+forward is called, with hidden states instead of embeddings and with neutral replacements of the parts that
+are elsewhere (position table, final norm). So rotary angles, masks, scalings and soft caps are the family's.
 
-Batches are right-padded. Causal attention never looks right, so real tokens need no padding mask.
-The segment is always in evaluation mode: dropout of the base model is off, on both sides of the cut.
+Batches are right-padded. Causal attention never looks right, so real tokens need no padding mask. The segment
+is always in evaluation mode: dropout of the base model is off, on both sides of the cut.
 
 Shapes: B sequences, T tokens, D width, L blocks, M labelled positions, V vocabulary.
 Split learning: Vepakomma et al. 2018, https://arxiv.org/abs/1812.00564.
@@ -18,7 +17,6 @@ Split learning: Vepakomma et al. 2018, https://arxiv.org/abs/1812.00564.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,70 +25,25 @@ from torch import nn
 from splitft.errors import GeometryError, ModelError
 from splitft.geometry import ModelShape, Span
 from splitft.model.anatomy import Anatomy, locate, shape_of
-from splitft.model.loading import Checkpoint
-
-Dtype = torch.dtype
-_Place = tuple[nn.Module, str]
-"""A module and the name of one of its tensors."""
+from splitft.model.loading import Checkpoint, FrozenModule, fill_buffers
 
 
-class _Nothing(nn.Module):
-    """Stands where a position table is not held: adds zero, whatever it is asked."""
+class _NoPositions(nn.Module):
+    """Replacement of a position table that is not loaded; adds zero."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.zeros(())
 
 
 class _AddsOne(nn.Module):
-    """Stands where the final norm is, to see how often a trunk uses it."""
+    """Replacement of the final norm, to count how often a trunk uses it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + 1
 
 
-class _Frozen:
-    """One module's tensors on the meta device, with where to put what the checkpoint has for them."""
-
-    def __init__(self, prefix: str, module: nn.Module) -> None:
-        self.module = module
-        self.places, self.buffers = dict[str, _Place](), dict[str, _Place]()
-        for path, part in module.named_modules(prefix=prefix):
-            self.places.update((f"{path}.{name}", (part, name)) for name in _present(part._parameters))
-            kept = _present(part._buffers) - part._non_persistent_buffers_set
-            self.buffers.update((f"{path}.{name}", (part, name)) for name in kept)
-
-    def fill(self, checkpoint: Checkpoint, dtype: Dtype, owner: Any) -> int:
-        """Read the tensors, compute the buffers that are not among them; returns the bytes of parameters."""
-        for part in self.module.modules():
-            _fill_buffers(part, owner)
-        saved = {name: place for name, place in self.buffers.items() if name in checkpoint}
-        tensors = checkpoint.read([*self.places, *saved])
-        for name, (part, attribute) in {**self.places, **saved}.items():
-            expected: torch.Tensor = getattr(part, attribute)
-            if tensors[name].shape != expected.shape:
-                wanted, found = tuple(expected.shape), tuple(tensors[name].shape)
-                raise ModelError(f"{name} has shape {found} in the checkpoint, the model wants {wanted}")
-            if name in saved:
-                part._buffers[attribute] = tensors[name].to(expected.dtype)
-            else:
-                part._parameters[attribute] = nn.Parameter(tensors[name].to(dtype), requires_grad=False)
-        return sum(tensors[name].numel() for name in self.places) * dtype.itemsize
-
-    def held(self) -> dict[int, int]:
-        """Sizes of the parameters that are in memory, by identity."""
-        parameters = (part._parameters[attribute] for part, attribute in self.places.values())
-        return {id(p): p.numel() for p in parameters if p is not None and not p.is_meta}
-
-    def empty(self) -> None:
-        """Give the memory back."""
-        for part, attribute in self.places.values():
-            tensor = part._parameters[attribute]
-            if tensor is not None:
-                part._parameters[attribute] = nn.Parameter(tensor.to("meta"), requires_grad=False)
-
-
 class Segment:
-    """A span of blocks, with the embedding or the head where they are held."""
+    """A span of a model's blocks, with the embedding or the head if they are held here."""
 
     def __init__(
         self,
@@ -100,9 +53,9 @@ class Segment:
         *,
         embedding: bool,
         head: bool,
-        dtype: Dtype,
+        dtype: torch.dtype,
     ) -> None:
-        """Fill the held parts of `causal_lm` (on the meta device) from `checkpoint`.
+        """Load the parts of `causal_lm` (on the meta device) that are held here from `checkpoint`.
 
         Raises ModelError if the family is unknown or the checkpoint lacks tensors, GeometryError if
         the span does not fit.
@@ -116,7 +69,7 @@ class Segment:
         """All L blocks; those outside `span` are on the meta device."""
         self._layer_types = list(getattr(causal_lm.config, "layer_types", None) or [])
         names = {module: name for name, module in causal_lm.named_modules()}
-        self._frozen = [_Frozen(names[block], block) for block in self.blocks]
+        self._frozen = [FrozenModule(names[block], block) for block in self.blocks]
         self._mounted: tuple[Span, bool, bool] | None = None
         self._parts = {name: getattr(self._anatomy.trunk, name) for name in self._swappable()}
         self.holds_embedding, self.holds_head = embedding, head
@@ -126,9 +79,9 @@ class Segment:
         self.resize(span)
 
     def resize(self, span: Span) -> int:
-        """Load the blocks that `span` adds, free those that it leaves; returns bytes of weights read.
+        """Load the blocks that `span` adds, and free those that it leaves. Returns the bytes of weights read.
 
-        Raises ModelError, and holds what it held, if they cannot be read.
+        Raises ModelError, and keeps the old span, if they cannot be read.
         """
         if span.stop > self.shape.blocks:
             raise GeometryError(f"span {span} ends after the model's {self.shape.blocks} blocks")
@@ -138,25 +91,25 @@ class Segment:
                 read += self._frozen[block].fill(self._checkpoint, self.dtype, self._lm)
         except BaseException:
             for block in added:
-                self._frozen[block].empty()
+                self._frozen[block].free()
             raise
         for block in self.span.minus(span):
-            self._frozen[block].empty()
+            self._frozen[block].free()
         self.span = span
         return read
 
     def run(self, x: torch.Tensor, through: Span | None = None, cache: Any = None) -> torch.Tensor:
-        """Tokens (B, T), or hidden states (B, T, D), through some of the held blocks -> (B, T, D).
+        """Run tokens (B, T), or hidden states (B, T, D), through some of the held blocks: (B, T, D).
 
         Token ids enter at block 0 only; hidden states enter anywhere, also at block 0 as embeddings with
-        positions already added. With a `cache` of transformers that holds the keys and values of
-        earlier tokens in all blocks up to the span's end, x continues them and is added to it.
-        Raises GeometryError for blocks that are not held.
+        positions already added. With a `cache` of transformers that holds the keys and values of earlier
+        tokens in all blocks up to the span's end, x continues them and is added to it. Raises GeometryError
+        for blocks that are not held.
         """
-        through = self.span if through is None else through  # an empty span is asked for on purpose
+        through = self.span if through is None else through  # an empty span is valid
         tokens = not x.is_floating_point()
         if len(through) and through.minus(self.span):
-            raise GeometryError(f"blocks {through} asked of a segment that holds {self.span}")
+            raise GeometryError(f"a segment that holds {self.span} cannot run blocks {through}")
         if tokens and not (self.holds_embedding and through.start == 0):
             raise GeometryError(f"token ids cannot enter at block {through.start} of {self.span}")
         if not tokens and not len(through):
@@ -168,9 +121,9 @@ class Segment:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states after the last block, at any positions (M, D) -> logits (M, V)."""
+        """Return the logits (M, V) of hidden states after the last block, at any positions (M, D)."""
         if not self.holds_head:
-            raise GeometryError("logits asked of a segment without the head")
+            raise GeometryError("a segment without the head has no logits")
         last = self.shape.blocks
         self._mount(Span(last, last), enters=False, leaves=True)
         # M sequences of one token: with no blocks mounted, positions do not interact
@@ -178,17 +131,18 @@ class Segment:
         return logits.squeeze(1)
 
     def parameter_count(self) -> int:
-        """Frozen parameters that are really held, each counted once."""
+        """Return the number of frozen parameters in memory, each counted once."""
         held: dict[int, int] = {}
         for frozen in (*self._shared, *self._frozen):
-            held.update(frozen.held())
+            held.update(frozen.loaded())
         return sum(held.values())
 
     def _check_that_only_blocks_act(self) -> None:
-        """Refuse a trunk whose forward does more to hidden states than its parts do.
+        """Raise ModelError if the trunk changes hidden states outside its blocks and final norm.
 
-        Some families scale what enters (granite's multiplier) or use their norm there too (nanochat); split,
-        that would happen twice, or never. Without blocks, and with a norm that adds one, one must be added.
+        Some families scale the embeddings (granite's multiplier) or use their norm there too (nanochat); in a
+        split that would happen twice, or never. Without blocks, and with a norm that adds one, the trunk must
+        add one.
         """
         family, trunk, norm = self.shape.family, self._anatomy.trunk, self._anatomy.norm
         x = torch.linspace(-2, 2, 2 * self.shape.width, dtype=self.dtype).view(1, 2, -1)
@@ -219,20 +173,20 @@ class Segment:
             held.update((n, self._parts[n]) for n in (anatomy.positions, *anatomy.before) if n)
         if self.holds_head:
             held.update((n, self._parts[n]) for n in (anatomy.norm, *anatomy.after) if n)
-            # a tied head is filled as the embedding: the checkpoint has the matrix under that name only
+            # a tied head is loaded as the embedding: the checkpoint has the matrix under that name only
             held["head"] = anatomy.embedding if self.shape.tied else anatomy.head
-        self._shared = [_Frozen(names[module], module) for module in dict.fromkeys(held.values())]
+        self._shared = [FrozenModule(names[module], module) for module in dict.fromkeys(held.values())]
         for frozen in self._shared:
             frozen.fill(self._checkpoint, self.dtype, self._lm)
         if self.holds_head and self.shape.tied:
             anatomy.head._parameters["weight"] = anatomy.embedding._parameters["weight"]
         block_parts = {id(part) for block in self.blocks for part in block.modules()}
-        for part in self._lm.modules():  # what is left has no parameters: rotary angles
+        for part in self._lm.modules():  # modules without parameters: rotary angles
             if id(part) not in block_parts and not part._parameters:
-                _fill_buffers(part, self._lm)
+                fill_buffers(part, self._lm)
 
     def _mount(self, through: Span, *, enters: bool, leaves: bool) -> None:
-        """Make the trunk's forward run exactly these blocks, with only the parts that apply."""
+        """Make the trunk's forward run exactly these blocks, with only the parts in use."""
         if self._mounted == (through, enters, leaves):
             return
         anatomy, trunk, config = self._anatomy, self._anatomy.trunk, self._lm.config
@@ -243,23 +197,9 @@ class Segment:
         if anatomy.norm:
             setattr(trunk, anatomy.norm, self._parts[anatomy.norm] if leaves else nn.Identity())
         if anatomy.positions:
-            setattr(trunk, anatomy.positions, self._parts[anatomy.positions] if enters else _Nothing())
+            setattr(trunk, anatomy.positions, self._parts[anatomy.positions] if enters else _NoPositions())
         for name in anatomy.before:
             setattr(trunk, name, self._parts[name] if enters else nn.Identity())
         for name in anatomy.after:
             setattr(trunk, name, self._parts[name] if leaves else nn.Identity())
         self._mounted = (through, enters, leaves)
-
-
-def _present(tensors: Mapping[str, torch.Tensor | None]) -> set[str]:
-    return {name for name, tensor in tensors.items() if tensor is not None}
-
-
-def _fill_buffers(part: nn.Module, owner: Any) -> None:
-    """Compute a module's buffers that checkpoints do not carry (rotary angles, causal masks)."""
-    buffers = {name: buffer for name, buffer in part._buffers.items() if buffer is not None}
-    if not any(buffer.is_meta for buffer in buffers.values()):
-        return
-    for name, buffer in buffers.items():
-        part._buffers[name] = torch.empty_like(buffer, device="cpu")
-    owner._init_weights(part)

@@ -1,7 +1,7 @@
-"""From a model's name to its configuration, tokenizer, and segments of it.
+"""Open a model by name: its configuration, its tokenizer, and segments of it.
 
-A name is an alias of an embedded model, a folder in Hugging Face format, or a hub id; see `open_model`.
-Nothing but the configuration is read until a segment is asked for.
+A name is an alias of an embedded model, a folder in Hugging Face format, or a hub id; see `open_model`. Only
+the configuration is read until a segment is requested.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 
 @dataclass(frozen=True)
 class Model:
-    """A pretrained model that segments can be taken from."""
+    """A pretrained model, from which segments are loaded."""
 
     spec: ModelSpec
-    """What the user asked for."""
+    """The user's specification."""
     path: str
     """Folder or hub id that transformers and peft understand."""
     config: Any
@@ -47,7 +47,7 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of frozen weights and hidden states."""
+        """Data type of frozen weights and hidden states."""
         return DTYPES[self.spec.dtype]
 
     def segment(self, span: Span, *, embedding: bool = False, head: bool = False) -> Segment:
@@ -57,34 +57,34 @@ class Model:
         )
 
     def skeleton(self) -> Any:
-        """The whole model on the meta device: names and shapes, no weights."""
+        """Build the whole model on the meta device: names and shapes, no weights."""
         return _on_meta(self.config, self.dtype, self.spec.attention)
 
     def block_names(self) -> list[str]:
-        """Full name of each block, such as `model.layers.0`."""
+        """Return the full name of each block, such as `model.layers.0`."""
         skeleton = self.skeleton()
         names = {module: name for name, module in skeleton.named_modules()}
         return [names[block] for block in locate(skeleton).block_list()]
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer. Raises ModelError if it brings none."""
+        """Load the model's tokenizer. Raises ModelError if it has none."""
         from transformers import AutoTokenizer
 
         try:
             return AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{self.path} brings no usable tokenizer: {_first_line(error)}") from error
+            raise ModelError(f"{self.path} has no usable tokenizer: {_first_line(error)}") from error
 
 
 def open_model(spec: ModelSpec) -> Model:
     """Find a model by alias, folder or hub id, and check that its family can be split.
 
-    Raises ModelError that says what was looked for.
+    Raises ModelError for an unknown name, a family that cannot be split, and quantised weights.
     """
     path = str(embedded_model(spec.name)) if spec.name in EMBEDDED else spec.name
     config = _configuration(path)
     if getattr(config, "quantization_config", None):
-        raise ModelError(f"{path} holds quantised weights; give the model that it was made from")
+        raise ModelError(f"{path} has quantised weights; give the original model")
     skeleton = _on_meta(config, DTYPES[spec.dtype], spec.attention)
     locate(skeleton)
     prefixes = (f"{skeleton.base_model_prefix}.",)
@@ -122,7 +122,7 @@ def _configuration(path: str) -> Any:
     if folder.is_file():
         raise ModelError(f"{path} is a file; give the folder that holds config.json and the weights")
     near = difflib.get_close_matches(path, EMBEDDED, n=1)
-    if near and not folder.is_dir():  # before the hub is asked, which takes long where there is no network
+    if near and not folder.is_dir():  # before a request to the hub, which is slow without a network
         raise ModelError(f"there is no model {path!r}; did you mean {near[0]!r}?")
     try:
         config = AutoConfig.from_pretrained(path)
@@ -133,8 +133,8 @@ def _configuration(path: str) -> Any:
             ) from error
         known = ", ".join(EMBEDDED)
         raise ModelError(
-            f"no model {path!r}: it is not an embedded model ({known}), not a folder here, and the hub "
-            f"did not give it ({_first_line(error)})"
+            f"no model {path!r}: it is not an embedded model ({known}) and not a local folder, and the hub "
+            f"does not provide it ({_first_line(error)})"
         ) from error
     return getattr(config, "text_config", None) or config
 
