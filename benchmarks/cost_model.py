@@ -29,10 +29,8 @@ from splitft.run.calibration import calibrate
 from splitft.run.fleet import exact_sizes
 from splitft.schedule.cost import step_legs
 from splitft.schedule.memory import client_memory
-from splitft.schedule.profile import Device, Link
-from splitft.schedule.profile import ServerProfile as ServerProfile
-from splitft.schedule.workload import ClientProfile as Costed
-from splitft.schedule.workload import SharedCosts, Workload
+from splitft.schedule.profile import Device, Link, ServerProfile
+from splitft.schedule.workload import ClientProfile, SharedCosts, Workload
 from splitft.specs import LoraSpec, ModelSpec, SplitSpec, TrainingSpec
 from splitft.training import Client, ClientSetup, Server
 from splitft.training.ranks import RankPolicy
@@ -96,13 +94,13 @@ def timed(model: Model, stream: BatchStream, batch: int, rounds: int, steps: int
     for _ in range(rounds):
         device = calibrate(model, ranks, training)
         work = workload(stream, range(done, done + steps))
-        job = SharedCosts(sizes, ServerProfile(device), LORA)
+        costs = SharedCosts(sizes, ServerProfile(device), LORA)
         for cut, pair in pairs.items():
             began = time.perf_counter()
             for _ in range(steps):
                 pair.step()
             spent = (time.perf_counter() - began) / steps
-            legs = step_legs(job, Costed("c", device, LINK, work), cut)
+            legs = step_legs(costs, ClientProfile("c", device, LINK, work), cut)
             found[cut].append((sum(leg.seconds for leg in legs), spent))
         done += steps
     return list(found.items())
@@ -131,9 +129,9 @@ def peak(cut: int, batch: int, data: Path, seed: int) -> dict[str, float]:
         client.backward(CutGradient(step=step, gradient=torch.randn(sent.hidden.shape).to(model.dtype)))
     measured = status("VmHWM") - before
     device = Device("any", 1.0, 1.0, 1.0, float("inf"))
-    costed = Costed("c", device, LINK, workload(stream, range(3)))
-    job = SharedCosts(sizes, ServerProfile(device), LORA)
-    return {"predicted": client_memory(job, costed, cut).total / 2**20, "measured": measured}
+    client_profile = ClientProfile("c", device, LINK, workload(stream, range(3)))
+    costs = SharedCosts(sizes, ServerProfile(device), LORA)
+    return {"predicted": client_memory(costs, client_profile, cut).total / 2**20, "measured": measured}
 
 
 def _in_a_process(cut: int, batch: int, chosen: object) -> dict[str, float]:

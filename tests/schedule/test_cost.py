@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schedule.cases import SERVER, SIZES, WORK, client, costs
-from splitft.errors import GeometryError, ScheduleError
+from schedule.cases import SERVER, SIZES, client, costs
+from splitft.errors import GeometryError
 from splitft.schedule.codec_cost import WireBytes
 from splitft.schedule.cost import (
     adapter_legs,
@@ -19,16 +18,7 @@ from splitft.schedule.cost import (
     round_seconds,
     step_legs,
 )
-from splitft.schedule.memory import (
-    ALLOCATOR_SLACK,
-    RUNTIME_BYTES,
-    client_memory,
-    server_memory,
-    server_peak_bytes,
-    server_weights_bytes,
-)
 from splitft.schedule.problem import options
-from splitft.schedule.workload import Workload
 from splitft.specs import LoraSpec
 
 CUTS = range(1, SIZES.blocks + 1)
@@ -125,38 +115,6 @@ def test_what_a_split_sends_in_a_step_does_not_depend_on_the_cut(cut):
     assert sum(value for leg, value in sent.items() if "adapters" not in leg) == 5 * 800
 
 
-def test_the_memory_of_a_client_part_by_part():
-    memory = client_memory(costs(), client(), cut=3)
-    adapters = (4 + 4 + 2) * 20 * 4
-    assert (memory.weights, memory.adapters) == ((1000 + 3 * 1000 + 10) * 2, adapters)
-    assert (memory.gradients, memory.moments) == (adapters, 2 * adapters)
-    assert memory.activations == ALLOCATOR_SLACK * 3 * 16 * 70 * 2
-    assert memory.logits == 3 * 8 * 100 * 4  # 8 labelled positions are less than a chunk
-    assert memory.total == 8020 + 4 * adapters + ALLOCATOR_SLACK * 6720 + 9600 + RUNTIME_BYTES
-
-
-def test_logits_exist_for_one_chunk_of_256_positions_at_most():
-    one = client(workload=Workload(1000, 1000, 10, 100, 1))
-    assert client_memory(costs(), one, 1).logits == 3 * 256 * 100 * 4
-
-
-def test_the_memory_of_the_server_holds_the_weights_once():
-    both = [client("a"), client("b")]
-    assert server_weights_bytes(costs(), 2) == 4 * 1000 * 2 + RUNTIME_BYTES
-    assert server_peak_bytes(costs(), both, [2, 4]) == (
-        8000
-        + RUNTIME_BYTES
-        + server_memory(costs(), both[0], 2).total
-        + server_memory(costs(), both[1], 4).total
-    )
-    with_head = costs(labels="server")
-    assert (
-        server_weights_bytes(with_head, 2) == (4 * 1000 + 10 + 1000) * 2 + RUNTIME_BYTES
-    )  # tied: its own copy
-    assert server_memory(with_head, both[0], 2).logits == 9600
-    assert client_memory(with_head, both[0], 2).logits == 0
-
-
 def test_moving_deeper_fetches_weights_and_adapters_and_shallower_hands_over_moments():
     one = client()
     adapters = (4 + 2) * 20 * 4  # blocks 2 and 3 at cut 4
@@ -172,19 +130,3 @@ def test_cuts_that_do_not_exist_are_refused():
     for cut in (0, 7):
         with pytest.raises(GeometryError, match="choose 1 to 6"):
             step_legs(costs(), client(), cut)
-
-
-@pytest.mark.parametrize("bad", [0, -1, math.nan])
-def test_impossible_workloads_and_codecs_are_refused(bad):
-    with pytest.raises(ScheduleError, match="workload: steps is"):
-        Workload(12, 8, 2, 8, bad)
-    with pytest.raises(ScheduleError, match=r"gradient takes .* bytes"):
-        WireBytes(gradient=bad)
-
-
-def test_a_workload_has_no_more_labels_than_tokens_and_no_more_tokens_than_padded():
-    with pytest.raises(ScheduleError, match="13 labelled of 12 real of 16 padded"):
-        Workload(12, 13, 2, 8, 1)
-    with pytest.raises(ScheduleError, match="12 labelled of 17 real of 16 padded"):
-        Workload(17, 12, 2, 8, 1)
-    assert WORK.divided(2).padded_tokens == 8
