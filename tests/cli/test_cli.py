@@ -16,6 +16,7 @@ import torch
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 import splitft
 from runs import COMMAND, adapter_bytes, invoke, settings_file, started
@@ -107,6 +108,12 @@ print({"torch", "transformers", "peft", "numpy"} & set(sys.modules))
 def test_help_of_every_verb_needs_no_heavy_import():
     done = subprocess.run([sys.executable, "-c", HELP, *VERBS], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+def test_help_names_the_defaults_that_depend_on_other_arguments():
+    for verb, default in (("train", "runs/NAME-DATE-TIME"), ("report", "report.html in the first DIR")):
+        shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "150"})
+        assert default in shown.stdout
 
 
 def test_a_fault_of_ours_says_so_and_debug_shows_it(tmp_path, file, monkeypatch):

@@ -66,8 +66,8 @@ class RunStarted(Stamped):
     @property
     def privacy(self) -> str:
         """What the server can read, as the run prints it first and its report repeats it."""
-        said = PRIVACY[self.labels if self.received == "hidden" else self.received]
-        return " ".join(filter(None, (said, self.audited)))
+        sentence = PRIVACY[self.labels if self.received == "hidden" else self.received]
+        return " ".join(filter(None, (sentence, self.audited)))
 
 
 class RunResumed(Stamped):
