@@ -8,11 +8,17 @@ import os
 import pytest
 from typer.testing import CliRunner
 
+import splitft
 from laws.federations import write_text
 from splitft.cli import app
-from splitft.config import from_mapping
+from splitft.config import from_mapping, load
+from splitft.errors import ConfigError
+from splitft.registry import _changed
+from splitft.report.share_charts import division_sentence
 from splitft.run import inputs
 from splitft.run.plan import plan
+from splitft.specs.data import PARTITIONS, SOURCES
+from splitft.specs.schedule import CONTROLLERS
 
 
 @pytest.fixture
@@ -35,8 +41,6 @@ def test_every_client_has_a_price_at_every_cut_that_leaves_the_server_a_block(se
 
 
 def test_the_bytes_foretold_are_those_of_the_tensors_that_a_run_then_sends(settings, tmp_path):
-    import splitft
-
     config = from_mapping({
         **settings,
         "training": {"rounds": 1, "steps": 12, "batch_size": 3},
@@ -138,3 +142,52 @@ def test_a_machine_that_is_measured_is_known_at_the_second_time(settings, counti
     first = plan(from_mapping(settings))
     monkeypatch.setattr("splitft.model.open_model", lambda spec: pytest.fail("the model was opened again"))
     assert plan(from_mapping(settings)) == first
+
+
+@pytest.fixture
+def plugin_names():
+    """Forget what the plug-in of a test has added."""
+    yield
+    for registry in (CONTROLLERS, PARTITIONS, SOURCES):
+        registry._things.pop("mine", None)
+    _changed()
+
+
+PLUGIN = """
+from splitft.data.partitions import PARTITIONS, Partition
+from splitft.schedule.controllers import CONTROLLERS, Controller, Decision
+from splitft.specs.data import SOURCES
+
+def rows(spec, wanted):
+    return [{"text": f"{spec.source_argument} {number} " * 9} for number in range(60)]
+
+SOURCES.add("mine", rows)
+PARTITIONS.add("mine", Partition(lambda examples, clients, spec, generator: [
+    range(client, len(examples), clients) for client in range(clients)
+], "in turn, column {column}"))
+CONTROLLERS.add("mine", Controller(lambda problem: Decision({one.name: 2 for one in problem.clients}, "two")))
+"""
+
+
+def test_a_plug_in_adds_a_source_a_partition_and_a_controller(settings, tmp_path, plugin_names):
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    settings |= {
+        "plugins": ["mine.py"],
+        "data": {"source": "mine:of a plug-in", "max_tokens": 16},
+        "clients": {"count": 3, "cuts": "auto", "shares": {"by": "mine"}},
+        "schedule": {"controller": "mine"},
+        "training": {"rounds": 2, "steps": 1},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(settings))
+    choices = {choice.controller: choice for choice in plan(load(file)).choices}
+    assert set(choices["mine"].cuts.values()) == {2}
+    assert choices["mine"].reason == "two"
+    told = inputs.shares(load(file))
+    assert told.summary.examples == (20, 20, 20)
+    assert "in turn, column None" in division_sentence(told.to_json())
+    run = splitft.train(file, tmp_path / "run")
+    assert {cut for client in run.summary["clients"] for cut in client["cut"]} == {2}
+    assert "mine" in (run.folder / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"found 'min'; give .*mine.*; did you mean mine"):
+        load(file, ["schedule.controller=min"])

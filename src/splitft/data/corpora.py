@@ -29,9 +29,6 @@ from splitft.seeds import Draw
 from splitft.specs import DataSpec
 from splitft.specs.data import SOURCES
 
-EMBEDDED = frozenset({"python-docs"})
-"""Sources that are part of every installation, so that each site has the same text and nobody's own."""
-
 SHORTEST_PARAGRAPH = 20
 """Characters under which a paragraph of the embedded text is skipped: headings, `See also:`."""
 

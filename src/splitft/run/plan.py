@@ -28,6 +28,7 @@ from splitft.schedule.cost import LEGS, round_bytes, round_seconds
 from splitft.schedule.memory import client_memory
 from splitft.schedule.problem import feasible
 from splitft.schedule.workload import ClientProfile, Fleet, Workload
+from splitft.specs.data import EMBEDDED
 
 if TYPE_CHECKING:  # a plan from the cache opens no model
     from splitft.model import Model
@@ -115,8 +116,8 @@ def plan(config: RunConfig) -> RunPlan:
 
 def fleet_for(config: RunConfig) -> Fleet:
     """Return the machines, links and batch sizes of a run, from the cache if nothing has changed."""
-    cache = _json_cache("fleets", Fleet)
-    if (found := cache.find(_fleet_facts(config))) is not None:
+    cache, cacheable = _json_cache("fleets", Fleet), _has_known_text(config)
+    if cacheable and (found := cache.find(_fleet_facts(config))) is not None:
         return found
     from splitft.model import open_model
     from splitft.run.fleet import fleet_of
@@ -130,8 +131,14 @@ def fleet_for(config: RunConfig) -> Fleet:
         ranks = ranks_of(effective, model.shape.blocks, list(work))
         fleet = fleet_of(effective, model, ranks, list(work), list(work.values()))
     # facts anew: a machine that is `measured` has been calibrated meanwhile
-    cache.put(_fleet_facts(config), fleet)
+    if cacheable:
+        cache.put(_fleet_facts(config), fleet)
     return fleet
+
+
+def _has_known_text(config: RunConfig) -> bool:
+    """Return whether name or file identify the text; the rows of a plug-in's source may change."""
+    return config.data.source_name in (None, *EMBEDDED)
 
 
 def _workloads(config: RunConfig, model: Model) -> dict[str, Workload]:
@@ -143,7 +150,8 @@ def _workloads(config: RunConfig, model: Model) -> dict[str, Workload]:
         gathered = inputs.gather(config)
         return {client.name: workload_of(gathered.config, client.stream) for client in gathered.clients}
 
-    found = _json_cache("counts", dict[str, Workload]).cached(_count_facts(config, model), count)
+    cache = _json_cache("counts", dict[str, Workload])
+    found = cache.cached(_count_facts(config, model), count) if _has_known_text(config) else count()
     steps = inputs.pooled_config(config).training.steps
     return {name: replace(workload, steps=steps) for name, workload in found.items()}
 
@@ -173,7 +181,7 @@ def _count_facts(config: RunConfig, model: Model) -> tuple[object, ...]:
         config.data.model_dump_json(), file_digest(Path(config.data.source)), platform.python_version(),
         model.path, [file_digest(path) for path in sorted(Path(model.path).glob("*token*"))],
         model.shape.max_positions,
-        config.clients.model_dump_json(exclude={"cuts"}), config.seed,
+        config.clients.model_dump_json(exclude={"cuts"}), [one.sha256 for one in config.plugins], config.seed,
         config.training.batch_size, config.training.batch_tokens, _code_stamps("data/*.py"),
     )  # fmt: skip
 

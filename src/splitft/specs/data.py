@@ -19,6 +19,9 @@ SOURCES: Registry[Source] = Registry(
 )
 """Every source of text that is read by name, beside files and hub data sets."""
 
+EMBEDDED = frozenset({"python-docs"})
+"""Sources that are part of every installation: each site has the same text, and nobody owns it."""
+
 
 @dataclass(frozen=True)
 class Partition:
