@@ -45,6 +45,20 @@ def _told(run) -> dict:
     return {key: value for key, value in run.summary.items() if key not in timed}
 
 
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_a_rule_that_is_added_runs_as_a_built_in_one(tmp_path, config, rule):
+    """The same function and facts under another name give the same factors: no name is treated specially."""
+    sections = {"training": {"rounds": 2, "steps": 2}, "lora": {"rank_at_cut": None}}
+    RULES.add("mine", RULES[rule])
+    try:
+        found, expected = (
+            splitft.train(config(name, **sections), tmp_path / name).folder for name in ("mine", rule)
+        )
+        assert _files(found) == _files(expected)
+    finally:
+        del RULES._things["mine"]
+
+
 @pytest.mark.parametrize("rule", UNEQUAL)
 def test_a_run_whose_cuts_move_resumes_bit_for_bit(tmp_path, config, rule):
     kept = "keep" if RULES[rule].keeps_axes else "reset"

@@ -59,7 +59,7 @@ class RankPolicy:
     @property
     def keeps_own(self) -> bool:
         """Whether a trained factor stays with its client (FedSA-LoRA's B)."""
-        return "B" in self.sharing.trains and "B" not in self.sharing.up
+        return self.sharing.keeps_own_b
 
     def initial(self) -> dict[int, int]:
         """Return the rank of each block before the first round."""
