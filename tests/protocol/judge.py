@@ -1,6 +1,6 @@
 """A judge of what becomes of mutated frames: a typed refusal or a message that could have been sent.
 
-    good frame --mutation--> bytes --Terms.from_bytes--> error | message --fault_of--> what is wrong with it
+    good frame --mutation--> bytes --from_bytes--> error | message --fault_of--> what is wrong with it
 
 Whether an accepted message is good is judged by rules written here anew, not by those of the code. Time and
 memory are judged too: nothing of some kB may take seconds, or allocate more than it could ever need.

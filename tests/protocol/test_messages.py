@@ -240,9 +240,9 @@ def test_torn_bytes_are_a_wire_error():
 def test_expect_says_what_came_and_what_was_due():
     expect(HEAD, LastHidden, HeadGradient)
     expect(HEAD, HeadGradient, client="a", round=2, step=5)
-    with pytest.raises(ProtocolError, match="HeadGradient came where LastHidden or CutGradient was due"):
+    with pytest.raises(ProtocolError, match="received HeadGradient; expected LastHidden or CutGradient"):
         expect(HEAD, LastHidden, CutGradient)
-    with pytest.raises(ProtocolError, match="HeadGradient of step 5 came, 6 was due"):
+    with pytest.raises(ProtocolError, match="received HeadGradient of step 5; expected 6"):
         expect(HEAD, HeadGradient, step=6)
 
 

@@ -91,7 +91,7 @@ def test_the_dump_is_a_frame_that_the_code_writes_and_reads():
 
 @pytest.mark.parametrize(
     ("mark", "kinds"),
-    [("messages", MESSAGES), ("orders", {kind.frame_kind(): kind for kind in CONTROL_MESSAGES})],
+    [("messages", MESSAGES), ("control", {kind.frame_kind(): kind for kind in CONTROL_MESSAGES})],
 )
 def test_the_page_names_every_message_with_its_fields_and_roles(mark, kinds):
     table = {row[0]: row[1:] for row in _rows(mark)}

@@ -73,7 +73,7 @@ def test_a_client_takes_no_gradient_before_its_head_has_answered(parties):
     p = parties()
     sent = p.a.forward()
     gradient = CutGradient(step=0, gradient=torch.zeros_like(sent.hidden))
-    with pytest.raises(ProtocolError, match="CutGradient came where LastHidden was due"):
+    with pytest.raises(ProtocolError, match="received CutGradient; expected LastHidden"):
         p.a.backward(gradient)
     p.a.head(p.server.forward([sent])["client-1"])
     p.a.backward(gradient)
@@ -83,14 +83,14 @@ def test_a_client_takes_no_reply_of_another_step_kind_or_size(parties):
     p = parties()
     sent = p.a.forward()
     hidden = p.server.forward([sent])["client-1"]
-    with pytest.raises(ProtocolError, match="LastHidden of step 9 came, 0 was due"):
+    with pytest.raises(ProtocolError, match="received LastHidden of step 9; expected 0"):
         p.a.head(_changed(hidden, step=9))
-    with pytest.raises(ProtocolError, match="CutGradient came where LastHidden was due"):
+    with pytest.raises(ProtocolError, match="received CutGradient; expected LastHidden"):
         p.a.head(CutGradient(step=0, gradient=sent.hidden))
     with pytest.raises(ProtocolError, match=f"LastHidden has 1 rows, {sent.labelled_tokens} were due"):
         p.a.head(_changed(hidden, hidden=hidden.hidden[:1]))
     reply = p.server.backward([p.a.head(hidden)])["client-1"]
-    with pytest.raises(ProtocolError, match="LastHidden came where CutGradient was due"):
+    with pytest.raises(ProtocolError, match="received LastHidden; expected CutGradient"):
         p.a.backward(hidden)
     with pytest.raises(ProtocolError, match=r"CutGradient \(1, 32\)"):
         p.a.backward(_changed(reply, gradient=reply.gradient[:1]))
@@ -111,7 +111,7 @@ def test_a_client_takes_only_its_own_blocks(parties):
 def test_a_client_whose_labels_stay_at_home_is_told_no_loss(parties):
     p = parties()
     p.a.held_out.forward(0)
-    with pytest.raises(ProtocolError, match="HeldOutLoss came where LastHidden was due"):
+    with pytest.raises(ProtocolError, match="received HeldOutLoss; expected LastHidden"):
         p.a.held_out.head(HeldOutLoss(step=0, loss=1.0, tokens=3))
 
 
@@ -131,13 +131,13 @@ def test_the_server_takes_batches_of_participants_of_this_round_only(parties):
     for change, message in [
         ({"client": "eve"}, "eve is no client of this run"),
         ({"client": "client-2"}, "client-2 does not take part in this round"),
-        ({"round": 2}, "Activations of round 2 came, 1 was due"),
+        ({"round": 2}, "received Activations of round 2; expected 1"),
     ]:
         with pytest.raises(ProtocolError, match=message):
             p.server.forward([_changed(sent, **change)])
     with pytest.raises(ProtocolError, match="two batches at once"):
         p.server.forward([sent, sent])
-    with pytest.raises(ProtocolError, match="Activations of training False came, True was due"):
+    with pytest.raises(ProtocolError, match="received Activations of training False; expected True"):
         p.server.forward([sent, p.b.held_out.forward(0)])
     p.server.forward([sent])
     with pytest.raises(ProtocolError, match="client-1 sends a batch, but its gradient was due"):
@@ -149,8 +149,8 @@ def test_the_server_takes_a_gradient_only_for_the_batch_underway(parties):
     gradient = p.a.head(p.server.forward([p.a.forward()])["client-1"])
     for change, message in [
         ({"client": "client-2"}, "client-2 sends a gradient, but no batch of it is underway"),
-        ({"step": 1}, "HeadGradient of step 1 came, 0 was due"),
-        ({"round": 3}, "HeadGradient of round 3 came, 1 was due"),
+        ({"step": 1}, "received HeadGradient of step 1; expected 0"),
+        ({"round": 3}, "received HeadGradient of round 3; expected 1"),
         ({"gradient": gradient.gradient[:1]}, r"gradient \(1, 32\) does not fit"),
     ]:
         with pytest.raises(ProtocolError, match=message):
@@ -214,9 +214,9 @@ def test_the_server_takes_only_parts_of_a_step_that_add_up_to_what_each_of_them_
     for change, words in [
         ({"micro_batch": 0}, "its gradient was due"),
         ({"micro_batches": 4}, "a step in 4 parts; 3 were agreed"),
-        ({"micro_batches": 2}, "micro_batches 2 came, 3 was due"),
-        ({"step": 1}, "step 1 came, 0 was due"),
-        ({"step_labelled": total + 1}, f"step_labelled {total + 1} came, {total} was due"),
+        ({"micro_batches": 2}, "micro_batches 2; expected 3"),
+        ({"step": 1}, "step 1; expected 0"),
+        ({"step_labelled": total + 1}, f"step_labelled {total + 1}; expected {total}"),
     ]:
         with pytest.raises(ProtocolError, match=words):
             p.server.forward([_changed(second, **change)])

@@ -14,13 +14,10 @@ from typing import Protocol
 
 import torch
 
-from splitft.codecs.encoded import CodecContext, Encoded, Parameter, StoredPart
+from splitft.codecs.encoded import MAX_CODEC_NAME, CodecContext, Encoded, Parameter, StoredPart
 from splitft.errors import PluginError
 from splitft.registry import generation
 from splitft.specs.codecs import CodecChoice
-
-LONGEST_NAME = 19
-"""Letters of a codec's name that a frame header can carry."""
 
 
 class Codec(Protocol):
@@ -76,9 +73,9 @@ def codec_of(text: str) -> Codec:
 def _codec_of(text: str, generation: int) -> Codec:
     choice = CodecChoice.parse(text)
     codec: Codec = choice.kind.make(**choice.options)
-    if codec.name != choice.codec or len(codec.name) > LONGEST_NAME:
+    if codec.name != choice.codec or len(codec.name) > MAX_CODEC_NAME:
         raise PluginError(
             f"the codec {choice.codec!r} calls itself {codec.name!r}; both must be the same name of at most "
-            f"{LONGEST_NAME} letters"
+            f"{MAX_CODEC_NAME} letters"
         )
     return codec

@@ -51,6 +51,8 @@ MAX_LENGTH = 2**40
 MAX_PARTS = 10
 """Most stored tensors of one logical tensor."""
 MAX_PARAMETERS = 8
+MAX_CODEC_NAME = 19
+"""Most letters in the name of a codec or a role."""
 MAX_NAME = 300
 """Most letters in the name of a tensor."""
 PART_NAME = re.compile(r"[a-z_]{0,16}", re.ASCII)

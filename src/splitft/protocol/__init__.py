@@ -1,4 +1,4 @@
-"""The conversation between a client and the server: its messages, and the terms they travel on."""
+"""The messages between a client and the server, their frames, and the terms under which they are sent."""
 
 from splitft.protocol.control import (
     BaseFile,

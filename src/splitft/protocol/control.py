@@ -1,16 +1,16 @@
-"""How a client that comes and goes is told what to do: the frame around the conversation of `messages`.
+"""The control messages of a deployed run, around the messages of `messages`.
 
     client                                    server
-      Hello        its work in numbers  ---->          or Declined: its data owner forbids what is asked
-                                        <----  Join            cut, step, global factors: where the run is
-      Next         what is to do?       ---->
-                                        <----  Wait, RoundStart, Train, GlobalAdapters, Evaluate, Leave
+      Register     workload             ---->          or Declined: the data owner forbids the run
+                                        <----  Join            cut, step and global factors of the run
+      Next         request for an order ---->
+                                        <----  Wait, RoundStart, Train, GlobalAdapters, Evaluate, EndSession
       Activations, HeadGradient         ---->
                                         <----  LastHidden, CutGradient, HeldOutLoss, or Stop, or Refused
-      RoundReady, AdapterUpload, Evaluation, Alive: each is answered by what is to do next
+      RoundReady, AdapterUpload, Evaluation, Heartbeat: each is answered by the next order
 
-In simulation the client's methods are called in the right order; over a network the client asks and the
-server answers, so that a client needs outbound connections only, and may fall silent at any time.
+In simulation the client's methods are called directly. Over a network the client sends requests and the
+server replies, so that a client needs outbound connections only, and may disconnect at any time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Register(Message):
-    """Client: I have my text and my tokenizer. Numbers only, nothing of the text."""
+    """Client to server: text and tokenizer are loaded. Contains counts only, no text."""
 
     FRAME_KIND = "Hello"
 
@@ -41,13 +41,13 @@ class Register(Message):
     padded_length: Positive
     """Mean over its sequences of the longest in their batch."""
     min_cut: Length = 1
-    """Shallowest cut that its data owner allows."""
+    """Shallowest cut that the data owner allows."""
     device: dict[str, Positive] = {}
-    """What its data owner says of the machine, as `DeviceSpec` has it; empty for what the run assumes."""
+    """The machine as a `DeviceSpec`, if the data owner describes it; empty for the run's assumption."""
 
 
 class Declined(Message):
-    """Client: my data owner forbids what this run asks; I take no part in this link."""
+    """Client to server: the data owner forbids this run; the site takes no part in this session."""
 
     client: Name
     reason: Annotated[str, Field(max_length=2000)]
@@ -60,34 +60,34 @@ class BaseFile(NamedTuple):
     size: Count
     """Bytes."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """Of the file; of a configuration, of what it says of the model."""
+    """Hash of the file; for a configuration, of its settings of the model."""
 
 
 class Join(Message):
-    """Server: take up the run where it is."""
+    """Server to client: state of the run, to begin or resume."""
 
     round: Count
     """Rounds finished."""
     cut: Length
     steps: Count
-    """Optimizer steps of yours that count."""
+    """Optimizer steps of this client that count."""
     adapters: AdapterState = AdapterState()
-    """Global factors of blocks [0, cut), as far as not everybody can make them: none before round 1."""
+    """Global factors of blocks [0, cut); none before round 1, when clients compute them from the seed."""
     folded: AdapterState = AdapterState()
-    """What aggregation has folded into the base of these blocks."""
+    """Updates that aggregation has folded into the base of these blocks."""
     manifest: tuple[BaseFile, ...] = ()
-    """Files of the base model as the server has them; the site loads nothing that differs."""
+    """Files of the server's base model; the site loads no file that differs."""
     ROLES = {"adapters": "adapter", "folded": "adapter"}
 
 
 class Next(Message):
-    """Client: what is to do?"""
+    """Client to server: request for the next order."""
 
     client: Name
 
 
 class Heartbeat(Message):
-    """Client: I am at work."""
+    """Client to server: the site is running."""
 
     FRAME_KIND = "Alive"
 
@@ -95,30 +95,30 @@ class Heartbeat(Message):
 
 
 class Wait(Message):
-    """Server: nothing at the moment; ask again."""
+    """Server to client: no order yet; ask again."""
 
 
 class Train(Message):
-    """Server: take so many local steps, then upload."""
+    """Server to client: take this number of local steps, then upload."""
 
     round: Length
     steps: Count
 
 
 class Evaluate(Message):
-    """Server: run your held-out batches with the global adapters, then report."""
+    """Server to client: evaluate the global adapters on the held-out batches, then report."""
 
     round: Count
 
 
 class Stop(Message):
-    """Server: the round's time is up; forget the step underway and upload what you have."""
+    """Server to client: the round has timed out; drop the current step and upload the factors."""
 
     round: Length
 
 
 class Refused(Message):
-    """Server: this message cannot be; you are out of this round."""
+    """Server to client: the message is invalid, and the client is out of this round."""
 
     error: Name
     """Name of the error."""
@@ -126,7 +126,7 @@ class Refused(Message):
 
 
 class EndSession(Message):
-    """Server: this link of the run ends."""
+    """Server to client: the session ends."""
 
     FRAME_KIND = "Leave"
 

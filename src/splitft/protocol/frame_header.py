@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from splitft.codecs.encoded import (
     DTYPES,
+    MAX_CODEC_NAME,
     MAX_DIMENSIONS,
     MAX_LENGTH,
     MAX_NAME,
@@ -93,7 +94,9 @@ def parse_entries(tensors: object) -> dict[str, TensorEntry]:
         if not isinstance(data, dict) or data.keys() - {"parameters"} != _ENTRY:
             raise WireError(f"tensor {name!r} is not announced by {', '.join(sorted(_ENTRY))}")
         role, codec = data["role"], data["codec"]
-        if not (isinstance(role, str) and isinstance(codec, str) and len(role) < 20 and len(codec) < 20):
+        if not (
+            isinstance(role, str) and isinstance(codec, str) and max(len(role), len(codec)) <= MAX_CODEC_NAME
+        ):
             raise WireError(f"tensor {name!r} has a role or a codec that is not a short name")
         dtype = _dtype(name, data["dtype"])
         entries[name] = TensorEntry(role, codec, dtype, _shape(name, data["shape"]), _parameters(name, data))

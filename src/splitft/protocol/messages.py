@@ -1,4 +1,4 @@
-"""The conversation between a client and the server, as data.
+"""The messages of training and evaluation between a client and the server.
 
     server                                   client
       RoundStart      cut, what is new  ---->
@@ -8,24 +8,24 @@
       LastHidden      (M, D)            ---->                  head and loss on the client
                                         <----  HeadGradient    (M, D)
       CutGradient     (N, D)            ---->
-   (a step may be divided into micro-batches, of which some are underway at once: the same for each of them)
+   (for each micro-batch of the step; several may be in flight at once)
    then:
                                         <----  AdapterUpload   factors of blocks [0, k)
       GlobalAdapters  after aggregation ---->
    evaluation:  Activations -> LastHidden for each held-out batch, then Evaluation
 
 With `labels: server`, Activations carry the labels; CutGradient (training) or HeldOutLoss (evaluation)
-answers at once. Only real tokens travel, never padding: N is the sum of the lengths; M counts positions
-that carry a label. Of a sequence the server learns its length and where its labels stand.
+is the only reply. Only real tokens are sent, never padding: N is the sum of the lengths, M the number of
+positions with a label. The server learns the length of each sequence and which positions have a label.
 
-Messages are pydantic models, so that what comes from the other side is checked field by field; `Terms`
-knows what both sides agreed on, and turns messages into frames and back.
+Messages are pydantic models, so that every field of a received message is checked. `MessageSerializer` turns
+messages into frames and back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -39,66 +39,67 @@ Count = Annotated[int, Field(ge=0)]
 Length = Annotated[int, Field(ge=1)]
 Loss = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
-MicroBatch = Annotated[int, Field(ge=0, lt=MOST_MICRO_BATCHES)]
+MicroBatchNumber = Annotated[int, Field(ge=0, lt=MOST_MICRO_BATCHES)]
 Seconds = dict[Literal["client_forward", "head", "client_backward"], Annotated[float, Field(ge=0, le=1e6)]]
 """Seconds that a client has computed since its last message of the round, by leg."""
 
 
 class Message(BaseModel):
-    """One message; its tensor fields are listed by role."""
+    """Base class of all messages."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     ROLES: ClassVar[Mapping[str, Role]] = {}
-    """Role of each field that holds tensors; the first is also charged with the frame's overhead."""
+    """Role of each field that holds tensors. The frame's overhead counts towards the first role."""
     LEFT_OUT: ClassVar[frozenset[str]] = frozenset()
-    """Plain fields that a frame does not carry where they have their default."""
+    """Plain fields that a frame omits if they have their default."""
 
     FRAME_KIND: ClassVar[str | None] = None
-    """Name of the kind in a frame, where it is not that of the class: frames keep the names they have."""
+    """Name in a frame, if it differs from the class name. Frames keep their names when a class is renamed."""
 
     @classmethod
     def frame_kind(cls) -> str:
-        """Name of this kind of message in a frame."""
+        """Return the name of this type of message in a frame."""
         return cls.FRAME_KIND or cls.__name__
 
     @property
     def main_role(self) -> Role:
-        """What the message is mainly about."""
+        """Role that the frame's overhead counts towards."""
         return next(iter(self.ROLES.values()), "adapter")
 
 
 M = TypeVar("M", bound=Message)
+N = TypeVar("N", bound=Message)
 
 
 class RoundStart(Message):
-    """Server: train a round at this cut, beginning with the adapters that you hold and these."""
+    """Server to client: train a round at this cut, from the adapters held and these."""
 
     round: Length
     cut: Length
     adapters: AdapterState = AdapterState()
     """Global factors of blocks that the client gains with this cut."""
     moments: dict[str, torch.Tensor] = {}
-    """Optimizer moments of those blocks, when kept."""
+    """Optimizer moments of those blocks, if they are kept."""
     folded: AdapterState = AdapterState()
-    """What aggregation has folded into the base of those blocks."""
+    """Updates that aggregation has folded into the base of those blocks."""
     ROLES = {"adapters": "adapter", "moments": "adapter", "folded": "adapter"}
 
 
 class RoundReady(Message):
-    """Client: the cut is in place."""
+    """Client to server: the cut is in place."""
 
     client: Name
     round: Length
     moments: dict[str, torch.Tensor] = {}
-    """Optimizer moments of blocks given up, when kept."""
+    """Optimizer moments of blocks given up, if they are kept."""
     own: AdapterState = AdapterState()
-    """Factors of blocks given up that are the client's own, by rules that leave some with it."""
+    """The client's own factors of blocks given up, with rules that leave some with each client."""
     ROLES = {"moments": "adapter", "own": "adapter"}
 
 
 class Activations(Message):
-    """Client: hidden states at the cut, of training or of evaluation."""
+    """Client to server: hidden states at the cut, in training or evaluation."""
 
     client: Name
     round: Count
@@ -107,15 +108,15 @@ class Activations(Message):
     lengths: tuple[Length, ...] = Field(min_length=1)
     """Real tokens of each sequence."""
     labelled: tuple[tuple[Count, Count], ...]
-    """Positions [start, stop) of each sequence that carry a label."""
+    """Positions [start, stop) of each sequence that have a label."""
     examples: tuple[Count, ...] = ()
-    """The client's number for each sequence, only where a codec compares epochs."""
-    micro_batch: MicroBatch = 0
-    """Which part of its step this is."""
+    """The client's number of each sequence, only if a codec compares epochs."""
+    micro_batch: MicroBatchNumber = 0
+    """Number of this micro-batch in its step."""
     micro_batches: Annotated[int, Field(ge=1, le=MOST_MICRO_BATCHES)] = 1
-    """Parts of the step."""
+    """Micro-batches of the step."""
     step_labelled: Length | None = None
-    """Labelled tokens of all parts of the step; left out for a step of one part, whose M it is."""
+    """Labelled tokens of all micro-batches of the step; None for a step of one micro-batch."""
     seconds: Seconds = {}
     """Measured by a site in training; empty in simulation."""
     hidden: torch.Tensor
@@ -132,7 +133,7 @@ class Activations(Message):
 
     @property
     def step_tokens(self) -> int:
-        """Labelled tokens of the whole step."""
+        """Labelled tokens of the step."""
         return self.labelled_tokens if self.step_labelled is None else self.step_labelled
 
     @model_validator(mode="after")
@@ -155,15 +156,15 @@ class Activations(Message):
                 f"{self.labelled_tokens} labelled tokens of {self.step_tokens} in {self.micro_batches} parts"
             )
         if self.micro_batches == 1 and self.step_labelled is not None:
-            raise ValueError("step_labelled of a step of one part")
+            raise ValueError("step_labelled is given for a step of one micro-batch")
         return self
 
 
 class LastHidden(Message):
-    """Server: hidden states after the last block at the labelled positions."""
+    """Server to client: hidden states after the last block at the labelled positions."""
 
     step: Count
-    micro_batch: MicroBatch = 0
+    micro_batch: MicroBatchNumber = 0
     hidden: torch.Tensor
     """(M, D)."""
     ROLES = {"hidden": "hidden"}
@@ -171,12 +172,12 @@ class LastHidden(Message):
 
 
 class HeadGradient(Message):
-    """Client: gradient of its step's mean loss at LastHidden."""
+    """Client to server: gradient of the step's mean loss at LastHidden."""
 
     client: Name
     round: Count
     step: Count
-    micro_batch: MicroBatch = 0
+    micro_batch: MicroBatchNumber = 0
     loss: Loss
     """Mean loss over these M positions in nats, for the record."""
     seconds: Seconds = {}
@@ -188,10 +189,10 @@ class HeadGradient(Message):
 
 
 class CutGradient(Message):
-    """Server: gradient of the mean loss of the client's step at the cut."""
+    """Server to client: gradient of the step's mean loss at the cut."""
 
     step: Count
-    micro_batch: MicroBatch = 0
+    micro_batch: MicroBatchNumber = 0
     gradient: torch.Tensor
     """(N, D)."""
     loss: Loss | None = None
@@ -201,30 +202,30 @@ class CutGradient(Message):
 
 
 class AdapterUpload(Message):
-    """Client: its blocks' factors after the round, those that the aggregation rule lets travel."""
+    """Client to server: factors of its blocks after the round, as far as the aggregation rule sends them."""
 
     client: Name
     round: Length
     adapters: AdapterState
     moments: dict[str, torch.Tensor] = {}
-    """Optimizer moments, when they are handed on to the next client."""
+    """Optimizer moments, if the next client continues with them."""
     tokens: Count = 0
-    """Labelled tokens trained on, where the server has no part in it; otherwise it counts them itself."""
+    """Labelled tokens trained on, if the client trains without the server, which otherwise counts them."""
     ROLES = {"adapters": "adapter", "moments": "adapter"}
 
 
 class GlobalAdapters(Message):
-    """Server: what aggregation made of the client's blocks, as far as the client lacks it."""
+    """Server to client: aggregated factors of the client's blocks that it does not have."""
 
     round: Count
     adapters: AdapterState
     folded: AdapterState = AdapterState()
-    """What joins the frozen base."""
+    """Updates to fold into the frozen base."""
     ROLES = {"adapters": "adapter", "folded": "adapter"}
 
 
 class HeldOutLoss(Message):
-    """Server, with `labels: server`: summed loss of one held-out batch."""
+    """Server to client, with `labels: server`: summed loss of one held-out batch."""
 
     step: Count
     loss: Loss
@@ -232,7 +233,7 @@ class HeldOutLoss(Message):
 
 
 class Evaluation(Message):
-    """Client: loss of the global adapters on its held-out text."""
+    """Client to server: loss of the global adapters on its held-out text."""
 
     client: Name
     round: Count
@@ -249,19 +250,23 @@ MESSAGES: dict[str, type[Message]] = {
         GlobalAdapters, HeldOutLoss, Evaluation,
     )
 }  # fmt: skip
-"""Every message of the conversation itself, by name."""
+"""Every message of training and evaluation, by its name in a frame."""
 
 
-def expect(message: Message, *kinds: type[M], **fields: object) -> M:
-    """Return the message; raise ProtocolError unless it is of one of these kinds and has these values.
+@overload
+def expect(message: Message, kind: type[M], /, **fields: object) -> M: ...
+@overload
+def expect(message: Message, kind: type[M], other: type[N], /, **fields: object) -> M | N: ...
+def expect(message: Message, /, *kinds: type[Message], **fields: object) -> Message:
+    """Return the message if it has one of these types and these values, such as `step=7`.
 
-    `expect(message, HeadGradient, client="a", round=2, step=7)` is how each side says what may follow.
+    Raises ProtocolError, which names the type or value found and the one expected.
     """
     if not isinstance(message, kinds):
-        awaited = " or ".join(kind.__name__ for kind in kinds)
-        raise ProtocolError(f"{type(message).__name__} came where {awaited} was due")
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise ProtocolError(f"received {type(message).__name__}; expected {expected}")
     for name, wanted in fields.items():
         found = getattr(message, name)
         if found != wanted:
-            raise ProtocolError(f"{type(message).__name__} of {name} {found!r} came, {wanted!r} was due")
+            raise ProtocolError(f"received {type(message).__name__} of {name} {found!r}; expected {wanted!r}")
     return message

@@ -26,7 +26,7 @@ import torch
 
 from splitft.codecs import CodecContext, codec_of
 from splitft.model import divergence
-from splitft.protocol import Activations, HeldOutLoss, LastHidden, MessageSerializer
+from splitft.protocol import Activations, HeldOutLoss, LastHidden, MessageSerializer, expect
 from splitft.protocol.channel import Channel
 from splitft.specs import WireSpec
 from splitft.specs.codecs import kind_of
@@ -138,11 +138,8 @@ def _reply(
     sent = client.held_out.forward(index)
     if shaken:
         sent = sent.model_copy(update={"hidden": _shaken(sent.hidden)})
-    arrived = line.up(sent)
-    assert isinstance(arrived, Activations)
-    reply = line.down(server.forward([arrived])[client.name])
-    assert isinstance(reply, LastHidden | HeldOutLoss)
-    return reply
+    arrived = expect(line.up(sent), Activations)
+    return expect(line.down(server.forward([arrived])[client.name]), LastHidden, HeldOutLoss)
 
 
 def _shaken(hidden: torch.Tensor) -> torch.Tensor:
@@ -165,8 +162,7 @@ def _rise(
             divergence(client.segment, exact.hidden, one.hidden) for one in (found, shaken)
         )
         return math.expm1(by_codec - by_itself)
-    assert isinstance(exact, HeldOutLoss)
-    assert isinstance(found, HeldOutLoss)
+    exact, found = expect(exact, HeldOutLoss), expect(found, HeldOutLoss)
     return math.expm1((found.loss - exact.loss) / max(1, exact.tokens))
 
 
@@ -176,8 +172,7 @@ def _gradient_trials(
     """Candidates until one fits; without the head on the client nothing is measured, and int8 is taken."""
     if terms.labels_travel:
         return [CodecTrial("int8", 0.0, 0.0, True)]
-    reply = _reply(client, server, Channel(client.name, _with(terms, "fp32")), 0)
-    assert isinstance(reply, LastHidden)
+    reply = expect(_reply(client, server, Channel(client.name, _with(terms, "fp32")), 0), LastHidden)
     gradient = client.held_out.gradient(reply).float()
     inputs = reply.hidden.float()
     inputs = inputs / inputs.norm(dim=1, keepdim=True).clamp_min(1e-30)  # as behind a norm

@@ -43,7 +43,7 @@ class CodecFor:
             given = f"{given.get('codec')}:{options}"
         if self._auto and given == AUTO:
             return AUTO
-        name = given.partition(":")[0] if isinstance(given, str) else None
+        name = given.partition(":")[0] if isinstance(given, str) else ""
         if name not in CODECS or self._role not in CODECS[name].roles:
             raise PydanticCustomError("codec", "no such codec")
         return str(CodecChoice.parse(given))
