@@ -1,4 +1,7 @@
-"""Train into a run folder, from the start or from its last checkpoint."""
+"""Train into a run folder, from the start or from its last checkpoint.
+
+RunConfig --prepare--> RunSetup --begin | restore--> RunState --train, round by round--> run folder
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def train(
     listeners: Sequence[Listener] = (),
     tap: Tap | None = None,
 ) -> Run:
-    """Train as the configuration says, into the folder `out`; with `resume`, continue what is there.
+    """Train as configured, into the folder `out`; with `resume`, continue the run that is there.
 
     Raises RunError if `out` holds a run already (or, with `resume`, another one), and what `prepare` raises.
     """
@@ -57,7 +60,7 @@ def train(
     if snapshot is not None and snapshot.state.round >= config.training.rounds and is_finished(run.folder):
         return run
     with silence_transformers():
-        prepared = prepare(config)  # what does not fit is said before the folder is made
+        prepared = prepare(config)  # raises before the folder is made
     with (
         stopping(run.folder),
         contextlib.closing(open_log(run.folder, config, snapshot)) as log,
@@ -71,9 +74,12 @@ def train(
                 other(event)
 
         simulation = prepared.simulation(tap)
-        state = _begin(prepared, snapshot, simulation, listener)
-        if snapshot is not None:  # the run may have stopped between the checkpoint and the adapter
-            _write_adapters(prepared, state, run)
+        if snapshot is None:
+            state = _begin(prepared, listener)
+        else:
+            listener(RunResumed(round=snapshot.state.round + 1))
+            state = _restore(prepared, snapshot, simulation)
+            _write_adapters(prepared, state, run)  # it may have stopped between checkpoint and adapter
 
         def save(state: RunState) -> None:
             path = save_snapshot(run.folder, _snapshot(prepared, state, simulation))
@@ -90,22 +96,22 @@ def train(
 
 @contextlib.contextmanager
 def stopping(folder: Path) -> Iterator[None]:
-    """Say what is safe when the disk gives out under a run."""
+    """Turn an error of the disk into a RunError that names the last complete checkpoint."""
     try:
         yield
     except BrokenPipeError:
-        raise  # the terminal's, not the disk's
+        raise  # an error of the terminal, not of the disk
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"the run stopped writing to {folder} ({reason}); {what_is_safe(folder)}") from error
 
 
 def _write_adapters(prepared: RunSetup, state: RunState, run: Run) -> None:
-    """The global adapter, if there is one, and where a client has factors of its own, its adapter apart."""
+    """Write the global adapter, and the personal adapter of each client that has factors of its own."""
     model, ranks = prepared.model, prepared.ranks
     if prepared.config.aggregate.federated:
-        put_adapter(_learnt(prepared, state), model, ranks, run.adapter_dir)
-    elif len(prepared.clients) == 1:  # what the only client learnt is all there is
+        put_adapter(_global_adapter(prepared, state), model, ranks, run.adapter_dir)
+    elif len(prepared.clients) == 1:  # the only client's adapter is the run's
         put_adapter(state.adapters.updated(prepared.clients[0].private()), model, ranks, run.adapter_dir)
     own = _own(prepared, state)
     for client in prepared.clients:
@@ -115,25 +121,25 @@ def _write_adapters(prepared: RunSetup, state: RunState, run: Run) -> None:
 
 
 def _promises(prepared: RunSetup) -> list[str]:
-    """What the run's defences promise, for the text that leaves its client most often.
+    """Return the promises of the run's defences for the text that is sent most often.
 
-    A training text does once an epoch, a held-out one in every evaluation.
+    A training text is sent once an epoch, a held-out one in every evaluation.
     """
     config, training = prepared.config, prepared.config.training
     sequences = {one.name: one.workload.sequences for one in prepared.cut_schedule.fleet.clients}
-    seen = {
-        facts.name: training.rounds * training.steps * sequences[facts.name] / facts.train_examples
+    epochs = [
+        training.rounds * training.steps * sequences[facts.name] / facts.train_examples
         for facts in prepared.facts
-    }
-    passes = max(training.rounds + 1, *(math.ceil(often) for often in seen.values()))
+    ]
+    times_sent = max(training.rounds + 1, *map(math.ceil, epochs))
     longest = max(map(len, prepared.text.examples))
-    return promises(config.privacy, prepared.model.shape.width, longest, passes)
+    return promises(config.privacy, prepared.model.shape.width, longest, times_sent)
 
 
-def _learnt(prepared: RunSetup, state: RunState) -> AdapterState:
-    """All that the run has learnt as one adapter: with what is folded, and with the mean of own factors.
+def _global_adapter(prepared: RunSetup, state: RunState) -> AdapterState:
+    """Return the adapter of the whole run, with the folded updates.
 
-    The mean of the clients' own B is for whoever has none: it is no client's model.
+    Where clients have factors B of their own it has their mean, for a client that is new: nobody trained it.
     """
     own = list(_own(prepared, state).values())
     if not own:
@@ -146,7 +152,7 @@ def _learnt(prepared: RunSetup, state: RunState) -> AdapterState:
 
 
 def received(config: RunConfig) -> Received:
-    """What comes to the server, by where the blocks and the text are."""
+    """Return the kind of data that the server receives, by where the blocks and the text are."""
     if config.clients.pooled:
         return "text"
     if not config.aggregate.federated:
@@ -155,7 +161,7 @@ def received(config: RunConfig) -> Received:
 
 
 def _audited(prepared: RunSetup) -> str:
-    """Say what is known of the run's setting, where hidden states leave the clients."""
+    """Return the audit's finding for the run's setting, or "" if no hidden states leave the clients."""
     config = prepared.config
     if received(config) != "hidden":
         return ""
@@ -163,59 +169,61 @@ def _audited(prepared: RunSetup) -> str:
     return audited_sentence(config.model.name, cut, codec, config.privacy, config.split.labels == "server")
 
 
-def _begin(
-    prepared: RunSetup, snapshot: Snapshot | None, simulation: Simulation, listener: Listener
-) -> RunState:
-    """Tell how the run begins, and put every party where the checkpoint has it."""
+def _begin(prepared: RunSetup, listener: Listener) -> RunState:
+    """Report how a new run begins, and return its state before round 1."""
     config = prepared.config
-    if snapshot is None:
-        listener(
-            RunStarted(
-                version=__version__,
-                method=config.method,
-                seed=config.seed,
-                model=config.model.name,
-                blocks=prepared.model.shape.blocks,
-                rounds=config.training.rounds,
-                steps=config.training.steps,
-                labels=config.split.labels,
-                received=received(config),
-                defences=tuple(_promises(prepared)),
-                audited=_audited(prepared),
-                clients=prepared.facts,
-                machines=prepared.cut_schedule.machines(),
-            )
+    listener(
+        RunStarted(
+            version=__version__,
+            method=config.method,
+            seed=config.seed,
+            model=config.model.name,
+            blocks=prepared.model.shape.blocks,
+            rounds=config.training.rounds,
+            steps=config.training.steps,
+            labels=config.split.labels,
+            received=received(config),
+            defences=tuple(_promises(prepared)),
+            audited=_audited(prepared),
+            clients=prepared.facts,
+            machines=prepared.cut_schedule.machines(),
         )
-        for choice in prepared.chosen:
-            listener(choice)
-        _warn_of_losses(prepared.text, config, listener)
-        for message in (*prepared.cut_schedule.left_out, *prepared.cut_schedule.misfits):
-            listener(Warned(message=message))
-        return prepared.initial()
-    listener(RunResumed(round=snapshot.state.round + 1))
-    state = snapshot.state
-    arrived = _arrived(prepared, snapshot, simulation)
+    )
+    for choice in prepared.chosen:
+        listener(choice)
+    _warn_of_losses(prepared.text, config, listener)
+    for message in (*prepared.cut_schedule.left_out, *prepared.cut_schedule.misfits):
+        listener(Warned(message=message))
+    return prepared.initial()
+
+
+def _restore(prepared: RunSetup, snapshot: Snapshot, simulation: Simulation) -> RunState:
+    """Set every party to the state in a checkpoint, and return the run's state."""
+    state, server = snapshot.state, prepared.server
+    received_factors = _restore_codecs(prepared, snapshot, simulation)
     for client in prepared.clients:
-        cut = state.cuts[client.name]
-        span = Span(0, cut)
+        span = Span(0, state.cuts[client.name])
         own = snapshot.own.get(client.name, AdapterState())
-        within = state.adapters.within(span)
-        known = within.updated(arrived[client.name].fill_from(within)).replace_B(own)
+        exact = state.adapters.within(span)
+        adapters = exact.updated(received_factors[client.name].fill_from(exact)).replace_B(own)
         client.restore(
-            cut,
-            known.updated(snapshot.private.get(client.name, AdapterState())),
+            span.stop,
+            adapters.updated(snapshot.private.get(client.name, AdapterState())),
             snapshot.steps[client.name],
             snapshot.client_moments.get(client.name, {}),
             state.folded.within(span),
         )
-        prepared.server.client_states.add_own(client.name, own.within(Span(cut, prepared.model.shape.blocks)))
-    prepared.server.moments.update(snapshot.server_moments)
-    prepared.server.place(state.cuts)
+        server_span = Span(span.stop, prepared.model.shape.blocks)
+        server.client_states.add_own(client.name, own.within(server_span))
+    server.moments.update(snapshot.server_moments)
+    server.place(state.cuts)
     return state
 
 
-def _arrived(prepared: RunSetup, snapshot: Snapshot, simulation: Simulation) -> dict[str, AdapterState]:
-    """The global factors that came to each client over the wire, as its codec left them there."""
+def _restore_codecs(
+    prepared: RunSetup, snapshot: Snapshot, simulation: Simulation
+) -> dict[str, AdapterState]:
+    """Restore the codecs' state, and return the global factors as each client received them."""
     sent = {}
     for client in prepared.clients:
         private = snapshot.private.get(client.name, AdapterState())
@@ -226,6 +234,7 @@ def _arrived(prepared: RunSetup, snapshot: Snapshot, simulation: Simulation) -> 
 
 
 def _warn_of_losses(text: Tokenised, config: RunConfig, listener: Listener) -> None:
+    """Warn of text that is not trained on."""
     count = len(text.examples)
     if text.truncated:
         message = f"{text.truncated} of {count} examples were cut off at {config.data.max_tokens} tokens"
@@ -235,6 +244,7 @@ def _warn_of_losses(text: Tokenised, config: RunConfig, listener: Listener) -> N
 
 
 def _snapshot(prepared: RunSetup, state: RunState, simulation: Simulation) -> Snapshot:
+    """Return the state of all parties for a checkpoint."""
     kept = {client.name: client.optimizer_state() for client in prepared.clients}
     return Snapshot(
         state,
@@ -248,7 +258,7 @@ def _snapshot(prepared: RunSetup, state: RunState, simulation: Simulation) -> Sn
 
 
 def _own(prepared: RunSetup, state: RunState) -> dict[str, AdapterState]:
-    """The factors that are each client's own, over all blocks; none by rules that share everything."""
+    """Return each client's own factors over all blocks; none with rules that share everything."""
     states = prepared.server.client_states
     if not prepared.ranks.keeps_own:
         return {}
