@@ -28,7 +28,7 @@ EVIL, STEPS = "client-2", 4
 REASONS = (
     "numbers that are not finite",
     "not rows of width",
-    "of step 99 came",
+    "of step 99; expected",
     "in the name of 'client-1'",
 )
 """Why it is refused, round by round: the misdeeds of `hostile_site/sitecustomize.py`."""
