@@ -10,8 +10,7 @@ import pytest
 import splitft
 from runs import adapter_bytes, invoke, settings, settings_file
 from splitft.config import from_mapping, load
-from splitft.errors import ConfigError, PluginError, RunError
-from splitft.plugins import check_allowed, find
+from splitft.errors import ConfigError, RunError
 from splitft.specs.extensions import TRACKERS
 from splitft.tracking.events import Evaluated
 
@@ -121,17 +120,24 @@ def test_names_of_plugins_and_trackers_are_checked_like_all_others(tmp_path, tin
         load(file)
 
 
-def test_a_plugin_from_elsewhere_needs_its_hash_on_the_owners_list(tmp_path, tiny_llama, plugin):
+def test_a_run_from_elsewhere_gets_only_plugins_that_the_owner_approved_by_content(tmp_path, plugin):
     plugin(TRACKER)
-    file = settings_file(tmp_path, tiny_llama, plugins=["mine.py"])
     digest = hashlib.sha256(TRACKER.encode()).hexdigest()
-    with pytest.raises(ConfigError, match=rf"mine.py \(SHA-256 {digest}\); read the code"):
-        load(file, allowed=())
+    asked = {"plugins": [{"file": str(tmp_path / "mine.py"), "sha256": digest}]}
+    owner = tmp_path / "local"
+    with pytest.raises(ConfigError, match=rf"mine.py \(SHA-256 {digest}\), which the owner .* not approved"):
+        from_mapping(asked, owner=owner)
+    (owner / "plugins").mkdir(parents=True)
+    (owner / "plugins/mine.py").write_text(TRACKER + "# another content\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not approved"):
+        from_mapping(asked, owner=owner)
+    with pytest.raises(ConfigError, match="not approved"):  # a path and no hash is not enough
+        from_mapping({"plugins": [str(tmp_path / "mine.py")]}, owner=owner)
     assert "names" not in TRACKERS
-    assert load(file, allowed=(digest,)).plugins[0].sha256 == digest
+    (owner / "plugins/any_name.py").write_text(TRACKER, encoding="utf-8")
+    found = from_mapping(asked, owner=owner).plugins[0]
+    assert (found.file, found.sha256) == (str(owner / "plugins/any_name.py"), digest)
     assert "names" in TRACKERS
-    with pytest.raises(PluginError, match="not allow"):
-        check_allowed([find("mine.py", tmp_path)], ())
 
 
 def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path, tiny_llama, caplog):

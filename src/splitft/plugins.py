@@ -3,8 +3,9 @@
     plugins: [my_rule.py]  --load--> my_rule.py runs:  RULES.add("mine", Rule(...))
 
 A plug-in is code and may do what the user may do. A file is loaded only if a configuration of the user's own
-names it; a file that comes from elsewhere only if its SHA-256 is on the owner's list. A file
-is known by its content: the same content runs once, and a run folder keeps the hash and a copy of each.
+names it. A run that comes from elsewhere brings no code, only hashes: it gets the files that the owner of the
+machine has put into a folder of theirs. A file is known by its content: the same content runs once, and a run
+folder keeps the hash and a copy of each.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import traceback
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -82,14 +83,25 @@ def load(plugins: Iterable[PluginFile]) -> None:
             raise PluginError(f"{_place(plugin.path, error)}: {type(error).__name__}: {error}") from error
 
 
-def check_allowed(plugins: Sequence[PluginFile], allowed: Collection[str]) -> None:
-    """Raise PluginError, naming each file and its hash, unless all are on the owner's list of SHA-256."""
-    refused = [f"{one.path.name} (SHA-256 {one.sha256})" for one in plugins if one.sha256 not in allowed]
-    if refused:
-        raise PluginError(
-            f"the run brings plug-ins that this site does not allow: {', '.join(refused)}; read the code, "
-            "then add the hash to allows.plugins in site.yaml"
-        )
+def find_approved(file: str, sha256: str | None, owner: Path) -> PluginFile:
+    """Find a plug-in that a run from elsewhere asks for, among the files that this machine's owner approved.
+
+    The owner approves a file by putting it into `owner/plugins`; only its content counts, not its name.
+    Raises PluginError if no file has the content of this hash.
+    """
+    for path in sorted((owner / FOLDER).glob("*.py")):
+        plugin = PluginFile(path, digest(path))
+        if plugin.sha256 == sha256:
+            return plugin
+    raise PluginError(
+        f"the run uses the plug-in {Path(file).name} (SHA-256 {sha256}), which the owner of this machine has "
+        f"not approved; read its code, then put the file into {owner / FOLDER}"
+    )
+
+
+def load_approved(owner: Path) -> None:
+    """Load every file that this machine's owner approved. Raises PluginError with the line that failed."""
+    load(PluginFile(path, digest(path)) for path in sorted((owner / FOLDER).glob("*.py")))
 
 
 def keep_copies(plugins: Iterable[PluginFile], folder: Path) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from splitft.config.explain import Place, explain
 from splitft.config.run import RunConfig
 from splitft.errors import ConfigError, PluginError
 from splitft.methods import METHODS, filled, without_contradictions
-from splitft.plugins import check_allowed
+from splitft.plugins import PluginFile, find_approved
 from splitft.plugins import find as find_plugin
 from splitft.plugins import load as load_plugins
 from splitft.specs import Spec
@@ -60,16 +61,15 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(*FLOAT, list("-+.0123456789"))
 
 
-def load(
-    path: Path | str, overrides: Sequence[str] = (), allowed: Collection[str] | None = None
-) -> RunConfig:
+def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration file, load its plug-ins, apply `key.path=value` overrides, check everything.
 
-    With `allowed`, only plug-ins with these SHA-256 are loaded: for a file that is not the user's own.
     Raises ConfigError with one line for each fault, each with the file's line where it has one.
     """
     data, lines = _read(Path(path), "`splitft init`")
-    return _check(data, _origins(path, lines), f"{path}: ", overrides, Path(path).parent, allowed)
+    return _check(
+        data, _origins(path, lines), f"{path}: ", overrides, partial(find_plugin, folder=Path(path).parent)
+    )
 
 
 def load_spec(path: Path | str, kind: type[S], written_by: str) -> S:
@@ -107,9 +107,15 @@ def _origins(path: Path | str, lines: Mapping[Place, int]) -> dict[Place, str]:
     return {key: f"{path}:{line}: " for key, line in lines.items()}
 
 
-def from_mapping(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    """The same for a mapping that is there already, such as one a Python caller wrote."""
-    return _check(dict(data), {}, "", overrides, Path.cwd(), None)
+def from_mapping(
+    data: Mapping[str, Any], overrides: Sequence[str] = (), owner: Path | None = None
+) -> RunConfig:
+    """Do the same for a mapping, such as one that a Python caller wrote.
+
+    With `owner`, the mapping comes from elsewhere: plug-ins are loaded from `owner/plugins` alone, by hash.
+    """
+    find = partial(find_plugin, folder=Path.cwd()) if owner is None else partial(find_approved, owner=owner)
+    return _check(dict(data), {}, "", overrides, find)
 
 
 def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
@@ -155,8 +161,7 @@ def _check(
     origins: dict[Place, str],
     default: str,
     overrides: Sequence[str],
-    folder: Path,
-    allowed: Collection[str] | None,
+    find: Callable[..., PluginFile],
 ) -> RunConfig:
     """Apply overrides and validate; `origins` says where each key stands, as a prefix of its faults."""
     data = {
@@ -174,7 +179,7 @@ def _check(
         overridden.append(override)
     plain = _plain(_taken_over(data, overridden))
     try:
-        plain = _with_plugins(plain, folder, allowed)
+        plain = _with_plugins(plain, find)
     except PluginError as error:
         raise ConfigError(
             "\n".join([*faults, f"{origins.get(('plugins',), default)}plugins: {error}"])
@@ -191,7 +196,7 @@ def _check(
     return config
 
 
-def _with_plugins(plain: dict[str, Any], folder: Path, allowed: Collection[str] | None) -> dict[str, Any]:
+def _with_plugins(plain: dict[str, Any], find: Callable[..., PluginFile]) -> dict[str, Any]:
     """Load the plug-ins that the data name; returns the data with each one's path and hash.
 
     What is no list of files is left for the check of all keys to refuse.
@@ -202,9 +207,7 @@ def _with_plugins(plain: dict[str, Any], folder: Path, allowed: Collection[str] 
         return plain
     if not specs:
         return plain
-    found = [find_plugin(spec.file, folder, spec.sha256) for spec in specs]
-    if allowed is not None:
-        check_allowed(found, allowed)
+    found = [find(spec.file, sha256=spec.sha256) for spec in specs]
     load_plugins(found)
     return {**plain, "plugins": [{"file": str(one.path.resolve()), "sha256": one.sha256} for one in found]}
 

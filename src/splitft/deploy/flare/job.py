@@ -37,7 +37,7 @@ from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.policy import SITE_FILE, at_site, load_site
 from splitft.deploy.site.session import Connection, SiteSession, decline
 from splitft.deploy.site.setup import open_site
-from splitft.errors import ForbiddenError, SplitftError
+from splitft.errors import ForbiddenError, PluginError, SplitftError
 
 TASK = "splitft"
 STATUS, MAKE_ROOM, STOP = "splitft.status", "splitft.make_room", "splitft.stop"
@@ -58,8 +58,7 @@ class ServerJob(Controller):
     def __init__(self, run: str, link: str, config: str) -> None:
         """Called by FLARE with the arguments in the job folder; `link` is the session key in hexadecimal."""
         super().__init__()
-        self._run, self._session_key = run, bytes.fromhex(link)
-        self._config = read_config(config)
+        self._run, self._session_key, self._text = run, bytes.fromhex(link), config
         self._session: ServerSession | None = None
 
     def start_controller(self, fl_ctx: FLContext) -> None:
@@ -80,7 +79,8 @@ class ServerJob(Controller):
         # train
         folder = runs_of(engine.get_workspace().get_root_dir()) / self._run
         try:
-            self._session = ServerSession(load_run_terms(self._config), folder, connected, self._session_key)
+            config = read_config(self._text, owner_folder(engine.get_workspace().get_root_dir()))
+            self._session = ServerSession(load_run_terms(config), folder, connected, self._session_key)
             self._answers.open(self._session.inbox.answer)
             done = threading.Event()
             threading.Thread(target=self._watch, args=(abort_signal, done), daemon=True).start()
@@ -144,7 +144,7 @@ class SiteJob(Executor):
     def __init__(self, run: str, link: str, config: str) -> None:
         """Called by FLARE with the arguments in the job folder; `link` is the session key in hexadecimal."""
         super().__init__()
-        self._run, self._session_key, self._config = run, bytes.fromhex(link), read_config(config)
+        self._run, self._session_key, self._text = run, bytes.fromhex(link), config
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
@@ -153,16 +153,18 @@ class SiteJob(Executor):
         name, workspace = fl_ctx.get_identity_name(), fl_ctx.get_engine().get_workspace()
         transport = FlareTransport(fl_ctx, abort_signal)
         try:
-            file = Path(workspace.get_root_dir()) / "local" / SITE_FILE
-            site = load_site(file) if file.is_file() else None
+            owner = owner_folder(workspace.get_root_dir())
+            site = load_site(owner / SITE_FILE) if (owner / SITE_FILE).is_file() else None
+            config = without_choices(self._text)  # enough to decline
             try:
-                party = open_site(self._config, name, site)
-            except ForbiddenError as error:
-                terms = load_run_terms(self._config if site is None else at_site(self._config, site))
-                decline(name, str(error), self._connection(transport, terms))
+                config = read_config(self._text, owner)
+                party = open_site(config, name, site)
+            except (ForbiddenError, PluginError) as error:
+                terms = load_run_terms(config if site is None else at_site(config, site))
+                decline(name, str(error), self._connection(transport, terms, config))
                 return make_reply(ReturnCode.OK)
             store = OptimizerStore(runs_of(workspace.get_root_dir()) / self._run / name)
-            connection = self._connection(transport, party.terms)
+            connection = self._connection(transport, party.terms, config)
             session = SiteSession(party.register, connection, party.open_client, store, party.policy)
             logger.info("%s leaves: %s", name, session.run())
         except SplitftError as error:
@@ -170,8 +172,7 @@ class SiteJob(Executor):
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
         return make_reply(ReturnCode.OK)
 
-    def _connection(self, transport: FlareTransport, terms: RunTerms) -> Connection:
-        config = self._config
+    def _connection(self, transport: FlareTransport, terms: RunTerms, config: RunConfig) -> Connection:
         return Connection(
             transport,
             self._session_key,
@@ -189,14 +190,30 @@ def runs_of(workspace: str) -> Path:
     return Path(os.environ.get(RUNS) or Path(workspace) / "runs")
 
 
-def read_config(text: str) -> RunConfig:
-    """Read the run's configuration from a job."""
-    return from_mapping(yaml.safe_load(text))
+def owner_folder(workspace: str) -> Path:
+    """Return the folder of a kit that belongs to its owner: policy, and approved plug-ins."""
+    return Path(workspace) / "local"
+
+
+def read_config(text: str, owner: Path) -> RunConfig:
+    """Read the run's configuration from a job, with plug-ins that the owner of this machine approved.
+
+    Raises PluginError if the run asks for others.
+    """
+    return from_mapping(yaml.safe_load(text), owner=owner)
+
+
+def without_choices(text: str) -> RunConfig:
+    """Read only those parts of a job's configuration that name nothing of a plug-in."""
+    sections = yaml.safe_load(text)
+    return from_mapping({key: sections[key] for key in ("model", "split", "training", "deploy", "seed")})
 
 
 def write_job(folder: Path, run: str, config: RunConfig) -> Path:
     """Write one session of a run as a job folder, with a session key of its own."""
-    arguments = {"run": run, "link": secrets.token_hex(16), "config": dump(config)}
+    plugins = tuple(one.model_copy(update={"file": Path(one.file).name}) for one in config.plugins)
+    sent = config.model_copy(update={"plugins": plugins})
+    arguments = {"run": run, "link": secrets.token_hex(16), "config": dump(sent)}
     meta = {"name": run, "resource_spec": {}, "deploy_map": {"app": ["@ALL"]}, "min_clients": 1}
     server = {"id": "splitft", "path": f"{__name__}.{ServerJob.__name__}", "args": arguments}
     executor = {"path": f"{__name__}.{SiteJob.__name__}", "args": arguments}

@@ -22,12 +22,13 @@ from pathlib import Path
 from splitft.config import RunConfig
 from splitft.deploy.flare.admin import Console
 from splitft.deploy.flare.engine import FlareEngine, FlareRun, Follower
-from splitft.deploy.flare.job import RUNS
+from splitft.deploy.flare.job import RUNS, owner_folder
 from splitft.deploy.flare.processes import CONSOLE, Service, interrupt_on_sigterm
 from splitft.deploy.flare.provisioning import Kits, provision
 from splitft.deploy.run_terms import load_run_terms, site_names
 from splitft.deploy.supervisor import OnStatus, supervise
 from splitft.errors import DeployError
+from splitft.plugins import PluginFile, keep_copies
 from splitft.run.folder import Run, find_snapshot
 from splitft.tracking.events import Listener
 
@@ -119,6 +120,11 @@ def run_poc(
 
         try:
             with Console(poc.kits.admin) as console:
+                for service in poc.services:  # all of them are this user's own
+                    keep_copies(
+                        (PluginFile(Path(one.file), one.sha256 or "") for one in config.plugins),
+                        owner_folder(str(service.kit)),
+                    )
                 say(f"starting a server and {len(sites)} sites")
                 poc.start(console)
                 engine = FlareEngine(console, FlareRun(out.name, config, folder, out, fetch=False), on_poll)

@@ -17,6 +17,7 @@ from splitft.config import RunConfig, commented, load_spec
 from splitft.deploy.manifest import ParameterNames, needed, verify
 from splitft.errors import ForbiddenError
 from splitft.model import Model
+from splitft.plugins import load_approved
 from splitft.protocol.control import BaseFile
 from splitft.schedule.profile import GB
 from splitft.specs import DataSpec, SharesSpec, SiteSpec
@@ -32,7 +33,8 @@ OPENING = """\
 
 
 def load_site(path: Path) -> SiteSpec:
-    """Read a data owner's file. Raises ConfigError that lists every mistake."""
+    """Load the plug-ins beside a data owner's file, and read it. Raises ConfigError that lists every mistake."""
+    load_approved(Path(path).parent)
     return load_spec(path, SiteSpec, "`splitft deploy site`")
 
 
