@@ -33,7 +33,7 @@ OPENING = """\
 
 
 def load_site(path: Path) -> SiteSpec:
-    """Load the plug-ins beside a data owner's file, and read it. Raises ConfigError that lists every mistake."""
+    """Load the plug-ins beside a data owner's file, then read it. Raises ConfigError with every mistake."""
     load_approved(Path(path).parent)
     return load_spec(path, SiteSpec, "`splitft deploy site`")
 
