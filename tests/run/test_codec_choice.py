@@ -86,12 +86,12 @@ def test_the_rise_is_the_divergence_of_predictions_less_what_rounding_does_by_it
     server.place({one.name: one.plan.client.stop for one in prepared.clients})
     server.install(server.initial())
 
-    def replies(codec, shaken=False):
-        return probing._replies(client, server, probing._with(prepared.serializer, codec), 1, shaken)[0]
+    def replies(codec, perturbed=False):
+        return probing._replies(client, server, probing._with(prepared.serializer, codec), 1, perturbed)[0]
 
-    exact, shaken = replies("fp32"), replies("fp32", shaken=True)
+    exact, perturbed = replies("fp32"), replies("fp32", perturbed=True)
     rises = [
-        probing._rise(client, exact, replies(codec), shaken) for codec in ("fp32", "int8", "int4", "int2")
+        probing._rise(client, exact, replies(codec), perturbed) for codec in ("fp32", "int8", "int4", "int2")
     ]
     assert rises == sorted(rises)
     assert abs(rises[0]) < 1e-6 < rises[2]

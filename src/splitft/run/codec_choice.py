@@ -1,18 +1,20 @@
-"""`wire: auto`: for each client the cheapest codecs whose effect, measured on its text, is within the budget.
+"""Choose codecs for `wire: auto`: for each client the cheapest whose measured effect is within the budget.
 
-    held-out batches --the run's own evaluation, through each codec in turn--> rise of perplexity    hidden
+    held-out batches --the run's evaluation, through each codec--> rise of perplexity               hidden
     gradient at the last hidden states --through each codec--> error of a layer's gradient          gradient
 
-The real model, the client's real text and its cut; no hidden states that the first evaluation does not send
-too. Gradients may cause half of the budget, and hidden states what is left: their mean rise over batches and
-its standard error must be within it. Losses of a few batches differ by luck more than the budget, so the rise
-is taken from all predictions: the divergence of those through the codec from those without, less the
-divergence of those from hidden states shaken by their own last digit, for rounding in the model does that
-much by itself. With `labels: server`, which has no predictions to compare, losses are compared after all.
+The effect is measured with the run's model, on the client's held-out text at its cut. Only hidden states that
+the first evaluation sends too are sent. Gradients may use half of the budget, and hidden states the rest:
+their mean rise over batches plus its standard error must be within it.
 
-Of gradients a loss cannot show the effect before there is training: an error of relative energy w in a
+Losses of a few batches vary by more than the budget, so the rise is computed from all predictions: the
+divergence of predictions through the codec from exact ones, minus the divergence caused by perturbing hidden
+states in their last digit, since rounding in the model causes that much anyway. With `labels: server` there
+are no predictions on the client, and losses are compared.
+
+A loss before training does not show the effect of rounded gradients. An error of relative energy w in a
 layer's gradient leaves 1 / (1 + w) of a step's descent (as variance does in QSGD, arXiv 1610.02132), and
-fine-tuning is taken to have EXPECTED_GAIN nats to gain. Two legs carry gradients, so w counts twice.
+fine-tuning is assumed to gain EXPECTED_GAIN nats. Gradients are sent on two legs, so w counts twice.
 """
 
 from __future__ import annotations
@@ -35,13 +37,13 @@ from splitft.tracking.events import WireChosen
 from splitft.training import Client, Server
 
 HIDDEN = ("principal", "principal:bits=3", "int4", "int8", "bf16")
-"""Candidates for hidden states, from the fewest bytes on; the last is taken if nothing else fits."""
+"""Candidates for hidden states, from the fewest bytes; the last is the fallback."""
 GRADIENT = ("int2", "int4", "int8", "bf16")
 """Candidates for gradients likewise."""
 MEASURED = 4
-"""Held-out batches that effects are measured on, at most; the others teach codecs that learn."""
-SHAKEN = 16
-"""One number in so many is shaken; more make no difference, for the model spreads it to all."""
+"""Largest number of held-out batches to measure on; codecs that learn are trained on the others."""
+PERTURBED = 16
+"""One number in so many is perturbed; more make no difference, since the model spreads it to all."""
 EXPECTED_GAIN = 0.5
 """Nats that fine-tuning is expected to lower the loss by."""
 
@@ -54,7 +56,7 @@ class CodecTrial:
     rise: float
     """Estimated rise of perplexity, as a share."""
     error: float
-    """Its standard error; 0 where it is not a mean."""
+    """Standard error of the rise; 0 if the rise is not a mean."""
     fits: bool
 
     def __str__(self) -> str:
@@ -64,50 +66,50 @@ class CodecTrial:
 
 
 def choose_wires(
-    clients: Sequence[Client], server: Server, terms: MessageSerializer
+    clients: Sequence[Client], server: Server, serializer: MessageSerializer
 ) -> tuple[dict[str, WireSpec], tuple[WireChosen, ...]]:
-    """The wire of each client, and what to tell the user; some seconds for each client."""
+    """Return the codecs of each client, and events with the reasons; takes seconds for each client."""
     server.place({client.name: client.plan.client.stop for client in clients})
     server.install(server.initial())
-    wires, told = {}, []
+    wires, events = {}, []
     for client in clients:
-        wire, trials = terms.wire, _trials(client, server, terms)
+        wire, trials = serializer.wire, _trials(client, server, serializer)
         chosen = {role: _fitting(tried).codec for role, tried in trials.items()}
         wires[client.name] = wire = wire.model_copy(update=chosen)
-        told.append(
+        events.append(
             WireChosen(
                 client=client.name, hidden=wire.hidden, gradient=wire.gradient, reason=_reason(wire, trials)
             )
         )
-    return wires, tuple(told)
+    return wires, tuple(events)
 
 
-def _trials(client: Client, server: Server, terms: MessageSerializer) -> dict[str, list[CodecTrial]]:
-    """By role; hidden states may cause what gradients leave of the budget."""
-    wire, left = terms.wire, terms.wire.budget
+def _trials(client: Client, server: Server, serializer: MessageSerializer) -> dict[str, list[CodecTrial]]:
+    """Return the trials by role; hidden states may use what gradients leave of the budget."""
+    wire, left = serializer.wire, serializer.wire.budget
     trials: dict[str, list[CodecTrial]] = {}
     if wire.gradient == AUTO:
         allowed = left / 2 if wire.hidden == AUTO else left
-        trials["gradient"] = _gradient_trials(client, server, terms, allowed)
+        trials["gradient"] = _gradient_trials(client, server, serializer, allowed)
         left -= _fitting(trials["gradient"]).rise
     if wire.hidden == AUTO:
-        trials["hidden"] = _hidden_trials(client, server, terms, left)
+        trials["hidden"] = _hidden_trials(client, server, serializer, left)
     return trials
 
 
 def _hidden_trials(
-    client: Client, server: Server, terms: MessageSerializer, allowed: float
+    client: Client, server: Server, serializer: MessageSerializer, allowed: float
 ) -> list[CodecTrial]:
-    """Candidates until one fits."""
+    """Try candidates until one fits."""
     count = min(MEASURED, max(1, len(client.held_out) // 2))
-    exact = _replies(client, server, _with(terms, "fp32"), count)
-    shaken = _replies(client, server, _with(terms, "fp32"), count, shaken=True)
+    exact = _replies(client, server, _with(serializer, "fp32"), count)
+    perturbed = _replies(client, server, _with(serializer, "fp32"), count, perturbed=True)
     trials: list[CodecTrial] = []
     for codec in HIDDEN[:-1]:
-        found = _replies(client, server, _with(terms, codec), count)
-        if not found:  # too little text to learn axes from: what was measured was not the codec
+        found = _replies(client, server, _with(serializer, codec), count)
+        if not found:  # too little text for the codec to learn from
             continue
-        rises = [_rise(client, *replies) for replies in zip(exact, found, shaken, strict=True)]
+        rises = [_rise(client, *replies) for replies in zip(exact, found, perturbed, strict=True)]
         rise = statistics.fmean(rises)
         error = statistics.stdev(rises) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
         trials.append(CodecTrial(codec, rise, error, abs(rise) + error <= allowed))
@@ -117,36 +119,36 @@ def _hidden_trials(
 
 
 def _replies(
-    client: Client, server: Server, terms: MessageSerializer, count: int, shaken: bool = False
+    client: Client, server: Server, serializer: MessageSerializer, count: int, perturbed: bool = False
 ) -> list[LastHidden | HeldOutLoss]:
-    """What comes back of the first batches, after the others taught the codec; none if it did not learn."""
-    line = Channel(client.name, terms)
-    learned = kind_of(terms.wire.hidden).learned
+    """Return the replies to the first batches; none if the codec cannot learn from the other batches."""
+    channel = Channel(client.name, serializer)
+    learned = kind_of(serializer.wire.hidden).learned
     if learned is not None:
         for index in range(count, len(client.held_out)):
-            _reply(client, server, line, index)
-        remembered = (line.ends["client"].tensors(), line.ends["server"].tensors())
-        legs = 1 if terms.labels_travel else 2
+            _reply(client, server, channel, index)
+        remembered = (channel.ends["client"].tensors(), channel.ends["server"].tensors())
+        legs = 1 if serializer.labels_travel else 2
         if any(sum(key.endswith(f"/{learned}") for key in tensors) < legs for tensors in remembered):
             return []
-    return [_reply(client, server, line, index, shaken) for index in range(count)]
+    return [_reply(client, server, channel, index, perturbed) for index in range(count)]
 
 
 def _reply(
-    client: Client, server: Server, line: Channel, index: int, shaken: bool = False
+    client: Client, server: Server, channel: Channel, index: int, perturbed: bool = False
 ) -> LastHidden | HeldOutLoss:
     sent = client.held_out.forward(index)
-    if shaken:
-        sent = sent.model_copy(update={"hidden": _shaken(sent.hidden)})
-    arrived = expect(line.up(sent), Activations)
-    return expect(line.down(server.forward([arrived])[client.name]), LastHidden, HeldOutLoss)
+    if perturbed:
+        sent = sent.model_copy(update={"hidden": _perturb(sent.hidden)})
+    arrived = expect(channel.up(sent), Activations)
+    return expect(channel.down(server.forward([arrived])[client.name]), LastHidden, HeldOutLoss)
 
 
-def _shaken(hidden: torch.Tensor) -> torch.Tensor:
-    """Hidden states (N, D), one number in `SHAKEN` moved by its last digit."""
+def _perturb(hidden: torch.Tensor) -> torch.Tensor:
+    """Return hidden states (N, D) with one number in `PERTURBED` moved by its last digit."""
     flat = hidden.flatten().clone()
-    some = flat[::SHAKEN]
-    flat[::SHAKEN] = torch.nextafter(some, torch.full_like(some, math.inf))
+    some = flat[::PERTURBED]
+    flat[::PERTURBED] = torch.nextafter(some, torch.full_like(some, math.inf))
     return flat.reshape(hidden.shape)
 
 
@@ -154,36 +156,34 @@ def _rise(
     client: Client,
     exact: LastHidden | HeldOutLoss,
     found: LastHidden | HeldOutLoss,
-    shaken: LastHidden | HeldOutLoss,
+    perturbed: LastHidden | HeldOutLoss,
 ) -> float:
-    """Rise of one batch's perplexity, as a share."""
-    if isinstance(exact, LastHidden) and isinstance(found, LastHidden) and isinstance(shaken, LastHidden):
-        by_codec, by_itself = (
-            divergence(client.segment, exact.hidden, one.hidden) for one in (found, shaken)
+    """Return the rise of one batch's perplexity, as a share."""
+    if isinstance(exact, LastHidden) and isinstance(found, LastHidden) and isinstance(perturbed, LastHidden):
+        by_codec, by_rounding = (
+            divergence(client.segment, exact.hidden, one.hidden) for one in (found, perturbed)
         )
-        return math.expm1(by_codec - by_itself)
+        return math.expm1(by_codec - by_rounding)
     exact, found = expect(exact, HeldOutLoss), expect(found, HeldOutLoss)
     return math.expm1((found.loss - exact.loss) / max(1, exact.tokens))
 
 
 def _gradient_trials(
-    client: Client, server: Server, terms: MessageSerializer, allowed: float
+    client: Client, server: Server, serializer: MessageSerializer, allowed: float
 ) -> list[CodecTrial]:
-    """Candidates until one fits; without the head on the client nothing is measured, and int8 is taken."""
-    if terms.labels_travel:
+    """Try candidates until one fits; with `labels: server` nothing can be measured, and int8 is taken."""
+    if serializer.labels_travel:
         return [CodecTrial("int8", 0.0, 0.0, True)]
-    reply = expect(_reply(client, server, Channel(client.name, _with(terms, "fp32")), 0), LastHidden)
+    reply = expect(_reply(client, server, Channel(client.name, _with(serializer, "fp32")), 0), LastHidden)
     gradient = client.held_out.gradient(reply).float()
     inputs = reply.hidden.float()
     inputs = inputs / inputs.norm(dim=1, keepdim=True).clamp_min(1e-30)  # as behind a norm
-    wanted = gradient.T @ inputs
+    exact = gradient.T @ inputs
     trials: list[CodecTrial] = []
     for name in GRADIENT[:-1]:
-        codec, passage = codec_of(name), CodecContext("gradient", 0, {})
-        rounded = codec.decode(codec.encode(gradient, passage), torch.float32, passage)
-        noise = 2 * float(
-            (rounded.T @ inputs - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30)
-        )
+        codec, context = codec_of(name), CodecContext("gradient", 0, {})
+        rounded = codec.decode(codec.encode(gradient, context), torch.float32, context)
+        noise = 2 * float((rounded.T @ inputs - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
         rise = math.expm1(EXPECTED_GAIN * noise / (1 + noise))
         trials.append(CodecTrial(name, rise, 0.0, rise <= allowed))
         if trials[-1].fits:
@@ -200,6 +200,6 @@ def _reason(wire: WireSpec, trials: Mapping[str, Sequence[CodecTrial]]) -> str:
     return f"estimated rise of perplexity, {100 * wire.budget:.2f} % allowed in all: {tried}"
 
 
-def _with(terms: MessageSerializer, hidden: str) -> MessageSerializer:
-    """The same terms with this codec for hidden states, and gradients that are not rounded."""
-    return replace(terms, wire=terms.wire.model_copy(update={"hidden": hidden, "gradient": "fp32"}))
+def _with(serializer: MessageSerializer, hidden: str) -> MessageSerializer:
+    """Return a serializer with this codec for hidden states, and exact gradients."""
+    return replace(serializer, wire=serializer.wire.model_copy(update={"hidden": hidden, "gradient": "fp32"}))

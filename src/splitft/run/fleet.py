@@ -1,9 +1,9 @@
-"""The federation as the schedule sees it: every client's machine, link and work, and the server's.
+"""The fleet of a run, which the schedule reads: the machine, link and work of each client, and the server.
 
     RunConfig, Model, the clients' text --fleet_of--> SharedCosts + a ClientProfile each
 
-Machines are presets, whose seconds follow from the model's operations and so are the same everywhere; numbers
-that the user gives; or `measured`, this machine's own calibration.
+A machine is a preset, whose seconds follow from the model's operations and so are the same everywhere, or
+numbers that the user gives, or `measured`: the calibration of this machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from splitft.training.ranks import RankPolicy
 
 @dataclass(frozen=True)
 class _Machines:
-    """Turns what a user wrote into devices and links, measuring this machine if it is named."""
+    """The devices and links of a configuration; measures this machine if it is named."""
 
     model: Model
     sizes: ModelSizes
@@ -41,7 +41,7 @@ class _Machines:
     config: RunConfig
 
     def device(self, name: str, given: str | DeviceSpec) -> Device:
-        """A machine, called after who owns it."""
+        """Return a machine under its owner's name."""
         if isinstance(given, DeviceSpec):
             return Device(
                 name=name,
@@ -56,7 +56,7 @@ class _Machines:
         return replace(device_preset(given, self.sizes, self.config.data.max_tokens), name=name)
 
     def link(self, name: str, given: str | LinkSpec) -> Link:
-        """A connection, called after who owns it."""
+        """Return a link under its owner's name."""
         if isinstance(given, LinkSpec):
             up, down = given.up_mbit_per_s * MBIT_PER_S, given.down_mbit_per_s * MBIT_PER_S
             return Link(name, up, down, given.latency_ms / 1e3)
@@ -70,7 +70,7 @@ class _Machines:
 def fleet_of(
     config: RunConfig, model: Model, ranks: RankPolicy, names: Sequence[str], workloads: Sequence[Workload]
 ) -> Fleet:
-    """The fleet of a run; a few seconds the first time if a machine is `measured`."""
+    """Return the fleet of a run; takes a few seconds the first time if a machine is `measured`."""
     sizes = exact_sizes(model, ranks)
     machines, schedule, count = _Machines(model, sizes, ranks, config), config.schedule, len(names)
     devices, links = _one_each(schedule.devices, count), _one_each(schedule.links, count)
@@ -100,13 +100,13 @@ def fleet_of(
         moments=2 if config.training.optimizer == "adamw" else 0,
         micro_batches=config.training.micro_batches,
         in_flight=config.training.in_flight,
-        adapter_traffic=_exchange(config, model, ranks),
+        adapter_traffic=_adapter_traffic(config, model, ranks),
     )  # fmt: skip
     return Fleet(costs, clients, schedule.changes)
 
 
-def _exchange(config: RunConfig, model: Model, ranks: RankPolicy) -> AdapterTraffic:
-    """What the rule lets travel, counted on one block of the model."""
+def _adapter_traffic(config: RunConfig, model: Model, ranks: RankPolicy) -> AdapterTraffic:
+    """Return the shares of adapters that the rule sends, counted on one block of the model."""
     blocks = locate(model.skeleton()).block_list()[:1]
     sizes = attach(blocks, ranks.lora.targets, ranks.scale, model.dtype).sizes.values()
     numbers = {"A": sum(width_in for width_in, _ in sizes), "B": sum(width_out for _, width_out in sizes)}
@@ -121,7 +121,7 @@ def _exchange(config: RunConfig, model: Model, ranks: RankPolicy) -> AdapterTraf
 
 
 def wire_costs(wire: WireSpec, width: int) -> WireBytes:
-    """Bytes and seconds of a number of many rows; `auto` is taken for bf16 until it is chosen."""
+    """Return the bytes and seconds of one number, in a message of many rows; `auto` counts as bf16."""
     chosen = {role: getattr(wire, role) for role in ("hidden", "gradient", "adapter")}
     codecs = {role: codec_of("bf16" if name == AUTO else name) for role, name in chosen.items()}
     shape = (1024, width)
@@ -133,7 +133,7 @@ def wire_costs(wire: WireSpec, width: int) -> WireBytes:
 
 
 def exact_sizes(model: Model, ranks: RankPolicy) -> ModelSizes:
-    """The model's sizes, counted on its skeleton."""
+    """Return the model's sizes, counted on its skeleton."""
     skeleton = model.skeleton()
     anatomy = locate(skeleton)
     block = anatomy.block_list()[0]
@@ -157,7 +157,7 @@ def exact_sizes(model: Model, ranks: RankPolicy) -> ModelSizes:
 
 
 def workload_of(config: RunConfig, stream: BatchStream) -> Workload:
-    """Means over the batches of one epoch."""
+    """Return a client's work in a round, from the means over one epoch's batches."""
     batches = stream.sizes()
     count = len(batches)
     return Workload(
