@@ -104,7 +104,7 @@ def _united(name: str, key: Key, members: Weighted, rank: int, fresh: Fresh) -> 
             f"give {rules_where(lambda one: not one.equal_ranks)}, or set lora.rank_at_cut: null"
         )
     try:
-        united = rule.unite(key, members, rank, fresh)
+        united: United = rule.unite(key, members, rank, fresh)
     except Exception as error:  # a plug-in's function may raise anything
         kind = "" if isinstance(error, AdapterError) else f"{type(error).__name__}: "
         raise AdapterError(f"aggregation rule {name!r} failed at {layer}: {kind}{error}") from error

@@ -175,8 +175,8 @@ class AdapterBank:
             layer = self._layers.get(key)
             if layer is None:
                 raise AdapterError(f"block {key[0]} has no adapted layer {key[1]!r}")
-            frozen = [None if one is None else one.get(key) for one in (rest, folded)]
-            for one in (factors, *frozen):
+            rows, update = (None if one is None else one.get(key) for one in (rest, folded))
+            for one in (factors, rows, update):
                 if one is not None:
                     _check_fit(key, layer.base, one)
             A, B = (f.detach().to(self._dtype, copy=True) for f in (factors.A, factors.B))
@@ -187,9 +187,10 @@ class AdapterBank:
             layer.slots[slot] = _SlotFactors(
                 nn.Parameter(A, requires_grad="A" in trains),
                 nn.Parameter(B, requires_grad="B" in trains),
-                *frozen,
-                gain=gain,
-                magnitude=magnitude,
+                rows,
+                update,
+                gain,
+                magnitude,
             )
 
     def take(self, slot: str, with_rest: bool = False) -> AdapterState:

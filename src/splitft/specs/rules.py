@@ -128,6 +128,6 @@ RULES: Registry[Rule] = Registry(
 
 
 def rules_where(fact: Callable[[Rule], bool], label: Callable[[str], str] = str) -> str:
-    """The names of the rules of which a fact is true, for messages: `factors, zero-pad or svd`."""
+    """Return the names of the rules for which a fact is true, for messages: `factors, zero-pad or svd`."""
     names = [label(name) for name, rule in RULES.items() if fact(rule)]
     return " or ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
