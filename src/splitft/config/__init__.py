@@ -1,9 +1,9 @@
-"""The file a user writes, as one frozen value: read, overridden, checked, explained and written back.
+"""The user's configuration file as one frozen value: read, override, check, explain, write.
 
     run.yaml + "training.rounds=5" --load--> RunConfig --dump--> config.yaml of the run folder
 
-`run` holds the value and what must fit together in it, `reading` gets from text to the value, `faults`
-says what is wrong in words of the user's own file, `writing` goes back to text.
+`run` has the value, `compatibility` the requirements between its sections, `reading` parses text, `explain`
+turns errors into messages with places in the user's file, `writing` makes text again.
 """
 
 from splitft.config.reading import from_mapping, load, load_spec

@@ -1,10 +1,10 @@
-"""What is wrong with a configuration, in words of the user's own file: place, found, fits, nearest name.
+"""Turn validation errors into messages about the user's file: place, value found, valid values, nearest name.
 
     run.yaml:12: training.rouns: no such key; did you mean rounds?
     run.yaml:13: training.lr: found 'fast'; give a number above 0
     lora.targets=attn: lora.targets: found 'attn'; give attention | all-linear, or a list of text; did you ...
 
-What fits is read off the JSON schema of the specification, so that it never contradicts the check itself.
+Valid values are read from the JSON schema of the specification, so that messages agree with the validation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 from splitft.registry import generation
 
 Place = tuple[str | int, ...]
-"""The keys and indices that lead to a value."""
+"""Keys and indices that lead to a value."""
 Schema = Mapping[str, Any]
 
 _PREFIX = "Value error, "  # which pydantic puts before the message of a validator
@@ -35,7 +35,7 @@ def explain(
     origins: Mapping[Place, str],
     default: str,
 ) -> list[str]:
-    """One line for each fault of data that was to be a `kind`.
+    """Return one line for each error in data of the type `kind`.
 
     `origins` has a prefix (file and line) for places, `default` for the rest.
     """
@@ -53,7 +53,7 @@ def explain(
 
 
 def name(place: Place) -> str:
-    """A place as a user writes it: clients.cuts[2]."""
+    """Return a place as a user writes it: clients.cuts[2]."""
     text = ""
     for part in place:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -65,13 +65,13 @@ def _line(place: Place, message: str) -> str:
 
 
 def _keys(text: str) -> Place:
-    """The inverse of `name`."""
+    """Return the place with this name: the inverse of `name`."""
     parts = re.findall(r"[^.\[\]]+", text)
     return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
 def _origin(place: Place, origins: Mapping[Place, str], default: str) -> str:
-    """Where the nearest enclosing key stands, or else the first key within."""
+    """Return the prefix of the nearest enclosing key, or else of the first key inside."""
     for length in range(len(place), 0, -1):
         if place[:length] in origins:
             return origins[place[:length]]
@@ -80,7 +80,7 @@ def _origin(place: Place, origins: Mapping[Place, str], default: str) -> str:
 
 
 def _place(loc: Place, data: Any) -> Place:
-    """Pydantic's location without the names it adds for members of a union."""
+    """Return pydantic's location without the names that it adds for members of a union."""
     place: list[str | int] = []
     for position, part in enumerate(loc):
         if isinstance(data, Mapping):
@@ -95,14 +95,14 @@ def _place(loc: Place, data: Any) -> Place:
 
 
 def _is_member(part: str | int) -> bool:
-    """Whether pydantic names a member of a union here, such as `DeviceSpec` or `literal['a']`, not a key."""
+    """Return True for a member of a union, such as `DeviceSpec` or `literal['a']`; False for a key."""
     return isinstance(part, str) and (
         part in ("str", "int", "float", "bool") or part != part.lower() or "[" in part
     )
 
 
 def _message(place: Place, detail: ErrorDetails, data: Any, kind: type[BaseModel]) -> str:
-    """What was found and what fits at one place."""
+    """Return the message for one place: the value found and the valid ones."""
     schema = _schema(place, kind)
     if detail["type"] == "extra_forbidden" or schema is None:
         return _unknown_key(place, kind)
@@ -118,7 +118,7 @@ def _message(place: Place, detail: ErrorDetails, data: Any, kind: type[BaseModel
 
 
 def _unknown_key(place: Place, kind: type[BaseModel]) -> str:
-    """A key that does not exist: the nearest one, or the section where one of that name is."""
+    """Return the message for an unknown key: the nearest key, or the sections that have one of this name."""
     key = str(place[-1])
     known = _keys_of(_schema(place[:-1], kind) or {})
     if near := difflib.get_close_matches(key, known, n=1):
@@ -133,18 +133,17 @@ def _unknown_key(place: Place, kind: type[BaseModel]) -> str:
 
 
 def _keys_of(schema: Schema) -> list[str]:
-    """The keys that a schema, or a member of it, has."""
+    """Return the keys of a schema or of its members."""
     return [key for member in schema.get("anyOf", [schema]) for key in member.get("properties", {})]
 
 
 def _second_look(
     data: Mapping[str, Any], faulty: Sequence[Place], kind: type[BaseModel]
 ) -> list[tuple[Place, str]]:
-    """What does not fit together in the rest of the data: such checks run only once each value is fine.
+    """Return conflicts in the rest of the data; pydantic checks for these only if every value is valid.
 
-    Faulty places are left out; a check that has to do with one of them would judge a default, so what
-    it finds is left out too. What is found wrong within a section hides what is wrong between sections,
-    so we look again without it.
+    Faulty places are removed. A conflict with one of them is left out, since it would be with a default. An
+    error inside a section hides conflicts between sections, so the check is repeated without that section.
     """
     rest = json.loads(json.dumps(data))
     for place in sorted(faulty, key=len, reverse=True):
@@ -175,18 +174,18 @@ def _second_look(
 
 
 def _is_within(inner: Place, outer: Place) -> bool:
-    """Whether a place lies in another one: a list that fits no member of a union has a fault inside."""
+    """Return True if a place is inside another one."""
     return len(inner) > len(outer) and inner[: len(outer)] == outer
 
 
 def _overlap(one: Place, other: Place) -> bool:
-    """Whether one place holds the other."""
+    """Return True if one place contains the other."""
     shared = min(len(one), len(other))
     return one[:shared] == other[:shared]
 
 
 def _remove(data: Any, place: Place) -> None:
-    """Take one value out of nested mappings; of a list, all values; what is gone already stays so."""
+    """Remove one value from nested mappings, if it is there; from a list, all values."""
     for part in place[:-1]:
         data = data.get(part, {}) if isinstance(data, dict) else {}
     if isinstance(data, list):
@@ -196,7 +195,7 @@ def _remove(data: Any, place: Place) -> None:
 
 
 def schema_of(kind: type[BaseModel]) -> Schema:
-    """The JSON schema of a specification, plug-ins' names included, with every reference written out."""
+    """Return the JSON schema of a specification with plug-ins' names and all references resolved."""
     return _schema_of(kind, generation())
 
 
@@ -220,7 +219,7 @@ def _schema_of(kind: type[BaseModel], generation: int) -> Schema:
 
 
 def _schema(place: Place, kind: type[BaseModel]) -> Schema | None:
-    """The part of the schema that describes a place, or None where the schema knows no such place."""
+    """Return the part of the schema for a place, or None if there is no such place."""
     schemas = [schema_of(kind)]
     for part in place:
         below: list[Schema] = []
@@ -237,7 +236,7 @@ def _schema(place: Place, kind: type[BaseModel]) -> Schema | None:
 
 
 def _choices(schema: Schema) -> list[str]:
-    """The names that a schema allows, if it allows any."""
+    """Return the names that a schema allows, if it lists any."""
     if "pattern" in schema and "examples" not in schema:
         return str(schema["pattern"]).strip("^$()").split("|")
     found = [schema["const"]] if "const" in schema else list(schema.get("enum", []))
@@ -245,7 +244,7 @@ def _choices(schema: Schema) -> list[str]:
 
 
 def fits(schema: Schema) -> str:
-    """What a schema allows, in words: `a whole number, at least 1`."""
+    """Return the values that a schema allows, in words: `a whole number, at least 1`."""
     if "anyOf" in schema:
         one = ", or ".join(fits(member) for member in schema["anyOf"] if "items" not in member)
         lists = [member for member in schema["anyOf"] if "items" in member]
@@ -271,6 +270,6 @@ def fits(schema: Schema) -> str:
 
 
 def _short(value: object) -> str:
-    """A value as it stands in the file, cut to a line."""
+    """Return a value as in the file, shortened to a line."""
     text = repr(value) if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

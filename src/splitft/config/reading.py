@@ -33,7 +33,7 @@ FLOAT = (
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
 )
-"""What else is a number here: 5e-4, for which YAML 1.1 wants 5.0e-4."""
+"""Numbers that YAML 1.1 reads as strings: 5e-4 (it requires 5.0e-4)."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -73,7 +73,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_spec(path: Path | str, kind: type[S], written_by: str) -> S:
-    """Read a file that holds one specification and nothing else; `written_by` is the command that makes one.
+    """Read a file with a single specification; `written_by` is the command that writes such a file.
 
     Raises ConfigError as `load` does.
     """
@@ -89,7 +89,7 @@ def load_spec(path: Path | str, kind: type[S], written_by: str) -> S:
 
 
 def _read(path: Path, written_by: str) -> tuple[dict[str, Any], dict[Place, int]]:
-    """The mapping in a YAML file, and the line of every key in it."""
+    """Return the mapping in a YAML file, and the line of every key."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -103,7 +103,7 @@ def _read(path: Path, written_by: str) -> tuple[dict[str, Any], dict[Place, int]
 
 
 def _origins(path: Path | str, lines: Mapping[Place, int]) -> dict[Place, str]:
-    """Where each key stands, as a prefix of its faults."""
+    """Return the prefix of messages about each key: file and line."""
     return {key: f"{path}:{line}: " for key, line in lines.items()}
 
 
@@ -119,7 +119,7 @@ def from_mapping(
 
 
 def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
-    """The mapping in a YAML text, and the line of every key in it."""
+    """Return the mapping in a YAML text, and the line of every key."""
     loader = None
     try:
         loader = _Loader(text)
@@ -145,7 +145,7 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
 
 
 def _note_lines(node: yaml.Node, place: Place, lines: dict[Place, int]) -> None:
-    """Write down the line of every key and list item below a node."""
+    """Record the line of every key and list item below a node."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             lines[(*place, key.value)] = key.start_mark.line + 1
@@ -163,7 +163,7 @@ def _check(
     overrides: Sequence[str],
     find: Callable[..., PluginFile],
 ) -> RunConfig:
-    """Apply overrides and validate; `origins` says where each key stands, as a prefix of its faults."""
+    """Apply overrides and validate; `origins` has each key's prefix of messages, `default` that of others."""
     data = {
         key: {} if value is None and _is_section(key, RunConfig) else value for key, value in data.items()
     }
@@ -177,7 +177,7 @@ def _check(
         origins = {key: origin for key, origin in origins.items() if key[: len(place)] != place}
         origins[place] = f"{override}: "
         overridden.append(override)
-    plain = _plain(_taken_over(data, overridden))
+    plain = _plain(_with_method(data, overridden))
     try:
         plain = _with_plugins(plain, find)
     except PluginError as error:
@@ -212,16 +212,16 @@ def _with_plugins(plain: dict[str, Any], find: Callable[..., PluginFile]) -> dic
     return {**plain, "plugins": [{"file": str(one.path.resolve()), "sha256": one.sha256} for one in found]}
 
 
-def _taken_over(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A method given as an override stands over what the file says of its keys; other overrides stay."""
+def _with_method(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Remove keys of the file that contradict a method given as an override; other overrides stay."""
     name = data.get("method")
     overridden = any(one.partition("=")[0].strip() == "method" for one in overrides)
     if not overridden or not isinstance(name, str) or name not in METHODS:
         return data
-    settled = without_contradictions(name, data)
+    adapted = without_contradictions(name, data)
     for override in overrides:
-        _apply(settled, override)
-    return settled
+        _apply(adapted, override)
+    return adapted
 
 
 def _apply(data: dict[str, Any], override: str) -> Place:
@@ -245,7 +245,7 @@ def _apply(data: dict[str, Any], override: str) -> Place:
 
 
 def _plain(value: Any) -> Any:
-    """The value with everything that JSON lacks (dates, infinities, odd keys) as text."""
+    """Return the value with everything that JSON lacks (dates, infinities, other keys) as text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -256,6 +256,6 @@ def _plain(value: Any) -> Any:
 
 
 def _is_section(key: object, kind: type[Spec]) -> bool:
-    """Whether a key holds a section, which is as good as left out where nothing stands in it."""
+    """Return True if a key is a section, which may be empty."""
     field = kind.model_fields.get(key) if isinstance(key, str) else None
     return field is not None and isinstance(field.default, Spec)

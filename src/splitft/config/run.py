@@ -43,26 +43,26 @@ class RunConfig(Spec):
     lora: LoraSpec = LoraSpec()
     """The adapters."""
     split: SplitSpec = SplitSpec()
-    """Where labels and the server's adapters live."""
+    """The placement of the labels and of the server's adapters."""
     training: TrainingSpec = TrainingSpec()
     """Rounds, steps, batches and the optimizer."""
     aggregate: AggregateSpec = AggregateSpec()
-    """How the clients' adapters become one."""
+    """The aggregation of the clients' adapters."""
     schedule: ScheduleSpec = ScheduleSpec()
-    """Who chooses the cuts."""
+    """The controller that chooses the cuts, and the simulated machines and links."""
     wire: WireSpec = WireSpec()
-    """How tensors travel."""
+    """The codecs of the tensors that are sent."""
     privacy: PrivacySpec = PrivacySpec()
-    """What clients do to their messages before they leave."""
+    """The clients' defences of their messages and updates."""
     deploy: DeploySpec = DeploySpec()
-    """Sites and waiting times, when the run is on real machines."""
+    """The sites and timeouts of a deployed run."""
     trackers: tuple[TrackerName | TrackerSpec, ...] = ()
-    """What is told of the run while it trains, beside its folder: `csv`, or a plug-in's name."""
+    """Trackers that receive the run's events while it trains: `csv`, or a plug-in's name."""
     plugins: tuple[PluginSpec, ...] = ()
     """Python files that add rules, controllers, codecs and the like by name (docs/write-your-own.md). They
     are code that runs with your rights: name only files that you have read."""
     method: Annotated[str, NameIn(METHODS)] = "splitft"
-    """The method to run: it sets what defines it, and has defaults of its own (`splitft.methods`)."""
+    """The method. It fixes the keys that define it, and has its own defaults (`splitft.methods`)."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Fixes shares, initial factors and batches: equal seeds give equal runs on one machine."""
 

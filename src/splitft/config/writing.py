@@ -40,27 +40,27 @@ _Dumper.add_representer(
 
 
 def dump(config: RunConfig) -> str:
-    """The whole configuration as YAML, every default spelled out; `load` gives an equal one back."""
+    """Return the whole configuration as YAML, defaults included; `load` reads an equal one."""
     return _yaml(config.model_dump(mode="json"))
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of the configuration, for editors and other programs."""
+    """Return the JSON schema of the configuration, for editors and other programs."""
     return RunConfig.model_json_schema()
 
 
 def template(config: RunConfig | None = None) -> str:
-    """A commented configuration: each key with its meaning and what fits, with the values of `config`."""
+    """Return a commented configuration: each key with meaning, valid values, and its value in `config`."""
     return commented(config or RunConfig(), _OPENING)
 
 
 def commented(spec: Spec, opening: str) -> str:
-    """Any specification as a commented file: each key with its meaning and what fits."""
+    """Return any specification as a commented file."""
     return opening + _section(spec, "", schema_of(type(spec)))
 
 
 def _section(spec: BaseModel, indent: str, schema: Mapping[str, Any]) -> str:
-    """The lines of one section and the sections in it."""
+    """Return the lines of one section and of the sections in it."""
     plain = spec.model_dump(mode="json")
     text = ""
     for key, field in type(spec).model_fields.items():
