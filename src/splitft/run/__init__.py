@@ -1,6 +1,7 @@
-"""From a configuration to a run folder: with the studies above it, the lowest room that sees the whole of it.
+"""Runs, from a configuration to a run folder.
 
-    RunConfig --inputs, setup--> clients, server --train--> run folder --results--> text, PEFT, merged model
+    RunConfig --inputs, setup--> clients, server --train--> run folder --folder--> text, PEFT, merged model
 
-Names are imported from the modules that hold them: a plan needs no torch.
+Only this room and those above it take the whole configuration. Names are imported from the modules that hold
+them, so that a plan loads no torch.
 """
