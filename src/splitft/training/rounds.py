@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from splitft.adapters import AdapterState, Fresh, add_folded, aggregate
-from splitft.adapters.server_optimizer import Memory, stepped
+from splitft.adapters.server_optimizer import Memory, server_step
 from splitft.geometry import Span
 from splitft.privacy.dp_fedavg import UpdateBounds
 from splitft.privacy.noise import Noise
@@ -146,7 +146,7 @@ class FederatedTrainer:
         fresh = Fresh(self.ranks.seed, salt=number)
         result = aggregate(self.ranks.rule, full_sets, self.ranks.global_ranks(cuts), fresh)
         mean = self._bounds.noised(result.state.fill_from(state.adapters), len(full_sets), number)
-        shared, memory = stepped(self.aggregation, state.adapters, mean, state.memory)
+        shared, memory = server_step(self.aggregation, state.adapters, mean, state.memory)
         adapters, folded = state.adapters.updated(shared), add_folded(state.folded, result.folded)
         after = RunState(number, cuts, adapters, folded=folded, memory=memory)
         # install: every client gets the part of the result that it cannot compute
