@@ -2,6 +2,5 @@
 
     RunConfig --inputs, setup--> clients, server --train--> run folder --folder--> text, PEFT, merged model
 
-Only this room and those above it take the whole configuration. Names are imported from the modules that hold
-them, so that a plan loads no torch.
+Only this room and those above it take the whole configuration.
 """
