@@ -27,7 +27,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """All choices of one kind, in the order: built in, installed packages, files."""
+    """All choices of one kind: built in, then of installed packages, then of files."""
 
     def __init__(self, kind: str, group: str, built_in: Mapping[str, T | str]) -> None:
         """`kind` is what one choice is called in messages; `group` the entry points that add to it."""
@@ -55,7 +55,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return thing
 
     def find(self, name: str) -> T:
-        """The choice of this name. Raises PluginError, with what there is, if there is none."""
+        """Return the choice of this name. Raises PluginError that lists the choices if there is none."""
         if name in self:
             return self[name]
         near = get_close_matches(name, list(self), 1)
@@ -111,13 +111,13 @@ class Lazy:
 
 
 def resolve(place: str) -> Any:
-    """The object at `module:attribute`."""
+    """Return the object at `module:attribute`."""
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
 
 
 def generation() -> int:
-    """A number that grows whenever a choice is added; for caches of what depends on the choices."""
+    """Return a number that grows whenever a choice is added: a key for caches that depend on the choices."""
     return _generation
 
 
@@ -130,7 +130,7 @@ _generation = 0
 
 
 def _imported(entry: EntryPoint, what: str) -> Any:
-    """What a plug-in's import gives. Raises PluginError, since any error may come of foreign code."""
+    """Return what a plug-in's entry point names. Raises PluginError for any error of the foreign code."""
     try:
         return entry.load()
     except Exception as error:

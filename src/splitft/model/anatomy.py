@@ -50,7 +50,7 @@ class Anatomy:
     """The output matrix."""
 
     def block_list(self) -> list[nn.Module]:
-        """The L blocks."""
+        """Return the L blocks."""
         return list(getattr(self.trunk, self.blocks))
 
 
