@@ -1,7 +1,7 @@
-"""One frozen specification per room: what a user may ask of it, with units, bounds and defaults.
+"""The specifications: one frozen model for each section of a configuration, with units, bounds and defaults.
 
-A room takes its own spec and nothing else; `config` puts them together into the file a user writes.
-Unknown keys are refused, so that a typo is never silently ignored. No torch here.
+A room takes its own spec and nothing else; `config` combines them into the file that a user writes. Unknown
+keys are errors, so that a typo is never silently ignored. No torch here.
 """
 
 from splitft.specs.base import Spec, field_docs

@@ -1,4 +1,4 @@
-"""What every specification is: frozen, strict about its keys, documented by its field docstrings."""
+"""The base class of all specifications, and the annotation of fields that name a registry's entry."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Spec(BaseModel):
 
 
 class NameIn:
-    """A field's value is one of a registry's names: `Annotated[str, NameIn(RULES)]`.
+    """Annotation of a field whose value is one of a registry's names: `Annotated[str, NameIn(RULES)]`.
 
-    The JSON schema lists the names that are known when it is made, plug-ins' names too.
+    The JSON schema lists the names that are known when it is made, those of plug-ins included.
     """
 
     def __init__(self, registry: Registry[Any]) -> None:
@@ -43,5 +43,5 @@ class NameIn:
 
 
 def field_docs(spec: type[BaseModel]) -> dict[str, str]:
-    """Each field's documentation, for commented files and help texts."""
+    """Return each field's documentation, for commented files and help texts."""
     return {name: field.description or "" for name, field in spec.model_fields.items()}

@@ -1,4 +1,4 @@
-"""The model, the text, and its division among clients."""
+"""Sections `model`, `data` and `clients`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ PARTITIONS: Registry[Partition] = Registry("partition", "splitft.partitions", {
 
 
 class ModelSpec(Spec):
-    """The language model, and how its frozen weights are kept."""
+    """The language model and its frozen weights."""
 
     name: str = "smollm2-135m"
     """Alias of an embedded model, a folder in Hugging Face format, or a hub id."""
@@ -75,11 +75,11 @@ class ModelSpec(Spec):
 
 
 class DataSpec(Spec):
-    """The text, and how it becomes examples."""
+    """The text, and its examples."""
 
     source: str = "python-docs"
     """`python-docs` (embedded), a .txt, .jsonl, .csv, .tsv or .parquet file, a hub id, or a plug-in's source:
-    its name, or `NAME:` and whatever it takes."""
+    `NAME`, or `NAME:ARGUMENT`."""
     hub_config: str | None = None
     """Configuration of a hub data set that has several (`wikitext-2-raw-v1`); files have none."""
     hub_split: str = "train"
@@ -89,17 +89,17 @@ class DataSpec(Spec):
     prompt: str | None = None
     """Column of the prompt; no loss on it. Needs `completion`, and replaces `text`."""
     completion: str | None = None
-    """Column of the completion, which carries the loss."""
+    """Column of the completion, which the loss covers."""
     separator: str = "\n"
     """Text between prompt and completion."""
     max_tokens: int = Field(256, ge=2)
-    """Longer examples are truncated to this many tokens, and counted."""
+    """Most tokens of an example; longer ones are truncated, and their number is reported."""
     max_examples: int | None = Field(None, ge=1)
-    """Use at most this many examples of the source, drawn by the seed; null for all."""
+    """Most examples to use of the source, drawn by the seed; null for all."""
     holdout: float = Field(0.1, gt=0, lt=1)
     """Share of each client's examples kept for evaluation; at least one example."""
     eval_examples: int | None = Field(32, ge=1)
-    """Evaluate on at most this many held-out examples a client; null for all."""
+    """Most held-out examples to evaluate on for each client; null for all."""
 
     @model_validator(mode="after")
     def _prompt_and_completion_come_together(self) -> DataSpec:
@@ -124,11 +124,11 @@ class SharesSpec(Spec):
 
     by: Annotated[str, NameIn(PARTITIONS)] = "length"
     """`length`: K length classes by quantile, then Dir(alpha) over clients within each class; `label`: the
-    same within each value of `column`; `quantity`: Dir(alpha) over sizes alone; `natural`: one client a
-    value of `column`; `iid`: equal parts at random."""
+    same within each value of `column`; `quantity`: Dir(alpha) over sizes alone; `natural`: one client
+    for each value of `column`; `iid`: equal parts at random."""
     column: str | None = None
     """Column that `by: label` and `by: natural` divide by, such as `site`; `python-docs` has `topic`.
-    `splitft shares` counts its values with any division."""
+    `splitft shares` counts its values for every kind of division."""
     alpha: float = Field(0.5, gt=0, le=1e6)
     """Dirichlet concentration: 0.1 is extreme, large is close to IID."""
     classes: int = Field(8, ge=1)
@@ -147,10 +147,10 @@ class ClientsSpec(Spec):
     count: int = Field(4, ge=1)
     """Number of clients."""
     cuts: int | tuple[int, ...] | Literal["auto", "whole"] = 2
-    """Blocks on the client: one number for all, or one a client, or `auto` (the controller decides), or
-    `whole` (all of them: no split, and only adapters travel)."""
+    """Number of blocks on the client: one number for all clients; one for each; `auto`, if the controller
+    chooses; or `whole` for all blocks (no split: only adapters are sent)."""
     pooled: bool = False
-    """Whether all clients' text is in one place, on the server's machine, as an upper bound. One client then
-    takes the steps of all, and is evaluated on what each of them would hold out."""
+    """Whether all clients' text is pooled on the server's machine, as an upper bound. One client then takes
+    the steps of all, and is evaluated on the examples that each of them would hold out."""
     shares: SharesSpec = SharesSpec()
-    """The division of the text among them."""
+    """The division of the text among the clients."""

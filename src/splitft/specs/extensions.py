@@ -1,4 +1,4 @@
-"""Plug-ins and trackers: what a user adds to a run by name."""
+"""Sections `plugins` and `trackers` of a run."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TrackerName = Annotated[str, NameIn(TRACKERS)]
 
 
 class PluginSpec(Spec):
-    """A Python file that adds choices: `my_rule.py`, or with its hash as a run folder has it."""
+    """A Python file that adds choices: `my_rule.py`, or a mapping with its hash, as in a run folder."""
 
     file: str
     """Path of the file, from the folder of the configuration."""
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", examples=["e3b0c442..."])
-    """SHA-256 that the content must have; null for any. A run folder holds the one that was used."""
+    """SHA-256 that the content must have; null for any. A run folder records it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -40,9 +40,9 @@ class TrackerSpec(Spec):
     """A tracker with options of its own: `{name: mine, uri: ...}`."""
 
     name: TrackerName
-    """Which tracker."""
+    """Name of the tracker."""
     options: dict[str, str | int | float | bool | None] = {}
-    """What the tracker takes beside its name."""
+    """Options of the tracker."""
 
     @model_validator(mode="before")
     @classmethod

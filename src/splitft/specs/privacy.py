@@ -21,8 +21,8 @@ class RowDefenceSpec(Spec):
     clip_norm: Literal["public"] | float = "public"
     """Largest L2 norm of a row; `public` for the median norm on public text, computed for each cut."""
     noise: float = Field(0.0, ge=0, le=1e6)
-    """Standard deviation of the noise on a coordinate, as a multiple of clip_norm / sqrt(width): 1 is as much
-    noise as a row can have signal."""
+    """Standard deviation of the noise on a coordinate, as a multiple of clip_norm / sqrt(width): at 1 the
+    noise is as large as the largest row."""
 
     @model_validator(mode="after")
     def _noise_and_its_kind_come_together(self) -> RowDefenceSpec:
@@ -45,7 +45,7 @@ class LabelsSpec(Spec):
     """`randomised` replaces a label by one of the tokens that the model expects, most likely the true one if
     it is among them (local differential privacy of a label)."""
     epsilon: float = Field(0.0, ge=0, le=100)
-    """Epsilon of one pass over a label; 3 keeps most of the labels that the model expects."""
+    """Epsilon of one pass over a label; 3 keeps most labels that the model expects."""
 
     @model_validator(mode="after")
     def _epsilon_and_its_defence_come_together(self) -> LabelsSpec:
@@ -63,8 +63,8 @@ class UpdatesSpec(Spec):
     clip_norm: float | None = Field(None, gt=0)
     """Largest L2 norm of a client's change of the factors in a round, over all blocks; null for no bound."""
     noise_multiplier: float = Field(0.0, ge=0, le=1e6)
-    """Standard deviation of the noise on the sum of the updates, as a multiple of clip_norm; with noise all
-    participants have the same weight, whatever the size of their text."""
+    """Standard deviation of the noise on the sum of the updates, as a multiple of clip_norm. With noise all
+    participants have the same weight, independent of the size of their text."""
 
     @model_validator(mode="after")
     def _noise_needs_a_bound(self) -> UpdatesSpec:
@@ -74,7 +74,7 @@ class UpdatesSpec(Spec):
 
 
 class PrivacySpec(Spec):
-    """Defences against a curious server, and against whoever reads the final adapter."""
+    """Defences against a curious server, and against readers of the final adapter."""
 
     hidden: RowDefenceSpec = RowDefenceSpec()
     """Hidden states at the cut, in training and in evaluation."""
@@ -83,11 +83,16 @@ class PrivacySpec(Spec):
     labels: LabelsSpec = LabelsSpec()
     """Labels behind those gradients."""
     updates: UpdatesSpec = UpdatesSpec()
-    """Updates of the adapters: protects from whoever gets the global adapter, not from the server."""
+    """Updates of the adapters: protects against readers of the global adapter, not against the server."""
     private_blocks: int = Field(0, ge=0)
     """Number of first blocks whose adapters are never sent: each client keeps its own."""
     delta: float = Field(1e-5, gt=0, lt=1)
     """The delta at which epsilon is reported."""
+
+    @property
+    def protects_labels(self) -> bool:
+        """Whether labels have an epsilon, so that no exact loss may leave a client."""
+        return self.gradient.noise > 0 or self.labels.defence != "none"
 
 
 class SiteBoundsSpec(Spec):
@@ -96,6 +101,6 @@ class SiteBoundsSpec(Spec):
     min_cut: int = Field(1, ge=1)
     """Shallowest cut at which this site takes part."""
     min_noise: float = Field(0.0, ge=0, le=1e6)
-    """Least `privacy.hidden.noise` that this site adds, whatever the run says."""
+    """Least `privacy.hidden.noise` that this site adds, even if the run sets less."""
     defence: Literal["gaussian", "laplace"] = "gaussian"
-    """Kind of the noise that it adds where the run has none."""
+    """Distribution of the noise that it adds if the run has none."""

@@ -1,4 +1,4 @@
-"""Machines, links, and the controller that chooses the cuts."""
+"""Section `schedule`: the controller of the cuts, and the machines and links of the simulated clock."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ LinkName = Literal["lte", "dsl", "fibre", "lan"]
 
 
 class ChangeSpec(Spec):
-    """A scripted change of conditions: from this round on, one client is faster or slower."""
+    """A scripted change of conditions: one client becomes faster or slower."""
 
     round: int = Field(ge=1)
     """First round with the new conditions."""
@@ -78,28 +78,29 @@ class ScheduleSpec(Spec):
     """The controller of the cuts, and the machines and links of the simulated clock."""
 
     controller: Annotated[str, NameIn(CONTROLLERS)] = "fixed"
-    """`fixed`: as given in clients.cuts; `resources`: what fits memory and equalises compute time; `paper`:
-    SplitFT's rule, by resources and held-out loss; `makespan`: the least predicted round time."""
+    """`fixed`: the cuts in clients.cuts; `resources`: cuts that fit memory and equalise compute time;
+    `paper`: SplitFT's rule, by resources and held-out loss; `makespan`: the shortest predicted round."""
     devices: DeviceName | DeviceSpec | tuple[DeviceName | DeviceSpec, ...] = "laptop"
-    """Machines, one for all clients or one a client: a preset, `measured` (this machine), or numbers."""
+    """Machines, one for all clients or one for each: a preset, `measured` (this machine), or numbers."""
     links: LinkName | LinkSpec | tuple[LinkName | LinkSpec, ...] = "fibre"
-    """Links, likewise: a preset, or numbers."""
+    """Links to the server, one for all clients or one for each: a preset, or numbers."""
     server: DeviceName | DeviceSpec = "server-gpu"
     """The server's machine."""
     min_cut: int = Field(1, ge=1)
     """Shallowest cut that a controller may choose, for privacy."""
     max_recovery: float | None = Field(None, ge=0, le=1)
-    """Share of tokens that the strongest known attack may recover at a client's cut, by the audit; null for
-    no bound. It becomes a shallowest cut."""
+    """Largest share of tokens that the strongest known attack may recover at a client's cut, by the audit;
+    null for no bound. It sets the shallowest cut."""
     recovery: dict[int, Annotated[float, Field(ge=0, le=1)]] | None = None
-    """The audit's figures for this run, share of tokens by cut (`{2: 0.95, 8: 0.4}`); null for the
-    stored table of a known model."""
+    """The audit's figures for this run, share of tokens by cut (`{2: 0.95, 8: 0.4}`); null for those stored
+    with the package for a known model."""
     max_cut: int | None = Field(None, ge=1)
-    """Deepest cut that a controller may choose; null for all but the last block."""
+    """Deepest cut that a controller may choose; null for all blocks but the last."""
     gamma: int = Field(1, ge=1)
     """Step size of the controller `paper`, in blocks."""
     misfit: Literal["stop", "leave-out"] = "stop"
-    """What to do with a client that cannot hold even the shallowest cut."""
+    """Whether to stop the run, or leave the client out, if a client's memory is too small for the shallowest
+    cut."""
     changes: tuple[ChangeSpec, ...] = ()
     """Scripted changes of conditions while training."""
 

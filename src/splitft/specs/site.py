@@ -23,8 +23,8 @@ class SiteTextSpec(Spec):
     """The site's own text, in its own format."""
 
     source: str | None = None
-    """A .txt, .jsonl, .csv, .tsv or .parquet file of this machine, or `python-docs`. With null, a run that
-    names anything but embedded text is declined: only the data owner chooses what is read here."""
+    """A .txt, .jsonl, .csv, .tsv or .parquet file of this machine, or `python-docs`. With null, the site
+    declines a run on any other than embedded text: only the data owner chooses the text that is read here."""
     text: str = "text"
     """Column of the text; the loss covers all of it."""
     prompt: str | None = None
@@ -45,7 +45,8 @@ class SiteMachineSpec(Spec):
     """This machine, and how much of it training may use."""
 
     device: DeviceName | DeviceSpec | None = None
-    """Machine that the schedule plans with; `measured` measures this one; null for what the run assumes."""
+    """Machine that the schedule plans with; `measured` measures this one; null for the machine that the run
+    assumes."""
     memory_gb: float | None = Field(None, gt=0)
     """Memory that training may use, in GB (10^9 bytes); cuts that would need more are declined."""
 
@@ -54,17 +55,18 @@ class SiteModelSpec(Spec):
     """The base model's folder, and the files that are trusted."""
 
     folder: str | None = None
-    """Folder of this machine with the run's model; null for what the run names (hub cache, alias)."""
+    """Folder of this machine with the run's model; null for the model that the run names (hub cache,
+    alias)."""
     trusted: dict[str, Sha256] | None = None
-    """SHA-256 of each base-model file that this site trusts, by file name; null trusts what the server's
-    manifest says. Either way each file must equal the server's."""
+    """SHA-256 of each base-model file that this site trusts, by file name; null for those in the
+    server's manifest. Either way each file must equal the server's."""
 
 
 class SiteAllowsSpec(Spec):
     """The data that may leave, and in which codecs."""
 
     labels: bool = False
-    """Whether token ids may leave; with `split.labels: server` whoever runs the server reads the text."""
+    """Whether token ids may leave; with `split.labels: server` the server's operator can read the text."""
     hidden: tuple[CodecName, ...] | None = None
     """Codecs in which hidden states may leave; null for any."""
     gradient: tuple[CodecName, ...] | None = None

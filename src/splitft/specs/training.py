@@ -1,4 +1,4 @@
-"""Adapters, where things live, local training, and aggregation."""
+"""Sections `lora`, `split`, `training` and `aggregate`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from splitft.specs.base import NameIn, Spec
 from splitft.specs.rules import RULES
 
 MOST_MICRO_BATCHES = 64
-"""A step is divided into so many at most."""
+"""Largest number of micro-batches in a step."""
 MOST_IN_FLIGHT = 16
-"""So many of them are underway at once at most: each keeps its activations on both sides."""
+"""Largest number of micro-batches in flight; each keeps its activations on both sides."""
 
 
 class LoraSpec(Spec):
@@ -21,24 +21,24 @@ class LoraSpec(Spec):
     rank: int = Field(16, ge=1)
     """R, the rank of an adapter away from the cut."""
     rank_at_cut: int | None = Field(8, ge=1)
-    """Rank of the blocks next to the cut; null for no difference."""
+    """Rank of the blocks next to the cut; null for `rank`."""
     cut_span: int = Field(1, ge=0)
-    """How many blocks on each side count as next to the cut."""
+    """Number of blocks on each side that count as next to the cut."""
     cut_sides: tuple[Literal["client", "server"], ...] = ("client", "server")
-    """On which sides of the boundary the rank is lowered."""
+    """Sides of the cut on which the rank is lowered."""
     client_ranks: Literal["halving"] | tuple[Annotated[int, Field(ge=1)], ...] | None = None
-    """Ranks away from the cut where clients differ: one a client, at most `rank`; or `halving` (R, R/2, R/4
-    in turn); null for `rank` everywhere."""
+    """Ranks away from the cut, one for each client, each at most `rank`; `halving` for R, R/2, R/4 in turn;
+    null for `rank` on every client."""
     alpha: float = Field(32.0, gt=0)
     """The update of a layer is (alpha / rank) B A, whatever rank the layer itself carries."""
     method: Literal["lora", "dora"] = "lora"
-    """`lora`: W + scale B A; `dora`: that direction, and the magnitude of each row trained beside it (arXiv
-    2402.09353); with aggregate.rule factors, zero-pad or svd."""
+    """`lora`: W + scale B A; `dora`: the same direction, with a trained magnitude of each row (arXiv
+    2402.09353); needs aggregate.rule factors, zero-pad or svd."""
     scaling: Literal["lora", "rslora"] = "lora"
-    """`lora`: alpha / rank for all; `rslora`: a layer that is trained at rank r is scaled alpha / sqrt(r), so
-    that steps are stable at every rank (arXiv 2312.03732)."""
+    """`lora`: alpha / rank for all layers; `rslora`: alpha / sqrt(r) for a layer trained at rank r, which
+    keeps steps stable at every rank (arXiv 2312.03732)."""
     lr_ratio: float = Field(1.0, gt=0)
-    """Learning rate of B over that of A: 1 for LoRA; LoRA+ advises about 16 (arXiv 2402.12354)."""
+    """Learning rate of B divided by that of A: 1 for LoRA; LoRA+ recommends about 16 (arXiv 2402.12354)."""
     targets: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
     """Adapted linear layers: attention projections, all linear layers, or module names."""
 
@@ -51,7 +51,7 @@ class LoraSpec(Spec):
         return self
 
     def rank_of(self, index: int) -> int:
-        """R of a client, counted from 0."""
+        """Return the rank R of a client, counted from 0."""
         if self.client_ranks is None:
             return self.rank
         if self.client_ranks == "halving":
@@ -60,17 +60,18 @@ class LoraSpec(Spec):
 
 
 class SplitSpec(Spec):
-    """What lives where, beside the blocks."""
+    """Placement of the labels and of the server's adapters."""
 
     labels: Literal["client", "server"] = "client"
-    """`client`: the head and the loss are on the client, the server sees no text. `server`: it does."""
+    """`client`: head and loss are on the client, and token ids stay there. `server`: the server receives the
+    labels, and so the text."""
     server_adapters: Literal["per-client", "shared", "shared-in-turn"] = "per-client"
-    """One copy of the server's adapters a client (SplitFed v1); or one trained by all, with one step on
-    all clients' batches together (`shared`, SplitLoRA) or one a batch in random order (`shared-in-turn`,
-    SplitFed v2)."""
+    """`per-client`: one copy of the server's adapters for each client (SplitFed v1); `shared`: one copy, with
+    one step on all clients' batches together (SplitLoRA); `shared-in-turn`: one copy, with one step for each
+    batch in random order (SplitFed v2)."""
     group_tokens: int = Field(1024, ge=1)
-    """The server works on several clients' batches at once while they are at most this many padded tokens
-    together; on a CPU larger groups are no faster (`benchmarks/server_batching.py`)."""
+    """Most padded tokens that the server processes together when it groups several clients' batches; on a CPU
+    larger groups are no faster (`benchmarks/server_batching.py`)."""
 
 
 class TrainingSpec(Spec):
@@ -79,51 +80,52 @@ class TrainingSpec(Spec):
     rounds: int = Field(3, ge=1)
     """Federated rounds."""
     steps: int = Field(10, ge=1)
-    """Local optimizer steps a client takes in a round."""
+    """Local optimizer steps of a client in a round."""
     batch_size: int = Field(4, ge=1)
     """Sequences in a batch."""
     batch_tokens: int | None = Field(None, ge=1)
     """If given, a batch is filled with sequences up to this many padded tokens instead."""
     micro_batches: int = Field(1, ge=1, le=MOST_MICRO_BATCHES)
-    """Parts that a step's batch is divided into, by sequences; their gradients add up to exactly the batch's,
-    and the optimizers step once for all. Client and server work on different parts at the same time."""
+    """Parts into which a step's batch is divided, by sequences. Their gradients add up to those of the batch,
+    and the optimizers step once. Client and server work on different parts at the same time."""
     in_flight: int = Field(2, ge=1, le=MOST_IN_FLIGHT)
-    """Of these, how many are underway at once: sent, and not yet back. Costs memory, changes no result."""
+    """Most micro-batches in flight: sent, and not yet returned. More take memory, and change no result."""
     lr: float = Field(5.0e-4, gt=0)
     """Learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes on after the warm-up: as it is, or down to 0 over the run's local steps."""
+    """Learning rate after the warm-up: constant, or decaying to 0 over the run's local steps."""
     warmup: int = Field(0, ge=0)
-    """Local steps of the run in which the learning rate rises linearly from nearly 0."""
+    """Local steps at the start of the run in which the learning rate rises linearly."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Local optimizer, the same on both sides of the cut."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay on the adapters."""
     order: Literal["together", "in-turn"] = "together"
-    """Whether clients train at the same time and are then aggregated, or one after the other, each handing
-    its factors and moments on to the next (vanilla split learning)."""
+    """`together`: clients train at the same time and are then aggregated; `in-turn`: one after the other,
+    each passing its factors and optimizer state to the next (vanilla split learning)."""
     optimizer_state: Literal["reset", "keep"] = "reset"
-    """Whether a client's moments start afresh each round or live on (and move when its cut moves)."""
+    """`reset`: a client's optimizer state is cleared each round; `keep`: it is kept, and moves with the
+    blocks when the cut moves."""
     participation: float = Field(1.0, gt=0, le=1)
-    """Share of the clients drawn for each round; at least one."""
+    """Share of the clients drawn for each round; at least one client."""
 
 
 class AggregateSpec(Spec):
-    """How adapters of unequal cuts and ranks become one."""
+    """Aggregation of adapters of unequal cuts and ranks."""
 
     federated: bool = True
-    """Whether adapters are aggregated at all; if not, every client keeps its own and sends nothing."""
+    """Whether adapters are aggregated. If not, every client keeps its own and sends none."""
     rule: Annotated[str, NameIn(RULES)] = "svd"
     """`factors` averages A and B; `zero-pad` does so after padding (HetLoRA); `svd` averages products
-    (FlexLoRA); `stack` folds the mean product into the base and starts anew (FLoRA); `exact` averages A and B
-    and folds what they miss (FedEx-LoRA); `ffa` trains B alone (FFA-LoRA); `fedsa` averages A and leaves
-    each client its own B (FedSA-LoRA)."""
+    (FlexLoRA); `stack` folds the mean product into the base and restarts the factors (FLoRA); `exact`
+    averages A and B and folds the residual (FedEx-LoRA); `ffa` trains B alone (FFA-LoRA); `fedsa` averages A,
+    and each client keeps its own B (FedSA-LoRA)."""
     server_optimizer: Literal["none", "fedavgm", "fedadam"] = "none"
-    """What the server makes of the mean: `none` takes it as it is; `fedavgm` adds momentum; `fedadam` scales
-    each number by what its changes were before (Reddi et al. 2021, arXiv 2003.00295). Not with svd, stack or
-    exact."""
+    """Server optimizer that applies the mean update: `none`; `fedavgm` adds momentum; `fedadam` adapts the
+    learning rate of each number to its earlier changes (Reddi et al. 2021, arXiv 2003.00295). Not with svd,
+    stack or exact."""
     server_lr: float | None = Field(None, gt=0)
-    """Its learning rate; null for 1 with fedavgm and 0.01 with fedadam."""
+    """Learning rate of the server optimizer; null for 1 with fedavgm and 0.01 with fedadam."""
     server_momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of fedavgm."""
     server_betas: tuple[float, float] = (0.9, 0.99)

@@ -50,25 +50,25 @@ class CodecFor:
 
 
 class WireSpec(Spec):
-    """How tensors travel, by role; `wire: auto` chooses for hidden states and gradients."""
+    """Codecs of the tensors that are sent, by role; `wire: auto` chooses for hidden states and gradients."""
 
     hidden: Annotated[str, CodecFor("hidden", auto=True)] = "bf16"
-    """Codec of hidden states. `int8`: 4 times less than fp32; `int4`: 8 times; `principal`: as many bits as
-    you give, 2 by default, along axes learned during the run: `principal:bits=3` here and `principal:bits=1`
-    for gradients are 14 to 15 times less in all; `temporal`: differences to the last epoch;
-    `bounded:rel=1e-2` or `bounded:abs=0.1`: your bound on the error; `auto`: the cheapest whose measured
-    effect stays within `budget`. fp64 is for exactness studies on a float64 model."""
+    """Codec of hidden states. `int8`: 4 times fewer bytes than fp32; `int4`: 8 times; `principal`: 1 to 8
+    bits a number, 2 by default, along axes learned during the run (`principal:bits=3` with `principal:bits=1`
+    for gradients: 14 to 15 times in all); `temporal`: differences to the last epoch; `bounded:rel=1e-2` or
+    `bounded:abs=0.1`: a bound on the error; `auto`: the cheapest codec whose measured effect stays within
+    `budget`. fp64 is for exactness studies on a float64 model."""
     gradient: Annotated[str, CodecFor("gradient", auto=True)] = "bf16"
-    """Codec of gradients of hidden states, rounded at random so that errors cancel; also `int2` and `topk`,
-    which add what they leave out to the next message."""
+    """Codec of gradients of hidden states, with stochastic rounding so that errors cancel; also `int2` and
+    `topk`, with error feedback: the error of a message is added to the next."""
     adapter: Annotated[str, CodecFor("adapter")] = "fp32"
-    """Codec of adapters. Only what changed since the other side last saw it travels; fp32 keeps every bit,
-    `bf16` and `int8` round the change, and the rounding error is added in the next round."""
+    """Codec of adapters. Only changes since the last message are sent. fp32 keeps every bit; `bf16` and
+    `int8` round the change, and the rounding error is added in the next round."""
     budget: float = Field(0.005, gt=0, le=1)
-    """With `auto`: largest rise of perplexity that a codec may cause, as a share: 0.005 is half a percent."""
+    """With `auto`: largest relative rise of perplexity that a codec may cause; 0.005 is half a percent."""
     in_process: Literal["bytes", "direct"] = "bytes"
-    """In simulation, pass every message through bytes, or only round its tensors, which is faster: the
-    results are equal, and bytes are then those of the tensors alone."""
+    """In simulation, `bytes` encodes every message as in a deployed run; `direct` only rounds its tensors,
+    which is faster. The results are equal; with `direct` only the tensors' bytes are counted."""
 
     @model_validator(mode="before")
     @classmethod
