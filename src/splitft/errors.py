@@ -12,9 +12,12 @@
     ├── AdapterError       adapter states that do not fit together
     ├── ScheduleError      profiles, costs or cuts that are impossible
     ├── RunError           a run folder that cannot be used, resumed or written
+    │   ├── DamagedError   a file that is not as it was written
+    │   └── BusyError      a run folder that another process is training into
     ├── MethodError        a method that cannot run as configured
     └── DeployError        a federation that cannot be set up, reached or kept running
         ├── ForbiddenError the data owner's own file forbids what the run asks of its site
+        ├── AwayError      the federation's server does not answer
         ├── TransportError a message could not be delivered: the other side is away, or it timed out
         └── PausedError    too few sites are there to go on with the round
 
@@ -23,6 +26,8 @@ them into one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
+
+from splitft.foreign_text import printable
 
 
 class SplitftError(Exception):
@@ -50,7 +55,10 @@ class DataError(SplitftError):
 
 
 class WireError(SplitftError):
-    """Bytes are not the message that was expected."""
+    """Bytes are not the message that was expected; what the error quotes of them is made printable."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class ProtocolError(WireError):
@@ -73,6 +81,14 @@ class RunError(SplitftError):
     """A run folder cannot be used, resumed or written."""
 
 
+class DamagedError(RunError):
+    """A file is not as it was written."""
+
+
+class BusyError(RunError):
+    """Another process is training into the run folder."""
+
+
 class MethodError(SplitftError):
     """A method cannot run as configured."""
 
@@ -83,6 +99,10 @@ class DeployError(SplitftError):
 
 class ForbiddenError(DeployError):
     """What a run asks of a site is forbidden by its data owner; the message says each reason."""
+
+
+class AwayError(DeployError):
+    """The federation's server does not answer."""
 
 
 class TransportError(DeployError):

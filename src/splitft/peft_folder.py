@@ -22,8 +22,9 @@ from torch import nn
 from splitft.adapters import AdapterState, Factors
 from splitft.adapters.dora import whole_magnitudes
 from splitft.adapters.targets import is_linear, is_transposed, oriented
-from splitft.errors import ModelError, RunError
+from splitft.errors import DamagedError, ModelError, RunError
 from splitft.model import Model
+from splitft.seals import SUMS, changed_files
 
 WEIGHTS_PREFIX = "base_model.model."
 """Prefix of a module's name in peft's files."""
@@ -77,7 +78,10 @@ def write_peft(state: AdapterState, model: Model, scale: float, folder: Path, rs
 
 
 def with_adapter(adapter: Path, base: str, dtype: torch.dtype) -> Any:
-    """Load the whole base model with a PEFT folder on it. Raises RunError if the folder has no adapter."""
+    """Load the whole base model with a PEFT folder on it.
+
+    Raises RunError if the folder has no adapter, or one that is not as it was written.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -86,11 +90,22 @@ def with_adapter(adapter: Path, base: str, dtype: torch.dtype) -> Any:
             f"{adapter} holds no adapter; it is written when a run has finished a round "
             "(without federation, each client has its own in the run folder's personal/)"
         )
+    check_whole(adapter)
     try:
         whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     except OSError as error:
         raise ModelError(f"the base model {base} cannot be loaded: {error}") from error
     return PeftModel.from_pretrained(whole, str(adapter)).eval()
+
+
+def check_whole(adapter: Path) -> None:
+    """Raise DamagedError if a file of an adapter's folder differs from its checksum there."""
+    if changed := changed_files(adapter):
+        raise DamagedError(
+            f"{adapter} is not as it was written: {', '.join(changed)} differs from its checksum in {SUMS}; "
+            f"`splitft train --resume` of an unfinished run writes it anew from the checkpoint. Remove {SUMS} "
+            "if you have changed the adapter on purpose"
+        )
 
 
 def write_merged(adapter: Path, model: Model, folder: Path) -> Path:

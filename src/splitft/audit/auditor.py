@@ -33,7 +33,7 @@ from splitft.model.source import silence_transformers
 from splitft.privacy.known_leakage import Setting
 from splitft.run.folder import Run
 from splitft.run.inputs import RunInputs, gather
-from splitft.training.checkpoint import latest, load_snapshot
+from splitft.training.checkpoint import load_latest
 
 
 @dataclass(frozen=True)
@@ -231,10 +231,9 @@ def _target(target: RunConfig | Path | str) -> tuple[RunConfig, AdapterState | N
     path = Path(target)
     if not path.is_dir():
         return load(path), None, None
-    run, number = Run(path), latest(path)
-    if number is None:
+    run, snapshot = Run(path), load_latest(path)
+    if snapshot is None:
         return run.config, None, None
-    snapshot = load_snapshot(path, number)
     return run.config, snapshot.state.adapters, next(iter(snapshot.private.values()), None)
 
 

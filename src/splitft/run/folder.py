@@ -1,6 +1,6 @@
 """A run's folder: its content, when a run in it may continue, and the uses of a finished run.
 
-config.yaml  events.jsonl  summary.json  checkpoints/  adapter/  report.html
+config.yaml  events.jsonl  summary.json  checkpoints/  adapter/  personal/  report.html
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +20,18 @@ from splitft.errors import RunError
 from splitft.files import whole_folder, write_whole
 from splitft.model import Model, open_model
 from splitft.model.source import silence_transformers
-from splitft.peft_folder import with_adapter, write_merged, write_peft
+from splitft.names import file_safe, is_file_safe
+from splitft.peft_folder import check_whole, with_adapter, write_merged, write_peft
 from splitft.plugins import PluginFile, keep_copies
+from splitft.run.lock import LOCK
+from splitft.seals import write_sums
 from splitft.tracking.events import RunDone
 from splitft.tracking.log import EventLog, read_events, settled
-from splitft.training.checkpoint import Snapshot, latest, load_snapshot
+from splitft.training.checkpoint import Snapshot, load_latest, set_aside_after
 from splitft.training.ranks import RankPolicy
+
+NAMES = "names.json"
+"""File in `personal/`: the folder of each client, if one is not called like its client."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,21 @@ class Run:
         """The global adapter as a PEFT folder."""
         return self.folder / "adapter"
 
+    @property
+    def personal(self) -> dict[str, Path]:
+        """The adapter of each client that has factors of its own, by the client's name; none if all share."""
+        own = self.folder / "personal"
+        folders = sorted(path.name for path in own.glob("[!.]*") if path.is_dir())
+        clients = {folder: client for client, folder in _read_names(own / NAMES).items()}
+        return {clients.get(folder, folder): own / folder for folder in folders}
+
+    def name_personal(self, clients: Iterable[str]) -> dict[str, Path]:
+        """Return the folder to write each client's own adapter to; a name that is no file name is noted."""
+        own, folders = self.folder / "personal", file_safe(clients)
+        if any(client != folder for client, folder in folders.items()):
+            write_whole(own / NAMES, json.dumps(folders, indent=2, ensure_ascii=False) + "\n")
+        return {client: own / folder for client, folder in folders.items()}
+
     def report(self) -> Path:
         """Write `report.html` anew and return its path."""
         from splitft.report.page import write_report
@@ -63,7 +85,7 @@ class Run:
 
 
 def find_snapshot(folder: Path, config: RunConfig, resume: bool) -> Snapshot | None:
-    """Return the checkpoint that a run can continue from; None for a new run. Changes nothing.
+    """Return the last whole checkpoint, from which a run can continue; None for a new run. Changes nothing.
 
     Raises RunError if the folder cannot be used as asked.
     """
@@ -74,9 +96,8 @@ def find_snapshot(folder: Path, config: RunConfig, resume: bool) -> Snapshot | N
                 f"{folder} holds no run to resume (no config.yaml); leave --resume out to start one"
             )
         _check_same(load(written), config, folder)
-        number = latest(folder)
-        return None if number is None else load_snapshot(folder, number)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return load_latest(folder)
+    if folder.exists() and (not folder.is_dir() or any(one.name != LOCK for one in folder.iterdir())):
         what = "holds a run already" if written.is_file() else "exists and is not empty"
         raise RunError(f"{folder} {what}; continue it with --resume, or give another --out")
     return None
@@ -92,6 +113,8 @@ def open_log(folder: Path, config: RunConfig, snapshot: Snapshot | None) -> Even
         if snapshot is None:  # a run that stopped before its first checkpoint begins again
             for file in ("events.jsonl", "summary.json"):
                 (folder / file).unlink(missing_ok=True)
+        else:
+            set_aside_after(folder, snapshot.state.round)
         keep_copies((PluginFile(Path(one.file), one.sha256 or "") for one in config.plugins), folder)
         write_whole(folder / "config.yaml", dump(config))
         return EventLog(folder / "events.jsonl")
@@ -103,6 +126,7 @@ def put_adapter(adapters: AdapterState, model: Model, ranks: RankPolicy, folder:
     """Write an adapter as a PEFT folder, whole or not at all."""
     with whole_folder(folder) as draft:
         write_peft(adapters, model, ranks.scale, draft, ranks.lora.scaling == "rslora")
+        write_sums(draft)
 
 
 def is_finished(folder: Path) -> bool:
@@ -140,6 +164,7 @@ def export(folder: Path | str, to: Path | str, *, merged: bool = False) -> Path:
     if merged:
         with silence_transformers():
             return write_merged(run.adapter_dir, open_model(run.config.model), to)
+    check_whole(run.adapter_dir)
     shutil.copytree(run.adapter_dir, to, dirs_exist_ok=True)
     return to
 
@@ -156,6 +181,19 @@ def _check_same(old: RunConfig, new: RunConfig, folder: Path) -> None:
     if changed:
         listed = ", ".join(f"{key} (was {before[key]!r}, now {after[key]!r})" for key in changed[:4])
         raise RunError(f"{folder} was made with another configuration: {listed}; give another --out")
+
+
+def _read_names(path: Path) -> dict[str, str]:
+    """Return the folder of each client as noted in a file; none without one. Raises RunError for another."""
+    if not path.is_file():
+        return {}
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        if all(is_file_safe(folder) for folder in names.values()):
+            return dict(names)
+    except (ValueError, AttributeError):
+        pass
+    raise RunError(f"{path} does not say which client each folder belongs to; restore it, or remove it")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ RunConfig --prepare--> RunSetup --begin | restore--> RunState --train, round by 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,9 +24,12 @@ from splitft.privacy.defence import promises
 from splitft.privacy.known_leakage import audited_sentence
 from splitft.protocol.channel import Tap
 from splitft.run.folder import Run, find_snapshot, is_finished, open_log, put_adapter
+from splitft.run.lock import hold
 from splitft.run.setup import RunSetup, prepare
+from splitft.schedule.workload import Fleet
 from splitft.tracking.events import (
     CheckpointSaved,
+    ClientInfo,
     Event,
     Listener,
     Received,
@@ -34,11 +38,13 @@ from splitft.tracking.events import (
     RunStarted,
     Warned,
 )
-from splitft.tracking.summary import write_summary
+from splitft.tracking.summary_fold import SummaryWriter
 from splitft.tracking.trackers import open_trackers
 from splitft.training import RunState, Simulation
 from splitft.training.checkpoint import Snapshot, save_snapshot, what_is_safe
 from splitft.version import __version__
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -59,8 +65,18 @@ def train(
     snapshot = find_snapshot(run.folder, config, resume)
     if snapshot is not None and snapshot.state.round >= config.training.rounds and is_finished(run.folder):
         return run
+    with hold(run.folder, "splitft train"):
+        # another process may have trained into it meanwhile
+        snapshot = find_snapshot(run.folder, config, resume)
+        return _train(run, config, snapshot, listeners, tap)
+
+
+def _train(
+    run: Run, config: RunConfig, snapshot: Snapshot | None, listeners: Sequence[Listener], tap: Tap | None
+) -> Run:
+    """Train into a run folder that this process holds."""
     with silence_transformers():
-        prepared = prepare(config)  # raises before the folder is made
+        prepared = prepare(config)  # raises before anything is written
     with (
         stopping(run.folder),
         contextlib.closing(open_log(run.folder, config, snapshot)) as log,
@@ -68,8 +84,11 @@ def train(
         silence_transformers(),
     ):
 
+        summary = SummaryWriter(run.folder)
+
         def listener(event: Event) -> None:
             log(event)
+            summary(event)
             for other in (*listeners, *trackers):
                 other(event)
 
@@ -78,6 +97,9 @@ def train(
             state = _begin(prepared, listener)
         else:
             listener(RunResumed(round=snapshot.state.round + 1))
+            for message in snapshot.passed_over:
+                logger.warning("%s", message)
+                listener(Warned(message=message))
             state = _restore(prepared, snapshot, simulation)
             _write_adapters(prepared, state, run)  # it may have stopped between checkpoint and adapter
 
@@ -85,11 +107,11 @@ def train(
             path = save_snapshot(run.folder, _snapshot(prepared, state, simulation))
             _write_adapters(prepared, state, run)
             listener(CheckpointSaved(round=state.round, path=str(path.relative_to(run.folder))))
-            write_summary(run.folder)
+            summary.write()
 
         prepared.trainer(simulation, listener, save).train(state)
         listener(RunDone(rounds=config.training.rounds))
-        write_summary(run.folder)
+        summary.write()
         run.report()
     return Run(run.folder)
 
@@ -114,26 +136,27 @@ def _write_adapters(prepared: RunSetup, state: RunState, run: Run) -> None:
     elif len(prepared.clients) == 1:  # the only client's adapter is the run's
         put_adapter(state.adapters.updated(prepared.clients[0].private()), model, ranks, run.adapter_dir)
     own = _own(prepared, state)
-    for client in prepared.clients:
-        if client.name in own or client.private():
-            mine = state.adapters.replace_B(own.get(client.name, AdapterState())).updated(client.private())
-            put_adapter(with_folded(mine, state.folded), model, ranks, run.folder / "personal" / client.name)
+    personal = [client for client in prepared.clients if client.name in own or client.private()]
+    folders = run.name_personal(client.name for client in personal)
+    for client in personal:
+        mine = state.adapters.replace_B(own.get(client.name, AdapterState())).updated(client.private())
+        put_adapter(with_folded(mine, state.folded), model, ranks, folders[client.name])
 
 
-def _promises(prepared: RunSetup) -> list[str]:
+def run_promises(
+    config: RunConfig, fleet: Fleet, facts: Sequence[ClientInfo], width: int, longest: int
+) -> tuple[str, ...]:
     """Return the promises of the run's defences for the text that is sent most often.
 
-    A training text is sent once an epoch, a held-out one in every evaluation.
+    A training text is sent once an epoch, a held-out one in every evaluation. `longest` is a text's length.
     """
-    config, training = prepared.config, prepared.config.training
-    sequences = {one.name: one.workload.sequences for one in prepared.cut_schedule.fleet.clients}
+    training, evaluations = config.training, config.training.rounds + 1
+    sequences = {one.name: one.workload.sequences for one in fleet.clients}
     epochs = [
-        training.rounds * training.steps * sequences[facts.name] / facts.train_examples
-        for facts in prepared.facts
+        training.rounds * training.steps * sequences[one.name] / max(1, one.train_examples) for one in facts
     ]
-    times_sent = max(training.rounds + 1, *map(math.ceil, epochs))
-    longest = max(map(len, prepared.text.examples))
-    return promises(config.privacy, prepared.model.shape.width, longest, times_sent)
+    times_sent = max(evaluations, *map(math.ceil, epochs))
+    return tuple(promises(config.privacy, width, longest, times_sent, evaluations))
 
 
 def _global_adapter(prepared: RunSetup, state: RunState) -> AdapterState:
@@ -171,7 +194,8 @@ def _audited(prepared: RunSetup) -> str:
 
 def _begin(prepared: RunSetup, listener: Listener) -> RunState:
     """Report how a new run begins, and return its state before round 1."""
-    config = prepared.config
+    config, width = prepared.config, prepared.model.shape.width
+    longest = max(map(len, prepared.text.examples))
     listener(
         RunStarted(
             version=__version__,
@@ -183,7 +207,7 @@ def _begin(prepared: RunSetup, listener: Listener) -> RunState:
             steps=config.training.steps,
             labels=config.split.labels,
             received=received(config),
-            defences=tuple(_promises(prepared)),
+            defences=run_promises(config, prepared.cut_schedule.fleet, prepared.facts, width, longest),
             audited=_audited(prepared),
             clients=prepared.facts,
             machines=prepared.cut_schedule.machines(),

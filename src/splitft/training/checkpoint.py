@@ -1,6 +1,6 @@
 """Checkpoints: all that a run needs to continue after any stop, written atomically after each round.
 
-    checkpoints/round-0002/  state.json           round, cuts, steps of each client
+    checkpoints/round-0002/  state.json           round, cuts, steps of each client, checksums
                              state.safetensors    global/..., folded/..., optimizer/..., client/NAME/...,
                                                   server/SLOT/..., private/NAME/..., own/NAME/...,
                                                   memory/NAME/END/STREAM/... of codecs that learn
@@ -8,28 +8,40 @@
 A checkpoint is written to a draft folder, flushed to the disk and renamed, so that a folder of its name is
 always complete; older ones are removed only then. A full disk or a kill -9 loses only the draft. Batches,
 participants and new factors are functions of seed and round, so no generator's state is stored.
+
+`state.json` holds the SHA-256 of the tensors' file and its own seal, so a checkpoint that a disk has changed
+is found when it is read; the one before it is used then. Format 1 is the same without checksums.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from splitft.adapters import AdapterState, Moments
-from splitft.errors import AdapterError, RunError
+from splitft.errors import AdapterError, DamagedError, RunError
 from splitft.files import whole_folder
+from splitft.seals import BLANK, is_whole, seal
 from splitft.training.rounds import RunState
 
-FORMAT = 1
+FORMAT = 2
+READ = (1, FORMAT)
+"""Formats that can be read."""
 KEPT = 2
 """Checkpoints that are kept on disk."""
+FACTS, TENSORS = "state.json", "state.safetensors"
+"""Files of a checkpoint."""
+_KEYS = {"format", "round", "cuts", "steps", "losses"}
+"""Keys of `state.json`, without those of the checksums."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,8 @@ class Snapshot:
     """State of codecs that learn, by client and end of its channel."""
     own: dict[str, AdapterState] = field(default_factory=dict)
     """Personal factors B by client, over all L blocks; none by most rules."""
+    passed_over: tuple[str, ...] = ()
+    """Later checkpoints that could not be read, one sentence each; not saved."""
 
 
 def folder_of(run: Path, number: int) -> Path:
@@ -72,8 +86,10 @@ def save_snapshot(run: Path, snapshot: Snapshot) -> Path:
     }
     try:
         with whole_folder(final) as draft:
-            _save(_tensors(snapshot), draft / "state.safetensors")
-            (draft / "state.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            tensors = save(_tensors(snapshot))
+            sealed = {**facts, "files": {TENSORS: hashlib.sha256(tensors).hexdigest()}, "seal": BLANK}
+            _save(tensors, draft / TENSORS)
+            _save(seal((json.dumps(sealed, indent=2) + "\n").encode()), draft / FACTS)
             for file in (*draft.iterdir(), draft):
                 _flush(file)
         _flush(final.parent)
@@ -101,16 +117,44 @@ def latest(run: Path) -> int | None:
     return numbers[-1] if numbers else None
 
 
+def load_latest(run: Path) -> Snapshot | None:
+    """Read the last checkpoint that is whole; None if there is none at all.
+
+    The snapshot names those that were passed over. Raises RunError if every checkpoint is damaged, or if the
+    last one was written by a later version.
+    """
+    damaged: list[str] = []
+    for number in reversed(_numbers(run)):
+        try:
+            snapshot = load_snapshot(run, number)
+        except DamagedError as error:
+            damaged.append(str(error))
+            continue
+        said = tuple(f"{one}; the run goes on from round {number} instead" for one in damaged)
+        return replace(snapshot, passed_over=said)
+    if damaged:
+        raise RunError(f"{'; '.join(damaged)}; no checkpoint is left: start again with another --out")
+    return None
+
+
+def set_aside_after(run: Path, number: int) -> None:
+    """Rename the checkpoints of later rounds, which could not be read, to `round-N.damaged`."""
+    for later in (other for other in _numbers(run) if other > number):
+        folder = folder_of(run, later)
+        kept = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(kept, ignore_errors=True)
+        os.replace(folder, kept)
+
+
 def load_snapshot(run: Path, number: int) -> Snapshot:
-    """Read a checkpoint. Raises RunError if it is damaged or of another format."""
+    """Read a checkpoint. Raises DamagedError if it is not as it was written, RunError for another format."""
     folder = folder_of(run, number)
     try:
-        facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if facts["format"] != FORMAT:
-            raise RunError(f"{folder} has format {facts['format']}, this version reads {FORMAT}")
-        tensors = load_file(folder / "state.safetensors")
+        facts, tensors = _read(folder)
+        if facts["round"] != number:
+            raise ValueError(f"it holds round {facts['round']}")
         parts: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
+        for name, tensor in load(tensors).items():
             owner, _, rest = name.partition("/")
             parts.setdefault(owner, {})[rest] = tensor
         adapters = AdapterState.from_tensors(parts["global"])
@@ -126,13 +170,28 @@ def load_snapshot(run: Path, number: int) -> Snapshot:
         memories = _by_end(parts.get("memory", {}))
         return Snapshot(state, facts["steps"], owned["client"], owned["server"], private, memories, own)
     except (OSError, ValueError, LookupError, TypeError, SafetensorError, AdapterError) as error:
-        raise RunError(f"{folder} is damaged and cannot be read ({error}){_instead(run, number)}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DamagedError(f"{folder} is damaged and cannot be used ({reason})") from error
 
 
-def _instead(run: Path, number: int) -> str:
-    """Return the end of an error message: how to continue without this checkpoint."""
-    older = [other for other in _numbers(run) if other < number]
-    return f"; remove it to continue from round {older[-1]}" if older else "; start again with another --out"
+def _read(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """Return the facts and the tensors' file, compared with the checksums unless they are of format 1."""
+    text, tensors = (folder / FACTS).read_bytes(), (folder / TENSORS).read_bytes()
+    try:
+        facts: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{FACTS} is not what was written") from error
+    if facts["format"] == 1 and facts.keys() == _KEYS:
+        return facts, tensors
+    whole = is_whole(text)
+    if facts["format"] not in READ and (whole or "seal" not in facts):
+        known = " and ".join(map(str, READ))
+        raise RunError(f"{folder} has format {facts['format']}, this version reads {known}")
+    if not whole:
+        raise ValueError(f"{FACTS} is not what was written")
+    if hashlib.sha256(tensors).hexdigest() != facts["files"][TENSORS]:
+        raise ValueError(f"{TENSORS} is not what was written")
+    return facts, tensors
 
 
 def _tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
@@ -179,9 +238,9 @@ def _numbers(run: Path) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdecimal())
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a file that everybody may read; `save_file` of safetensors lets only the owner."""
-    path.write_bytes(save(tensors))
+def _save(data: bytes, path: Path) -> None:
+    """Write one file of a checkpoint."""
+    path.write_bytes(data)
 
 
 def _flush(path: Path) -> None:

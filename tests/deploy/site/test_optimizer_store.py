@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+import json
 
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from damage import mutations
 from splitft.deploy.site.optimizer_store import OptimizerStore
 
 
@@ -37,3 +44,41 @@ def test_the_last_two_rounds_stay_and_what_is_damaged_is_none(tmp_path):
     (tmp_path / "kept-0003.safetensors").write_bytes(b"half a file")
     assert value_of(store.load(3, 2, 30)) is None
     assert value_of(store.load(3, 2, 20)) == 2.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept")
+    store = OptimizerStore(folder)
+    for number in (1, 2):
+        store.save(number, 2, 10, moments(number))
+    return folder
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_change_is_found_and_the_round_before_is_used(folder, data):
+    path = folder / "kept-0002.safetensors"
+    written = path.read_bytes()
+    path.write_bytes(data.draw(mutations(written)))
+    try:
+        assert value_of(OptimizerStore(folder).load(2, 2, 10)) == 1.0
+    finally:
+        path.write_bytes(written)
+    assert value_of(OptimizerStore(folder).load(2, 2, 10)) == 2.0
+
+
+def test_damage_is_said_in_the_log(tmp_path, caplog):
+    OptimizerStore(tmp_path).save(1, 2, 10, moments(1.0))
+    path = tmp_path / "kept-0001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert value_of(OptimizerStore(tmp_path).load(1, 2, 10)) is None
+    assert "kept-0001.safetensors is damaged and is not used" in caplog.text
+
+
+def test_moments_of_an_earlier_version_are_used(tmp_path):
+    data = save(moments(4.0), metadata={"steps": "10", "cut": "2"})
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert set(header["__metadata__"]) == {"steps", "cut"}
+    (tmp_path / "kept-0001.safetensors").write_bytes(data)
+    assert value_of(OptimizerStore(tmp_path).load(1, 2, 10)) == 4.0

@@ -5,21 +5,28 @@
 The site writes them after it has moved to a round's cut and after it has trained, before it tells the server:
 what the server counts is on disk. The server may go back by one round, if it dies before its own checkpoint
 or misses the site's message; therefore two rounds are kept. Moments are used only with the cut and the steps
-that the server names. Without a match the optimizer starts afresh, as for a new site.
+that the server names. Without a match the optimizer starts afresh, as for a new site. Each file is sealed:
+one that the disk has changed is not used, and the site's log says so. Files of earlier versions have no seal.
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
+import logging
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from splitft.adapters import Moments
 from splitft.files import write_whole
+from splitft.seals import BLANK, is_whole, seal
 
 ROUNDS_KEPT = 2
+SEAL = "seal"
+"""Key of the seal in the metadata of a file."""
+
+logger = logging.getLogger(__name__)
 
 
 class OptimizerStore:
@@ -33,8 +40,8 @@ class OptimizerStore:
         if self._folder is None or not moments:
             return
         contiguous = {name: tensor.contiguous() for name, tensor in moments.items()}
-        data = save(contiguous, metadata={"steps": str(steps), "cut": str(cut)})
-        write_whole(self._folder / f"kept-{round:04d}.safetensors", data)
+        data = save(contiguous, metadata={"steps": str(steps), "cut": str(cut), SEAL: BLANK})
+        write_whole(self._folder / f"kept-{round:04d}.safetensors", seal(data))
         for old in sorted(self._folder.glob("kept-*.safetensors"))[:-ROUNDS_KEPT]:
             old.unlink(missing_ok=True)
 
@@ -45,8 +52,29 @@ class OptimizerStore:
         for path in sorted(self._folder.glob("kept-*.safetensors"), reverse=True):
             if path.name > f"kept-{round:04d}.safetensors":
                 continue
-            with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}) == {"steps": str(steps), "cut": str(cut)}:
-                    names = list(file.keys())
-                    return {name: file.get_tensor(name) for name in names}
+            try:
+                kept_for, moments = _read(path)
+            except (OSError, ValueError, LookupError, SafetensorError) as error:
+                logger.warning(
+                    "%s is damaged and is not used (%s); without moments of an earlier round that fit, the "
+                    "optimizer starts afresh",
+                    path,
+                    error,
+                )
+                continue
+            if kept_for == {"steps": str(steps), "cut": str(cut)}:
+                return moments
         return {}
+
+
+def _read(path: Path) -> tuple[dict[str, str], Moments]:
+    """Return count of steps and cut, and the moments. Raises an error if the file has changed."""
+    data = path.read_bytes()
+    moments: Moments = load(data)
+    length = int.from_bytes(data[:8], "little")
+    kept_for: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    if kept_for.keys() != {"steps", "cut"}:  # of an earlier version, without a seal
+        if kept_for.keys() != {"steps", "cut", SEAL} or not is_whole(data):
+            raise ValueError("its content differs from its checksum")
+        del kept_for[SEAL]
+    return kept_for, moments
