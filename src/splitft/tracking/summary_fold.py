@@ -1,0 +1,323 @@
+"""Fold events into a run's summary one by one, so that a round costs what happened in it.
+
+    event --SummaryFold.add--> totals --summary()--> summary.json        (constant time for an event)
+
+    event --SummaryWriter--> SummaryFold --write(), after each round--> summary.json
+
+`add` takes settled events: those that a resumed run superseded cannot be taken back. The writer therefore
+folds the whole file once when a process of the run begins, and each event alone from then on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from splitft.files import write_whole
+from splitft.tracking.events import (
+    ClientInfo,
+    CutsChanged,
+    Evaluated,
+    Event,
+    PrivacySpent,
+    Role,
+    RoundDone,
+    RoundTimed,
+    RunDone,
+    RunResumed,
+    RunStarted,
+    SiteChanged,
+    StepDone,
+    Traffic,
+    Warned,
+)
+from splitft.tracking.log import read_events, settled
+
+Seconds = defaultdict[str, float]
+
+
+def _zero_bytes() -> dict[str, dict[str, int]]:
+    return {role: {"up": 0, "down": 0} for role in get_args(Role)}
+
+
+@dataclass
+class _ClientTotals:
+    """What one client has done so far."""
+
+    examples: int = 0
+    tokens: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    train_loss: dict[int, tuple[float, int]] = field(default_factory=dict)
+    """By round: the sum of losses times tokens, and the tokens."""
+
+    def add_step(self, step: StepDone) -> None:
+        """Count one step."""
+        self.examples += step.examples
+        self.tokens += step.tokens
+        self.add_bytes(step.traffic)
+        if step.loss is not None:
+            loss, tokens = self.train_loss.get(step.round, (0.0, 0))
+            self.train_loss[step.round] = (loss + step.loss * step.tokens, tokens + step.tokens)
+
+    def add_bytes(self, traffic: Traffic) -> None:
+        """Count the bytes of a step or of adapters."""
+        self.bytes_up += sum(traffic.up.values())
+        self.bytes_down += sum(traffic.down.values())
+
+    def mean_loss(self, number: int) -> float | None:
+        """Return the token-weighted training loss of one round; None without steps that report it."""
+        loss, tokens = self.train_loss.get(number, (0.0, 0))
+        return _finite(loss / tokens) if tokens else None
+
+
+@dataclass
+class _ClockTotals:
+    """The simulated clock so far."""
+
+    seconds: list[float] = field(default_factory=list)
+    move_seconds: list[float] = field(default_factory=list)
+    weight_bytes: int = 0
+    legs: defaultdict[str, Seconds] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
+    idle: Seconds = field(default_factory=lambda: defaultdict(float))
+    memory: Seconds = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, event: RoundTimed) -> None:
+        """Add one round."""
+        self.seconds.append(event.seconds)
+        self.move_seconds.append(event.move_seconds)
+        self.weight_bytes += event.weight_bytes
+        for client, spent_by_leg in event.legs.items():
+            for leg, spent in spent_by_leg.items():
+                self.legs[client][leg] += spent
+        for who, spent in event.idle.items():
+            self.idle[who] += spent
+        for who, needed in event.memory_bytes.items():
+            self.memory[who] = max(self.memory[who], needed)
+
+    def as_data(self, machines: Mapping[str, str]) -> dict[str, Any]:
+        """Return seconds by round and by client and leg, idle seconds and peak memory."""
+        return {
+            "seconds": list(self.seconds),
+            "move_seconds": list(self.move_seconds),
+            "weight_bytes": self.weight_bytes,
+            "legs": {client: dict(seconds) for client, seconds in self.legs.items()},
+            "idle": dict(self.idle),
+            "memory_bytes": dict(self.memory),
+            "machines": dict(machines),
+        }
+
+
+class SummaryFold:
+    """The summary of the events so far; each is added in constant time."""
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        """Begin with these events, which are settled."""
+        self._started: RunStarted | None = None
+        self._finished = False
+        self._clients: defaultdict[str, _ClientTotals] = defaultdict(_ClientTotals)
+        self._cuts: dict[int, Mapping[str, int]] = {}
+        self._rounds: list[RoundDone] = []
+        self._evaluations: list[Evaluated] = []
+        self._spent: list[PrivacySpent] = []
+        self._warnings: list[str] = []
+        self._steps = 0
+        self._tokens = 0
+        self._bytes, self._evaluation_bytes = _zero_bytes(), _zero_bytes()
+        self._seconds: Seconds = defaultdict(float)
+        self._clock = _ClockTotals()
+        self._wall_s = 0.0
+        self._since: float | None = None
+        self._last = 0.0
+        for event in events:
+            self.add(event)
+
+    def add(self, event: Event) -> None:
+        """Fold one more event."""
+        self._pass_time(event)
+        match event:
+            case RunStarted():
+                self._started = self._started or event
+            case CutsChanged():
+                self._cuts[event.round] = event.cuts
+            case StepDone():
+                self._steps += 1
+                self._tokens += event.tokens
+                self._clients[event.client].add_step(event)
+                _add_bytes(self._bytes, event.traffic)
+                for leg, seconds in event.seconds.items():
+                    self._seconds[leg] += seconds
+            case RoundDone():
+                self._rounds.append(event)
+                for client, traffic in event.traffic.items():
+                    self._clients[client].add_bytes(traffic)
+                    _add_bytes(self._bytes, traffic)
+            case Evaluated():
+                self._evaluations.append(event)
+                for traffic in event.traffic.values():
+                    _add_bytes(self._evaluation_bytes, traffic)
+            case RoundTimed():
+                self._clock.add(event)
+            case PrivacySpent():
+                self._spent.append(event)
+            case Warned() | SiteChanged():
+                self._warnings.append(event.message)
+            case RunDone():
+                self._finished = True
+            case _:
+                pass
+
+    def summary(self) -> dict[str, Any]:
+        """Return the summary; empty without a RunStarted."""
+        started = self._started
+        if started is None:
+            return {}
+        cuts = self._cuts_by_round(started)
+        clients = [self._client(client, cuts) for client in started.clients]
+        timed = bool(self._clock.seconds)
+        return {
+            "version": started.version,
+            "method": started.method,
+            "seed": started.seed,
+            "model": started.model,
+            "labels": started.labels,
+            "privacy": started.privacy,
+            "defences": list(started.defences),
+            "privacy_spent": self._privacy_spent(),
+            "finished": self._finished,
+            "rounds": len(self._rounds),
+            "eval_loss": [_finite(event.loss) for event in self._evaluations],
+            "not_improved": [client["name"] for client in clients if not _improved(client["loss"])],
+            "clients": clients,
+            "bytes": {role: dict(counts) for role, counts in self._bytes.items()},
+            "evaluation_bytes": {role: dict(counts) for role, counts in self._evaluation_bytes.items()},
+            "aggregation_error": [_finite(event.aggregation_error) for event in self._rounds],
+            "steps": self._steps,
+            "tokens": self._tokens,
+            "seconds_by_leg": {leg: round(seconds, 6) for leg, seconds in self._seconds.items()},
+            "wall_seconds": self._wall_seconds(),
+            "simulated_seconds": sum(self._clock.seconds) if timed else None,
+            "simulated": self._clock.as_data(started.machines) if timed else None,
+            "warnings": list(self._warnings),
+        }
+
+    def _pass_time(self, event: Event) -> None:
+        """Add up the time from the first to the last event of each process of the run."""
+        if self._since is None or isinstance(event, RunStarted | RunResumed):
+            self._wall_s += self._last - self._since if self._since is not None else 0.0
+            self._since = event.t
+        self._last = event.t
+
+    def _wall_seconds(self) -> float:
+        return round(self._wall_s + self._last - self._since, 3) if self._since is not None else 0.0
+
+    def _cuts_by_round(self, started: RunStarted) -> list[Mapping[str, int]]:
+        """Return the cuts of all rounds so far; of the first round in any case."""
+        now: Mapping[str, int] = {client.name: client.cut for client in started.clients}
+        by_round = []
+        for number in range(1, max(len(self._rounds), 1) + 1):
+            if number in self._cuts:
+                now = {**now, **self._cuts[number]}
+            by_round.append(now)
+        return by_round
+
+    def _client(self, client: ClientInfo, cuts: list[Mapping[str, int]]) -> dict[str, Any]:
+        """Return one client's entry."""
+        own = self._clients[client.name]
+        return {
+            "name": client.name,
+            "cut": [by_name.get(client.name, client.cut) for by_name in cuts],
+            "examples": own.examples,
+            "tokens": own.tokens,
+            "train_examples": client.train_examples,
+            "train_tokens": client.train_tokens,
+            "eval_examples": client.eval_examples,
+            "truncated": client.truncated,
+            "trained_on": client.trained_on,
+            "held_out": client.held_out,
+            "loss": [_finite(event.by_client.get(client.name, math.nan)) for event in self._evaluations],
+            "train_loss": [own.mean_loss(done.round) for done in self._rounds],
+            "bytes_up": own.bytes_up,
+            "bytes_down": own.bytes_down,
+        }
+
+    def _privacy_spent(self) -> list[dict[str, Any]] | None:
+        """Return epsilon and the clipped updates of each round; None if updates were not bounded."""
+        return [
+            {
+                "round": event.round,
+                "epsilon": _finite(event.epsilon),
+                "epsilon_of_round": _finite(event.epsilon_of_round),
+                "delta": event.delta,
+                "clipped": event.clipped,
+                "deviation": event.deviation,
+            }
+            for event in self._spent
+        ] or None
+
+
+class SummaryWriter:
+    """A listener that keeps the summary of a run folder; it comes after the folder's EventLog."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._fold: SummaryFold | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Fold an event that is in the folder's events; the first one with all that came before it."""
+        if self._fold is None or isinstance(event, RunResumed):
+            self._fold = _fold_of(self._folder)
+        else:
+            self._fold.add(event)
+
+    def write(self) -> dict[str, Any]:
+        """Write `summary.json` and return the summary."""
+        if self._fold is None:
+            self._fold = _fold_of(self._folder)
+        return put_summary(self._fold.summary(), self._folder)
+
+
+def put_summary(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write a summary into a run folder, and return it: one line for each value and client."""
+    write_whole(folder / "summary.json", _json_text(summary) + "\n")
+    return summary
+
+
+def _fold_of(folder: Path) -> SummaryFold:
+    return SummaryFold(settled(read_events(folder / "events.jsonl")))
+
+
+def _json_text(summary: Mapping[str, Any]) -> str:
+    """Return JSON whose lists of rounds take one line each; `indent` would be many times slower."""
+    lines = []
+    for key, value in summary.items():
+        if key == "clients" and value:
+            text = "[\n    " + ",\n    ".join(json.dumps(one, allow_nan=False) for one in value) + "\n  ]"
+        else:
+            text = json.dumps(value, allow_nan=False)
+        lines.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}" if lines else "{}"
+
+
+def _add_bytes(total: dict[str, dict[str, int]], traffic: Traffic) -> None:
+    for role, count in traffic.up.items():
+        total[role]["up"] += count
+    for role, count in traffic.down.items():
+        total[role]["down"] += count
+
+
+def _improved(loss: list[float | None]) -> bool:
+    """Return whether the last loss is below the first; true while there is only one."""
+    if len(loss) < 2:
+        return True
+    first, last = loss[0], loss[-1]
+    return first is not None and last is not None and last < first
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
