@@ -95,7 +95,9 @@ def record(
     own = start if private is None else start.updated(private)
     client.restore(cut, own.within(Span(0, cut)), 0, {})
     # evaluate and train, recording all frames
-    result = simulation.evaluate()[client.name]
+    simulation.evaluate()
+    result = client.held_out.exact
+    assert result is not None
     simulation.start({client.name: RoundStart(round=1, cut=cut)})
     server.start(1, [client.name], start)
     simulation.train(1, [client.name], steps, lambda step: None)
@@ -171,7 +173,7 @@ def _with(batch: Observation, message: Message) -> Observation:
     if isinstance(message, LastHidden):
         return replace(batch, last=message.hidden)
     if isinstance(message, HeadGradient):
-        return replace(batch, head_gradient=message.gradient)
+        return replace(batch, head_gradient=message.gradient, mean_loss=message.loss)
     if isinstance(message, CutGradient):
         return replace(batch, cut_gradient=message.gradient)
     return batch

@@ -4,7 +4,7 @@
 
     up    Activations   hidden at the cut (N, D), lengths, labelled positions, labels if they travel
     down  LastHidden    last hidden states (M, D), which the server made itself
-    up    HeadGradient  d loss / d last hidden (M, D), which depends on the labels
+    up    HeadGradient  d loss / d last hidden (M, D), which depends on the labels, and the mean loss if sent
     down  CutGradient   d loss / d hidden at the cut (N, D)
 
 An attack gets this and nothing of a client's internal state. All else that it knows is public or the server's
@@ -40,6 +40,8 @@ class Observation:
     """(M, D) gradient of the mean loss at `last`; None for evaluation."""
     cut_gradient: torch.Tensor | None = None
     """(N, D) gradient of the mean loss at the cut; None for evaluation."""
+    mean_loss: float | None = None
+    """Mean loss of the batch in nats, if the client sends it."""
 
     def sequences(self) -> tuple[torch.Tensor, ...]:
         """Split `hidden` by sequence, (T_b, D) each."""

@@ -9,6 +9,7 @@
     prediction       the likeliest label by the server's own last hidden state, without any gradient
     head gradient    labels off the gradient that the client returns (`labels: client`)
     cut gradient     labels off the gradient at the cut alone, learnt on public text
+    mean loss        labels off the exact loss of their batch, if it is sent
     labels           the labels themselves (`labels: server`)
 
 The first four read all tokens of a text off its hidden states, the others read the labels. `prediction` is
@@ -42,6 +43,7 @@ from splitft.audit.attacks.labels import (
     read_head_gradient,
 )
 from splitft.audit.attacks.matching import Effort, match
+from splitft.audit.attacks.mean_loss import read_mean_loss
 from splitft.audit.attacks.observation import Observation
 from splitft.audit.attacks.observation_model import ObservationModel
 from splitft.audit.attacks.public_model import PublicModel
@@ -238,6 +240,16 @@ def by_cut_gradient(attacker: Attacker, batches: Sequence[Observation]) -> Read:
     return found
 
 
+def by_mean_loss(attacker: Attacker, batches: Sequence[Observation]) -> Read:
+    """Read labels off the exact mean loss of their batch."""
+    found: Read = []
+    for batch in batches:
+        assert batch.last is not None
+        assert batch.mean_loss is not None
+        found += batch.by_sequence(read_mean_loss(attacker.public_model.segment, batch.last, batch.mean_loss))
+    return found
+
+
 def by_labels(attacker: Attacker, batches: Sequence[Observation]) -> Read:
     """Return the labels as they were sent."""
     found: Read = []
@@ -262,6 +274,7 @@ ATTACKS: Registry[Attack] = Registry(
         "prediction": Attack("labels", by_prediction, needs=("last",), in_short=False),
         "head gradient": Attack("labels", by_head_gradient, needs=("last", "head_gradient")),
         "cut gradient": Attack("labels", by_cut_gradient, needs=("cut_gradient",), in_short=False),
+        "mean loss": Attack("labels", by_mean_loss, needs=("last", "mean_loss")),
         "labels": Attack("labels", by_labels, needs=("labels",)),
     },
 )
