@@ -73,10 +73,12 @@ def test_a_run_says_what_it_promises_and_when_a_promise_means_nothing():
         updates=UpdatesSpec(clip_norm=1.0, noise_multiplier=2.0),
         private_blocks=2,
     )
-    hidden, gradient, updates, private = promises(spec, width=576, tokens=64, passes=3)
+    hidden, gradient, losses, updates, private = promises(spec, width=576, tokens=64, passes=3, evaluations=4)
     assert "no meaningful promise" in hidden
     assert "labels alone" in gradient
     assert "no meaningful promise" not in gradient
     assert "not against the server" in updates
     assert "first 2 blocks never leave" in private
-    assert promises(PrivacySpec(), 576, 64, 3) == []
+    assert "Losses of training batches are not reported" in losses
+    assert "laplace noise" in losses
+    assert promises(PrivacySpec(), 576, 64, 3, 4) == []

@@ -100,7 +100,7 @@ def test_a_defended_run_repeats_and_resumes_to_the_byte(tiny_llama, tmp_path):
     losses = [json.loads((run.folder / "summary.json").read_text())["eval_loss"] for run in (whole, again)]
     assert losses[0] == losses[1]
     said = whole.summary
-    assert len(said["defences"]) == 4
+    assert len(said["defences"]) == 5
     assert [spent["round"] for spent in said["privacy_spent"]] == [1, 2, 3]
     page = (whole.folder / "report.html").read_text()
     assert "Spent on updates." in page

@@ -106,6 +106,10 @@ def _newest(admin: Console) -> str:
     return str(jobs[0]["job_id"])
 
 
+def _loss(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.3f}"
+
+
 def _show(status: Status) -> Group:
     """Return the run's state and a row for each site, as rich prints them."""
     from rich.console import Group
@@ -126,7 +130,8 @@ def _show(status: Status) -> Group:
             "yes" if site["name"] in status["connected"] else "no",
             site["state"],
             *("-" if site[key] is None else str(site[key]) for key in ("cut", "steps")),
-            *("-" if site[key] is None else f"{site[key]:.3f}" for key in ("loss", "held_out")),
+            "not reported" if site["loss"] is None and site["steps"] else _loss(site["loss"]),
+            _loss(site["held_out"]),
             f"{site['tokens_per_s']:.0f}",
             "-" if site["heard_s_ago"] is None else f"{site['heard_s_ago']:.0f} s ago",
         )

@@ -173,14 +173,15 @@ class Progress(_Display):
     def _note(self, step: StepDone) -> str:
         """Return step, tokens/s, loss and time left."""
         parts = [f"step {self._done}/{self._total or '?'}"]
+        loss = "loss not reported" if step.loss is None else f"loss {step.loss:.3f}"
         seconds = step.t - self._recent[0].t
         if seconds > 0:
             tokens = sum(one.tokens for one in self._recent) - self._recent[0].tokens
             steps_per_s = (len(self._recent) - 1) / seconds
             left = max(self._total - self._done, 0) / steps_per_s
-            parts += [f"{tokens / seconds:.0f} tokens/s", f"loss {step.loss:.3f}", f"{clock(left)} left"]
+            parts += [f"{tokens / seconds:.0f} tokens/s", loss, f"{clock(left)} left"]
         else:
-            parts.append(f"loss {step.loss:.3f}")
+            parts.append(loss)
         return " · ".join(parts)
 
     def _evaluation(self, event: Evaluated) -> str:

@@ -41,6 +41,16 @@ def summed_loss(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -
 
 
 @torch.no_grad()
+def token_losses(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss at each of M positions, (M,)."""
+    chunks = zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True)
+    return torch.cat([
+        functional.cross_entropy(_wide(segment.logits(chunk)), wanted, reduction="none")
+        for chunk, wanted in chunks
+    ])  # fmt: skip
+
+
+@torch.no_grad()
 def divergence(segment: Segment, hidden: torch.Tensor, other: torch.Tensor) -> float:
     """Return the mean Kullback-Leibler divergence, in nats, KL(hidden's || other's predictions), both (M, D).
 

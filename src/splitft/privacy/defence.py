@@ -3,6 +3,8 @@
     hidden (N, D) at the cut --------- DEFENCES[privacy.hidden.defence] ---> Activations
     labels (M,) behind the gradient -- randomised, by privacy.labels
     gradient (M, D) of last hidden --- DEFENCES[privacy.gradient.defence] -> HeadGradient
+    sum of held-out losses ----------- noise, if labels are protected ------> Evaluation
+    loss of a training batch --------- not sent, if labels are protected
 
 `public` clipping norms are computed from what the server knows in any case, so that they reveal nothing:
 
@@ -24,6 +26,7 @@ import torch
 from splitft.data.text import Batch
 from splitft.errors import ProtocolError
 from splitft.privacy.accounting import row_epsilon
+from splitft.privacy.held_out_loss import MOST_NATS, held_out_noise
 from splitft.privacy.noise import DEFENCES, Noise, typical_norm
 from splitft.privacy.randomized_response import randomize_labels
 from splitft.specs import PrivacySpec, RowDefenceSpec, SiteBoundsSpec
@@ -116,6 +119,11 @@ class Defence:
             norm = typical_norm(head(sample, labels.to(sample.device))) * scale
         return self._apply(spec, rows, norm, "gradient", *place)
 
+    def held_out_loss(self, total: float, width: int, *place: object) -> float:
+        """Return the sum of a client's held-out losses, of `bounded_sum`, to send; D is `width`."""
+        noise = held_out_noise(self.privacy, width)
+        return total if noise is None else noise.add(total, self._noise.generator("held-out loss", *place))
+
     def _apply(self, spec: RowDefenceSpec, rows: torch.Tensor, norm: float, *place: object) -> torch.Tensor:
         return DEFENCES[spec.defence](rows, norm, spec.noise, self._noise.generator(*place))
 
@@ -130,10 +138,11 @@ def with_site(privacy: PrivacySpec, site: SiteBoundsSpec) -> PrivacySpec:
     return privacy.model_copy(update={"hidden": raised})
 
 
-def promises(privacy: PrivacySpec, width: int, tokens: int, passes: float) -> list[str]:
+def promises(privacy: PrivacySpec, width: int, tokens: int, passes: float, evaluations: int) -> list[str]:
     """Say what a run's defences guarantee, one sentence each, with epsilon for a row and for a whole text.
 
-    `tokens` is the longest text, `passes` how often a client sends a text.
+    `tokens` is the longest text, `passes` how often a client sends a text, `evaluations` how often it reports
+    its held-out loss.
     """
     said = [
         _promise_of_rows(kind, spec, width, privacy.delta, tokens, passes)
@@ -147,6 +156,8 @@ def promises(privacy: PrivacySpec, width: int, tokens: int, passes: float) -> li
             f"{epsilon:,.3g} for one label in one pass, {epsilon * passes:,.3g} over the whole run"
             f"{_caveat(epsilon * passes)}, of what gradients reveal; hidden states contain the tokens too."
         )
+    if privacy.protects_labels:
+        said.append(_promise_of_losses(privacy, width, evaluations))
     updates = privacy.updates
     if updates.clip_norm is not None and not updates.noise_multiplier:
         said.append(f"Updates of adapters are clipped to norm {updates.clip_norm:g}, without noise.")
@@ -180,6 +191,19 @@ def _promise_of_rows(
         f"Rows of {kind} are clipped to {norm} and have {spec.defence} noise {spec.noise:g}: local "
         f"differential privacy with epsilon {one:,.3g} for one row{at}, {whole:,.3g} for a text "
         f"of {tokens} tokens over the whole run{labels_only}{_caveat(one)}."
+    )
+
+
+def _promise_of_losses(privacy: PrivacySpec, width: int, evaluations: int) -> str:
+    noise = held_out_noise(privacy, width)
+    assert noise is not None
+    one, whole = (noise.epsilon(times, privacy.delta) for times in (1, evaluations))
+    at = f" at delta {privacy.delta:g}" if noise.kind == "gaussian" else ""
+    return (
+        "Losses of training batches are not reported. A client's loss on held-out text, the sum over its "
+        f"labels of {MOST_NATS:g} nats at most each, has {noise.kind} noise of {noise.deviation:,.3g} nats: "
+        f"local differential privacy with epsilon {one:,.3g} for one held-out label in one evaluation{at}, "
+        f"{whole:,.3g} over the {evaluations} of the run{_caveat(one)}, of what that sum reveals."
     )
 
 

@@ -19,7 +19,7 @@ The guarantee of each, for ONE ROW and its replacement by any other row (both cl
 
 A row is not a word. A row of a causal model depends on all tokens before it, and the same text is sent once
 an epoch, so replacing one token of a text of T may replace T rows each time: `accounting` composes them. The
-guarantee covers this tensor only: lengths, labelled positions and a batch's mean loss are sent as well.
+guarantee covers this tensor only: docs/what-a-split-hides.md lists everything that is sent beside it.
 
 Not offered: a secret rotation of the hidden states. A rotated h Q passes a norm only if the norm's weight
 is folded into the next linear layer W, and then the server must compute with W Q. It knows the public W, so

@@ -178,14 +178,14 @@ class HeadGradient(Message):
     round: Count
     step: Count
     micro_batch: MicroBatchNumber = 0
-    loss: Loss
-    """Mean loss over these M positions in nats, for the record."""
+    loss: Loss | None = None
+    """Mean loss over these M positions in nats, for the record; not sent if the run protects labels."""
     seconds: Seconds = {}
     """Measured by a site; empty in simulation."""
     gradient: torch.Tensor
     """(M, D)."""
     ROLES = {"gradient": "gradient"}
-    LEFT_OUT = frozenset({"micro_batch", "seconds"})
+    LEFT_OUT = frozenset({"micro_batch", "loss", "seconds"})
 
 
 class CutGradient(Message):
@@ -238,7 +238,7 @@ class Evaluation(Message):
     client: Name
     round: Count
     loss: Loss
-    """Sum over labelled tokens, in nats."""
+    """Sum over labelled tokens, in nats; with noise if the run protects labels."""
     tokens: Count
     """Labelled tokens."""
 

@@ -113,7 +113,8 @@ def training_loss(events: Iterable[Event]) -> Chart:
     steps = _steps(events)
     lines: defaultdict[str, dict[int, float]] = defaultdict(dict)
     for step in steps:
-        lines[step.client][step.step] = step.loss
+        if step.loss is not None:
+            lines[step.client][step.step] = step.loss
     each = {name: (list(line), list(line.values())) for name, line in sorted(lines.items())}
     return Chart(
         "Training loss",
@@ -205,7 +206,7 @@ def mean_by_step(steps: Iterable[StepDone]) -> Series:
     """Return the token-weighted mean loss, at each step, of the clients that took it."""
     sums: defaultdict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for step in steps:
-        if math.isfinite(step.loss):
+        if step.loss is not None and math.isfinite(step.loss):
             sums[step.step][0] += step.loss * step.tokens
             sums[step.step][1] += step.tokens
     means = {number: total / tokens for number, (total, tokens) in sorted(sums.items()) if tokens}

@@ -112,8 +112,8 @@ class StepDone(Stamped):
     step: int
     """The client's step, counted over the whole run from 0."""
     client: str
-    loss: float
-    """Mean loss in nats over the batch's labeled tokens."""
+    loss: float | None = None
+    """Mean loss in nats over the batch's labeled tokens; None if the client does not report it."""
     tokens: int
     """Labelled tokens in the batch."""
     examples: int

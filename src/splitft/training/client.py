@@ -78,7 +78,7 @@ class Client:
         plan = Plan(cut, model.shape.blocks, setup.labels)
         self.blocks = ClientBlocks(name, model, plan, setup.ranks, self._defence)
         self.segment = self.blocks.segment
-        self.held_out = HeldOutEvaluator(self.blocks, setup.held_out, setup.numbered)
+        self.held_out = HeldOutEvaluator(self.blocks, setup.held_out, self._defence, setup.numbered)
         self._moments: Moments = {}
         self._optimizer: LocalOptimizer | None = None
         self._unsent: list[tuple[MicroBatch, Batch]] = []  # micro-batches of the current step still to send
@@ -139,22 +139,15 @@ class Client:
     def head(self, message: Message) -> HeadGradient:
         """Compute the loss of a batch in flight and its gradient at the last hidden states.
 
-        Raises RunError if the loss is not finite.
+        Raises RunError if the loss is not finite, ProtocolError for a second message to the same batch.
         """
         sent = self._in_flight(message)
-        micro_batch, place = sent.micro_batch, sent.micro_batch.place
+        micro_batch = sent.micro_batch
         message = expect(message, LastHidden, step=self.steps)
+        if sent.graded:  # a second gradient of the same labels would be a second look at them
+            raise ProtocolError(f"{self.name}: LastHidden came twice; the gradient at the cut was due")
         sent.check_rows(self.name, message)
-        labels = self._defence.labels(sent.batch.targets(), message.hidden, self.segment.logits, *place)
-        loss, gradient = loss_and_gradient(self.segment, message.hidden, labels)
-        check_finite(loss, self.name, micro_batch)
-        gradient = self._defence.gradient(
-            gradient,
-            message.hidden,
-            self.segment.shape.vocab,
-            lambda rows, labels: loss_and_gradient(self.segment, rows, labels)[1],
-            *place,
-        )
+        loss, gradient = self._graded(micro_batch, sent.batch, message.hidden)
         sent.graded = True
         return HeadGradient(
             client=self.name,
@@ -185,8 +178,7 @@ class Client:
         for micro_batch, batch in self._split_step():
             with torch.enable_grad():
                 last = self.blocks.run(batch)[batch.positions()]  # (M, D)
-            loss, gradient = loss_and_gradient(self.segment, last.detach(), batch.targets())
-            check_finite(loss, self.name, micro_batch)
+            loss, gradient = self._graded(micro_batch, batch, last.detach())
             totals.add(micro_batch, loss)
             if last.requires_grad:
                 torch.autograd.backward([last], [micro_batch.weighted(gradient).to(last.dtype)])
@@ -256,6 +248,23 @@ class Client:
         self.steps, self._moments = steps, moments
 
     # ----------------------------------------------------------------------------------------------
+
+    def _graded(
+        self, micro_batch: MicroBatch, batch: Batch, last: torch.Tensor
+    ) -> tuple[float | None, torch.Tensor]:
+        """Return the mean loss, None if labels are protected, and the defended gradient (M, D) at `last`."""
+        place, defence = micro_batch.place, self._defence
+        labels = defence.labels(batch.targets(), last, self.segment.logits, *place)
+        loss, gradient = loss_and_gradient(self.segment, last, labels)
+        check_finite(loss, self.name, micro_batch)
+        gradient = defence.gradient(
+            gradient,
+            last,
+            self.segment.shape.vocab,
+            lambda rows, labels: loss_and_gradient(self.segment, rows, labels)[1],
+            *place,
+        )
+        return (None if defence.privacy.protects_labels else loss), gradient
 
     def _split_step(self) -> list[tuple[MicroBatch, Batch]]:
         batch = self.setup.stream.batch(self.steps)

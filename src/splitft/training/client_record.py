@@ -63,9 +63,10 @@ class RoundProgress:
     def begin(self, message: Activations) -> None:
         """Record a micro-batch whose forward pass is done."""
         self.begun[message.micro_batch] = MicroBatch.of_message(message)
+        self.lengths += message.lengths
 
-    def finish(self, number: int, loss: float) -> bool:
-        """Record the mean loss of a micro-batch after backward; return whether its step is complete."""
+    def finish(self, number: int, loss: float | None) -> bool:
+        """Record a micro-batch after backward, with its mean loss; return whether its step is complete."""
         self.completed = None
         if not self.totals.add(self.begun[number], loss):
             return False

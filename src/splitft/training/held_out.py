@@ -3,7 +3,7 @@
     forward(i) -> Activations --> server --> LastHidden --> head(...)     for each batch i, then result()
 
 With labels on the server, it answers HeldOutLoss instead. A client that holds the whole model asks nobody
-(`alone`).
+(`alone`). If the run protects labels, the result has noise (`privacy.held_out_loss`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 
 from splitft.data.text import Batch
 from splitft.errors import ProtocolError
-from splitft.model import loss_and_gradient, summed_loss
+from splitft.model import loss_and_gradient, summed_loss, token_losses
+from splitft.privacy.defence import Defence
+from splitft.privacy.held_out_loss import bounded_sum
 from splitft.protocol import Activations, Evaluation, HeldOutLoss, LastHidden, Message, expect
 from splitft.training.client_blocks import ClientBlocks
 from splitft.training.sent_batch import SentBatch, split_batch
@@ -23,9 +25,14 @@ from splitft.training.sent_batch import SentBatch, split_batch
 class HeldOutEvaluator:
     """Held-out loss of one client, batch by batch."""
 
-    def __init__(self, blocks: ClientBlocks, batches: Sequence[Batch], numbered: bool) -> None:
+    def __init__(
+        self, blocks: ClientBlocks, batches: Sequence[Batch], defence: Defence, numbered: bool
+    ) -> None:
         """Evaluate on these batches; with `numbered`, send the numbers of their examples."""
         self._blocks, self._batches, self._numbered = blocks, tuple(batches), numbered
+        self._defence = defence
+        self.exact: Evaluation | None = None
+        """The last result without noise, which stays at the client."""
         self._sent: SentBatch | None = None
         self.begin(0)
 
@@ -35,7 +42,8 @@ class HeldOutEvaluator:
 
     def begin(self, round: int) -> None:
         """Begin a new sum, of the adapters after this round."""
-        self._round, self._loss, self._tokens = round, 0.0, 0
+        self._round, self._tokens = round, 0
+        self._loss, self._bounded = 0.0, 0.0  # sums of losses as they are, and of losses that are bounded
 
     @torch.no_grad()
     def forward(self, index: int) -> Activations:
@@ -49,8 +57,7 @@ class HeldOutEvaluator:
     def alone(self, index: int) -> None:
         """Add the loss of one batch, at a client that holds the whole model."""
         batch = self._batches[index]
-        last = self._blocks.run(batch)[batch.positions()]
-        self._add(summed_loss(self._blocks.segment, last, batch.targets()), batch)
+        self._measure(self._blocks.run(batch)[batch.positions()], batch)
 
     def head(self, message: Message) -> None:
         """Add the loss of the batch in flight."""
@@ -58,9 +65,10 @@ class HeldOutEvaluator:
         expect(message, LastHidden if self._blocks.plan.labels == "client" else HeldOutLoss)
         if isinstance(message, LastHidden):
             sent.check_rows(self._blocks.name, message)
-            self._add(summed_loss(self._blocks.segment, message.hidden, sent.batch.targets()), sent.batch)
+            self._measure(message.hidden, sent.batch)
         else:
-            self._add(expect(message, HeldOutLoss).loss, sent.batch)
+            loss = expect(message, HeldOutLoss).loss
+            self._add(loss, loss, sent.batch)
         self._sent = None
 
     def gradient(self, message: LastHidden) -> torch.Tensor:
@@ -70,8 +78,13 @@ class HeldOutEvaluator:
         return loss_and_gradient(self._blocks.segment, message.hidden, sent.batch.targets())[1]
 
     def result(self) -> Evaluation:
-        """Return the loss of the batches so far, and begin a new sum."""
+        """Return the loss of the batches so far as it may leave, and begin a new sum."""
         result = Evaluation(client=self._blocks.name, round=self._round, loss=self._loss, tokens=self._tokens)
+        self.exact = result
+        if self._defence.privacy.protects_labels and self._tokens:
+            width = self._blocks.segment.shape.width
+            noised = self._defence.held_out_loss(self._bounded, width, self._round)
+            result = result.model_copy(update={"loss": noised})
         self.begin(self._round)
         return result
 
@@ -80,5 +93,16 @@ class HeldOutEvaluator:
             raise ProtocolError(f"{self._blocks.name}: a reply came, but no batch is underway")
         return self._sent
 
-    def _add(self, loss: float, batch: Batch) -> None:
-        self._loss, self._tokens = self._loss + loss, self._tokens + batch.labelled_tokens
+    def _measure(self, last: torch.Tensor, batch: Batch) -> None:
+        """Add the loss of a batch at its last hidden states (M, D)."""
+        segment, targets = self._blocks.segment, batch.targets()
+        if self._defence.privacy.protects_labels:
+            losses = token_losses(segment, last, targets)
+            self._add(float(losses.double().sum()), bounded_sum(losses), batch)
+        else:
+            loss = summed_loss(segment, last, targets)
+            self._add(loss, loss, batch)
+
+    def _add(self, loss: float, bounded: float, batch: Batch) -> None:
+        self._loss, self._bounded = self._loss + loss, self._bounded + bounded
+        self._tokens += batch.labelled_tokens

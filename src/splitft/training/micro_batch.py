@@ -63,10 +63,10 @@ class MicroBatch:
 class StepTotals:
     """Sums over the finished micro-batches of one step."""
 
-    finished: list[tuple[MicroBatch, float]] = field(default_factory=list)
-    """Each with its mean loss."""
+    finished: list[tuple[MicroBatch, float | None]] = field(default_factory=list)
+    """Each with its mean loss, or None if it was not reported."""
 
-    def add(self, micro_batch: MicroBatch, loss: float) -> bool:
+    def add(self, micro_batch: MicroBatch, loss: float | None) -> bool:
         """Add a finished micro-batch with its mean loss; return whether the step is complete."""
         self.finished.append((micro_batch, loss))
         return len(self.finished) == micro_batch.of
@@ -77,11 +77,12 @@ class StepTotals:
         return sum(one.labelled for one, _ in self.finished)
 
     @property
-    def loss(self) -> float:
-        """Mean loss over the labelled tokens."""
+    def loss(self) -> float | None:
+        """Mean loss over the labelled tokens; None if it was not reported."""
         if len(self.finished) == 1:
             return self.finished[0][1]
-        return sum(loss * one.labelled for one, loss in self.finished) / self.tokens
+        known = [loss * one.labelled for one, loss in self.finished if loss is not None]
+        return sum(known) / self.tokens if len(known) == len(self.finished) else None
 
     def event(self, client: str, seconds: Mapping[str, float], traffic: Traffic | None = None) -> StepDone:
         """Return the event of the completed step; `seconds` are by leg."""

@@ -231,7 +231,7 @@ class Server:
         return replies
 
     def _backward(
-        self, group: Group, graded: Mapping[str, tuple[float, torch.Tensor]]
+        self, group: Group, graded: Mapping[str, tuple[float | None, torch.Tensor]]
     ) -> dict[str, CutGradient]:
         """Run backward through one group from these clients' (loss, gradient)."""
         shared = self._split.server_adapters == "shared"  # one step on the loss of all
