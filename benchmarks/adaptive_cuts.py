@@ -1,14 +1,13 @@
-"""When does choosing each client's cut help, and by how much?
+"""Measure the gain of a cut for each client over one common cut.
 
     real training of 10 clients --loss of each round--------+
     cuts of each controller --clock--seconds of each round--+--> loss against simulated time
 
-Where ranks are equal, the cut changes no loss (`tests/laws/test_cut_invariance.py`; shown here again on the
-real model), so one training tells the losses of all controllers, `paper` among them, which sees them; their
-times are replayed on the clock. Where the rank is lowered at the cut, loss depends on the cuts: those runs
-are trained one by one. Baselines: the best of all common cuts, found by the clock itself with hindsight,
-and cut 2 for all as in the paper. Machines and links are presets (`splitft.schedule.profile`); the map
-scales the server.
+With equal ranks the cut does not change the loss (`tests/laws/test_cut_invariance.py`; checked here on the
+real model), so one training run gives the losses for all controllers, including `paper`, which reads them;
+their times are simulated. With a lower rank at the cut the loss depends on the cuts, and each run is trained.
+Baselines: the best common cut, chosen with hindsight on the simulated clock, and cut 2 for all as in the
+paper. Machines and links are presets (`splitft.schedule.presets`); the last map varies the server's speed.
 
 Goals: `makespan` reaches the target 1.5 times faster than the best common cut and 2 times faster than cut 2
 on the strongly unequal fleet, and is never slower than 1.02 times the best common cut on the equal one.
@@ -48,13 +47,13 @@ from replaying import (
 CAPACITIES = (1, 2, 4, 8, 16, 40, 87)
 """The server's speed as a multiple of a laptop's; 87 is the preset server-gpu."""
 LONGER = (2, 10, 50)
-"""Local steps of a round for which the border is drawn too."""
+"""Local steps of a round in the map."""
 
 
 def speedups(
     data: Path, summaries: dict[tuple[float, int], dict[str, Any]], plots: Path
 ) -> tuple[list, dict]:
-    """Rows of the main table, and the ratios that the goals are judged by."""
+    """Return the rows of the main table, and the ratios for the goals."""
     rows, judged = [], {}
     for fleet_name in FLEETS:
         for alpha in ALPHAS:
@@ -76,7 +75,8 @@ def speedups(
 
 
 def border(data: Path, summary: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """The map: gain over the best common cut and over cut 2, by fleet, steps and the server's speed."""
+    """Return the map: gain over the best common cut and over cut 2, by fleet, steps and the server's
+    speed."""
     losses = losses_by_client(summary)
     rows = []
     for fleet_name in FLEETS:
@@ -94,7 +94,7 @@ def border(data: Path, summary: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def ranks_at_the_cut(data: Path, runs: Parts, seeds: tuple[int, ...]) -> list[tuple[Any, ...]]:
-    """Final losses where the rank is 8 next to the cut and 16 elsewhere, by who chose the cuts."""
+    """Return the final losses with rank 8 next to the cut and 16 elsewhere, by the way to choose cuts."""
     devices = FLEETS["strongly unequal"]
     ways = {
         "cut 2": {"cuts": 2},
@@ -121,7 +121,7 @@ def ranks_at_the_cut(data: Path, runs: Parts, seeds: tuple[int, ...]) -> list[tu
 
 
 def invariance(data: Path, runs: Parts) -> list[tuple[Any, ...]]:
-    """The losses of every round at alpha 0.5, seed 0, with cuts of 2 for all and with makespan's."""
+    """Return the losses of every round at alpha 0.5, seed 0, with cut 2 for all and with makespan's cuts."""
     devices = FLEETS["strongly unequal"]
     ways = {
         "cut 2 for all": configuration(data, 0, 0.5),
@@ -137,7 +137,7 @@ def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared/data/e2e/devset.csv")
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/adaptive-cuts"), help="finished runs are kept here"
+        "--work", type=Path, default=Path("runs/adaptive-cuts"), help="folder of finished runs"
     )
     chosen = parser.parse_args()
     begin(chosen.seed, chosen.threads)
@@ -145,7 +145,7 @@ def main() -> None:
     if chosen.quick:
         ALPHAS, SEEDS = (0.5,), (0,)
     runs = Parts(chosen.work)
-    plots = REPOSITORY / "benchmarks/plots"
+    plots = chosen.work if chosen.quick else REPOSITORY / "benchmarks/plots"
     summaries = {
         (alpha, seed): trained(configuration(chosen.data, seed, alpha), runs)
         for alpha in ALPHAS
@@ -181,15 +181,13 @@ def main() -> None:
                 "target": f"{DROP:.0%} of the way from the first held-out loss to the last",
                 **verdicts,
             },
-            "Simulated seconds to the target (mean), and how many times as long as `makespan`:",
+            "Simulated seconds to the target (mean), and ratio to `makespan`:",
             table(("fleet", "alpha", *WAYS), rows),
-            "The border. First round of the best common cut / of cut 2 over that of `makespan`, by the "
-            "server's speed in laptops "
-            f"(alpha 0.5, seed {SEEDS[0]}):",
+            "Where choosing helps. Time of the first round with the best common cut / with cut 2, over that "
+            f"of `makespan`, by the server's speed in laptops (alpha 0.5, seed {SEEDS[0]}):",
             table(("fleet", "steps a round", *(f"{capacity}" for capacity in CAPACITIES)), mapped),
-            "With equal ranks cuts change no loss beyond the rounding of bfloat16 (held-out loss "
-            "before training and "
-            "after each round):",
+            "With equal ranks the cuts do not change the losses beyond the rounding of bfloat16 (held-out "
+            "loss before training and after each round):",
             table(("cuts", *(f"round {r}" for r in range(ROUNDS + 1))), same),
             "With a lower rank at the cut they do (final held-out loss, strongly unequal fleet, alpha 0.5; "
             "difference to equal ranks):",

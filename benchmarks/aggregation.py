@@ -1,9 +1,9 @@
-"""What does each aggregation rule miss of the mean update, send, and reach?
+"""Measure the aggregation error, the traffic and the held-out loss of each aggregation rule.
 
 Four clients with four cuts train ranks 4 and 16, mixed over blocks and clients, on the E2E challenge; each
-rule gets the same start, batches and order. `factors` needs equal ranks, so it runs at rank 4 everywhere,
-which is what the weakest client can do, and at 16. Error is ||mean(BA) - what the rule made|| / ||mean(BA)||;
-of fedsa it covers the blocks whose B the server sees.
+rule gets the same initial factors, batches and order. `factors` needs equal ranks, so it runs at rank 4
+everywhere, the weakest client's rank, and at 16. The error is ||mean(BA) - result|| / ||mean(BA)||; for fedsa
+it covers the blocks whose B is on the server.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from splitft.config import from_mapping
 
 MIXED = {"rank": 16, "rank_at_cut": 4, "cut_span": 8}
 CUTS = (4, 12, 20, 26)
-"""Of 30 blocks: with `cut_span` 8, every block is near somebody's cut and far from somebody else's."""
+"""Of 30 blocks: with `cut_span` 8, every block is near one client's cut and far from another's."""
 VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "factors, all rank 4": ("factors", {"rank": 4, "rank_at_cut": None, "alpha": 8}),
     "factors, all rank 16": ("factors", {"rank": 16, "rank_at_cut": None}),
@@ -37,7 +37,7 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
 def configuration(
     rule: str, lora: Mapping[str, Any], data: Mapping[str, Any], seed: int, rounds: int, steps: int, lr: float
 ) -> dict[str, Any]:
-    """One run."""
+    """Return the configuration of one run."""
     return {
         "data": {**data, "max_tokens": 64, "max_examples": 400, "eval_examples": 6},
         "clients": {"count": len(CUTS), "cuts": list(CUTS), "shares": {"by": "length", "alpha": 0.5}},
@@ -50,7 +50,7 @@ def configuration(
 
 
 def row(name: str, summaries: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """A variant over the seeds."""
+    """Return a variant's row of the table, over seeds."""
     errors = [error for summary in summaries for error in summary["aggregation_error"]]
     adapter = [summary["bytes"]["adapter"] for summary in summaries]
     rounds = len(summaries[0]["aggregation_error"])
@@ -69,7 +69,7 @@ def row(name: str, summaries: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def read_from(path: Path) -> tuple[dict[str, Any], str]:
-    """The section `data`: E2E, or the embedded text where it is not at hand."""
+    """Return the section `data` for E2E, or for the embedded text if E2E is not available, and its name."""
     if path.is_file():
         return {"source": str(path), "prompt": "mr", "completion": "ref"}, f"E2E ({path.name})"
     return {"source": "python-docs"}, "python-docs (embedded)"
@@ -78,7 +78,7 @@ def read_from(path: Path) -> tuple[dict[str, Any], str]:
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared/data/e2e/devset.csv")
-    parser.add_argument("--seeds", type=int, default=3, help="so many, from --seed on")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from --seed on")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="local steps a round")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -104,7 +104,7 @@ def main() -> None:
                 "client's cut) and 16, alpha / rank 2",
                 "text": f"{what}, by length, alpha 0.5",
                 "seeds": ", ".join(map(str, seeds)),
-                "spread": "median over seeds (and rounds, of the error), in brackets the middle half",
+                "spread": "median over seeds (for the error, also over rounds), and the middle half",
                 "took": f"{(time.perf_counter() - began) / 60:.1f} minutes",
             },
             table(

@@ -1,12 +1,12 @@
-"""How much less memory does a client need than the whole model?
+"""Measure the memory of a client against that of training the whole model.
 
     client    embedding, blocks [0, k), and with labels on the client the head: one split training step
     whole     transformers + peft, all L blocks: one training step on the same batch
 
-Each runs in a process of its own, which first imports everything; the memory that it has then is subtracted
-from the peak. What a server would answer is random numbers here, for they weigh the same. The peak is the
-kernel's own (VmHWM of resident memory), with the pages of the weights' file that were touched. Both steps
-are a client's first: forward, loss, backward, AdamW.
+Each runs in its own process, which first imports everything; its memory at that point is subtracted from the
+peak. The server's messages are random numbers of the same size. The peak is the kernel's (VmHWM, resident
+memory), including the pages of the weights' file that were touched. Both run the first step: forward, loss,
+backward, AdamW.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ CASES = {
     "client, cut 15, labels on the client": (15, "client"),
     WHOLE: None,
 }
-"""What is measured: (cut, labels), or the whole model."""
+"""(cut, labels) of a client, or None for the whole model."""
 
 
 def stream_of_random_text(model: Model, seed: int) -> BatchStream:
-    """One batch of sequences of one length; the second half of each carries loss."""
+    """Return one batch of random sequences of one length; the loss covers the second half of each."""
     tokens = torch.randint(model.shape.vocab, (SEQUENCES, TOKENS), generator=torch.manual_seed(seed))
     examples = [Example(tuple(row), TOKENS // 2) for row in tokens.tolist()]
     return BatchStream(examples, SEQUENCES, None, seed, 0)
 
 
 def client_step(model: Model, cut: int, labels: str, seed: int) -> int:
-    """Set up a client and take its first step, with random numbers for the server's answers."""
+    """Run a client's first step with random messages of the server; return its frozen parameters."""
     side = "client" if labels == "client" else "server"
     ranks = RankPolicy(LORA, model.shape.blocks, "svd", seed)
     setup = ClientSetup(ranks, TrainingSpec(), stream_of_random_text(model, seed), labels=side)
@@ -64,20 +64,20 @@ def client_step(model: Model, cut: int, labels: str, seed: int) -> int:
 
 
 def whole_step(model: Model, seed: int) -> int:
-    """Load the whole model with peft and take its first step."""
+    """Run the first step of the whole model with peft; return its frozen parameters."""
     plain_step(model, stream_of_random_text(model, seed), ordinary)()
     return sum(parameter.numel() for parameter in model.skeleton().parameters())
 
 
 def measure(case: str, seed: int) -> dict[str, float]:
-    """One case in this process: frozen parameters held, and MiB of peak above what importing takes."""
-    import peft  # noqa: F401  # the client's process imports what the other does, so that both begin alike
+    """Measure one case in this process: frozen parameters, and peak MiB above the memory after importing."""
+    import peft  # noqa: F401  # both processes import the same libraries
 
     begin(seed, None)
     model = open_model(ModelSpec())
-    model.skeleton()  # modelling code is imported
+    model.skeleton()  # imports the modelling code
     torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the kernel forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
     before = status("VmRSS")
     where = CASES[case]
     step: Callable[[], int]
@@ -87,7 +87,7 @@ def measure(case: str, seed: int) -> dict[str, float]:
 
 
 def status(field: str) -> float:
-    """MiB, from the kernel's account of this process."""
+    """Return a field of /proc/self/status in MiB."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 

@@ -1,20 +1,20 @@
-"""What do fewer bytes on the wire cost in quality, when a model is trained through them?
+"""Measure the quality of models that are trained through each codec against the bytes sent.
 
-    one client, cut k:  train through the codec's wire  -->  perplexity of what was learnt, wire exact
-                                                        -->  the same, through the codec, as a split run is
-                        bytes of a step, all roles and frames, by 1,000 tokens
+    one client, cut k:  train through the codec  -->  perplexity of the adapter, without the codec
+                                                 -->  the same, through the codec, as in a split run
+                        bytes of a step, all roles and frames, per 1,000 tokens
 
-Every wire trains on the same batches from the same start as the exact wire (fp32) of the same text and seed.
-By the contract of the algorithm the exact run is the same at every cut, and is made once. But training in
-bfloat16 makes the last digit of a number large: two runs that differ by that alone end apart by more than a
-good codec costs. So what a wire is held against is the mean of the exact run and of runs whose hidden states
-and gradients are off by a thousandth, one at each cut; how far these are apart says what differences mean.
+Every run has the same batches and initial adapter as the exact run (fp32) of its text and seed. The exact run
+is the same at every cut, and is trained once. Training in bfloat16 amplifies differences in the last digit:
+two runs that differ only there end further apart than the cost of a good codec. So the reference is the mean
+of the exact run and of runs with errors of a thousandth in hidden states and gradients, one at each cut;
+their spread is the noise of the measurement.
 
-Codecs that learn (axes, differences) pay for learning in the first steps and, ever more rarely, later: MB are
-given for the whole run, and as the median of its second half's steps.
+Codecs that learn (axes, differences) send more in the first steps, and now and then later. MB are given for
+the whole run, and as the median of the steps in its second half.
 
-Each run is a part, kept as JSON in the work folder: a stopped benchmark goes on where it was, and runs of
-different texts may be made side by side (`--texts`) and tabled together.
+Each run is a part, kept as JSON in the work folder: a stopped benchmark can be resumed, and different texts
+can be run in parallel (`--texts`) and put into one table afterwards.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ TEXTS = {
     "WikiText-2": {"source": str(DATA / "wikitext2/valid.txt"), "max_tokens": 128},
 }
 EMBEDDED = {"python-docs": {"source": "python-docs", "max_tokens": 128}}
-"""Where the texts above are not at hand."""
+"""If the texts above are not available."""
 RATES = {"WikiText-2": 2e-4}
-"""Learning rate, where 5e-4 lets the last digit decide over percents."""
+"""Learning rate of texts for which, at 5e-4, the last digit changes perplexity by percents."""
 EXACT = ("fp32", "fp32")
 SHAKEN = ("bounded:rel=1e-3", "bounded:rel=1e-3")
-"""About as exact as bfloat16, which the model computes in, but not the same digits."""
+"""As accurate as bfloat16, in which the model computes, with other rounding errors."""
 WIRES = [
     ("int8", "int8"),
     ("int4", "int4"),
@@ -67,7 +67,7 @@ MORE_WIRES = [
 GOALS = ((4, 0.1), (8, 0.5), (16, 1.5))
 """Times fewer bytes than fp32, and the rise of perplexity allowed, in percent."""
 NEARLY = 0.9
-"""Share of a goal's saving from which on a wire is held against it; what it saves is said beside."""
+"""Codecs with at least this share of a goal's reduction are compared with it; theirs is printed."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Outcome:
     """One training run."""
 
     perplexity: float
-    """Of what was learnt, through an exact wire."""
+    """Of the adapter, without the codec."""
     through_codec: float
     """The same with hidden states rounded."""
     mb: float
@@ -87,7 +87,7 @@ class Outcome:
 def outcome(
     text: dict[str, object], wire: Sequence[str], cut: int, seed: int, steps: int, rate: float
 ) -> Outcome:
-    """Train one client through a wire, and evaluate."""
+    """Train one client through a pair of codecs, and evaluate."""
     hidden, gradient = wire
     config = from_mapping({
         "model": {"dtype": "bfloat16"},
@@ -122,7 +122,7 @@ def _mb(steps: Sequence[StepDone]) -> float:
 
 @dataclass(frozen=True)
 class Cell:
-    """A wire on one text at one cut, over seeds, against the exact wire."""
+    """A pair of codecs on one text at one cut, over seeds, against the reference."""
 
     text: str
     cut: int
@@ -132,7 +132,7 @@ class Cell:
     mb: float
     last_mb: float
     rises: tuple[float, ...]
-    """Percent of perplexity, by seed, of what was learnt."""
+    """Rise of perplexity in percent, by seed, without the codec."""
     through: tuple[float, ...]
     """The same through the codec."""
 
@@ -141,7 +141,7 @@ def measure(
     parts: Parts, texts: dict[str, dict[str, object]], cuts: Sequence[int], wires: Sequence[tuple[str, str]],
     seeds: Sequence[int], steps: int,
 ) -> list[Cell]:  # fmt: skip
-    """Every wire on every text at every cut."""
+    """Measure every pair of codecs on every text at every cut."""
 
     def made(name: str, wire: tuple[str, str], cut: int, seed: int) -> Outcome:
         def make() -> dict[str, float]:
@@ -176,7 +176,7 @@ def _percent(found: float, wanted: float) -> float:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Mean and its standard error."""
+    """Format the mean and its standard error."""
     if len(values) < 2:
         return f"{values[0]:+.2f}"
     error = statistics.stdev(values) / math.sqrt(len(values))
@@ -184,13 +184,13 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _named(wire: tuple[str, str]) -> tuple[str, str]:
-    return ("last digit", "shaken") if wire == SHAKEN else wire
+    return ("last digit", "only") if wire == SHAKEN else wire
 
 
 def verdicts(cells: Sequence[Cell]) -> dict[str, str]:
-    """For each goal, the wire that saves about that much and costs a split run least, over all its runs."""
+    """Return for each goal the codecs with about that reduction and the least cost for a split run."""
     shaken = [abs(rise) for cell in cells if cell.wire == SHAKEN for rise in cell.rises]
-    found = {"runs that differ by the last digit alone": f"{statistics.fmean(shaken):.2f} % from their mean"}
+    found = {"runs that differ in the last digit only": f"{statistics.fmean(shaken):.2f} % from their mean"}
     wires = list(dict.fromkeys(cell.wire for cell in cells if cell.wire != SHAKEN))
     for less, allowed in GOALS:
         costs: dict[tuple[str, str], tuple[float, float]] = {}
@@ -198,7 +198,7 @@ def verdicts(cells: Sequence[Cell]) -> dict[str, str]:
         for wire in wires:
             own = [cell for cell in cells if cell.wire == wire]
             saved = [cell.less for cell in own]
-            if statistics.fmean(saved) < NEARLY * less:  # frames, scales and rows apart are part of the bytes
+            if statistics.fmean(saved) < NEARLY * less:  # bytes include frames, scales and outlier rows
                 continue
             learnt = [rise for cell in own for rise in cell.rises]
             through = [rise for cell in own for rise in cell.through]
@@ -210,7 +210,7 @@ def verdicts(cells: Sequence[Cell]) -> dict[str, str]:
             )
         goal = f"goal, {less} times fewer bytes at {allowed} % of perplexity at most"
         if not costs:
-            found[goal] = "missed: no wire saves that much"
+            found[goal] = "missed: no codec has this reduction"
             continue
         best = min(costs, key=lambda wire: costs[wire])
         found[goal] = f"perplexity {'met' if costs[best][1] <= allowed else 'missed'}: {said[best]}"
@@ -218,7 +218,8 @@ def verdicts(cells: Sequence[Cell]) -> dict[str, str]:
 
 
 def front(cells: Sequence[Cell]) -> dict[str, tuple[float, float, float]]:
-    """Of each wire: times fewer bytes; rise of perplexity, in percent, as learnt; through the codec."""
+    """Return for each pair of codecs the reduction, and the rise of perplexity in percent: without,
+    through."""
     found = {}
     for wire in dict.fromkeys(cell.wire for cell in cells if cell.wire != SHAKEN):
         own = [cell for cell in cells if cell.wire == wire]
@@ -233,15 +234,17 @@ def front(cells: Sequence[Cell]) -> dict[str, tuple[float, float, float]]:
 def _options() -> argparse.Namespace:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=16, help="training steps of each run")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from --seed on")
     parser.add_argument("--cuts", type=int, nargs="+", default=[2, 8, 15])
     parser.add_argument("--wires", nargs="+", help="hidden/gradient pairs, such as int4/int2")
-    parser.add_argument("--all", action="store_true", help="every codec, also those far from the front")
+    parser.add_argument(
+        "--all", action="store_true", help="all pairs of codecs, also those far from the Pareto front"
+    )
     parser.add_argument("--texts", nargs="+", help="some of the texts: E2E, WikiText-2")
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/codec-quality"), help="finished runs are kept here"
+        "--work", type=Path, default=Path("runs/codec-quality"), help="folder of finished runs"
     )
-    parser.add_argument("--plot", type=Path, help="write the Pareto plot there (SVG)")
+    parser.add_argument("--plot", type=Path, help="write the Pareto plot to this SVG file")
     return parser.parse_args()
 
 
@@ -260,7 +263,7 @@ def main() -> None:
     cells = measure(Parts(chosen.work), texts, cuts, wires, seeds, steps)
     if chosen.plot:
         chosen.plot.parent.mkdir(parents=True, exist_ok=True)
-        title = "rise of perplexity, percent, of what was learnt (full) and through the codec (hollow); "
+        title = "rise of perplexity, percent, without the codec (full) and through it (hollow); "
         savings(chosen.plot, front(cells), GOALS, title + "crosses: goals")
     rows = [
         (
@@ -272,7 +275,7 @@ def main() -> None:
     ]  # fmt: skip
     head = (
         "text", "cut", "hidden", "gradient", "MB / 1,000 labelled tokens", "whole run",
-        "times fewer than fp32", "perplexity of what was learnt, %", "through the codec, %",
+        "times fewer than fp32", "rise of perplexity, %", "through the codec, %",
     )  # fmt: skip
     print(
         section(
@@ -281,7 +284,7 @@ def main() -> None:
                 "config": f"smollm2-135m, bf16, LoRA rank 16 on attention, {steps} steps of 6 sequences, "
                 "lr 5e-4 (2e-4 on WikiText-2) after 2 steps of warm-up, cosine; 60 held-out examples",
                 "seeds": f"{', '.join(map(str, seeds))}; mean and its standard error",
-                "pairing": "every run against the exact and nearly exact ones of its text, seed and batches",
+                "reference": "the exact and nearly exact runs of the same text, seed and batches",
                 **verdicts(cells),
             },
             table(head, rows),

@@ -1,10 +1,10 @@
-"""How fast are the codecs, on one core?
+"""Measure the throughput of the codecs on one core.
 
-    hidden states (N, D) in float32  --encode-->  parts  --decode-->  (N, D)
+    hidden states (N, D) in float32  --encode-->  encoded parts  --decode-->  (N, D)
 
-Rows are normal with outlier channels and rows, as hidden states have. Speed is bytes of the float32 input by
-the seconds of the core's own time (which other programs do not lengthen) that encoding and decoding take;
-codecs take turns, and the quickest third of the rounds is given.
+Rows are normally distributed, with outlier channels and rows as in hidden states. Throughput is bytes of the
+float32 input divided by the thread's CPU time, which other programs do not lengthen. Codecs take turns, and
+the 33rd percentile over rounds is reported.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from measuring import begin, options, section, table
 from splitft.codecs import CODECS, Codec, CodecContext, Encoded, codec_of
 
 GOALS = {"int8": 1e9, "int4": 4e8}
-"""Bytes of float32 input by second, encoding and decoding each."""
+"""Bytes of float32 input a second, for encoding and for decoding."""
 
 
 def hidden_states(rows: int, width: int, seed: int) -> torch.Tensor:
-    """A few channels, and a row in a hundred, are many times larger."""
+    """Return random rows in which a few channels, and one row in a hundred, are many times larger."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, width, generator=generator)
     x[:, :: width // 5] *= 20
@@ -31,7 +31,7 @@ def hidden_states(rows: int, width: int, seed: int) -> torch.Tensor:
 
 
 class Timed:
-    """One codec with a message to encode and one to decode, past whatever it learns first."""
+    """One codec with a message to encode and one to decode, after its learning phase."""
 
     def __init__(self, codec: Codec, role: str, rows: torch.Tensor) -> None:
         self.codec, self.role, self.rows = codec, role, rows
@@ -44,18 +44,18 @@ class Timed:
         self.parts = dict(self.receiver)
 
     def encode(self) -> Encoded:
-        """One more message."""
+        """Encode the next message."""
         return self.codec.encode(self.rows, CodecContext(self.role, 0, self.sender))
 
     def decode(self) -> None:
-        """The same message again."""
+        """Decode the same message again."""
         self.codec.decode(self.encoded, torch.float32, CodecContext(self.role, 0, dict(self.receiver)))
 
 
 def seconds_of(
     variants: dict[tuple[str, ...], Callable[[], object]], rounds: int
 ) -> dict[tuple[str, ...], float]:
-    """Seconds of this thread for each variant, taking turns; the first round is a warm-up."""
+    """Return this thread's CPU seconds of each variant; variants take turns after a warm-up round."""
     spent: dict[tuple[str, ...], list[float]] = {key: [] for key in variants}
     for _ in range(rounds + 1):
         for key, work in variants.items():
@@ -106,7 +106,7 @@ def main() -> None:
         "seed": chosen.seed,
         **verdict,
     }
-    print(section("Speed of codecs", facts, table(head, body)))
+    print(section("Codec throughput", facts, table(head, body)))
 
 
 if __name__ == "__main__":

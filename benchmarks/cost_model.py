@@ -1,12 +1,12 @@
-"""Does the cost model predict what a step takes?
+"""Compare the cost model's predictions with measured time and memory.
 
     this machine's calibration --step_legs, client_memory--> predicted seconds and bytes at a cut
     a real split step at that cut, a real client process  --> measured ones
 
-Time: the calibration is measured anew in every round, then each cut takes a few steps, so that both see the
-same machine; the step is what client and server compute together, one client at a time, without any wire.
-Memory: the peak of a process that is a client and takes three steps, above what it has after importing (as in
-`client_memory.py`). Goals: median error of at most 15 % for time and 10 % for memory.
+Time: each round repeats the calibration and then a few steps at each cut, so that both see the same state of
+the machine. A step is the computation of client and server, one client at a time, without messages. Memory:
+the peak of a client process in three steps, above its memory after importing (as in `client_memory.py`).
+Goals: median error of at most 15 % for time and 10 % for memory.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LINK = Link("none", float("inf"), float("inf"), 0.0)
 
 
 def workload(stream: BatchStream, steps: range) -> Workload:
-    """Means over these steps, and the largest batch, which memory must hold."""
+    """Return the means over these steps, and the largest batch, for which memory is predicted."""
     batches = [stream.batch(step) for step in steps]
     count = len(batches)
     sequences = sum(len(batch.lengths) for batch in batches)
@@ -60,7 +60,7 @@ def workload(stream: BatchStream, steps: range) -> Workload:
 
 
 class Pair:
-    """A client at a cut and a server for it, without anything between."""
+    """A client at a cut and its server, without a channel between them."""
 
     def __init__(
         self, model: Model, cut: int, stream: BatchStream, ranks: RankPolicy, training: TrainingSpec
@@ -72,7 +72,7 @@ class Pair:
         self.client.start(RoundStart(round=1, cut=cut))
 
     def step(self) -> None:
-        """Forward, head, backward, both optimizers."""
+        """Run forward, head, backward and both optimizers."""
         last = self.server.forward([self.client.forward()])["c"]
         assert isinstance(last, LastHidden)
         at_cut = self.server.backward([self.client.head(last)])["c"]
@@ -80,10 +80,10 @@ class Pair:
 
 
 def timed(model: Model, stream: BatchStream, batch: int, rounds: int, steps: int, seed: int) -> list[tuple]:
-    """For each cut: (predicted, measured) seconds of a step, in every round."""
+    """Return for each cut the (predicted, measured) seconds of a step in every round."""
     import time
 
-    training = TrainingSpec(batch_size=batch)
+    training = TrainingSpec(batch_size=batch, steps=10**6)
     ranks = RankPolicy(LORA, model.shape.blocks, "svd", seed)
     sizes = exact_sizes(model, ranks)
     pairs = {cut: Pair(model, cut, stream, ranks, training) for cut in CUTS}
@@ -107,8 +107,8 @@ def timed(model: Model, stream: BatchStream, batch: int, rounds: int, steps: int
 
 
 def peak(cut: int, batch: int, data: Path, seed: int) -> dict[str, float]:
-    """In this process: the peak of a client that takes three steps, and what the model says; MiB."""
-    import peft  # noqa: F401  # as every client_memory process does
+    """Return the predicted and the measured peak MiB of a client that runs three steps in this process."""
+    import peft  # noqa: F401  # as the processes of client_memory do
 
     begin(seed, None)
     model = open_model(ModelSpec())
@@ -118,7 +118,7 @@ def peak(cut: int, batch: int, data: Path, seed: int) -> dict[str, float]:
     sizes = exact_sizes(model, ranks)
     stream, _ = read_text(model, data, seed, batch)
     torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the kernel forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
     before = status("VmRSS")
     client = Client("c", model, cut, ClientSetup(ranks, training, stream))
     client.start(RoundStart(round=1, cut=cut))

@@ -4,13 +4,13 @@
     audit the run folder   -> the strongest attacks, with the trained adapters, knowing the defence
 
 The same small federation (E2E meaning representations and sentences, four clients at cut 2) is trained with
-one defence at a time, and what its server then observes is attacked; the attacker learnt on WikiText-2.
+one defence at a time, and what its server then observes is attacked; the attacker trained on WikiText-2.
 Perplexity is that of all clients' held-out text after training, with the defence on. `prediction` reads
 labels from the server's own last hidden states, without any gradient: the floor of attacks on labels. Goal: a
 defence that brings all attacks under 30 % of the tokens for at most 5 % perplexity.
 
 Each defence is a part, kept as JSON in the work folder: a stopped benchmark continues with the missing parts,
-`--parts N` makes at most N more, and `--only WORD` shows those that have the word in their name.
+`--parts N` makes at most N more, and `--only WORD` shows those with the word in their name.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def goal(found: Mapping[str, Any], chosen: Sequence[Defence]) -> str:
     price = cost_in_words(found, next(one for one in chosen if one.name == hiding))
     return (
         f"missed: within {GOAL_COST:.0%} the strongest attack reads at least {cheap[least]:.0%} ({least}); "
-        f"what hides most leaves it {judged[hiding][0]:.0%} ({hiding}: {price})"
+        f"the most effective defence leaves {judged[hiding][0]:.0%} ({hiding}: {price})"
     )
 
 
@@ -228,9 +228,9 @@ def main() -> None:
     shared = REPOSITORY.parent / "shared/data"
     parser.add_argument("--data", type=Path, default=shared / "e2e/devset.csv")
     parser.add_argument("--public", type=Path, default=shared / "wikitext2/valid.txt", help="attacker's text")
-    parser.add_argument("--work", type=Path, default=Path("runs/defences"), help="parts are kept here")
-    parser.add_argument("--parts", type=int, help="make at most so many parts that are missing, then stop")
-    parser.add_argument("--only", default="", help="table only defences with this in their name, and none")
+    parser.add_argument("--work", type=Path, default=Path("runs/defences"), help="folder of finished parts")
+    parser.add_argument("--parts", type=int, help="make at most this many missing parts, then stop")
+    parser.add_argument("--only", default="", help="show only defences with this in their name, and none")
     parser.add_argument("--plot", type=Path, help="draw recovery against cost to this SVG file")
     chosen = parser.parse_args()
     begin(chosen.seed, chosen.threads)
@@ -260,7 +260,7 @@ def main() -> None:
     )  # fmt: skip
     print(
         section(
-            "What each defence hides, and what it costs",
+            "Text recovery and cost of each defence",
             {
                 "config": f"smollm2-135m, bfloat16, 4 clients at cut {CUT}, LoRA rank 16 (8 at the cut), "
                 f"{rounds} rounds of {steps} steps of 4 sequences, lr 2e-3; one change a row",

@@ -1,14 +1,13 @@
-"""What does the network engine cost a step, and what does a cable cost that is pulled for 3 s?
+"""Measure the overhead of FLARE on a step, and the effect of a connection lost for 3 s.
 
-    1  one message there and back: over FLARE with certificates, and in this process       0.1, 1 and 8 MB
-    2  messages of 1 MB, and in the middle of them 3 s without a line: held up, or broken off and refused
+    1  round trip of a message over FLARE with certificates, and in this process       0.1, 1 and 8 MB
+    2  messages of 1 MB with a 3 s outage: connections stall, or are closed and refused
 
-A step is two messages there and back: hidden states against last hidden states, gradients against gradients.
-So the engine's overhead on a step is twice the difference of 1. It is held against a step of the real model
-whose hidden states are 1 MB, measured here, in this process, with client and server on the same cores.
-Goals: overhead at 1 MB at most 10 % of the step; no message lost, none answered wrongly.
-What batches in flight gain is asked in `in_flight.py`, and how many sites the server carries in
-`throughput.py`.
+A step has two round trips: hidden states for last hidden states, and gradients for gradients. FLARE's
+overhead on a step is therefore twice the difference in 1. It is compared with a step of the real model with 1
+MB of hidden states, with client and server in this process. Goals: overhead at 1 MB at most 10 % of the step;
+no message lost, none answered wrongly. `in_flight.py` measures micro-batches in flight, and `throughput.py`
+the number of sites.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ MB = 10**6
 SIZES = (MB // 10, MB, 8 * MB)
 OVERHEAD_GOAL, JOB_S = 0.10, 240.0
 CUT_S = 3.0
-CUTS = {"held up": "pull", "broken off and refused": "sever"}
-"""What happens to a line's connections, and the method of `SlowLine` that does it."""
+CUTS = {"stalled": "pull", "closed and refused": "sever"}
+"""State of the connections in an outage, and the method of `SlowLine` that causes it."""
 
 
 def measured(console: Any, folder: Path, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The stages' results, by one FLARE job."""
+    """Run the stages in one FLARE job and return their results."""
     from echo_job import write_echo_job
 
     out = folder / f"{time.time_ns()}.json"
@@ -51,7 +50,7 @@ def stage(site: str, size: int, repeats: int) -> dict[str, Any]:
 
 
 def cut(ground: Ground, how: str, repeats: int) -> list[float]:
-    """Seconds of each message of 1 MB, the line being cut when a third of them are through."""
+    """Return the seconds of each message of 1 MB, with an outage after a third of them."""
     line = ground.lines[FAR]
     at, gone = line.carried + 2 * MB * repeats // 3, threading.Event()
 
@@ -71,7 +70,7 @@ def cut(ground: Ground, how: str, repeats: int) -> list[float]:
 
 
 def in_process(size: int, repeats: int) -> list[float]:
-    """Seconds of messages whose answer is a call away, with the same numbering."""
+    """Return the seconds of messages that are answered by a direct call, with the same request ids."""
     from echo_job import Asking, Echo
     from splitft.deploy.requests import Direct
 
@@ -80,7 +79,7 @@ def in_process(size: int, repeats: int) -> list[float]:
 
 
 def real_step(path: Path, seed: int, steps: int) -> tuple[list[float], float]:
-    """Seconds of steps of the real model through bytes in this process, and the mean MB of hidden states."""
+    """Return the seconds of real steps in this process, and the mean MB of their hidden states."""
     import step_overhead as one
     from splitft.model import open_model
     from splitft.specs import ModelSpec
@@ -134,10 +133,10 @@ def main() -> None:
                 "spread": "median (middle half)",
                 f"goal, overhead at 1 MB at most {OVERHEAD_GOAL:.0%} of the step": f"{verdict}, "
                 + ("met" if share <= OVERHEAD_GOAL else "missed"),
-                f"goal, {CUT_S:.0f} s without a line cost no message": "met" if whole else "missed",
+                f"goal, an outage of {CUT_S:.0f} s loses no message": "met" if whole else "missed",
             },
             table(
-                ("MB there and back", "FLARE, ms", "in this process, ms", "overhead on a step, ms"),
+                ("MB each way", "FLARE, ms", "in this process, ms", "overhead on a step, ms"),
                 [
                     (
                         f"{size / MB:g}",
@@ -149,7 +148,7 @@ def main() -> None:
                 ],
             ),
             table(
-                (f"connections in {CUT_S:.0f} s without a line", "answered", "ms a message", "longest, s"),
+                (f"connections in an outage of {CUT_S:.0f} s", "answered", "ms a message", "longest, s"),
                 [
                     (
                         how,

@@ -1,4 +1,4 @@
-"""Small charts for RESULTS.md, as SVG without any library: a few kilobytes each."""
+"""Draw small SVG charts for RESULTS.md without any library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Line = Sequence[tuple[float, float]]
 
 
 def lines(path: Path, title: str, x: str, y: str, series: Mapping[str, Line], dots: bool = False) -> None:
-    """Draw each series as a line (or as dots alone) over common axes, with a legend at the right."""
+    """Draw each series as a line, or as dots only, with a legend on the right."""
     xs = [point[0] for line in series.values() for point in line]
     ys = [point[1] for line in series.values() for point in line]
     low_x, high_x, low_y, high_y = min(xs), max(xs), min(ys), max(ys)
@@ -74,9 +74,10 @@ def savings(
     goals: Sequence[tuple[float, float]],
     title: str,
 ) -> None:
-    """Draw what saving bytes costs: times fewer to the right, percent upwards, both on scales of logarithms.
+    """Draw rise of perplexity (y, percent) against reduction of bytes (x), both axes logarithmic.
 
-    A point is (times fewer, percent drawn full, percent drawn hollow); a goal is (times fewer, percent).
+    A point is (reduction, percent of the filled mark, percent of the hollow mark); a goal is (reduction,
+    percent).
     """
     width, height, left, bottom, least = 640, 320, 60, 40, 0.01
     right = math.log2(max(less for less, _, _ in points.values()) * 1.3)

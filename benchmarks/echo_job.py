@@ -1,8 +1,8 @@
-"""A FLARE job that carries bytes to the server and back, as the steps of a run travel: for `deployment.py`.
+"""A FLARE job that echoes bytes with the transport of a run, for `deployment.py` and `throughput.py`.
 
-    site: n channels, one message after the other on each --transport, requests--> server: the same bytes back
+    site: n channels, one message after the other on each --transport, requests--> server: returns the bytes
 
-Transport, numbering and the hand-over to a worker are those of a run; only the model is missing.
+Transport, request ids and worker threads are those of a run; only the model is missing.
 """
 
 from __future__ import annotations
@@ -23,34 +23,36 @@ from nvflare.apis.signal import Signal
 
 from splitft.deploy.flare.transport import FlareAnswers, FlareTransport
 from splitft.deploy.requests import Envelope, ReplyCache, RequestChannel
-from splitft.deploy.server.inbox import HOLD_S, WORKERS
+from splitft.deploy.server.inbox import HOLD_S
 
-LINK, LIMIT, WITHIN_S, TASK = bytes(16), 2**26, 120.0, "echo"
+SESSION, LIMIT, WITHIN_S, TASK = bytes(16), 2**26, 120.0, "echo"
+LANES = 4
+"""Request channels of a site."""
 TOGETHER_S = 5.0
-"""Several sites begin so long after the task is handed out, all at the same moment."""
+"""Delay after which several sites start at the same time."""
 
 
 class Echo:
-    """What the server does with a message: numbers and repeats as in a run, then the same bytes back."""
+    """The server: checks request ids and answers repeats as in a run, and returns the same bytes."""
 
     def __init__(self, sites: list[str]) -> None:
         self._repeats = {site: ReplyCache() for site in sites}
-        self._workers = ThreadPoolExecutor(WORKERS)
+        self._workers = ThreadPoolExecutor(len(sites) * LANES)
 
     def answer(self, site: str, data: bytes) -> bytes:
-        """Implements `requests.Answer`."""
-        envelope = Envelope.from_bytes(data, LINK, LIMIT)
+        """Answer a request, as `requests.Answer`."""
+        envelope = Envelope.from_bytes(data, SESSION, LIMIT)
         return self._repeats[site].answer(envelope, lambda frame: frame, self._workers, HOLD_S)
 
 
 class Asking:
-    """A site's lanes over a carrier."""
+    """The request channels of a site."""
 
-    def __init__(self, carrier: Any, lanes: int = 4) -> None:
-        self._lanes = [RequestChannel(carrier, LINK, number, LIMIT) for number in range(lanes)]
+    def __init__(self, transport: Any, lanes: int = LANES) -> None:
+        self._lanes = [RequestChannel(transport, SESSION, number, LIMIT) for number in range(lanes)]
 
     def ask(self, size: int, repeats: int, lanes: int, at: float = 0.0) -> dict[str, Any]:
-        """Seconds of each message, and when the first was sent and the last answered; one warms up."""
+        """Send messages after a warm-up; return the seconds of each, and the times of start and end."""
         frame, seconds = bytes(size), list[float]()
 
         def one_lane(lane: RequestChannel) -> None:
@@ -71,18 +73,18 @@ class Asking:
 
 
 class EchoServer(Controller):
-    """Runs the stages one after the other and writes down what the sites measured."""
+    """Runs the stages one after the other and writes the sites' measurements to a file."""
 
     def __init__(self, stages: list[dict[str, Any]], out: str) -> None:
         super().__init__()
         self._stages, self._out = stages, Path(out)
 
     def start_controller(self, fl_ctx: FLContext) -> None:
-        """Be there for messages."""
+        """Register for messages."""
         self._answers = FlareAnswers(fl_ctx)
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        """Stage by stage."""
+        """Run all stages."""
         self._answers.open(Echo([client.name for client in fl_ctx.get_engine().get_clients()]).answer)
         results = []
         for stage in self._stages:
@@ -107,14 +109,14 @@ class EchoServer(Controller):
         scratch.rename(self._out)
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
-        """Nothing is left to stop."""
+        """Do nothing: there is nothing to stop."""
 
     def process_result_of_unknown_task(self, *args: Any, **kwargs: Any) -> None:
-        """There is none."""
+        """Do nothing: there are no unknown tasks."""
 
 
 class EchoSite(Executor):
-    """Asks as a stage says."""
+    """Sends the messages of a stage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +125,7 @@ class EchoSite(Executor):
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
     ) -> Shareable:
-        """One stage."""
+        """Run one stage."""
         stage = json.loads(shareable["stage"])
         if self._asking is None:
             self._asking = Asking(FlareTransport(fl_ctx, abort_signal))
@@ -132,7 +134,7 @@ class EchoSite(Executor):
 
 
 def write_echo_job(folder: Path, stages: list[dict[str, Any]], out: Path) -> Path:
-    """The job as FLARE wants it."""
+    """Write the job's folder for FLARE."""
     server = {"id": "echo", "path": f"{__name__}.EchoServer", "args": {"stages": stages, "out": str(out)}}
     site = {"tasks": [TASK], "executor": {"path": f"{__name__}.EchoSite", "args": {}}}
     files = {

@@ -1,9 +1,9 @@
-"""A federation of real processes on this machine, some of its sites behind lines of our making.
+"""A federation of real processes on this machine, with some sites behind a slow link.
 
-    site --> SlowLine: length, width, cuts --> server        near sites go there directly
+    site --> SlowLine: delay, rate, outages --> server        near sites connect directly
 
-Certificates, transport and processes are those of `splitft deploy poc`; only the port in the kit of a far
-site is another. For `deployment.py`, `in_flight.py` and `throughput.py`.
+Certificates, transport and processes are those of `splitft deploy poc`; only the port in a far site's kit
+differs. For `deployment.py`, `in_flight.py` and `throughput.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import psutil
 from slow_line import SlowLine
 
 RUNS = "runs"
-"""Where the server keeps its runs, in the federation's folder."""
+"""Folder of the server's runs, in the federation's folder."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Ground:
     console: Any
     poc: Any
     lines: dict[str, SlowLine] = field(default_factory=dict)
-    """Of the far sites."""
+    """Links of the far sites."""
 
     @property
     def runs(self) -> Path:
-        """The run folders."""
+        """Folder of the run folders."""
         return self.folder / RUNS
 
 
@@ -47,7 +47,8 @@ class Ground:
 def federation(
     folder: Path, near: Sequence[str], far: Sequence[str] = (), classes: Sequence[str] = ()
 ) -> Iterator[Ground]:
-    """Start it, and end every process; `classes` are prefixes that jobs may start beside our own."""
+    """Start a federation, and stop its processes at exit; jobs may use classes with the prefixes
+    `classes`."""
     from splitft.deploy.flare.admin import Console
     from splitft.deploy.flare.poc import Poc
 
@@ -61,7 +62,7 @@ def federation(
         resources["class_allow_list"].extend(classes)
         path.write_text(json.dumps(resources), encoding="utf-8")
     try:
-        with Console(poc.kits.admin) as console:
+        with Console(poc.kits.submitter) as console:
             poc.start(console)
             yield Ground(folder, console, poc, lines)
     finally:
@@ -71,7 +72,7 @@ def federation(
 
 
 def behind_a_line(kit: Path) -> SlowLine:
-    """Let a site reach the server over a line."""
+    """Connect a site to the server through a slow link."""
     startup = kit / "startup" / "fed_client.json"
     said = json.loads(startup.read_text(encoding="utf-8"))
     host, port = said["servers"][0]["service"]["target"].split(":")
@@ -82,17 +83,17 @@ def behind_a_line(kit: Path) -> SlowLine:
 
 
 def ended(console: Any, job: str, within_s: float) -> str:
-    """FLARE's word for how a job ended. Raises SystemExit if it does not in this time."""
+    """Return FLARE's final state of a job. Raises SystemExit on timeout."""
     until = time.monotonic() + within_s
     while not (state := console.state(job)).startswith("FINISHED"):
         if time.monotonic() > until:
-            raise SystemExit(f"the job {job} does not end: {state}")
+            raise SystemExit(f"job {job} did not end within {within_s:g} s: {state}")
         time.sleep(0.3)
     return str(state)
 
 
 class Busy:
-    """Notes how much processor time each kind of process has taken, ten times a second."""
+    """Samples the processor time of each kind of process, ten times a second."""
 
     KINDS = ("FLARE's server process", "our server's job", "sites")
 
@@ -106,12 +107,12 @@ class Busy:
         self._thread.start()
 
     def end(self) -> None:
-        """No more notes."""
+        """Stop sampling."""
         self._done.set()
         self._thread.join()
 
     def cores(self, began: float, ended: float) -> dict[str, float]:
-        """Cores that each kind kept busy between these moments of `time.time()`."""
+        """Return the mean cores that each kind used between two times of `time.time()`."""
         times = [when for when, _ in self._notes]
         first, last = bisect.bisect_left(times, began), bisect.bisect_right(times, ended) - 1
         (t0, before), (t1, after) = self._notes[first], self._notes[last]
@@ -131,7 +132,7 @@ class Busy:
             self._notes.append((time.time(), tuple(used)))
 
     def _find(self) -> None:
-        """Job processes come and go."""
+        """Find new processes; those of jobs come and go."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.pid in self._known:

@@ -1,12 +1,12 @@
-"""Does any damaged or forged frame crash, hang, allocate without bound, or pass for a good one?
+"""Check that no mutated frame crashes, hangs, allocates without bound, or is wrongly accepted.
 
-    damage    bit flips, truncation, extra bytes, spliced pieces, a lying prefix; checksums are then wrong
-    forgery   right lengths and checksums around: another version, kind or codec; keys twice or missing; huge,
-              negative and empty shapes; overlapping offsets; NaN and infinity; deep JSON; what is not UTF-8
+    damage    bit flips, truncation, extra bytes, spliced pieces, a wrong prefix; checksums are then wrong
+    forgery   valid lengths and checksums, but another version, kind or codec; keys twice or missing; huge,
+              negative and empty shapes; overlapping offsets; NaN and infinity; deep JSON; invalid UTF-8
 
-Each frame goes through the same door as in a run (`Terms.from_bytes`). The first that is not met by a typed
-refusal or a message that could have been sent ends the benchmark with an error; the tests play a share of
-the same. With --guided, libFuzzer looks for new paths through the code (`pip install atheris`).
+Each frame is read as in a run (`MessageSerializer.from_bytes`). It must raise a typed error or give a message
+that could have been sent; anything else ends the benchmark with an error. The tests run a smaller number of
+the same mutations. With --guided, libFuzzer searches for new code paths (`pip install atheris`).
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from protocol.judge import MOST_BYTES, attack, good_frames  # noqa: E402
 from protocol.mutations import MUTATIONS  # noqa: E402
 
 MOST_GROWTH = 64 * 2**20
-"""Growth of the process over all frames, at most."""
+"""Limit for the growth of the process over all frames."""
 
 
 def resident_bytes() -> int:
-    """Most memory that this process has held so far."""
+    """Return the peak memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def guided(runs: int, seed: int) -> str:
-    """What libFuzzer says at its end."""
-    command = [sys.executable, str(TESTS / "wire/guided.py"), f"-runs={runs}", f"-seed={seed}"]
+    """Run libFuzzer and return the last line of its output."""
+    command = [sys.executable, str(TESTS / "protocol/guided.py"), f"-runs={runs}", f"-seed={seed}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
@@ -46,12 +46,12 @@ def guided(runs: int, seed: int) -> str:
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=101_000)
-    parser.add_argument("--guided", type=int, default=0, help="runs of libFuzzer beside")
+    parser.add_argument("--guided", type=int, default=0, help="also this many runs of libFuzzer")
     chosen = parser.parse_args()
     count = 5_000 if chosen.quick else chosen.frames
     begin(chosen.seed, chosen.threads)
     frames = good_frames()
-    attack(frames, 1000, chosen.seed + 1)  # what is loaded once is loaded now
+    attack(frames, 1000, chosen.seed + 1)  # a warm-up
     before, began = resident_bytes(), time.perf_counter()
     tally = attack(frames, count, chosen.seed)
     spent, growth = time.perf_counter() - began, resident_bytes() - before
@@ -62,18 +62,18 @@ def main() -> None:
         for one in MUTATIONS
     ]
     facts = {
-        "frames": f"{tally.frames:,} mutated frames in {spent:.0f} s, from {len(frames)} good ones of every "
+        "frames": f"{tally.frames:,} mutated frames in {spent:.0f} s, from {len(frames)} valid ones of every "
         f"kind of message and codec; {tally.refused.total():,} refused with a typed error, "
-        f"{tally.accepted.total():,} were good frames after all (a number or a name changed and sealed anew)",
-        "untyped errors, hangs, wrong acceptances": "0 (each would have ended the benchmark)",
+        f"{tally.accepted.total():,} valid (a number or a name changed, with a new checksum)",
+        "untyped errors, hangs, wrong acceptances": "0 (any would end the benchmark)",
         "slowest frame": f"{1000 * tally.slowest_s:.1f} ms",
         "memory": f"at most {tally.peak_bytes / 2**20:.1f} MiB for one frame ({tally.traced:,} traced; limit "
         f"{MOST_BYTES / 2**20:.0f}); the process grew by {growth / 2**20:.1f} MiB over all",
         "seed": chosen.seed,
     }
     if chosen.guided:
-        facts["guided by coverage"] = guided(chosen.guided, chosen.seed)
-    print(section("Mutated frames", facts, table(("mutation", "refused", "good after all"), rows)))
+        facts["coverage-guided"] = guided(chosen.guided, chosen.seed)
+    print(section("Mutated frames", facts, table(("mutation", "refused", "valid"), rows)))
 
 
 if __name__ == "__main__":

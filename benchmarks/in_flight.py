@@ -1,17 +1,17 @@
-"""What do micro-batches in flight gain in a real run over a long line?
+"""Measure the gain of micro-batches in flight over a slow link, in real deployed runs.
 
-    one in flight   client | line | server | line | client | line | server | line | client    then the next
-    two in flight   the same for both halves of a step, while one is on the line the other is worked on
+    one in flight   client | link | server | link | client | link | server | link | client    then the next
+    two in flight   the same for both halves of a step: one is computed while the other is on the link
 
-A federation of real processes with FLARE's certificates trains the real model, and its first blocks alone as
-a model whose computation is short beside the line, at one site behind a delaying proxy. Steps are divided
-into two micro-batches (`training.micro_batches: 2`), of which `training.in_flight` are underway at once.
-The line changes from round to round of one job; a step is timed from the end of the one before at the
-server, so the first of each round does not count. Jobs with one and two in flight take turns.
+Real processes with FLARE's certificates train the real model, and its first blocks alone as a model whose
+computation takes less time than the link, at one site behind a delaying proxy. Steps are divided into two
+micro-batches (`training.micro_batches: 2`), of which `training.in_flight` are in flight at once. The link
+changes with each round of a job. A step is timed from the end of the step before it at the server, so the
+first of each round does not count. Jobs with one and two in flight take turns.
 
-Two bounds: the busiest of client, server, and the line each way, which no schedule can pass, and one
-micro-batch's own way there and back twice, since a step's optimizer waits for all its parts. Computation is
-measured on the line of loopback with one in flight. Goal: at 100 ms at least 1.6 times the steps of one.
+There are two bounds: the busiest of client, server and each direction of the link; and the two round trips of
+one micro-batch, because a step's optimizer waits for all its parts. Computation is measured on loopback with
+one in flight. Goal: at 100 ms at least 1.6 times the steps a second of one in flight.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from measuring import REPOSITORY, Spread, begin, options, section, table
 
 FAR = "far"
 LINES = ((0.0, None), (0.02, 100), (0.1, 100), (0.02, 20), (0.1, 20))
-"""Round trip in seconds, and Mbit/s each way; the first is loopback as it is, once more before to warm up."""
+"""Round trip in seconds, and Mbit/s each way; the first is loopback, which runs once more as a warm-up."""
 IN_FLIGHT = (1, 2)
 GOAL, LONG_S = 1.6, 0.1
 JOB_S = 300.0
@@ -54,7 +54,7 @@ CASES = (Case("first 6 blocks", 6, 4, 9), Case("smollm2-135m", None, 4, 7))
 
 
 def model_of(case: Case, folder: Path) -> str:
-    """The real model, or its first blocks as a folder of their own."""
+    """Return the real model's name, or a folder with its first blocks."""
     from splitft.model import open_model
     from splitft.specs import ModelSpec
 
@@ -74,7 +74,7 @@ def model_of(case: Case, folder: Path) -> str:
 
 
 def configured(case: Case, model: str, in_flight: int, lines: int, seed: int, steps: int, path: Path) -> Any:
-    """The run: one site, a round for each line."""
+    """Return the configuration of a run with one site and a round for each link."""
     from splitft.config import from_mapping
 
     text: dict[str, Any] = {"source": "python-docs", "max_tokens": 64}
@@ -94,7 +94,7 @@ def configured(case: Case, model: str, in_flight: int, lines: int, seed: int, st
 
 
 class Rounds:
-    """Follows a run folder, and gives every round a line of its own."""
+    """Follows a run folder, and sets the link of every round."""
 
     def __init__(self, ground: Ground, run: str, lines: Sequence[tuple[float, int | None]]) -> None:
         from splitft.deploy.flare.engine import Follower
@@ -107,7 +107,7 @@ class Rounds:
         self._thread.start()
 
     def end(self) -> list[list[Any]]:
-        """The steps of each round."""
+        """Return the steps of each round."""
         self._done.set()
         self._thread.join()
         self._follower.poll()
@@ -130,7 +130,7 @@ class Rounds:
 
 
 def played(ground: Ground, run: str, config: Any, lines: Sequence[tuple[float, int | None]]) -> list[Any]:
-    """The steps of one job, by line."""
+    """Run one job and return its steps, by link."""
     from splitft.deploy.flare.job import write_job
 
     rounds = Rounds(ground, run, (lines[0], *lines))
@@ -143,23 +143,23 @@ def played(ground: Ground, run: str, config: Any, lines: Sequence[tuple[float, i
 
 
 def seconds_of(steps: Sequence[Any]) -> list[float]:
-    """Between the ends of steps."""
+    """Return the seconds between the ends of steps."""
     return [after.t - before.t for before, after in itertools.pairwise(steps)]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a step takes, wherever the line is."""
+    """Computation and bytes of a step, the same on every link."""
 
     client_s: float
-    """Computation at the client, and the engine's part."""
+    """Computation at the client, and FLARE's overhead."""
     server_s: float
     up_bytes: float
     down_bytes: float
 
     @classmethod
     def of(cls, steps: Sequence[Any]) -> Work:
-        """Of steps on loopback, one micro-batch in flight."""
+        """Return the work of steps on loopback with one micro-batch in flight."""
         server = statistics.median(sum(one.seconds.values()) for one in steps[1:])
         return cls(
             statistics.median(seconds_of(steps)) - server,
@@ -169,23 +169,23 @@ class Work:
         )
 
     def busiest_s(self, mbit: int | None) -> float:
-        """max(compute, transfer)."""
+        """Return max(compute, transfer)."""
         rate = float("inf") if mbit is None else mbit * 1e6 / 8
         return max(self.client_s, self.server_s, self.up_bytes / rate, self.down_bytes / rate)
 
     def way_s(self, round_trip_s: float, mbit: int | None) -> float:
-        """Of one of two micro-batches through client, line and server, there and back twice."""
+        """Return the seconds of one of two micro-batches through client, link and server, two round trips."""
         rate = float("inf") if mbit is None else mbit * 1e6 / 8
         halves = (self.client_s + self.server_s + (self.up_bytes + self.down_bytes) / rate) / 2
         return halves + 2 * round_trip_s
 
 
 Found = Mapping[int, list[list[list[Any]]]]
-"""By micro-batches in flight: jobs, lines, steps."""
+"""By micro-batches in flight: jobs, links, steps."""
 
 
 def rows_of(found: Found, lines: Sequence[tuple[float, int | None]]) -> tuple[Work, list[tuple[Any, ...]]]:
-    """A row for each line, and the work of a step."""
+    """Return the work of a step, and a row for each link."""
     works = [Work.of(job[0]) for job in found[1]]
     work = Work(*(statistics.median(getattr(one, name) for one in works) for name in Work.__annotations__))
     rows = []
@@ -211,7 +211,7 @@ def rows_of(found: Found, lines: Sequence[tuple[float, int | None]]) -> tuple[Wo
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared/data/e2e/devset.csv")
-    parser.add_argument("--jobs", type=int, default=2, help="of each kind, in turn")
+    parser.add_argument("--jobs", type=int, default=2, help="jobs of each kind, which take turns")
     chosen = parser.parse_args()
     begin(chosen.seed, chosen.threads)
     lines = LINES[::2] if chosen.quick else LINES
@@ -231,7 +231,7 @@ def main() -> None:
                         mine[count].append(played(ground, name, config, lines))
     head = (
         "round trip, ms", "Mbit/s", "s a step, 1 in flight", "2 in flight", "gain",
-        "busiest of client, server, line, s", "a micro-batch's way, s", "2 in flight to busiest",
+        "busiest of client, server, link, s", "a micro-batch's round trips, s", "2 in flight to busiest",
         "to the larger bound",
     )  # fmt: skip
     parts, verdicts = [], []
@@ -243,11 +243,11 @@ def main() -> None:
             f"{work.down_bytes / 1e6:.2f} MB down\n\n" + table(head, rows)
         )
         long = [row[4].median for row, line in zip(rows, lines, strict=True) if line[0] == LONG_S]
-        word = "met" if min(long) >= GOAL else "missed" if max(long) < GOAL else "met on one line"
+        word = "met" if min(long) >= GOAL else "missed" if max(long) < GOAL else "met on one link"
         verdicts.append(f"{case.name} {', '.join(f'{one:.2f}' for one in long)}: {word}")
     print(
         section(
-            "Micro-batches in flight over a long line",
+            "Micro-batches in flight over a slow link",
             {
                 "config": "server and one site behind a delaying proxy, a process each, FLARE with "
                 "certificates; training.micro_batches 2; bf16 model and wire, LoRA rank 16 on attention",

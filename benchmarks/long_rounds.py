@@ -1,15 +1,15 @@
-"""Does choosing cuts pay when rounds are long?
+"""Measure the gain of a cut for each client in long rounds.
 
-    one training a text and seed --losses--+
-    cuts of every way --clock--> seconds --+--> time to the target, by the speed of the server
+    one training run a text and seed --losses--+
+    cuts of every way --clock--> seconds ------+--> time to the target, by the speed of the server
 
-`adaptive_cuts` has rounds of 2 steps, a large part of which is the exchange of adapters, and misses its goals
-there; its map foretells that longer rounds meet them with a server of a few laptops. Here such rounds are
-trained. Ranks are equal, so cuts change no loss and one training tells the losses of all ways to choose them
-(see there); their times are replayed on the clock, over all rounds.
+`adaptive_cuts` has rounds of 2 steps, in which the exchange of adapters takes a large part, and misses its
+goals. Its map predicts that longer rounds meet them with a server of a few laptops; here such rounds are
+trained. Ranks are equal, so one training run gives the losses for all ways to choose cuts (see there). Their
+times are simulated over all rounds.
 
-Losses fall fast, so the target may lie within the first round; the second table is to the end of the last
-one, where what a controller moved in between counts too.
+Losses fall fast, so the target may be reached in the first round. The second table is the time to the end of
+the last round, which includes changes of cuts.
 
 Goals: those of `adaptive_cuts`, at each speed of the server.
 """
@@ -45,7 +45,8 @@ CAPACITIES = (2, 4, 6, 8, 16)
 
 
 def verdicts(judged: dict[tuple[str, int, str], list[Spread]], capacities: tuple[int, ...]) -> dict[str, str]:
-    """The goals by the server's speed; `judged` holds one ratio an alpha by fleet, speed and way."""
+    """Return the goals by the server's speed; `judged` has one ratio for each alpha by fleet, speed and
+    way."""
     lines = {}
     for capacity in capacities:
         found = []
@@ -63,9 +64,7 @@ def verdicts(judged: dict[tuple[str, int, str], list[Spread]], capacities: tuple
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared/data/e2e/devset.csv")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/long-rounds"), help="finished runs are kept here"
-    )
+    parser.add_argument("--work", type=Path, default=Path("runs/long-rounds"), help="folder of finished runs")
     parser.add_argument("--alphas", type=float, nargs="+", default=ALPHAS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     chosen = parser.parse_args()
@@ -110,22 +109,22 @@ def main() -> None:
                 "seeds": ", ".join(map(str, chosen.seeds)),
                 "spread": "median over seeds of ratios to makespan on the same text (middle half)",
                 "target": f"{DROP:.0%} of the way from the first held-out loss to the last",
-                "the target is met in round": ", ".join(map(str, sorted(met))),
+                "target reached in round": ", ".join(map(str, sorted(met))),
                 **verdicts(judged, capacities),
             },
-            "Simulated seconds to the target (mean), and how many times as long as `makespan`, by the "
-            "server's speed in laptops:",
+            "Simulated seconds to the target (mean), and ratio to `makespan`, by the server's speed "
+            "in laptops:",
             table(("fleet", "server", "alpha", *WAYS), rows),
             f"The same to the end of round {rounds}:",
             table(("fleet", "server", "alpha", *WAYS), until_end),
-            "Held-out loss before training and after each round, the same whatever the cuts:",
+            "Held-out loss before training and after each round, the same for all cuts:",
             table(("alpha", "seed", *(f"round {number}" for number in range(rounds + 1))), losses),
         )
     )
 
 
 def _round_of(losses: list[float]) -> int:
-    """In which the target is met."""
+    """Return the round in which the target is reached."""
     return next(number for number, loss in enumerate(losses) if loss <= target_of(losses))
 
 

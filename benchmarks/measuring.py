@@ -1,9 +1,9 @@
-"""What the benchmarks share: interleaved timing, paired ratios, and lines that say where numbers came from.
+"""Common parts of the benchmarks: interleaved timing, paired ratios, and sections of RESULTS.md.
 
     round 1: A B C    round 2: A B C    ...    ratio of B to A = median over rounds of B / A in that round
 
-Variants take turns, so that a machine that grows slower for a while does so for all of them, and a ratio is
-formed within a round before the median over rounds is taken. Spread is the range of the middle half.
+Variants take turns, so that a temporary slowdown of the machine affects all of them. A ratio is formed within
+a round, and its median is taken over rounds. Spread is the interquartile range.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Spread:
 def interleaved(
     variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each of `rounds` rounds; the `warmup` rounds before are not kept."""
+    """Return the seconds of each variant in each of `rounds` rounds, after `warmup` rounds that do not
+    count."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(-warmup, rounds):
         for name, run in variants.items():
@@ -68,7 +69,7 @@ def interleaved(
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
-    """Ratios formed round by round."""
+    """Return the spread of the ratios of each round."""
     return Spread.of([a / b for a, b in zip(above, below, strict=True)])
 
 
@@ -78,7 +79,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def section(title: str, facts: Mapping[str, object], *parts: str) -> str:
-    """A markdown section: what was asked, how to ask it again, where, and the answers."""
+    """Return a section of RESULTS.md: command, facts, machine and versions, then the tables."""
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     lines = [
         f"## {title}",
@@ -91,10 +92,9 @@ def section(title: str, facts: Mapping[str, object], *parts: str) -> str:
 
 
 class Parts:
-    """Parts of a benchmark as plain data, made once and kept in a folder, so that what was stopped goes on.
+    """Parts of a benchmark as JSON files in a folder, so that a stopped benchmark can be resumed.
 
-    A part belongs to the code that made it: what another version of the package left in the folder is made
-    again, never published as this one's.
+    The name of a file contains a hash of the package's source, so parts of other versions are not reused.
     """
 
     def __init__(self, work: Path, most: int | None = None) -> None:
@@ -103,28 +103,28 @@ class Parts:
         self._code = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:8]
 
     def of(self, name: str, make: Callable[[], Any]) -> Any:
-        """The part of this name; the program ends instead when it has made `most` already."""
+        """Return the part of this name, or exit if `most` parts have been made already."""
         file = self._work / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', name).strip('-')}-{self._code}.json"
         if not file.is_file():
             if self._made == self._most:
-                print(f"stopped before {name}; the same command goes on")
+                print(f"stopped before {name}; run the same command to continue")
                 sys.exit(0)
             self._made += 1
-            told = json.dumps(make(), indent=1)
+            text = json.dumps(make(), indent=1)
             self._work.mkdir(parents=True, exist_ok=True)
             draft = file.with_suffix(".draft")
-            draft.write_text(told + "\n", encoding="utf-8")
+            draft.write_text(text + "\n", encoding="utf-8")
             draft.replace(file)
         return json.loads(file.read_text(encoding="utf-8"))
 
 
 def environment() -> dict[str, str]:
-    """Machine, versions, commit and date."""
+    """Return machine, versions, commit and date."""
     import peft
     import torch
     import transformers
 
-    load = os.getloadavg()[0]  # other programs' and our own
+    load = os.getloadavg()[0]  # of all programs
     return {
         "machine": f"{os.cpu_count()} cores {platform.machine()}, no GPU ({_cpu()}); "
         f"{torch.get_num_threads()} threads, load {load:.1f} at the end",
@@ -136,16 +136,16 @@ def environment() -> dict[str, str]:
 
 
 def options(question: str) -> argparse.ArgumentParser:
-    """The command line that every benchmark has."""
+    """Return a parser of the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=question)
-    parser.add_argument("--quick", action="store_true", help="a few rounds, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="run the smallest setting, as a check")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of torch; 1 where other programs use the cores too")
+    parser.add_argument("--threads", type=int, help="threads of torch; 1 if other programs use the cores")
     return parser
 
 
 def begin(seed: int, threads: int | None) -> None:
-    """Seed and threads of torch; no progress bars and advice in the output, and no hub in the run."""
+    """Set seed and threads of torch; turn off the hub, progress bars and warnings of libraries."""
     import torch
 
     torch.manual_seed(seed)

@@ -86,8 +86,8 @@ def sample(texts: Sequence[Example], most: int, seed: int) -> list[Example]:
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared/data/e2e/devset.csv")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of a method, each of its own members")
-    parser.add_argument("--work", type=Path, help="keep finished runs here and go on")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of a method, each with its own members")
+    parser.add_argument("--work", type=Path, help="folder of finished runs, to resume from")
     chosen = parser.parse_args()
     begin(chosen.seed, chosen.threads)
     e2e = chosen.data.is_file()
@@ -120,7 +120,8 @@ def main() -> None:
         section(
             "Membership inference on the final adapter",
             {
-                "config": "smollm2-135m, bfloat16, LoRA rank 16 on attention unless said, cuts 2, 5, 10, 15; "
+                "config": "smollm2-135m, bfloat16, LoRA rank 16 on attention unless stated, cuts 2, 5, 10, "
+                "15; "
                 f"{epochs} epochs over the members in batches of {BATCH}, lr 2e-3, for all",
                 "text": f"{'E2E (devset.csv)' if e2e else 'python-docs (embedded)'}: {members} members, "
                 f"{examples - members} others of the same clients, drawn anew for each seed",
@@ -128,7 +129,7 @@ def main() -> None:
                 "spread": "mean and range over the seeds",
                 "chance": f"an AUC of 0.5 has a 95 % interval of {in_words(chance(examples))} in one run "
                 "(Hanley and McNeil 1982)",
-                "epsilon": "at delta 1e-5, zero-out neighbours, of a client against who gets the adapter",
+                "epsilon": "of a client against readers of the adapter, at delta 1e-5, zero-out neighbours",
             },
             table(head, rows),
         )

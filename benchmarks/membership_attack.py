@@ -5,7 +5,7 @@
                                                                               (Watson et al. 2022, 2111.08440)
 
 Members are training examples, others are held-out examples of the same clients: the same distribution, so an
-adapter that remembers nothing scores 0.5. Losses are means over a text's labelled tokens. For a single person
+adapter that memorises nothing scores 0.5. Losses are means over a text's labelled tokens. For a single person
 the few certain finds matter more than the mean, so the true positive rate at a small false positive rate is
 reported too (Carlini et al. 2022, 2112.03570).
 """

@@ -1,17 +1,17 @@
-"""What of the SplitFT paper's tables I and II comes out again, and what is rank at the cut worth in traffic?
+"""Reproduce the SplitFT paper's tables I and II, and measure the traffic that rank at the cut saves.
 
     traffic   GPT2-small's sizes, 5 clients  --our cost model-->  MB by cut and by rank     beside the paper's
     time      the same on the simulated clock, 5 laptops on fibre, one server
     quality   a pretrained model, WikiText-2, the same ranks  --real runs-->  held-out loss
 
-The paper (arXiv 2604.26388): GPT2-small, 5 clients, batch 4, up to 512 tokens, rank 16, and 8 at the cut. How
-many tokens and exchanges a run has is not known: ten exchanges follow from the steps of its table I, and the
-tokens are chosen so that its cell `cut 2, rank 8` comes out; every other cell is then computed.
+The paper (arXiv 2604.26388): GPT2-small, 5 clients, batch 4, up to 512 tokens, rank 16, and 8 at the cut. It
+does not state the number of tokens and exchanges of a run: ten exchanges follow from the differences in its
+table I, and the tokens are fitted to its cell `cut 2, rank 8`; every other cell is then computed.
 
-No GPT-2 weights are at hand offline, so quality is measured on SmolLM2-135M, at cuts as deep in its 30 blocks
-as the paper's are in 12 (without 18 of its blocks it is no language model any more: loss 24). That can show
-whether cut or rank matters for the loss of a pretrained model; it cannot reproduce the paper's accuracies,
-whose definition is not known.
+GPT-2's weights are not available offline, so quality is measured on SmolLM2-135M, at cuts as deep in its 30
+blocks as the paper's are in 12 (with only 12 of its blocks its loss is 24). That shows whether cut or rank
+matters for the loss of a pretrained model. It cannot reproduce the paper's accuracies, whose definition is
+not known.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from splitft.specs import LoraSpec
 
 CLIENTS, RANK, BLOCKS, MB = 5, 16, 12, 1e6
 ROUNDS = 10
-"""Exchanges of adapters that the paper's steps of 59.0 MB for two blocks amount to."""
+"""Exchanges of adapters, from the paper's 59.0 MB for two more blocks."""
 GPT2 = ModelShape("gpt2", BLOCKS, 768, 50257, 3072, 12, 12, True, 1024)
 FUSED_ATTENTION = (768 + 2304) + (768 + 768)
-"""Numbers of an adapter for each rank: GPT-2 has query, key and value in one layer, and the output."""
+"""Parameters of a block's adapters for each rank: GPT-2 has query, key and value in one layer."""
 TABLE_1 = {2: (810, 3475.4, 0.0606), 4: (863, 3534.4, 0.0571), 6: (934, 3593.4, 0.0605),
            8: (1113, 3652.4, 0.0621), 10: (1105, 3711.4, 0.0629), None: (6897, 3490.1, 0.0617)}  # fmt: skip
-"""Cut (None: `no cut`) -> seconds, MB, accuracy, as the paper has them."""
+"""Cut (None: `no cut`) -> the paper's seconds, MB and accuracy."""
 TABLE_2 = {
     1: (2277, 3462.5, 0.0579),
     2: (2138, 3464.3, 0.0585),
@@ -66,7 +66,7 @@ class Setting:
 
 
 def job_of(setting: Setting) -> SharedCosts:
-    """What the paper's clients share: labels on the server, fp32 on the wire."""
+    """Return the costs that all clients share: labels on the server, fp32 on the wire."""
     sizes = replace(sizes_of(GPT2), adapter_parameters_per_rank=FUSED_ATTENTION)
     lora = LoraSpec(rank=RANK, rank_at_cut=setting.rank_at_cut, cut_sides=setting.sides)
     server = ServerProfile(device_preset("server-gpu", sizes, 512))
@@ -75,30 +75,30 @@ def job_of(setting: Setting) -> SharedCosts:
 
 
 def client_of(job: SharedCosts, tokens: float, name: str = "client") -> ClientProfile:
-    """One client; a round is as many full batches of 4 x 512 tokens as hold these."""
+    """Return one client; its round has as many full batches of 4 x 512 tokens as these tokens fill."""
     steps = max(1, round(tokens / 2048))
     work = Workload(tokens / steps, tokens / steps, 4, max(512.0, tokens / steps / 4), steps)
     return ClientProfile(name, device_preset("laptop", job.sizes, 512), link_preset("fibre"), work)
 
 
 def megabytes(setting: Setting, tokens: float) -> tuple[float, float]:
-    """MB of all clients over all rounds, and those of adapters among them, without labels."""
+    """Return the MB of all clients over all rounds without labels, and the adapters' part of them."""
     job = job_of(setting)
     client = client_of(job, tokens)
     sent = round_bytes(job, client, setting.cut)
-    labels = 8 * tokens  # token ids: the paper does not seem to count them
+    labels = 8 * tokens  # token ids, which the paper seems not to count
     adapters = sum(leg.nbytes for leg in adapter_legs(job, client, setting.cut))
     return CLIENTS * ROUNDS * (sum(sent.values()) - labels) / MB, CLIENTS * ROUNDS * adapters / MB
 
 
 def fitted_tokens() -> float:
-    """Tokens of a client's round for which `cut 2, rank 8` has the paper's MB."""
+    """Return the tokens of a client's round for which `cut 2, rank 8` has the paper's MB."""
     adapters = megabytes(Setting(), 2048)[1]
     return (TABLE_1[2][1] - adapters) * MB / (CLIENTS * ROUNDS) / (2 * GPT2.width * 4)
 
 
 def seconds(setting: Setting, tokens: float) -> float:
-    """All rounds on the simulated clock."""
+    """Return the simulated seconds of all rounds."""
     job = job_of(setting)
     rounds = [
         client_round(job, client_of(job, tokens, f"client-{n}"), setting.cut) for n in range(1, CLIENTS + 1)
@@ -107,7 +107,7 @@ def seconds(setting: Setting, tokens: float) -> float:
 
 
 def loss_of(setting: Setting, data: dict[str, Any], seed: int, quick: bool, parts: Parts) -> list[float]:
-    """Held-out loss before and after a real run, trained once."""
+    """Return the held-out loss before and after a real run; each run is trained once."""
 
     def make() -> list[float]:
         config = from_mapping({
@@ -189,17 +189,18 @@ def main() -> None:
         f"**Traffic.** {ROUNDS} exchanges of fp32 factors of query-key-value and output, both ways, by "
         f"{CLIENTS} clients, and {tokens:.0f} tokens a client and round (fitted) give every cell of "
         f"both tables within {worst:.1f} MB.",
-        f"**The true share of rank at the cut.** 16 to 8 saves {full - lowered:.1f} MB of {full:.1f} "
+        f"**Rank at the cut.** 16 to 8 saves {full - lowered:.1f} MB of {full:.1f} "
         f"({100 * (full - lowered) / full:.2f} %), 16 to 1 saves {full - least:.1f} MB "
         f"({100 * (full - least) / full:.2f} %). Nearly all the rest is hidden states and gradients, which "
-        "bf16 alone halves. Rank on the server's side of the cut sends nothing, so it saves nothing.",
+        "bf16 halves. Factors on the server's side of the cut are not sent, so a lower rank there saves "
+        "nothing.",
         "**Contradiction.** A model without a cut sends no hidden states: "
         f"{CLIENTS * ROUNDS * whole / MB:.1f} MB, "
         f"not {TABLE_1[None][1]}. The paper's figure is that of cut 2 with rank 16 everywhere, so `no cut` "
-        "seems to mean: no lowered rank. Then its 6897 s do not come from the traffic, which is 0.4 % more.",
-        "**Time.** Ours is for five laptops at once on a simulated clock, the paper's for one graphics card "
-        "that plays all of them; only the direction (deeper cuts cost slower clients more) compares.",
-        "**Quality.** One seed and few steps: small differences cannot be told from noise.",
+        "seems to mean no lowered rank. Then traffic, which is 0.4 % more, does not explain its 6897 s.",
+        "**Time.** Ours is for five laptops in parallel on a simulated clock, the paper's for one GPU that "
+        "runs all of them. Only the direction (deeper cuts cost slower clients more) can be compared.",
+        "**Quality.** One seed and few steps: small differences are within noise.",
     ]
     print(
         section(

@@ -1,15 +1,15 @@
-"""Does it matter whether clients differ by the length of their text, or by what it is about?
+"""Compare partitions of the text by length with partitions by class.
 
     all examples --by length | by class, Dir(alpha)--> four clients --fedlora | splitft--> adapter
                                                                        the same test text for all --> loss
 
-SplitFT divides text by length, most of the field by class; both draw Dirichlet proportions, so one alpha can
-be compared. Heterogeneity is the mean Jensen-Shannon distance between clients, of their lengths and of their
-classes. E2E has no column of classes: a class here is the kind of food and the area that the meaning
-representation names (three values each with `none`, nine classes; there are eight classes of length).
+SplitFT partitions text by length, other work mostly by class. Both draw Dirichlet proportions, so equal
+alphas can be compared. Heterogeneity is the mean Jensen-Shannon distance between clients, of their lengths
+and of their classes. E2E has no class column: a class here is the kind of food and the area in the meaning
+representation (three values each with `none`, so nine classes; there are eight classes of length).
 
-Each run's own held-out text differs with the division, so the loss is measured on text that no run has seen
-and that is the same for all: test examples whose meaning representation occurs nowhere else.
+A run's held-out text depends on the partition, so the loss is measured on the same test text for all:
+examples whose meaning representation occurs in no run's text.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "fedlora": {"lora": {"rank_at_cut": None}, "aggregate": {"rule": "factors"}},
     "splitft": {"lora": {"rank_at_cut": 4}, "aggregate": {"rule": "svd"}},
 }
-"""Where a block runs does not change the result (tests/laws/test_cut_invariance.py), so fedlora is FedAvg of
-the factors at one rank, and both run on the same cuts."""
+"""The cut does not change the result (tests/laws/test_cut_invariance.py), so fedlora is FedAvg of the factors
+at one rank, with the same cuts."""
 TEST, TEST_SEED = 48, 0
-"""Test examples, and the draw that chooses them: the same for every seed of a run."""
+"""Test examples and the seed that draws them, the same for every seed of a run."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to divide the text."""
+    """A partition of the text."""
 
     division: str
     """`length` or `label`."""
@@ -57,17 +57,17 @@ class Kind:
 
 @dataclass(frozen=True)
 class Text:
-    """Where the examples are, in files of one form."""
+    """The files of the examples."""
 
     pool: Path
     test: Path
     columns: Mapping[str, Any]
     what: str
-    """In words, with what a class is."""
+    """Name of the text, and the meaning of a class."""
 
 
 def e2e(path: Path, folder: Path) -> Text:
-    """The E2E challenge's pairs with their class; test examples share no meaning representation."""
+    """Return E2E's pairs with their class; test examples share no meaning representation."""
     records = read_records(DataSpec(source=str(path), prompt="mr", completion="ref"))
     rows = [
         {
@@ -82,7 +82,7 @@ def e2e(path: Path, folder: Path) -> Text:
 
 
 def python_docs(folder: Path) -> Text:
-    """The embedded text; a class is its topic."""
+    """Return the embedded text; a class is its topic."""
     records = read_records(DataSpec(), "topic")
     rows = [{"text": record.text, "class": record.label} for record in records]
     return _written(rows, "text", {"text": "text"}, folder, "python-docs (embedded); class: topic")
@@ -96,7 +96,7 @@ def _slot(record: Any, name: str) -> str:
 def _written(
     rows: Sequence[Mapping[str, Any]], key: str, columns: Mapping[str, Any], folder: Path, what: str
 ) -> Text:
-    """Test rows apart from the pool, so that none of their keys is in the pool."""
+    """Write pool and test files; no key of a test row is in the pool."""
     keys = sorted({row[key] for row in rows})
     order = np.random.default_rng(TEST_SEED).permutation(len(keys))
     chosen: set[str] = set()
@@ -114,7 +114,7 @@ def _written(
 
 
 def config_of(text: Text, kind: Kind, method: str, seed: int, quick: bool) -> RunConfig:
-    """One run: four clients at one cut."""
+    """Return the configuration of one run: four clients at one cut."""
     division = {"by": kind.division, "column": "class", "alpha": kind.alpha, "classes": 8}
     sample = {"max_tokens": 96, "max_examples": 1000, "eval_examples": 1}
     changes = METHODS[method]
@@ -131,15 +131,15 @@ def config_of(text: Text, kind: Kind, method: str, seed: int, quick: bool) -> Ru
 
 @dataclass(frozen=True)
 class Found:
-    """What one way to divide the text led to, seed by seed."""
+    """Results of one partition, for each seed."""
 
     summaries: tuple[ShareSummary, ...]
     losses: Mapping[str, tuple[float, ...]]
-    """On the test text, by method."""
+    """Loss on the test text, by method."""
 
 
 def measure(text: Text, kind: Kind, seeds: range, quick: bool, folder: Path) -> Found:
-    """Divide, train and test for each seed and method."""
+    """Partition, train and test for each seed and method."""
     summaries = [shares(config_of(text, kind, "splitft", seed, quick)).summary for seed in seeds]
     losses: dict[str, list[float]] = {method: [] for method in METHODS}
     trial = EvaluationRequest(("perplexity",), str(text.test))
@@ -158,35 +158,35 @@ HEAD = (
 
 
 def row(kind: Kind, found: Found) -> tuple[str, ...]:
-    """A line of the table."""
-    told = found.summaries
+    """Return a row of the table."""
+    summaries = found.summaries
     return (
         "length" if kind.division == "length" else "class",
         f"{kind.alpha:g}",
-        spread([one.length_distance for one in told]),
-        f"{statistics.fmean([one.chance_distance for one in told]):.3f}",
-        spread([one.label_distance or 0.0 for one in told]),
-        f"{statistics.fmean([min(one.tokens) / max(one.tokens) for one in told]):.2f}",
+        spread([one.length_distance for one in summaries]),
+        f"{statistics.fmean([one.chance_distance for one in summaries]):.3f}",
+        spread([one.label_distance or 0.0 for one in summaries]),
+        f"{statistics.fmean([min(one.tokens) / max(one.tokens) for one in summaries]):.2f}",
         *(spread(found.losses[method]) for method in METHODS),
         spread(differences(found.losses["splitft"], found.losses["fedlora"])),
     )
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean over seeds, and the sample's standard deviation."""
+    """Format the mean over seeds and the sample's standard deviation."""
     mean = f"{statistics.fmean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
 def differences(one: Sequence[float], other: Sequence[float]) -> list[float]:
-    """Paired by seed."""
+    """Return the differences, paired by seed."""
     return [a - b for a, b in zip(one, other, strict=True)]
 
 
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared/data/e2e/devset.csv")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind, from --seed on")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from --seed on")
     chosen = parser.parse_args()
     begin(chosen.seed, chosen.threads)
     seeds = range(chosen.seed, chosen.seed + (1 if chosen.quick else chosen.seeds))
@@ -218,7 +218,7 @@ def main() -> None:
             f"{name}: {value}" for name, value in by_length.items()
         ),
     }
-    print(section("Divisions of text", facts, table(HEAD, [row(*item) for item in found.items()])))
+    print(section("Partitions of text", facts, table(HEAD, [row(*item) for item in found.items()])))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure how much of the text the server can read, by cut, codec and noise, and what hiding it costs.
 
-    real steps on E2E text, recorded byte by byte -> attacks that learnt on WikiText-2 -> tokens read
+    real steps on E2E text, recorded byte by byte -> attacks trained on WikiText-2 -> tokens read
     held-out loss with the noise on               -> rise of perplexity
 
 The attacker is a server that follows the protocol, has the public model and the global adapters, and knows
@@ -118,10 +118,10 @@ def goals(found: Mapping[Setting, Part]) -> dict[str, str]:
     }
     hiding = [setting for setting, share in cheap.items() if share < GOAL_HIDDEN]
     least = min(cheap, key=lambda setting: cheap[setting])
-    told = (
+    result = (
         "met: " + ", ".join(f"{one.codec} noise {one.noise:g}" for one in hiding)
         if hiding
-        else f"missed: no noise or codec here does; within that cost the strongest attack still reads "
+        else f"missed: no noise or codec; within that cost the strongest attack still reads "
         f"{cheap[least]:.0%} ({least.codec}, noise {least.noise:g})"
     )
     shares = ", ".join(f"{share:.1%} at cut {cut}" for cut, share in matched.items())
@@ -129,7 +129,7 @@ def goals(found: Mapping[Setting, Part]) -> dict[str, str]:
         f"goal, matching reads at least {GOAL_RECOVERED:.0%} at cuts up to 4": (
             f"{shares}: {'met' if strong else 'missed'}"
         ),
-        f"goal, all attacks under {GOAL_HIDDEN:.0%} at cut {DEFAULT_CUT} for at most {GOAL_COST:.0%}": told,
+        f"goal, all attacks under {GOAL_HIDDEN:.0%} at cut {DEFAULT_CUT} for at most {GOAL_COST:.0%}": result,
     }
 
 
@@ -164,8 +164,10 @@ def main() -> None:
     parser.add_argument("--public", type=Path, default=shared / "wikitext2/valid.txt", help="attacker's text")
     parser.add_argument("--known", type=Path, help="write the table of known figures to this file")
     parser.add_argument("--plot", type=Path, help="draw recovery by cut to this SVG file")
-    parser.add_argument("--work", type=Path, default=Path("runs/privacy-by-cut"), help="parts are kept here")
-    parser.add_argument("--parts", type=int, help="make at most so many parts that are missing, then stop")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/privacy-by-cut"), help="folder of finished parts"
+    )
+    parser.add_argument("--parts", type=int, help="make at most this many missing parts, then stop")
     chosen = parser.parse_args()
     begin(chosen.seed, chosen.threads)
     config = from_mapping(configuration(chosen.data, chosen.seed))
@@ -195,12 +197,12 @@ def main() -> None:
     counts = {row["way"]: row["count"] for row in data["rows"]}
     print(
         section(
-            "What a split gives away, by cut, codec and noise",
+            "Text recovery by cut, codec and noise",
             {
                 "config": f"{config.model.name}, bfloat16, first round, two local steps of batch "
-                f"{by_cut.texts} recorded; noise on hidden states and on returning gradients alike",
+                f"{by_cut.texts} recorded; the same noise on hidden states and on returning gradients",
                 "text": f"{text}: {counts['hidden']} tokens attacked in each setting, {counts['labels']} of "
-                f"them labelled; the attacker learnt on {source}",
+                f"them labelled; the attacker trained on {source}",
                 "seed": chosen.seed,
                 "spread": "standard error of a share over the attacked tokens",
                 "wall time": f"{sum(one['seconds'] for one in found.values()):.0f} s for all parts",

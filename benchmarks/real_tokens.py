@@ -1,12 +1,12 @@
-"""How much traffic is saved by sending real tokens only, and only labelled positions on the way back?
+"""Measure the traffic saved by sending no padding, and only labelled positions to the head.
 
-    padded, all positions    every sequence filled up to the longest of its batch; T positions come back
-    real, all positions      padding left out
-    real, labelled           and on the second trip only positions whose next token carries the loss
+    padded, all positions    sequences padded to the longest of the batch; T positions return to the client
+    real, all positions      without padding
+    real, labelled           and only positions whose next token is labelled return to the client
 
-The frames are really made, with the codec's bytes, headers and all, of the batches that a client draws in an
-epoch; the hidden states in them are zeros, which changes no length under bf16 and fp32. One step of the real
-model with a real client and server checks that its frames are as long as those counted here.
+Complete frames (header and encoded tensors) are built for the batches that a client draws in an epoch. Their
+hidden states are zeros, which does not change the length with bf16 and fp32. One step of the real model with
+a real client and server checks the counted lengths.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ TEXTS = {
     "GSM8K": (DATA / "gsm8k/train.jsonl", DataSpec(prompt="question", completion="answer")),
 }
 LEGS = ("hidden up", "hidden down", "gradient up", "gradient down")
-"""At the cut, at the head, and back the same way."""
+"""At the cut, at the head, and the gradients of both."""
 Ranges = Sequence[tuple[int, int]]
 
 
 def frames_of(batch: Batch, ways: str, terms: MessageSerializer) -> dict[str, int]:
-    """Bytes of a step's four frames, by leg."""
+    """Return the bytes of a step's four frames, by leg."""
     lengths: tuple[int, ...] = batch.lengths
     labelled: Ranges = [(first - 1, n - 1) for first, n in zip(batch.labelled_from, lengths, strict=True)]
     if ways == "padded, all positions":
@@ -67,13 +67,13 @@ def frames_of(batch: Batch, ways: str, terms: MessageSerializer) -> dict[str, in
 
 
 def stream_of(model: Model, spec: DataSpec, size: int, seed: int) -> tuple[BatchStream, int]:
-    """Batches of all the text, and how many there are in an epoch."""
+    """Return batches of all the text, and their number in an epoch."""
     text = tokenise(read_records(spec, None, seed), model.tokenizer(), spec.max_tokens, spec.separator)
     return BatchStream(text.examples, size, None, seed, 0), max(1, len(text.examples) // size)
 
 
 def real_step(model: Model, stream: BatchStream, terms: MessageSerializer, seed: int) -> dict[str, int]:
-    """Bytes of the frames of one step that is really trained."""
+    """Return the bytes of the frames of one real training step."""
     ranks, training = RankPolicy(LoraSpec(), model.shape.blocks, "svd", seed), TrainingSpec()
     server = Server(model, Span(2, model.shape.blocks), ranks, SplitSpec(), training)
     server.place({"client-1": 2})
@@ -112,8 +112,10 @@ def main() -> None:
                 counts[ways].update(frames_of(batch, ways, terms))
         trained, counted = real_step(model, stream, terms, chosen.seed), frames_of(batches[0], ways, terms)
         differing = {leg: trained[leg] - counted[leg] for leg in LEGS}
-        if max(map(abs, differing.values())) > 64:  # digits of the loss, names of numbers
-            raise SystemExit(f"{name}: real frames differ from those counted by {differing} bytes")
+        if max(map(abs, differing.values())) > 64:  # digits of the loss and of header fields
+            raise SystemExit(
+                f"{name}: the frames of a real step differ from the counted ones by {differing} bytes"
+            )
         tokens, padded, labelled = (
             sum(map(count, batches))
             for count in (lambda b: sum(b.lengths), lambda b: b.tokens.numel(), lambda b: b.labelled_tokens)
@@ -129,16 +131,16 @@ def main() -> None:
             rows.append((name, ways, *megabytes, f"{count.total() / 1e6:.1f}", saved))
     print(
         section(
-            "Real tokens only",
+            "Traffic without padding",
             {
                 "config": f"{model.spec.name}, D = {terms.width}, {chosen.codec}, labels on the client, "
                 f"at most {chosen.max_tokens} tokens; one epoch of batches drawn at random",
                 **facts,
-                "check": "one trained step each: its frames are as long as those counted",
+                "check": "the frames of one real training step have the counted lengths",
                 "seed": chosen.seed,
                 "spread": "none: bytes are counted, not sampled",
             },
-            table(("text", "what travels", *(f"{leg}, MB" for leg in LEGS), "all, MB", "times less"), rows),
+            table(("text", "sent", *(f"{leg}, MB" for leg in LEGS), "all, MB", "reduction"), rows),
         )
     )
 

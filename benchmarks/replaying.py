@@ -1,10 +1,10 @@
-"""One training told to many ways of choosing cuts: what benchmarks of cuts have in common.
+"""Common parts of the benchmarks of cuts: train once, and simulate the time of every way to choose cuts.
 
     real training of 10 clients --loss of each round--+
     fleet, way to choose cuts --clock--> seconds -----+--> seconds to a target, over those of `makespan`
 
-Where ranks are equal the cut changes no loss, so one training tells the losses of every way; their times are
-replayed on the clock.
+With equal ranks the cut does not change the loss, so one training run gives the losses for every way to
+choose cuts. Their times are simulated afterwards.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ FLEETS: dict[str, list[str]] = {
 ALPHAS, SEEDS = (0.1, 0.5, 10.0), (0, 1, 2)
 SERVER, LINKS = "edge-gpu", "lan"
 ROUNDS, STEPS = 4, 2
-"""Of a run, unless it says otherwise."""
+"""Of a run, by default."""
 DROP = 0.8
 """The target is this share of the way from the first loss to the last."""
 WAYS = ("best common cut", "cut 2", "resources", "paper", "makespan")
-"""To choose cuts."""
+"""The ways to choose cuts."""
 GOALS = {"best common cut": 1.5, "cut 2": 2.0, "equal": 1.02}
 
 
@@ -49,7 +49,7 @@ def configuration(
     steps: int = STEPS,
     **changes: Any,
 ) -> RunConfig:
-    """A run of 10 clients; changes are to its schedule, and its cuts."""
+    """Return the configuration of a run of 10 clients; `changes` are keys of its schedule, and `cuts`."""
     text = {"source": str(data), "prompt": "mr", "completion": "ref"} if data.is_file() else {}
     return from_mapping({
         "data": {**text, "max_tokens": 96, "max_examples": 1200, "eval_examples": 8},
@@ -63,7 +63,7 @@ def configuration(
 
 
 def trained(config: RunConfig, runs: Parts) -> dict[str, Any]:
-    """The summary of a run, trained now or before."""
+    """Return the summary of a run; train it if no earlier part exists."""
 
     def make() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -75,24 +75,25 @@ def trained(config: RunConfig, runs: Parts) -> dict[str, Any]:
 
 
 def replayed(config: RunConfig, fleet: Fleet, losses: list[dict[str, float]], rounds: int) -> list[float]:
-    """Simulated seconds at the end of each round, had this controller seen these losses; 0.0 first."""
-    pace, cuts = CutSchedule.begin(config, fleet)
+    """Return the simulated seconds at the end of each round for a controller that sees these losses; 0.0
+    first."""
+    schedule, cuts = CutSchedule.begin(config, fleet)
     clock = [0.0]
     for number in range(1, rounds + 1):
-        new = dict(pace.choose(number, cuts, losses[number - 1]).cuts)
-        clock.append(clock[-1] + pace.charge(number, list(new), cuts, new).seconds)
+        new = dict(schedule.choose(number, cuts, losses[number - 1]).cuts)
+        clock.append(clock[-1] + schedule.charge(number, list(new), cuts, new).seconds)
         cuts = new
     return clock
 
 
 def losses_by_client(summary: dict[str, Any]) -> list[dict[str, float]]:
-    """Held-out losses before training and after each round."""
+    """Return each client's held-out loss before training and after each round."""
     rounds = len(summary["eval_loss"])
     return [{client["name"]: client["loss"][r] for client in summary["clients"]} for r in range(rounds)]
 
 
 def seconds_to(target: float, losses: list[float], clock: list[float]) -> float:
-    """Simulated seconds until the loss is met, on straight lines between rounds."""
+    """Return the simulated seconds until the loss is reached, interpolated linearly between rounds."""
     for number in range(1, len(losses)):
         before, after = losses[number - 1], losses[number]
         if after <= target:
@@ -112,7 +113,10 @@ def contenders(
     steps: int = STEPS,
     controllers: tuple[str, ...] = ("resources", "paper", "makespan"),
 ) -> dict[str, list[float]]:
-    """The clock of every way to choose cuts, on one fleet, with a server of `capacity` laptops or SERVER."""
+    """Return the clock of every way to choose cuts on one fleet.
+
+    The server is as fast as `capacity` laptops; by default it is SERVER.
+    """
     devices = FLEETS[fleet_name]
     fleet = _fleet(data, seed, alpha, fleet_name, SERVER)
     if capacity is not None:
@@ -133,24 +137,24 @@ def contenders(
 
 
 def target_of(losses: list[float]) -> float:
-    """The loss that the clock is stopped at."""
+    """Return the target loss."""
     return losses[0] - DROP * (losses[0] - losses[-1])
 
 
 def to_target(summary: dict[str, Any], clocks: dict[str, list[float]]) -> dict[str, float]:
-    """Simulated seconds to the target of every way to choose cuts, by its name without the cut."""
+    """Return the simulated seconds to the target of every way to choose cuts, by its name without the cut."""
     losses = summary["eval_loss"]
     target = target_of(losses)
     return {name.partition(" (")[0]: seconds_to(target, losses, clock) for name, clock in clocks.items()}
 
 
 def against_makespan(times: list[dict[str, float]]) -> dict[str, Spread]:
-    """How many times as long as `makespan` every way takes, from one run a seed."""
+    """Return the time of every way relative to `makespan`, over seeds."""
     return {name: Spread.of([one[name] / one["makespan"] for one in times]) for name in times[0]}
 
 
 def cells(times: list[dict[str, float]]) -> list[str]:
-    """Of a table: mean seconds and ratio to `makespan`, by WAYS."""
+    """Return the cells of a row: mean seconds and ratio to `makespan`, by WAYS."""
     ratios = against_makespan(times)
     return [f"{mean(one[name] for one in times):.2f} s, {ratios[name]}" for name in WAYS]
 
@@ -161,11 +165,11 @@ def _fleet(data: Path, seed: int, alpha: float, fleet_name: str, server: str) ->
 
 
 def said(least: float, most: float, goal: float) -> str:
-    """A verdict on what was found for the several alphas."""
+    """Return the range over alphas, and whether the goal is met."""
     verdict = "met" if least >= goal else "met for some alpha" if most >= goal else "missed"
     return f"{least:.2f} to {most:.2f} by alpha, {verdict}"
 
 
 def counted(devices: list[str]) -> str:
-    """A fleet in words."""
+    """Describe a fleet in words."""
     return ", ".join(f"{devices.count(name)} {name}" for name in dict.fromkeys(devices))

@@ -1,11 +1,11 @@
-"""When is it faster for the server to work on several clients' batches at once?
+"""Measure when it is faster for the server to process several clients' batches together.
 
     at once          rows of N clients in one product with the frozen weights, one batched product of factors
     after another    the same N batches, each alone
 
 A server step is forward, backward and the optimizer steps of N clients' own factors, at one cut, on the
-blocks behind it. Large products already fill the cores, small ones do not: the table tells up to how many
-padded tokens it pays, which is what `split.group_tokens` should be.
+blocks behind it. Large products already use all cores, small ones do not. The table shows up to how many
+padded tokens grouping is faster; `split.group_tokens` is set from it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,22 @@ from splitft.training.ranks import RankPolicy
 CUT = 2
 CLIENTS = (1, 2, 4, 8, 16)
 BATCHES = {"small": (1, 32), "medium": (2, 64), "large": (4, 128)}
-"""(sequences, tokens of each) of one client."""
+"""(sequences, tokens of each sequence) of one client."""
 PAYS = 1.05
 """Throughput ratio from which grouping counts as a gain."""
 NEARLY = 0.98
-"""Share of the highest throughput with which a group is large enough."""
+"""A group is large enough from this share of the highest throughput."""
 
 
 def server_for(model: Model, clients: Sequence[str], seed: int) -> Server:
-    """A server in its first round with these clients, each with its own factors."""
-    blocks = model.shape.blocks
+    """Return a server in its first round with these clients, each with its own factors."""
+    blocks, training = model.shape.blocks, TrainingSpec(steps=10**6)
     server = Server(
-        model, Span(CUT, blocks), RankPolicy(LoraSpec(), blocks, "svd", seed), SplitSpec(), TrainingSpec()
+        model,
+        Span(CUT, blocks),
+        RankPolicy(LoraSpec(), blocks, "svd", seed),
+        SplitSpec(),
+        training,
     )
     server.place(dict.fromkeys(clients, CUT))
     server.start(1, clients, server.initial())
@@ -44,7 +48,7 @@ def server_for(model: Model, clients: Sequence[str], seed: int) -> Server:
 
 
 def activations(client: str, sequences: int, tokens: int, model: Model) -> Activations:
-    """Hidden states of random numbers: what they are does not change what they cost."""
+    """Return random hidden states; their values do not change the cost."""
     hidden = torch.randn(sequences * tokens, model.shape.width).to(model.dtype)
     labelled = ((tokens // 2, tokens - 1),) * sequences  # the second half is the completion
     return Activations(
@@ -59,19 +63,19 @@ def activations(client: str, sequences: int, tokens: int, model: Model) -> Activ
 
 
 def step(server: Server, messages: Sequence[Activations], gradients: Sequence[HeadGradient]) -> None:
-    """Forward, backward and the optimizers of these clients."""
+    """Run forward, backward and the optimizers of these clients."""
     server.forward(messages)
     server.backward(gradients)
 
 
 def gradient(message: Activations, model: Model) -> HeadGradient:
-    """What the client's head would answer."""
+    """Return a random gradient in place of the one that the client's head would send."""
     rows = torch.randn(message.labelled_tokens, model.shape.width).to(model.dtype) / message.labelled_tokens
     return HeadGradient(client=message.client, round=1, step=message.step, loss=1.0, gradient=rows)
 
 
 def variants(model: Model, count: int, size: tuple[int, int], seed: int) -> dict[str, Callable[[], None]]:
-    """Both ways to do one step for `count` clients."""
+    """Return both ways to run one step for `count` clients."""
     names = [f"client-{number:02d}" for number in range(count)]
     server = server_for(model, names, seed)
     messages = [activations(name, *size, model) for name in names]

@@ -1,10 +1,10 @@
-"""A TCP proxy on loopback that makes a line long and narrow, and cuts it, for `far_sites.py` and tests.
+"""A TCP proxy on loopback that adds delay, limits the rate and simulates outages, for `far_sites.py` and
+tests.
 
-    site --> proxy: a chunk leaves half a round trip after it came, and not faster than the rate --> server
+    site --> proxy: delays each chunk by half a round trip, and limits the rate --> server
 
-Delay is exact per chunk; the rate is that of one connection each way. A cable that is pulled out: nothing
-passes, and nothing is lost, since TCP on both sides sends again what was underway. Loss and jitter are not
-emulated.
+The delay is exact for each chunk; the rate is that of one connection in each direction. In an outage nothing
+passes and nothing is lost, because TCP retransmits. Loss and jitter are not emulated.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ CHUNK = 2**16
 
 
 class SlowLine:
-    """Listens on a port of its own and forwards to another."""
+    """A proxy that listens on its own port and forwards to another."""
 
     def __init__(self, to_port: int) -> None:
         self._to, self.round_trip_s, self.bytes_per_s = to_port, 0.0, float("inf")
         self.cut_until = 0.0
-        """Until then, on the monotonic clock, nothing passes and nobody new gets through."""
+        """End of the outage on the monotonic clock; until then nothing passes, and new connections are
+        refused."""
         self.carried = 0
-        """Bytes so far, both ways."""
+        """Bytes so far, in both directions."""
         self._writers: set[asyncio.StreamWriter] = set()
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._socket.getsockname()[1])
@@ -37,11 +38,11 @@ class SlowLine:
         self._thread.start()
 
     def pull(self, seconds: float) -> None:
-        """Pull the cable for so long: connections stay, and nothing passes."""
+        """Start an outage in which connections stay open and nothing passes."""
         self.cut_until = time.monotonic() + seconds
 
     def sever(self, seconds: float) -> None:
-        """The same, and every connection is broken: a router that starts anew."""
+        """Start an outage and close every connection, as a router that restarts does."""
         self.pull(seconds)
         self._loop.call_soon_threadsafe(self._break)
 

@@ -1,11 +1,11 @@
-"""How many sites does one server carry, and what is its ceiling?
+"""Measure a server's throughput by the number of sites, and estimate its limit.
 
-    1  messages of 1 MB there and back, from 1, 2, 4 and 8 sites at once, each a process of its own
-    2  a real run of a small model at as many sites: steps and tokens a second, all together
+    1  round trips of 1 MB messages from 1, 2, 4 and 8 sites at once, one process a site
+    2  a real run of a small model with as many sites: steps and tokens a second in total
 
-Beside each rate stand the cores that FLARE's server process, our server's job and all sites keep busy. A
-Python process can hardly keep more than one core busy, so rate / cores is what either process could carry
-with a core of its own: the least of these is the ceiling on a machine with cores to spare.
+Each rate is given with the cores used by FLARE's server process, by our server's job and by all sites. A
+Python process uses hardly more than one core, so rate / cores estimates the limit of each process with its
+own core; the lower one is the server's limit on a machine with more cores.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def names(count: int) -> list[str]:
 def echoed(
     ground: Ground, counts: tuple[int, ...], repeats: int
 ) -> list[tuple[int, float, dict[str, float]]]:
-    """Sites at once, their messages a second together, and who is busy."""
+    """Return for each number of sites the total messages a second, and the cores in use."""
     stages = [{"sites": names(n), "size": MB, "repeats": repeats, "lanes": 1} for n in counts]
     busy = Busy(ground)
     found = measured(ground.console, ground.folder, stages)
@@ -46,7 +46,7 @@ def echoed(
 
 
 def configured(model: str, sites: list[str], path: Path, seed: int, steps: int) -> Any:
-    """One round of training, after the first evaluation."""
+    """Return the configuration of one round of training, after the first evaluation."""
     from splitft.config import from_mapping
 
     text: dict[str, Any] = {"source": "python-docs", "max_tokens": 64}
@@ -63,7 +63,7 @@ def configured(model: str, sites: list[str], path: Path, seed: int, steps: int) 
 
 
 def trained(ground: Ground, config: Any) -> tuple[float, float, dict[str, float]]:
-    """Steps and tokens a second of all sites, between the first step and the last but the stragglers'."""
+    """Run one job; return total steps and tokens a second while all sites train, and the cores in use."""
     from splitft.deploy.flare.job import write_job
     from splitft.tracking.log import read_events
 
@@ -83,7 +83,7 @@ def trained(ground: Ground, config: Any) -> tuple[float, float, dict[str, float]
 
 
 def shares(rate: float, cores: dict[str, float]) -> list[str]:
-    """Busy cores by kind, and the rate that the busier of the server's two processes could carry."""
+    """Return the cores in use by kind, and the estimated limit of the busier server process."""
     servers = [cores[kind] for kind in Busy.KINDS[:2]]
     return [*(f"{cores[kind]:.2f}" for kind in Busy.KINDS), f"{rate / max(servers):.0f}"]
 
@@ -108,17 +108,17 @@ def main() -> None:
     one, eight = messages[0][1], messages[-1][1]
     heads = (
         *(f"cores of {kind}" for kind in Busy.KINDS),
-        "a second by the busier server process",
+        "limit of the busier server process, a second",
     )
     print(
         section(
-            "How many sites a server carries",
+            "Throughput by number of sites",
             {
                 "config": f"a process a site, FLARE with certificates, tcp; messages: {each} of 1 MB a site; "
                 f"runs: first {BLOCKS} blocks of smollm2-135m, cut {CUT}, 4 sequences a step, bf16",
                 "text": f"E2E ({chosen.data.name})" if chosen.data.is_file() else "python-docs (embedded)",
                 "seed": chosen.seed,
-                f"total with {counts[-1]} sites": f"{eight:.0f} messages of 1 MB there and back a second "
+                f"total with {counts[-1]} sites": f"{eight:.0f} round trips of 1 MB a second "
                 f"({2 * eight:.0f} MB/s), {eight / one:.2f} times one site's",
             },
             table(

@@ -1,9 +1,10 @@
-"""What does each named option of training buy after equally many examples?
+"""Measure the effect of each option of training on the loss after equally many examples.
 
     E2E, four unequal clients  --splitft with one option changed, equal examples-->  held-out loss
 
-Two bases, because averaged products admit no server optimizer and no kept moments: splitft as it comes, and
-splitft with equal ranks and averaged factors. Differences are taken seed by seed. A negative one is better.
+There are two baselines, because averaged products allow no server optimizer and no kept optimizer state:
+splitft with its defaults, and splitft with equal ranks and averaged factors. Differences are paired by seed;
+negative is better.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "rule": "factors", "server_optimizer": "fedadam"}},
     "training.optimizer_state: keep": {**FACTORS, "training": {"optimizer_state": "keep"}},
 }  # fmt: skip
-"""What each changes, by section."""
+"""The keys that each option changes, by section."""
 
 
 def config_of(changes: Mapping[str, Any], data: Mapping[str, Any], seed: int, rounds: int) -> Any:
-    """One run."""
+    """Return the configuration of one run."""
     sections: dict[str, dict[str, Any]] = {
         "data": {"max_tokens": 96, "max_examples": 600, "eval_examples": 4, **data},
         "clients": {"count": 4, "shares": {"by": "length", "alpha": 0.5}},
@@ -56,7 +57,7 @@ def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared/data")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "splitft-training-options")
-    parser.add_argument("--seeds", type=int, default=3, help="from --seed on")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from --seed on")
     parser.add_argument("--rounds", type=int, default=2)
     chosen = parser.parse_args()
     begin(chosen.seed, chosen.threads)
@@ -77,7 +78,7 @@ def main() -> None:
         rows.append((name, mean(found), "–" if name == base else mean(less)))
     print(
         section(
-            "Options of training",
+            "Training options",
             {
                 "config": f"SmolLM2-135M, 4 clients, {rounds} rounds of 3 steps of 4 examples at each, "
                 "alpha 0.5",
@@ -85,7 +86,7 @@ def main() -> None:
                 "seeds": ", ".join(map(str, seeds)),
                 "spread": f"standard deviation over {len(seeds)} seeds",
             },
-            table(("option", "held-out loss", f"less {BASE}, or less {BASE_OF_FACTORS}"), rows),
+            table(("option", "held-out loss", f"minus {BASE}, or minus {BASE_OF_FACTORS}"), rows),
         )
     )
 
