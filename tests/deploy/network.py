@@ -14,6 +14,7 @@ from laws.federations import Scripted
 from splitft.deploy.requests import Direct, Envelope, Transport
 from splitft.deploy.server.federation import FederationSetup, RemoteFederation
 from splitft.deploy.server.inbox import Inbox
+from splitft.deploy.server.quota import InboxLimits
 from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.policy import SitePolicy
 from splitft.deploy.site.session import Connection, SiteSession
@@ -87,7 +88,7 @@ def deployed(
     """
     transports, impostors = transports or {}, impostors or {}
     names = [client.name for client in prepared.clients]
-    inbox = Inbox(names, KEY, prepared.serializer, LIMIT, BATCH_TOKENS)
+    inbox = Inbox(names, KEY, prepared.serializer, InboxLimits(LIMIT, BATCH_TOKENS))
     outcome, threads = Outcome(), []
     for client in prepared.clients:
         if client.name in impostors:

@@ -18,6 +18,7 @@ from splitft.protocol import (
     EndSession,
     Evaluate,
     GlobalAdapters,
+    HeadGradient,
     Join,
     Next,
     Refused,
@@ -57,7 +58,11 @@ class Hand:
         return answer
 
     def play(self, misdeed, at):
-        """Behave, but for one misdeed in round 1: at the first `step`, its `head`, or the `upload`."""
+        """Behave, but for one misdeed in round 1.
+
+        It is at the start (`ready`), in place of all steps (`train`), at the first `step`, at a `head`, or at
+        the `upload`; or in the first `evaluation`.
+        """
         order, done = self.ask(registration(EVIL)), False
         while not isinstance(order, EndSession):
             answer = None
@@ -66,6 +71,12 @@ class Hand:
                 order = Next(client=EVIL)
             elif isinstance(order, RoundStart):
                 order = self.client.start(order)
+                if not done and at == "ready":
+                    done = True
+                    answer = misdeed(self, order)
+            elif isinstance(order, Train) and not done and at == "train":
+                done = True
+                answer = misdeed(self, order)
             elif isinstance(order, Train):
                 for number in range(order.steps):
                     activations = self.client.forward()
@@ -87,6 +98,9 @@ class Hand:
             elif isinstance(order, GlobalAdapters):
                 self.client.install(order)
                 order = Next(client=EVIL)
+            elif isinstance(order, Evaluate) and not done and at == "evaluation":
+                done = True
+                answer = misdeed(self, order)
             elif isinstance(order, Evaluate):
                 for index in range(len(self.client.held_out)):
                     self.client.held_out.head(self.ask(self.client.held_out.forward(index)))
@@ -152,6 +166,30 @@ def factors(change):
     return make
 
 
+def steps(count):
+    """A misdeed: so many steps, whatever was ordered."""
+
+    def misdeed(hand, order):
+        for _ in range(count):
+            reply = hand.ask(hand.client.forward())
+            if isinstance(reply, Refused):
+                return reply
+            hand.client.backward(hand.ask(hand.client.head(reply)))
+        return hand.ask(hand.client.upload())
+
+    return misdeed
+
+
+def moments(**fields):
+    """A misdeed: moments of a block with its answer to the start of a round."""
+
+    def misdeed(hand, message):
+        named = {f"0.self_attn.q_proj.A.{field}": tensor for field, tensor in fields.items()}
+        return hand.ask(message.model_copy(update={"moments": named}))
+
+    return misdeed
+
+
 def first(adapters):
     return next(iter(adapters.values()))
 
@@ -207,6 +245,32 @@ MISDEEDS = {
         "AdapterError",
     ),
     "no factors": ("upload", sends(adapters=AdapterState()), "AdapterError"),
+    "more steps than were ordered": ("train", steps(56), "ProtocolError"),
+    "no step at all": ("train", steps(0), "ProtocolError"),
+    "more sequences than a batch has": (
+        "step",
+        sends(lengths=[2] * 9, labelled=[[0, 1]] * 9, hidden=torch.zeros(18, 32).double()),
+        "ProtocolError",
+    ),
+    "a label at the last token": (
+        "step",
+        sends(labelled=lambda m: [[start, length] for (start, _), length in zip(m.labelled, m.lengths, strict=True)]),
+        "ProtocolError",
+    ),
+    "more parts than were agreed": (
+        "step",
+        sends(micro_batches=2, step_labelled=lambda m: m.labelled_tokens + 10**6),
+        "ProtocolError",
+    ),
+    "numbers of examples": ("step", sends(examples=lambda m: [7] * len(m.lengths)), "ProtocolError"),
+    "a loss that no batch has": ("head", sends(loss=1.7e308), "ProtocolError"),
+    "tokens of its own counting": ("upload", sends(tokens=10**9), "ProtocolError"),
+    "factors that overflow": (
+        "upload",
+        sends(adapters=factors(lambda one: Factors(one.A * 1e200, one.B))),
+        "AdapterError",
+    ),
+    "moments that nobody keeps": ("ready", moments(step=torch.tensor(1.0)), "ProtocolError"),
 }  # fmt: skip
 
 
@@ -227,7 +291,9 @@ def test_a_misdeed_is_refused_by_name_and_costs_its_sender_the_round_and_nobody_
     assert not [event for event in outcome.of("SiteChanged") if event.site != EVIL]
     assert outcome.participants() == [("client-1", "client-3"), ("client-1", "client-2", "client-3")]
     assert outcome.state.adapters.all_finite()
-    if at != "upload":  # which is refused by silence: the sender is told with its next order
+    if (
+        at not in ("ready", "upload") and name != "no step at all"
+    ):  # which are refused by silence: the sender is told with its next order
         assert hands[0].refusals[0].error == error
 
 
@@ -244,3 +310,100 @@ def test_a_misdeed_changes_nothing_of_what_the_others_learn(tiny_llama, text):
     without, _ = play(prepared, lambda number, cuts: {n: k for n, k in cuts.items() if n != EVIL})
     ours, theirs = outcome.state.adapters.tensors(), without.adapters.tensors()
     assert largest_relative_difference(ours, theirs) < 1e-6
+
+
+def whole_evaluation(hand):
+    for index in range(len(hand.client.held_out)):
+        hand.client.held_out.head(hand.ask(hand.client.held_out.forward(index)))
+    return hand.client.held_out.result()
+
+
+def claims(**fields):
+    """A misdeed: an honest evaluation, reported with other numbers."""
+    return lambda hand, order: hand.ask(whole_evaluation(hand).model_copy(update=fields))
+
+
+def the_first_batch_twice(hand, order):
+    for _ in range(2):
+        reply = hand.ask(hand.client.held_out.forward(0))
+    return reply
+
+
+EVALUATIONS = {
+    "more tokens than it sent": claims(tokens=10**9),
+    "fewer tokens than it sent": claims(tokens=1),
+    "a loss that no text has": claims(loss=1.7e308),
+    "no batch": lambda hand, order: hand.ask(hand.client.held_out.result()),
+    "a batch twice": the_first_batch_twice,
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_a_false_evaluation_is_refused_and_has_no_part_in_the_losses(tiny_llama, text, name):
+    prepared = federation(tiny_llama, text, CUTS, training={"rounds": 1, "steps": 1})
+    outcome = deployed(
+        prepared,
+        impostors={EVIL: lambda inbox, parties: Hand(inbox, parties).play(EVALUATIONS[name], "evaluation")},
+    )
+    assert outcome.error is None
+    assert outcome.states(EVIL) == ["refused", "back"], outcome.reasons(EVIL)
+    assert outcome.reasons(EVIL).startswith("ProtocolError")
+    before, after = outcome.of("Evaluated")
+    assert before.by_client.keys() == {"client-1", "client-3"}
+    assert after.by_client.keys() == {"client-1", "client-2", "client-3"}
+    assert math.isfinite(before.loss)
+
+
+def test_a_site_that_takes_fewer_steps_than_ordered_weighs_what_it_has_trained_on(tiny_llama, text):
+    prepared = federation(tiny_llama, text, CUTS, training={"rounds": 1, "steps": 3})
+    trained, weights = prepared.server.trained, {}
+
+    def counted(client):
+        weights[client] = trained(client)[1]
+        return trained(client)
+
+    prepared.server.trained = counted
+    outcome = deployed(
+        prepared, impostors={EVIL: lambda inbox, parties: Hand(inbox, parties).play(steps(1), "train")}
+    )
+    assert outcome.error is None
+    assert outcome.participants() == [("client-1", "client-2", "client-3")]
+    counts = {
+        name: [step.tokens for step in outcome.of("StepDone") if step.client == name] for name in weights
+    }
+    assert [len(counts[name]) for name in sorted(counts)] == [3, 1, 3]
+    assert weights == {name: sum(tokens) for name, tokens in counts.items()}
+
+
+def test_parts_of_a_step_are_together_no_larger_than_a_batch(tiny_llama, text):
+    """Each part as large as a whole batch would give a site so many times its weight."""
+    training = {"rounds": 1, "steps": 2, "micro_batches": 3, "in_flight": 1, "batch_size": 3}
+    seen = []
+
+    def large_parts(hand, order):
+        for number in range(3):
+            activations = hand.client.forward()
+            lengths, count = (4, 4), 6
+            message = activations.model_copy(update={
+                "lengths": lengths, "labelled": ((0, 1), (0, 1)), "micro_batch": number, "micro_batches": 3,
+                "step_labelled": count, "hidden": torch.zeros(8, 32).double(),
+            })  # fmt: skip
+            reply = hand.ask(message)
+            seen.append(type(reply).__name__)
+            if isinstance(reply, Refused):
+                return reply
+            gradient = torch.zeros(2, 32).double()
+            hand.ask(
+                HeadGradient(client=EVIL, round=1, step=0, micro_batch=number, loss=1.0, gradient=gradient)
+            )
+            del hand.client._sent[number]
+        return reply
+
+    outcome = deployed(
+        federation(tiny_llama, text, CUTS, training=training),
+        impostors={EVIL: lambda inbox, parties: Hand(inbox, parties).play(large_parts, "train")},
+    )
+    assert outcome.error is None
+    assert "sends a step of 4 sequences; training.batch_size is 3" in outcome.reasons(EVIL)
+    assert seen == ["LastHidden", "Refused"]
+    assert outcome.participants() == [("client-1", "client-3")]

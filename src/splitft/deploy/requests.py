@@ -199,6 +199,12 @@ class ReplyCache:
         self._last: dict[int, _Request] = {}
         self._lock = Lock()
 
+    def has_seen(self, envelope: Envelope) -> bool:
+        """Return whether a request came under the number of its channel's last one."""
+        with self._lock:
+            last = self._last.get(envelope.channel)
+        return last is not None and last.number == envelope.number
+
     def answer(
         self, envelope: Envelope, work: Callable[[bytes], bytes], workers: Executor, within_s: float
     ) -> bytes:

@@ -22,6 +22,8 @@ HEADER_BYTES = 2**21
 """Bytes allowed for the headers of a message."""
 MAX_DEVICE_NUMBER = 1e9
 """Largest number in the description of a site's machine; stands for memory that nobody has limited."""
+MIN_DEVICE_NUMBER = 1e-12
+"""Smallest number in it, apart from 0: times that no machine reaches, and that do not vanish in products."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@
 Micro-batches may arrive and be answered in any order. Each announces how many parts its step has and how many
 labelled tokens they have together, so each gradient can be weighted before the other parts are known.
 
+The weight of a client in the mean of a round is the number of labelled tokens counted here. A client cannot
+raise it: a round has at most the steps that were ordered, and a step is no larger than a batch of the run.
+
     cut moves 2 -> 4    server: blocks 2 3 | 4 5 6   --state of blocks 2, 3-->     client
     cut moves 4 -> 2    server: blocks 2 3 | 4 5 6   <--state of blocks 2, 3--     client
 
@@ -35,6 +38,8 @@ class RoundProgress:
     """Labelled tokens of those steps."""
     begun: dict[int, MicroBatch] = field(default_factory=dict)
     """Micro-batches that have arrived of the current step, by number, including the finished ones."""
+    lengths: list[int] = field(default_factory=list)
+    """Real tokens of each of their sequences."""
     totals: StepTotals = field(default_factory=StepTotals)
     """Sums of those that are finished."""
     completed: StepTotals | None = None
@@ -43,6 +48,11 @@ class RoundProgress:
     def check(self, message: Activations, training: TrainingSpec) -> None:
         """Raise ProtocolError unless this micro-batch is allowed now."""
         client, of = message.client, message.micro_batches
+        if self.steps >= training.steps:
+            raise ProtocolError(
+                f"{client} sends step {self.steps + 1} of round {message.round}, in which {training.steps} "
+                f"were ordered"
+            )
         if of > training.micro_batches:
             raise ProtocolError(f"{client} sends a step in {of} parts; {training.micro_batches} were agreed")
         in_flight = len(self.begun) - len(self.totals.finished)
@@ -59,6 +69,7 @@ class RoundProgress:
                 f"{client} sends {labelled} labelled tokens in {parts} of {of} parts of a step that has "
                 f"{message.step_tokens}"
             )
+        check_step_size(client, [*self.lengths, *message.lengths], training)
 
     def begin(self, message: Activations) -> None:
         """Record a micro-batch whose forward pass is done."""
@@ -78,7 +89,23 @@ class RoundProgress:
 
     def forget(self) -> None:
         """Forget the current step."""
-        self.begun, self.totals = {}, StepTotals()
+        self.begun, self.lengths, self.totals = {}, [], StepTotals()
+
+
+def check_step_size(client: str, lengths: Sequence[int], training: TrainingSpec) -> None:
+    """Raise ProtocolError if a step's sequences, in all its micro-batches, are more than a batch of the run.
+
+    With `training.batch_tokens` a sequence longer than that is a batch of its own.
+    """
+    count, most = len(lengths), training.batch_tokens
+    if most is None and count > training.batch_size:
+        raise ProtocolError(
+            f"{client} sends a step of {count} sequences; training.batch_size is {training.batch_size}"
+        )
+    if most is not None and count > 1 and count * max(lengths) > most:
+        raise ProtocolError(
+            f"{client} sends a step of {count * max(lengths)} padded tokens; training.batch_tokens is {most}"
+        )
 
 
 class ClientStates:

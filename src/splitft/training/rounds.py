@@ -200,7 +200,9 @@ class FederatedTrainer:
         start = trained
         if bounds.bounding:
             start = ranks.factors_at_start(state.adapters, cut, state.round + 1, name)
-        return bounds.weight(tokens or upload.tokens), bounds.clipped(start, trained)
+        if cut == ranks.blocks and not tokens:  # it trains without the server, which has nothing to count
+            tokens = upload.tokens
+        return bounds.weight(tokens), bounds.clipped(start, trained)
 
     def _round_in_turn(
         self, state: RunState, cuts: Mapping[str, int], drawn: Sequence[str]

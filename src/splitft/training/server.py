@@ -44,7 +44,7 @@ class Server:
         self, model: Model, deepest: Span, ranks: RankPolicy, split: SplitSpec, training: TrainingSpec
     ) -> None:
         """Load `deepest`, the blocks after the shallowest cut, and the head if labels are on the server."""
-        self._ranks, self._split, self._training = ranks, split, training
+        self._ranks, self._split, self.training = ranks, split, training
         self.blocks = ServerBlocks(model, deepest, ranks, split, training)
         self._round = 0
         self._progress: dict[str, RoundProgress] = {}
@@ -154,7 +154,7 @@ class Server:
         if message.training:
             progress = self._participant(message.client)
             expect(message, Activations, round=self._round)
-            progress.check(message, self._training)
+            progress.check(message, self.training)
         if self._split.labels == "server":
             self._check_labels(message)
 

@@ -10,7 +10,9 @@ import pytest
 from deploy.network import BATCH_TOKENS, KEY, LIMIT, registration
 from laws.federations import federation, write_text
 from splitft.deploy.requests import Envelope
-from splitft.deploy.server.inbox import Fault, Inbox
+from splitft.deploy.server.arrivals import Fault
+from splitft.deploy.server.inbox import Inbox
+from splitft.deploy.server.quota import InboxLimits
 from splitft.protocol import Next
 
 
@@ -22,7 +24,8 @@ def text(tmp_path_factory):
 @pytest.fixture
 def inbox(tiny_llama, text):
     prepared = federation(tiny_llama, text, [1, 2, 3], training={"rounds": 2, "steps": 3})
-    return Inbox(["client-1", "client-2"], KEY, prepared.serializer, LIMIT, BATCH_TOKENS), prepared.serializer
+    limits = InboxLimits(LIMIT, BATCH_TOKENS)
+    return Inbox(["client-1", "client-2"], KEY, prepared.serializer, limits), prepared.serializer
 
 
 def answered(inbox, serializer, data, site="client-1"):

@@ -14,7 +14,8 @@ from runs import invoke, settings
 from splitft.config import from_mapping
 from splitft.deploy.manifest import manifest_of
 from splitft.deploy.run_terms import load_run_terms
-from splitft.deploy.server.setup import open_server, unfit
+from splitft.deploy.server.registration import unfit
+from splitft.deploy.server.setup import open_server
 from splitft.deploy.site.policy import SitePolicy, load_site, refusals, site_template
 from splitft.deploy.site.setup import open_site
 from splitft.errors import ConfigError, ForbiddenError

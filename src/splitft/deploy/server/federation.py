@@ -14,9 +14,10 @@ the round is abandoned (PausedError), and the run goes on after the last finishe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from splitft.adapters import AdapterState
+from splitft.deploy.server.claims import SiteLimits, check_ready, check_size, given_up_blocks
 from splitft.deploy.server.inbox import Inbox
 from splitft.deploy.server.liveness import Liveness
 from splitft.deploy.server.steps import StepService, check_factors
@@ -51,6 +52,8 @@ class FederationSetup:
     spec: DeploySpec
     manifest: tuple[BaseFile, ...] = ()
     """Files of the base model on the server."""
+    limits: Mapping[str, SiteLimits] = field(default_factory=dict)
+    """The most text that each site may send, by its registration."""
 
 
 class RemoteFederation:
@@ -68,7 +71,7 @@ class RemoteFederation:
         self._inbox, self._setup, self._state = inbox, setup, state
         self._cuts: dict[str, int] = {}  # of the current round
         self._liveness = Liveness(inbox, setup.spec, state.round, listener, self._dropped)
-        self._steps = StepService(inbox, setup.server, steps, self._liveness.refuse)
+        self._steps = StepService(inbox, setup.server, steps, setup.limits, self._liveness.refuse)
 
     @property
     def steps(self) -> dict[str, int]:
@@ -89,7 +92,10 @@ class RemoteFederation:
             self._inbox.post(name, messages[name])
 
         def check(site: str, message: Message) -> RoundReady:
-            return expect(message, RoundReady, round=messages[site].round)
+            message = expect(message, RoundReady, round=messages[site].round)
+            given_up = given_up_blocks(self._state.adapters, self._state.cuts[site], messages[site].cut)
+            check_ready(site, message, given_up, self._setup.server.training)
+            return message
 
         ready = self._liveness.collect(names, check, within_s=self._setup.spec.join_s)
         self._require_enough(ready)
@@ -124,13 +130,13 @@ class RemoteFederation:
         """Return the held-out loss of every site that can be reached."""
         number = self._state.round
         names = self._liveness.reachable(self._state.cuts)
-        self._steps.begin_evaluation()
+        self._steps.begin_evaluation(number)
         for name in names:
             self._brief(name)
             self._inbox.post(name, Evaluate(round=number))
 
         def check(site: str, message: Message) -> Evaluation:
-            return expect(message, Evaluation, round=number)
+            return self._steps.held_out[site].checked(expect(message, Evaluation, round=number))
 
         results = self._liveness.collect(names, check, self._steps)
         self._require_enough(results)
@@ -146,10 +152,14 @@ class RemoteFederation:
         """Raise a SplitftError unless the upload and what the server has trained for the site can be used."""
         if self._setup.server.in_step(site):
             raise ProtocolError(f"{site} sends its adapters, but its gradient was due")
+        if upload.tokens or upload.moments:
+            raise ProtocolError(f"{site} sends tokens or moments with its adapters; the server counts them")
         check_factors(site, upload.adapters, self._state.adapters, self._cuts[site], self._setup.ranks)
         on_server, tokens = self._setup.server.trained(site)
         if not on_server.all_finite():
             raise AdapterError(f"the adapters that the server trained for {site} are not finite")
+        check_size(site, upload.adapters)
+        check_size(site, on_server)
         if not tokens:
             raise ProtocolError(f"{site} sends its adapters without having finished a step")
 

@@ -6,21 +6,23 @@
 Every message is read and checked before anything else uses it: the sender, the request number, the size
 before memory is allocated, the form, and that numbers are finite. An invalid message is answered with
 `Refused` and reported as a `Fault`. What a valid message means to the run is decided in `liveness` and
-`steps`.
+`steps`. What one site may have underway is bounded (`quota`), and sites take turns (`arrivals`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
 from threading import Condition, Lock
 
 from splitft.deploy.requests import Envelope, ReplyCache
+from splitft.deploy.server.arrivals import Arrival, ArrivalQueue, Fault, refusal
+from splitft.deploy.server.claims import unusable
+from splitft.deploy.server.quota import HEARTBEAT, INVALID, REPEATED, UNASKED, InboxLimits, Quota
 from splitft.errors import ProtocolError, SplitftError, TransportError, WireError
 from splitft.protocol import (
     Activations,
@@ -50,8 +52,6 @@ HOLD_S = 3.0
 """A request without a reply after this long is let go: its sender repeats it under the same number."""
 POLL_S = 2.0
 """A site that asks for its next order, and for which there is none, is told to wait after this long."""
-WORKERS = 128
-"""Most requests that can wait for their reply at a time: some for each micro-batch in flight of each site."""
 STEP_ANSWER_S = 3600.0
 """Longest wait for the reply to a step; the round's own deadline comes much earlier."""
 
@@ -61,39 +61,12 @@ FROM_CLIENTS = (
 """Messages that a client may send."""
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """A checked message that waits for its reply."""
-
-    site: str
-    message: Message
-    stale: bool = False
-    """Whether it was sent before the site could know the run's state: a `Join` waits for it."""
-    answer: Future[Message] = field(default_factory=Future)
-
-    def reply(self, message: Message) -> None:
-        """Send the reply, unless the session has ended meanwhile."""
-        with contextlib.suppress(InvalidStateError):
-            self.answer.set_result(message)
-
-    def refuse(self, error: SplitftError) -> None:
-        """Tell the sender why its message is not processed."""
-        self.reply(_refusal(error))
-
-
-@dataclass(frozen=True)
-class Fault:
-    """An invalid message, which has been refused."""
-
-    site: str
-    error: SplitftError
-
-
 @dataclass
 class _Site:
     """One site's side of the inbox."""
 
     codec_state: CodecState
+    quota: Quota
     codec_lock: Lock = field(default_factory=Lock)
     """Held while `codec_state` is used: the site's channels have threads of their own."""
     replies: ReplyCache = field(default_factory=ReplyCache)
@@ -114,15 +87,16 @@ class Inbox:
         sites: Iterable[str],
         session_key: bytes,
         serializer: MessageSerializer,
-        frame_limit: int,
-        batch_tokens: int,
+        limits: InboxLimits,
         seed: int = 0,
     ) -> None:
-        self._sites = {name: _Site(CodecState(seed, name)) for name in sites}
-        self._key, self._serializer = session_key, serializer
-        self._limit, self._batch_tokens = frame_limit, batch_tokens
-        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="inbox")
-        self._arrived: deque[Arrival | Fault] = deque()
+        self._sites = {name: _Site(CodecState(seed, name), Quota(limits)) for name in sites}
+        self._strangers: set[str] = set()  # senders that are no site of the session
+        self._key, self._serializer, self._limits = session_key, serializer, limits
+        # a thread for each message that may be underway, so that no site waits for another's
+        workers = max(1, len(self._sites)) * limits.messages
+        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="inbox")
+        self._arrived = ArrivalQueue()
         self._unanswered: dict[int, Arrival] = {}
         self._changed = Condition()
         self._end: EndSession | None = None
@@ -134,17 +108,31 @@ class Inbox:
 
         Raises TransportError if the reply is not ready yet; the site repeats its request.
         """
+        own = self._sites.get(site)
+        if own is None:
+            return self._refused(site, data, ProtocolError(f"{site} is no site of this run"))
+        own.quota.admit(site, len(data))
         try:
-            if site not in self._sites:
-                raise ProtocolError(f"{site} is no site of this run")
-            envelope = Envelope.from_bytes(data, self._key, self._limit)
-            return self._sites[site].replies.answer(
+            envelope = Envelope.from_bytes(data, self._key, self._limits.frame_bytes)
+            if own.replies.has_seen(envelope):
+                own.quota.charge(REPEATED)
+            return own.replies.answer(
                 envelope, lambda frame: self._process(site, frame), self._workers, HOLD_S
             )
         except WireError as error:
-            self._report(site, error)
-            frame = self._serializer.to_bytes(_refusal(error))
-            return replace(Envelope.for_refusal(data, self._key), frame=frame).to_bytes()
+            return self._refused(site, data, error)
+        finally:
+            own.quota.release(len(data))
+
+    def _refused(self, site: str, data: bytes, error: SplitftError) -> bytes:
+        """Report an invalid message and return the reply to it."""
+        frame = self._invalid(site, error)
+        return replace(Envelope.for_refusal(data, self._key), frame=frame).to_bytes()
+
+    def _invalid(self, site: str, error: SplitftError) -> bytes:
+        """Report an invalid message and return the frame of the reply to it."""
+        self._report(site, error)
+        return self._serializer.to_bytes(refusal(error))
 
     def _process(self, site: str, frame: bytes) -> bytes:
         """Read a new message, hand it over, and wait for its reply."""
@@ -152,17 +140,26 @@ class Inbox:
         try:
             with own.codec_lock:
                 received = self._serializer.receive(
-                    frame, self._limit, lambda outline: self._check(site, outline), own.codec_state
+                    frame,
+                    self._limits.frame_bytes,
+                    lambda outline: self._check(site, outline),
+                    own.codec_state,
                 )
         except WireError as error:
-            self._report(site, error)
-            return self._serializer.to_bytes(_refusal(error))
+            return self._invalid(site, error)
+        except Exception as error:  # whatever the bytes have caused is their sender's fault
+            return self._invalid(site, unusable(site, "message", error))
         with self._changed:
             own.heard = time.monotonic()
             own.meter.count("up", received.message, received.payload_bytes, len(frame))
         reply = self._reply_to(site, received.message)
-        with own.codec_lock:
-            packed = self._serializer.pack(reply, own.codec_state)
+        if isinstance(reply, Refused):
+            own.quota.charge(INVALID)
+        try:
+            with own.codec_lock:
+                packed = self._serializer.pack(reply, own.codec_state)
+        except SplitftError as error:  # such as hidden states that overflow in the server's blocks
+            return self._invalid(site, error)
         data = packed.to_bytes()
         with self._changed:
             own.meter.count("down", reply, packed.header.payload_bytes, len(data))
@@ -177,26 +174,32 @@ class Inbox:
             raise ProtocolError(f"{site} sends a message in the name of {outline.client!r}")
         if isinstance(outline, Activations):
             padded = len(outline.lengths) * max(outline.lengths)
-            if padded > self._batch_tokens:
+            if padded > self._limits.batch_tokens:
                 raise ProtocolError(
-                    f"{site} sends a batch of {padded} padded tokens; {self._batch_tokens} fit this run"
+                    f"{site} sends a batch of {padded} padded tokens; this run has at most "
+                    f"{self._limits.batch_tokens}"
                 )
+            if outline.examples and not self._limits.example_ids:
+                raise ProtocolError(f"{site} sends numbers of its examples, which no codec of this run needs")
 
     def _reply_to(self, site: str, message: Message) -> Message:
         """Hand a message over and wait for the reply: that to a step, otherwise the site's next order."""
+        own = self._sites[site]
         if isinstance(message, Heartbeat):
+            own.quota.charge(HEARTBEAT)
             return Wait()
         if isinstance(message, Next):
             self._check_order_done(site)
             return self._next_order(site)
         with self._changed:
-            if isinstance(message, RoundReady | AdapterUpload | Evaluation):
-                self._sites[site].open_order = ""
-            stale = any(isinstance(order, Join) for order in self._sites[site].orders)
+            if isinstance(message, Register | RoundReady | AdapterUpload | Evaluation):
+                own.quota.charge(0 if own.open_order else UNASKED)
+                own.open_order = ""
+            stale = any(isinstance(order, Join) for order in own.orders)
             arrival = Arrival(site, message, stale)
             if self._end is not None:
                 return self._end
-            self._arrived.append(arrival)
+            self._arrived.add(arrival)
             self._unanswered[id(arrival)] = arrival
             self._changed.notify_all()
         try:
@@ -223,13 +226,21 @@ class Inbox:
 
     def _check_order_done(self, site: str) -> None:
         """Report a fault if a site asks for its next order without completing its last one."""
-        if order := self._sites[site].open_order:
-            self._sites[site].open_order = ""
+        order, self._sites[site].open_order = self._sites[site].open_order, ""
+        if order:
             self._report(site, ProtocolError(f"{site} did not complete {order}; its own log says why"))
 
     def _report(self, site: str, error: SplitftError) -> None:
+        """Report an invalid message: charge the site, or name a stranger once."""
         with self._changed:
-            self._arrived.append(Fault(site, error))
+            if site in self._sites:
+                self._sites[site].quota.charge(INVALID)
+                self._sites[site].open_order = ""  # void: the site will be out of the round
+            elif site in self._strangers:
+                return
+            else:
+                self._strangers.add(site)
+            self._arrived.add(Fault(site, error))
             self._changed.notify_all()
 
     # --- the server's thread ----------------------------------------------------------------------
@@ -240,14 +251,12 @@ class Inbox:
         Waits up to `within_s` for the first message, and then `window_s` for those of other sites.
         """
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._arrived), within_s)
-            if self._arrived and window_s:
+            self._changed.wait_for(lambda: len(self._arrived) > 0, within_s)
+            if len(self._arrived) and window_s:
                 until = time.monotonic() + window_s
                 while (left := until - time.monotonic()) > 0 and len(self._arrived) < len(self._sites):
                     self._changed.wait(left)
-            taken = list(self._arrived)
-            self._arrived.clear()
-        return taken
+            return self._arrived.take()
 
     def post(self, site: str, order: Message) -> None:
         """Queue an order for the site."""
@@ -282,7 +291,7 @@ class Inbox:
             self._end = EndSession(reason=reason)
             for arrival in self._unanswered.values():
                 arrival.reply(self._end)
-            self._arrived.clear()
+            self._arrived.take()
             self._changed.notify_all()
 
     @property
@@ -295,6 +304,6 @@ class Inbox:
         """Sites of the session."""
         return tuple(self._sites)
 
-
-def _refusal(error: SplitftError) -> Refused:
-    return Refused(error=type(error).__name__, reason=str(error)[:2000])
+    def turned_away(self, site: str) -> int:
+        """Return the number of messages of a site that were not read, because it sent too many."""
+        return self._sites[site].quota.turned_away

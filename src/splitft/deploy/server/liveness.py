@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
-from splitft.deploy.server.inbox import Arrival, Fault, Inbox
+from splitft.deploy.server.arrivals import Arrival, Fault
+from splitft.deploy.server.claims import unusable
+from splitft.deploy.server.inbox import Inbox
 from splitft.deploy.server.steps import StepService
 from splitft.errors import PausedError, ProtocolError, SplitftError
 from splitft.protocol import Activations, Declined, HeadGradient, Message, Register
@@ -123,6 +125,8 @@ class Liveness:
                 todo.waiting.discard(site)
             except SplitftError as error:
                 self.refuse(site, error)
+            except Exception as error:  # whatever its data have caused is this site's fault
+                self.refuse(site, unusable(site, type(message).__name__, error))
         return False
 
     def _serve(self, arrivals: Sequence[Arrival], todo: _Collection[M]) -> None:

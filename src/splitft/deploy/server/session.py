@@ -11,20 +11,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from threading import Event as Flag
 
 from splitft.adapters import with_folded
 from splitft.deploy.run_terms import RunTerms, site_names
+from splitft.deploy.server.claims import SiteLimits
 from splitft.deploy.server.federation import FederationSetup, RemoteFederation
-from splitft.deploy.server.inbox import Arrival, Inbox
-from splitft.deploy.server.setup import ServerParty, open_server, unfit
+from splitft.deploy.server.inbox import Inbox
+from splitft.deploy.server.quota import InboxLimits
+from splitft.deploy.server.registration import await_registrations
+from splitft.deploy.server.setup import ServerParty, open_server
 from splitft.deploy.server.status import RunStatus
+from splitft.deploy.server.steady_schedule import SteadySchedule
 from splitft.errors import PausedError
 from splitft.model.source import silence_transformers
-from splitft.protocol import Declined, Register
+from splitft.protocol import Register
 from splitft.run.folder import Run, find_snapshot, is_finished, open_log, put_adapter
 from splitft.run.train import stopping
 from splitft.tracking.events import (
@@ -64,8 +68,12 @@ class ServerSession:
             self._connected,
             session_key,
             terms.serializer,
-            terms.frame_limit,
-            terms.batch_tokens,
+            InboxLimits(
+                terms.frame_limit,
+                terms.batch_tokens,
+                min(terms.config.training.in_flight, terms.config.training.micro_batches),
+                terms.config.wire.needs_example_ids,
+            ),
             terms.config.seed,
         )
         self._status = RunStatus(everyone, terms.config.training.rounds)
@@ -108,7 +116,7 @@ class ServerSession:
 
             if snapshot is not None and done >= config.training.rounds:
                 return self._finish(listener, done)
-            registered = self._await_registrations()
+            registered = await_registrations(self._terms, self.inbox, self._connected, self._declined)
             if self.inbox.closed:
                 return self._end_early(listener, done, "")
             if len(registered) < config.deploy.min_clients:
@@ -116,7 +124,7 @@ class ServerSession:
                 return self._end(listener, done, "paused", f"{len(registered)} sites registered")
             party = open_server(self._terms, registered)
             try:
-                state = self._train(party, tuple(registered), snapshot, listener)
+                state = self._train(party, registered, snapshot, listener)
             except PausedError as error:
                 return self._end_early(listener, self._status.rounds_done, str(error))
             except _MakeRoomError:
@@ -125,46 +133,31 @@ class ServerSession:
 
     # ----------------------------------------------------------------------------------------------
 
-    def _await_registrations(self) -> dict[str, Register]:
-        """Wait until every connected site has registered or declined, up to `deploy.join_s`."""
-        found: dict[str, Register] = {}
-        config, blocks = self._terms.config, self._terms.model.shape.blocks
-        deadline = time.monotonic() + config.deploy.join_s
-        while len(found) + len(self._declined) < len(self._connected) and time.monotonic() < deadline:
-            if self.inbox.closed:
-                break
-            for arrival in self.inbox.take(0, 0.5):
-                if not isinstance(arrival, Arrival):
-                    continue
-                if isinstance(arrival.message, Declined):
-                    self._declined[arrival.site] = arrival.message.reason
-                elif isinstance(arrival.message, Register):
-                    if reason := unfit(config, blocks, arrival.site, arrival.message):
-                        self._declined[arrival.site] = reason
-                    else:
-                        found[arrival.site] = arrival.message
-        return {name: found[name] for name in self._connected if name in found}
-
     def _record_declined(self, listener: Listener, number: int) -> None:
         for site, reason in self._declined.items():
             logger.warning("%s declines: %s", site, reason)
             listener(SiteChanged(round=number, site=site, state="declined", reason=reason))
 
     def _train(
-        self, party: ServerParty, present: tuple[str, ...], snapshot: Snapshot | None, listener: Listener
+        self,
+        party: ServerParty,
+        registered: Mapping[str, Register],
+        snapshot: Snapshot | None,
+        listener: Listener,
     ) -> RunState:
         """Train rounds with the sites that are present, and save each."""
         terms, config = self._terms, self._terms.config
         state = self._begin(party, snapshot, listener)
         self._status.place(state.cuts)
-        names = [name for name in present if name in party.cuts]
+        names = [name for name in registered if name in party.cuts]
         absent = tuple(name for name in site_names(config) if name not in names)
         listener(SessionStarted(round=state.round + 1, sites=tuple(names), absent=absent))
         self._declined.update(party.left_out)
         self._record_declined(listener, state.round)
         steps, old_cuts = ({}, {}) if snapshot is None else (snapshot.steps, snapshot.state.cuts)
         absent_cuts = {name: cut for name, cut in old_cuts.items() if name not in party.cuts}
-        setup = FederationSetup(party.server, terms.ranks, config.deploy, party.manifest)
+        limits = {name: SiteLimits.of(config, one) for name, one in registered.items()}
+        setup = FederationSetup(party.server, terms.ranks, config.deploy, party.manifest, limits)
         federation = RemoteFederation(self.inbox, setup, state, steps, listener)
 
         def save(state: RunState) -> None:
@@ -186,8 +179,9 @@ class ServerSession:
         if snapshot is not None:  # the seconds of the last round were measured in an earlier session
             for event in settled(read_events(self._folder / "events.jsonl")):
                 party.schedule.observe(event)
+        schedule = SteadySchedule(party.schedule, listener)
         trainer = FederatedTrainer(
-            party.server, federation, terms.ranks, config.training, party.schedule, measuring, save,
+            party.server, federation, terms.ranks, config.training, schedule, measuring, save,
             config.aggregate, config.privacy, secret=True,
         )  # fmt: skip
         return trainer.train(state)

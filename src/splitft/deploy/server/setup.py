@@ -7,14 +7,14 @@ The server reads no text. The schedule needs means over batches, which the sites
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-
 from splitft.config import RunConfig
 from splitft.deploy.manifest import manifest_of
-from splitft.deploy.run_terms import MAX_DEVICE_NUMBER, RunTerms, select_sites, site_names
+from splitft.deploy.run_terms import RunTerms, select_sites
+from splitft.errors import ScheduleError
 from splitft.geometry import Span
 from splitft.model.source import silence_transformers
 from splitft.protocol import BaseFile, Register
@@ -24,6 +24,8 @@ from splitft.schedule.workload import Workload
 from splitft.specs import DeviceSpec
 from splitft.tracking.events import ClientInfo
 from splitft.training import Server
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,52 +39,90 @@ class ServerParty:
     manifest: tuple[BaseFile, ...]
     """Files of the base model on this machine."""
     left_out: dict[str, str]
-    """Registered sites that fit at no cut, and why."""
-
-
-def unfit(config: RunConfig, blocks: int, name: str, register: Register) -> str | None:
-    """Return why a registered site cannot take part; None if it can."""
-    try:
-        machine = DeviceSpec.model_validate(register.device) if register.device else None
-    except ValidationError as error:
-        return f"it describes a machine with invalid values: {error.errors()[0]['msg']}"
-    if machine and max(machine.model_dump().values()) > MAX_DEVICE_NUMBER:
-        return f"it describes a machine with numbers above {MAX_DEVICE_NUMBER:g}"
-    if config.cuts and not config.schedule.adaptive:
-        deepest, key = config.cuts[site_names(config).index(name)], "clients.cuts"
-    else:
-        deepest, key = config.schedule.max_cut or blocks - 1, "schedule.max_cut"
-    if register.min_cut <= deepest:
-        return None
-    return f"its data owner allows cuts from {register.min_cut} on, and this run goes to {deepest} ({key})"
+    """Registered sites for which there is no cut, and why."""
 
 
 def open_server(terms: RunTerms, registered: Mapping[str, Register]) -> ServerParty:
-    """Load the server for the registered sites, which are in the order of the run's sites."""
-    config = _with_devices(select_sites(terms.config, tuple(registered)), registered)
-    work = [_workload(config, one) for one in registered.values()]
+    """Load the server for the registered sites, which are in the order of the run's sites.
+
+    Sites that fit at no cut, or with which no cuts of all can be found, are left out.
+    """
     with silence_transformers():
-        fleet = fleet_of(config, terms.model, terms.ranks, tuple(registered), work)
-        min_cuts = {name: one.min_cut for name, one in registered.items()}
-        schedule, cuts = CutSchedule.begin(config, fleet, min_cuts)
+        plan, left_out = _plan_together(terms, registered)
         manifest = manifest_of(terms.model)
-        deepest = Span(min(cuts.values()), terms.model.shape.blocks)
-        server = Server(terms.model, deepest, terms.ranks, config.split, config.training)
+        deepest = Span(min(plan.cuts.values()), terms.model.shape.blocks)
+        server = Server(terms.model, deepest, terms.ranks, plan.config.split, plan.config.training)
     facts = tuple(
         ClientInfo(
             name=name,
-            cut=cuts[name],
+            cut=plan.cuts[name],
             train_examples=one.train_examples,
             train_tokens=one.train_tokens,
             eval_examples=one.eval_examples,
             truncated=one.truncated,
         )
         for name, one in registered.items()
-        if name in cuts
+        if name in plan.cuts
     )
-    without_cut = [name for name in registered if name not in cuts]
-    left_out = dict(zip(without_cut, schedule.left_out, strict=True))
-    return ServerParty(server, schedule, cuts, facts, manifest, left_out)
+    return ServerParty(server, plan.schedule, plan.cuts, facts, manifest, left_out)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The schedule of some sites, with its first cuts."""
+
+    config: RunConfig
+    schedule: CutSchedule
+    cuts: dict[str, int]
+
+    def left_out(self, registered: Mapping[str, Register]) -> dict[str, str]:
+        """Return the sites that fit at no cut, and why."""
+        without_cut = [name for name in registered if name not in self.cuts]
+        return dict(zip(without_cut, self.schedule.left_out, strict=True))
+
+
+def _plan_together(terms: RunTerms, registered: Mapping[str, Register]) -> tuple[_Plan, dict[str, str]]:
+    """Plan for all sites, or without those that stand in the way; returns these with the reasons.
+
+    Raises ScheduleError if the run cannot be planned with any site.
+    """
+    try:
+        plan = _plan(terms, registered)
+        return plan, plan.left_out(registered)
+    except ScheduleError as error:
+        if len(registered) == 1:
+            raise
+        reason = error
+    # add one site after another, those that need least first
+    admitted: dict[str, Register] = {}
+    best: _Plan | None = None
+    refused: dict[str, str] = {}
+    for name in sorted(registered, key=lambda name: (_needs(registered[name]), name)):
+        candidates = {one: registered[one] for one in registered if one in admitted or one == name}
+        try:
+            best = _plan(terms, candidates)
+            admitted = candidates
+        except ScheduleError as error:
+            refused[name] = f"the run cannot be planned with it: {error}"
+            logger.warning("%s is left out: %s", name, refused[name])
+    if best is None:
+        raise reason
+    return best, {**best.left_out(admitted), **refused}
+
+
+def _plan(terms: RunTerms, registered: Mapping[str, Register]) -> _Plan:
+    """Choose the first cuts of these sites. Raises ScheduleError if there are none."""
+    config = _with_devices(select_sites(terms.config, tuple(registered)), registered)
+    work = [_workload(config, one) for one in registered.values()]
+    fleet = fleet_of(config, terms.model, terms.ranks, tuple(registered), work)
+    min_cuts = {name: one.min_cut for name, one in registered.items()}
+    schedule, cuts = CutSchedule.begin(config, fleet, min_cuts)
+    return _Plan(config, schedule, cuts)
+
+
+def _needs(register: Register) -> float:
+    """Return the padded tokens of a site's batch, which decide the memory that the server needs for it."""
+    return register.sequences_per_batch * register.padded_length
 
 
 def _with_devices(config: RunConfig, registered: Mapping[str, Register]) -> RunConfig:

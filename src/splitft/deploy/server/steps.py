@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from splitft.adapters import AdapterState
-from splitft.deploy.server.inbox import Arrival, Inbox
+from splitft.deploy.server.arrivals import Arrival
+from splitft.deploy.server.claims import HeldOutCount, SiteLimits, check_gradient, check_labelled, unusable
+from splitft.deploy.server.inbox import Inbox
 from splitft.errors import AdapterError, ProtocolError, SplitftError
 from splitft.geometry import Span
-from splitft.protocol import Activations, CutGradient, HeadGradient, Stop, expect
+from splitft.protocol import Activations, CutGradient, HeadGradient, HeldOutLoss, Message, Stop, expect
 from splitft.tracking.events import StepDone
 from splitft.training.ranks import RankPolicy
 from splitft.training.server import Server
@@ -34,14 +36,18 @@ class StepService:
         inbox: Inbox,
         server: Server,
         steps: Mapping[str, int],
+        limits: Mapping[str, SiteLimits],
         refuse: Callable[[str, SplitftError], None],
     ) -> None:
         """Go on from these counts of steps; `refuse` is called with a site that sends an invalid step."""
-        self._inbox, self._server, self._refuse = inbox, server, refuse
+        self._inbox, self._server, self._limits, self._refuse = inbox, server, limits, refuse
         self.steps = dict.fromkeys(inbox.sites, 0) | dict(steps)
         """Optimizer steps of each site in finished rounds."""
         self.done: dict[str, int] = {}
         """Finished steps of each site in this round."""
+        self.held_out: dict[str, HeldOutCount] = {}
+        """Held-out batches of each site in this evaluation."""
+        self._evaluated = 0  # rounds finished before this evaluation
         self._on_step: OnStep | None = None  # None for held-out batches
         self._seconds: dict[str, dict[str, float]] = {}  # of unfinished steps, by leg
 
@@ -50,9 +56,10 @@ class StepService:
         self.done, self._on_step = dict.fromkeys(participants, 0), on_step
         self._seconds = {}
 
-    def begin_evaluation(self) -> None:
-        """Begin the held-out batches after a round."""
-        self._on_step = None
+    def begin_evaluation(self, number: int) -> None:
+        """Begin the held-out batches after round `number`."""
+        self._on_step, self._evaluated = None, number
+        self.held_out = {name: HeldOutCount() for name in self._inbox.sites}
 
     def commit(self, sites: Iterable[str]) -> None:
         """Count the round's steps of these sites, whose adapters have arrived."""
@@ -83,40 +90,87 @@ class StepService:
 
     def _accept(self, arrival: Arrival) -> bool:
         """Return whether a step may be processed; otherwise refuse it and its sender."""
-        message, site, training = arrival.message, arrival.site, self._on_step is not None
         try:
-            if isinstance(message, Activations):
-                expect(message, Activations, training=training)
-                if training:
-                    expect(message, Activations, step=self.steps[site] + self.done[site])
-                self._server.check(message)
-            elif isinstance(message, HeadGradient) and training:
-                self._server.check(message)
-            else:
-                raise ProtocolError(f"{type(message).__name__} came, a held-out batch was due")
+            self._check(arrival.site, arrival.message)
         except SplitftError as error:
-            arrival.refuse(error)
-            self._refuse(site, error)
+            self._leave_out(arrival, error)
             return False
         return True
 
+    def _check(self, site: str, message: Message) -> None:
+        """Raise a SplitftError unless a step of this site is due, and within what it may send."""
+        training = self._on_step is not None
+        if isinstance(message, Activations):
+            expect(message, Activations, training=training)
+            check_labelled(message)
+            if site in self._limits:
+                self._limits[site].check(message)
+            if training:
+                expect(message, Activations, step=self.steps[site] + self.done[site])
+            else:
+                self.held_out[site].check(message, self._evaluated, self._limits.get(site))
+            self._server.check(message)
+        elif isinstance(message, HeadGradient) and training:
+            check_gradient(message)
+            self._server.check(message)
+        else:
+            raise ProtocolError(f"{type(message).__name__} came, a held-out batch was due")
+
+    def _leave_out(self, arrival: Arrival, error: SplitftError) -> None:
+        """Refuse a step and its sender, whose order is void before it asks for the next."""
+        self._refuse(arrival.site, error)
+        arrival.refuse(error)
+
+    def _blame(
+        self, arrivals: Mapping[str, Arrival], group: Sequence[Activations | HeadGradient], error: Exception
+    ) -> None:
+        """Leave out the senders of steps on which the server's own code has failed."""
+        for message in group:
+            arrival = arrivals[message.client]
+            self._leave_out(arrival, unusable(arrival.site, type(message).__name__, error))
+
     def _forward(self, arrivals: Mapping[str, Arrival], messages: list[Activations]) -> None:
         for group in self._server.groups(messages):
-            began = time.monotonic()
+            self._forward_group(arrivals, group)
+
+    def _forward_group(self, arrivals: Mapping[str, Arrival], group: list[Activations]) -> None:
+        """Run one group; if that fails, each of its batches by itself, to find the one at fault."""
+        began = time.monotonic()
+        try:
             replies = self._server.forward(group, checked=True)
-            share = (time.monotonic() - began) / len(group)
-            for message in group:
-                site, reply = message.client, replies[message.client]
-                if self._on_step is not None:
-                    self._add_seconds(site, "server_forward", share)
-                    if isinstance(reply, CutGradient):  # labels on the server
-                        self._finish(site)
-                arrivals[site].reply(reply)
+        except Exception as error:  # whatever the batches have caused is their senders' fault
+            if len(group) == 1 or any(message.labels is not None for message in group):
+                self._blame(arrivals, group, error)
+            else:
+                for message in group:
+                    self._forward_group(arrivals, [message])
+            return
+        share = (time.monotonic() - began) / len(group)
+        for message in group:
+            site, reply = message.client, replies[message.client]
+            if self._on_step is None:
+                self._count_held_out(message, reply)
+            else:
+                self._add_seconds(site, "server_forward", share)
+                if isinstance(reply, CutGradient):  # labels on the server
+                    self._finish(site)
+            arrivals[site].reply(reply)
+
+    def _count_held_out(self, message: Activations, reply: Message) -> None:
+        """Count a held-out batch, with its loss if the labels are here."""
+        count = self.held_out[message.client]
+        count.add(message)
+        if isinstance(reply, HeldOutLoss):
+            count.loss = (count.loss or 0.0) + reply.loss
 
     def _backward(self, arrivals: Mapping[str, Arrival], messages: list[HeadGradient]) -> None:
         for group in self._server.group_gradients(messages):
             began = time.monotonic()
-            replies = self._server.backward(group, checked=True)
+            try:
+                replies = self._server.backward(group, checked=True)
+            except Exception as error:  # whatever the gradients have caused is their senders' fault
+                self._blame(arrivals, group, error)
+                continue
             share = (time.monotonic() - began) / len(group)
             for message in group:
                 self._add_seconds(message.client, "server_backward", share)
