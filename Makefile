@@ -17,7 +17,7 @@ PYTHON ?= $(firstword $(foreach name,$(NAMES),$(shell \
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
-.PHONY: demo test check bench setup clean
+.PHONY: demo test check bench faults setup clean
 
 demo: $(READY)
 	@$(BIN)/splitft demo
@@ -34,6 +34,9 @@ check: $(READY)
 
 bench: $(READY)
 	@for question in $(wildcard benchmarks/*.py); do echo "== $$question"; $(BIN)/python $$question || exit 1; done
+
+faults: $(READY)
+	@$(BIN)/python benchmarks/faults.py
 
 setup: $(READY)
 

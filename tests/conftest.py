@@ -16,6 +16,8 @@ from transformers.utils import logging
 
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
+pytest_plugins = ["fault_record"]
+
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 settings.register_profile(

@@ -1,0 +1,80 @@
+"""Which faults and hostile acts does a run survive, and how long does it take to recover?
+
+    python benchmarks/faults.py [--quick] [--markdown FILE]        (also: make faults)
+
+Runs every test that is marked as a fault or a hostile act, with real processes, certificates, kill -9 and
+full disks where the test has them, and prints a row for each: what was done, what came of it, how long the run
+stood still. `--quick` leaves out those that take minutes. Ends with status 1 if any outcome was another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TITLES = {"fault": "Faults", "hostile": "Hostile acts"}
+
+
+def main() -> None:
+    """Run the tests and print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="leave out what takes minutes")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file too")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    rows = run(quick=arguments.quick)
+    text = report(rows, time.monotonic() - began)
+    print(text)
+    if arguments.markdown:
+        arguments.markdown.write_text(text + "\n", encoding="utf-8")
+    sys.exit(any(row["outcome"] == "failed" for row in rows) or not rows)
+
+
+def run(quick: bool) -> list[dict[str, object]]:
+    """Run the marked tests in a process of their own; return one row for each."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "faults.jsonl"
+        environment = {**os.environ, "SPLITFT_FAULTS": str(file), "OMP_NUM_THREADS": "1"}
+        if not quick:
+            environment["SPLITFT_SLOW"] = "1"
+        command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-m", "fault or hostile", "tests"]
+        subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=sys.stderr)
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def report(rows: Sequence[dict[str, object]], seconds: float) -> str:
+    """Return one Markdown table of each kind."""
+    parts = []
+    for kind, title in TITLES.items():
+        own = [row for row in rows if row["kind"] == kind and row["outcome"] != "skipped"]
+        as_expected = sum(row["outcome"] == "passed" for row in own)
+        parts.append(f"{title}: {as_expected} of {len(own)} ended as they should.\n")
+        parts.append("| what is done | what comes of it | recovery |\n|---|---|---|")
+        parts += [f"| {row['what']} | {_result(row)} | {_recovery(row)} |" for row in own]
+        parts.append("")
+    skipped = sum(row["outcome"] == "skipped" for row in rows)
+    parts.append(f"{len(rows) - skipped} acts in {seconds / 60:.1f} minutes; {skipped} were skipped.")
+    return "\n".join(parts)
+
+
+def _result(row: dict[str, object]) -> str:
+    return str(row["result"]) if row["outcome"] == "passed" else f"**not so**: see {row['test']}"
+
+
+def _recovery(row: dict[str, object]) -> str:
+    return "at once" if row["recovery_s"] is None else f"{float(str(row['recovery_s'])):.1f} s"
+
+
+if __name__ == "__main__":
+    main()

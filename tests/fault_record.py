@@ -1,0 +1,49 @@
+"""Record of scripted faults and hostile acts: what was done, what came of it, and how long it took.
+
+    @pytest.mark.fault("a site's process is killed", "the next session trains the round again")
+    @pytest.mark.hostile("a site sends {name}", "refused; out for the round")
+
+With the environment variable SPLITFT_FAULTS=FILE, every marked test adds one JSON line to the file. `{name}`
+is a parameter of the test. A test that measures how long the run stood still says so with
+`record_property("recovery_s", seconds)`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+KINDS = ("fault", "hostile")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Write the line of a marked test when it has ended."""
+    outcome = yield
+    report = outcome.get_result()
+    file = os.environ.get("SPLITFT_FAULTS")
+    ended = report.when == "call" or report.outcome != "passed"
+    if not file or not ended:
+        return
+    parameters = {key: str(value) for key, value in getattr(item, "callspec", _NoParameters).params.items()}
+    for kind in KINDS:
+        for mark in item.iter_markers(kind):
+            what, result = (str(text).format(**parameters) for text in mark.args)
+            row = {
+                "kind": kind,
+                "what": what,
+                "result": result,
+                "outcome": report.outcome,
+                "seconds": round(report.duration, 2),
+                "recovery_s": dict(report.user_properties).get("recovery_s"),
+                "test": item.nodeid,
+            }
+            with Path(file).open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+class _NoParameters:
+    params: dict[str, object] = {}
