@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 
 import pytest
@@ -180,3 +181,17 @@ def test_events_reach_listeners_and_trackers_alike(tmp_path, tiny_llama):
     losses = [e.by_client["client-1"] for e in heard if isinstance(e, Evaluated)]
     rows = [line.split(",") for line in (tmp_path / "run/metrics.csv").read_text().splitlines()[1:]]
     assert [float(row[3]) for row in rows if row[1] == "client-1"] == losses
+
+
+def test_two_plugins_of_one_name_are_both_kept_with_the_run(tmp_path, tiny_llama):
+    files = ["a/mine.py", "b/Mine.py", "c/mine.py"]
+    for number, file in enumerate(files):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text(f"NUMBER = {number}\n", encoding="utf-8")
+    configuration = settings_file(tmp_path, tiny_llama, training={"rounds": 1, "steps": 1}, plugins=files)
+    run = splitft.train(configuration, tmp_path / "run")
+    kept = {path.name: path.read_text(encoding="utf-8") for path in (run.folder / "plugins").iterdir()}
+    assert len({name.casefold() for name in kept}) == len(set(kept.values())) == 3
+    for file in files:
+        (tmp_path / file).unlink()
+    assert len(load(run.folder / "config.yaml").plugins) == 3

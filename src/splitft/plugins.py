@@ -41,6 +41,8 @@ def find(file: str, folder: Path, sha256: str | None = None) -> PluginFile:
     Raises PluginError if there is none, or none with the content of this hash.
     """
     candidates = [folder / file, folder / FOLDER / Path(file).name]
+    if sha256 is not None:
+        candidates.append(folder / FOLDER / _name_by_content(Path(file), sha256))
     found = [PluginFile(path, digest(path)) for path in candidates if path.is_file()]
     if not found:
         raise PluginError(f"the plug-in {candidates[0]} is not there; give the path of a Python file")
@@ -105,12 +107,23 @@ def load_approved(owner: Path) -> None:
 
 
 def keep_copies(plugins: Iterable[PluginFile], folder: Path) -> None:
-    """Copy the files into `folder/plugins`, so that the folder can be read without the originals."""
+    """Copy the files into `folder/plugins`, so that the folder can be read without the originals.
+
+    Of several files of one name from different folders, all but the first get their hash into the name.
+    """
+    taken: dict[str, str] = {}
     for plugin in plugins:
-        copy = folder / FOLDER / plugin.path.name
+        name = plugin.path.name
+        if taken.setdefault(name.casefold(), plugin.sha256) != plugin.sha256:
+            name = _name_by_content(plugin.path, plugin.sha256)
+        copy = folder / FOLDER / name
         if not copy.is_file() or digest(copy) != plugin.sha256:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(plugin.path.read_bytes())
+
+
+def _name_by_content(path: Path, sha256: str) -> str:
+    return f"{path.stem}~{sha256[:10]}{path.suffix}"
 
 
 def _place(path: Path, error: Exception) -> str:

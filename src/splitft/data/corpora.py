@@ -249,25 +249,30 @@ def _text(row: Mapping[str, object], column: str, place: str, source: str) -> st
             f"{source}: {place} holds a {type(value).__name__} in the column {column!r} ({value!r:.40}); "
             f"the column must hold text"
         )
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{source}: {place}, column {column!r}, is not valid text: {error.reason}"
-            ) from error
-    return value
+    return _valid(value, column, place, source)
 
 
 def _label(row: Mapping[str, object], column: str, place: str, source: str) -> str:
     """Return the value of a column that shares are divided by, as text."""
     value = row[column]
     if isinstance(value, (str, int, float)) and value != "":
-        return str(value)
+        return _valid(str(value), column, place, source)
     raise DataError(
         f"{source}: {place} has {value!r:.40} in the column {column!r}; to divide by this column, every row "
         f"needs a name or a number in it"
     )
+
+
+def _valid(text: str, column: str, place: str, source: str) -> str:
+    """Return a text. Raises DataError for half a character (a lone surrogate), which no file can hold."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{source}: {place}, column {column!r}, is not valid text: {error.reason}"
+            ) from error
+    return text
 
 
 READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {

@@ -30,6 +30,8 @@ __all__ = ["PARTITIONS", "Partition", "Shares", "divide", "values_of"]
 Shares = tuple[tuple[int, ...], ...]
 """For each client the indices of its examples, ascending."""
 
+LONGEST_NAME = 200
+"""Most characters in a client's name, as in messages."""
 MINIMUM = 2
 """Examples that a client needs: one to train on, one held out."""
 
@@ -111,6 +113,23 @@ def values_of(examples: Sequence[Example]) -> tuple[str, ...]:
             "the examples carry no labels to divide by; name their column in clients.shares.column"
         )
     return tuple(sorted(value for value in values if value is not None))
+
+
+def owners_of(examples: Sequence[Example]) -> tuple[str, ...]:
+    """Return the values of `values_of` as names of clients. Raises DataError for one that cannot be a name."""
+    owners = values_of(examples)
+    for name in owners:
+        if len(name) > LONGEST_NAME:
+            raise DataError(
+                f"a client would be named after a value of {len(name)} characters ({name[:40]!r}...); give "
+                f"values of at most {LONGEST_NAME} in clients.shares.column"
+            )
+        if name.startswith("=") or name == "server":
+            raise DataError(
+                f"no client can be named {name!r}: the run itself uses such names; write the value differently "
+                "in clients.shares.column"
+            )
+    return owners
 
 
 def label_classes(examples: Sequence[Example]) -> Indices:

@@ -136,13 +136,13 @@ def check_tasks(tasks: Sequence[str]) -> None:
 
 def _adapter_folder(run: Run, request: EvaluationRequest) -> Path:
     """Return the folder of the global adapter, or of a client's own. Raises RunError if there is none."""
-    personal = run.folder / "personal"
-    names = sorted(path.name for path in personal.iterdir()) if personal.is_dir() else []
+    personal = run.personal
+    names = sorted(personal)
     if request.client is not None and request.client not in names:
         held = f"there are those of {', '.join(names)}" if names else "all clients share the global one"
         raise RunError(f"{run.folder} has no adapter of {request.client!r} alone; {held}")
     if request.client is not None:
-        return personal / request.client
+        return personal[request.client]
     if names and not run.adapter_dir.is_dir():
         raise RunError(
             f"{run.folder} has no global adapter, but one of each client: give --client, such as {names[0]}"

@@ -30,6 +30,7 @@ from safetensors import torch as safetensors
 
 from splitft.codecs.encoded import Encoded
 from splitft.errors import WireError
+from splitft.foreign_text import printable
 from splitft.protocol.frame_header import (
     FrameHeader,
     entries_as_json,
@@ -158,7 +159,8 @@ def open_frame(data: bytes, limit: int = MAX_FRAME_BYTES) -> UnreadFrame:
         raise WireError("the frame's header does not consist of sender, kind, fields and tensors")
     table, payload = _table(data, body_at)
     entries = with_parts(parse_entries(header["tensors"]), table, payload)
-    return UnreadFrame(header["kind"], header["fields"], header["sender"], entries, data, body_at, body_crc)
+    sender = printable(header["sender"])
+    return UnreadFrame(header["kind"], header["fields"], sender, entries, data, body_at, body_crc)
 
 
 def _prefix(data: bytes) -> tuple[int, int, int, int]:

@@ -19,7 +19,7 @@ from typing import Any
 from splitft.config import RunConfig
 from splitft.data.corpora import read_records
 from splitft.data.fingerprint import fingerprint, fingerprint_of_batches
-from splitft.data.partitions import PARTITIONS, Shares, divide, values_of
+from splitft.data.partitions import PARTITIONS, Shares, divide, owners_of
 from splitft.data.share_statistics import ShareSummary, summarise_shares
 from splitft.data.text import Batch, BatchStream, Example, eval_batches, held_out
 from splitft.data.tokens import Tokenised, tokenise
@@ -109,7 +109,7 @@ def divide_text(config: RunConfig, model: Model) -> DividedText:
     text = tokenise(records, model.tokenizer(), config.data.max_tokens, config.data.separator)
     parts = divide(text.examples, config.clients.count, spec, config.seed)
     owned = PARTITIONS[spec.by].owns_text
-    names = values_of(text.examples) if owned else tuple(f"client-{n}" for n in range(1, len(parts) + 1))
+    names = owners_of(text.examples) if owned else tuple(f"client-{n}" for n in range(1, len(parts) + 1))
     return DividedText(text, parts, names)
 
 

@@ -9,14 +9,17 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from splitft.names import DEVICES, NAME_PATTERN
 from splitft.specs.base import Spec
 
-SiteName = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_-]{0,62}[A-Za-z0-9])?$", examples=["north-clinic"])
-]
+SiteName = Annotated[str, Field(pattern=NAME_PATTERN, examples=["north-clinic"])]
 HostName = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?$", examples=["splitft.example.org"])
 ]
+
+
+TAKEN = DEVICES | {"server", "all", "client"}
+"""Names that a site cannot have, whatever their case: devices of Windows, and parties of FLARE's own."""
 
 
 class DeploySpec(Spec):
@@ -46,6 +49,11 @@ class DeploySpec(Spec):
 
     @model_validator(mode="after")
     def _sites_have_names_of_their_own(self) -> DeploySpec:
-        if self.sites is not None and len(set(self.sites)) < len(self.sites):
-            raise ValueError("two sites have the same name")
+        known: dict[str, str] = {self.server.casefold(): f"deploy.server ({self.server})"}
+        for site in self.sites or ():
+            if site.casefold() in TAKEN:
+                raise ValueError(f"no site can be called {site!r}: the name has a meaning of its own")
+            if other := known.get(site.casefold()):
+                raise ValueError(f"{site!r} and {other} have the same name, upper and lower case apart")
+            known[site.casefold()] = repr(site)
         return self

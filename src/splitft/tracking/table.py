@@ -3,7 +3,8 @@
     Table(headings, rows) --to_rich--> terminal    --to_markdown--> RESULTS.md
                           --macros.html.j2--> a page
 
-Cells are plain text: each renderer escapes what its own format would read as markup.
+Cells are plain text: each renderer escapes what its own format would read as markup, and the terminal's what
+could steer it (`foreign_text`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from splitft.foreign_text import printable
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -47,7 +50,7 @@ class Table:
             fixed = self.wrap is not None and column not in self.wrap
             table.add_column(escape(heading), justify=justify, no_wrap=fixed)  # type: ignore[arg-type]
         for number, row in enumerate(self.rows):
-            table.add_row(*map(escape, row), style="bold" if number in self.bold else "")
+            table.add_row(*(escape(printable(cell)) for cell in row), style="bold" if number in self.bold else "")
         return table
 
     def to_markdown(self) -> str:
