@@ -1,39 +1,52 @@
-"""Make certificates and startup kits for named parties with FLARE's own provisioning.
+"""Make the startup kits of a whole federation on one machine, and prepare a kit before it runs.
 
-    server, sites --provision--> KITS/HOST  KITS/SITE ...  KITS/admin@splitft.local    one for each machine
+    server, sites --provision--> KITS/HOST  KITS/SITE ...  KITS/submitter@...  KITS/admin@...
 
-Every kit has its own key and certificate, signed by a root that is made once and stays in `KITS/.authority`.
-Whoever has that folder can admit new parties, so it stays with the project. A site only opens connections, to
-the server's one port, and both sides check TLS certificates. Each kit lists the classes that a job may start,
-FLARE's own and ours by name, so that no job can bring code.
+Every kit has its own key and certificate, signed by a root that stays in `KITS/.authority`. On one machine
+that is convenient; whoever makes kits for others this way has held their keys (`identity.authority` is the
+way in which each key is made where it stays). A site only opens connections, to the server's one port, and
+both sides check TLS certificates. What a kit's holder may do, and what a job may start, is in
+`permissions`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nvflare.lighter.constants import CtxKey
-from nvflare.lighter.prov_utils import prepare_builders
-from nvflare.lighter.provision import prepare_project
-from nvflare.lighter.provisioner import Provisioner
-
+from splitft.deploy.flare.permissions import RESOURCES, read_resources, write_permissions
+from splitft.deploy.identity.authority import (
+    PROJECT,
+    approve,
+    create_authority,
+    make_private,
+    package,
+    request,
+)
+from splitft.deploy.identity.certificates import certificate_of
 from splitft.errors import DeployError
+from splitft.files import write_whole
 
-PROJECT = "splitft"
-ADMIN = "admin@splitft.local"
-"""Name of the party that submits runs."""
-OURS = ("splitft.deploy.flare.job.",)
-"""Prefixes of the classes that a run's job starts."""
+__all__ = [
+    "ADMIN",
+    "AUTHORITY",
+    "PROJECT",
+    "SUBMITTER",
+    "Kits",
+    "kind_of",
+    "party_of",
+    "prepare_kit",
+    "provision",
+]
+
+SUBMITTER, ADMIN = "submitter@splitft.local", "admin@splitft.local"
+"""Names of the parties that submit runs, and that administer the federation, as `provision` makes them."""
 AUTHORITY = ".authority"
 """Folder of the root certificate's key."""
-_LIGHTER = "nvflare.lighter.impl"
 
 
 @dataclass(frozen=True)
@@ -51,8 +64,13 @@ class Kits:
         return self.folder / party
 
     @property
+    def submitter(self) -> Path:
+        """The kit of whoever submits, watches and stops runs."""
+        return self.folder / SUBMITTER
+
+    @property
     def admin(self) -> Path:
-        """The admin's kit."""
+        """The administrator's kit; it cannot submit."""
         return self.folder / ADMIN
 
 
@@ -60,58 +78,42 @@ def provision(folder: Path, server: str, port: int, sites: Sequence[str]) -> Kit
     """Make certificates and kits. Raises DeployError if the folder is not empty or FLARE fails."""
     if folder.exists() and any(folder.iterdir()):
         raise DeployError(f"{folder} exists and is not empty; give another folder")
-    project = {
-        "api_version": 3,
-        "name": PROJECT,
-        "description": "federated split fine-tuning",
-        "participants": [
-            {"name": server, "type": "server", "org": PROJECT, "fed_learn_port": port},
-            *({"name": site, "type": "client", "org": PROJECT} for site in sites),
-            {"name": ADMIN, "type": "admin", "org": PROJECT, "role": "project_admin"},
-        ],
-        "builders": [
-            {
-                "path": f"{_LIGHTER}.workspace.WorkspaceBuilder",
-                "args": {"template_file": ["master_template.yml"]},
-            },
-            {
-                "path": f"{_LIGHTER}.static_file.StaticFileBuilder",
-                "args": {"config_folder": "config", "scheme": "tcp"},
-            },
-            {"path": f"{_LIGHTER}.cert.CertBuilder", "args": {}},
-            {"path": f"{_LIGHTER}.signature.SignatureBuilder", "args": {}},
-        ],
-    }
-    # root certificate, and a certificate and a kit for each party
-    authority, output = folder / AUTHORITY, io.StringIO()
-    authority.mkdir(parents=True, mode=0o700)
+    roles = {server: "server", **dict.fromkeys(sites, "site"), SUBMITTER: "submitter", ADMIN: "administrator"}
+    if len(roles) < len(sites) + 3:
+        raise DeployError(f"no kits could be made: two of {server}, {', '.join(sites)} have the same name")
     try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            made = Provisioner(str(authority), prepare_builders(project)).provision(prepare_project(project))
-        if made.get(CtxKey.BUILD_ERROR):
-            raise ValueError(output.getvalue().strip().splitlines()[-1])
-    except ValueError as error:
-        shutil.rmtree(folder)
+        create_authority(folder / AUTHORITY, server, port)
+        for name, role in roles.items():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                asked = request(name, role, Path(scratch) / "request")
+                signed = Path(scratch) / f"{name}.signed.zip"
+                approve(asked, folder / AUTHORITY, signed, role)
+                package(signed, Path(scratch) / "request", folder / name)
+        for party in (server, *sites):
+            prepare_kit(folder / party)
+        make_private(folder)
+    except DeployError as error:
+        shutil.rmtree(folder, ignore_errors=True)
         raise DeployError(f"no kits could be made: {error}") from error
-    # one folder for each kit
-    for kit in Path(str(made[CtxKey.CURRENT_PROD_DIR])).iterdir():
-        shutil.move(kit, folder / kit.name)
-    kits = Kits(folder, server, tuple(sites))
-    for party in (server, *sites):
-        _allow_our_classes(kits.of(party))
-    return kits
+    return Kits(folder, server, tuple(sites))
+
+
+def kind_of(kit: Path) -> str:
+    """Return the kind of a kit, `server` or `client`. Raises DeployError if it is neither's."""
+    for kind in ("server", "client"):
+        if (kit / "startup" / f"fed_{kind}.json").is_file():
+            return kind
+    raise DeployError(f"{kit} is no startup kit of a server or a site: it has no startup/fed_*.json")
 
 
 def prepare_kit(kit: Path) -> str:
-    """Adjust a kit to its present folder; returns `server` or `client`. Raises DeployError if it is none."""
-    kind = next(
-        (one for one in ("server", "client") if (kit / "startup" / f"fed_{one}.json").is_file()), None
-    )
-    if kind is None:
-        raise DeployError(f"{kit} is no startup kit of a server or a site: it has no startup/fed_*.json")
-    _allow_our_classes(kit)
-    path = kit / "local" / "resources.json"
-    resources: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Adjust a kit to its present folder; returns `server` or `client`. Raises DeployError if it is none.
+
+    The permissions are written anew each time, so that a kit that lacks them, or has wider ones, has ours.
+    """
+    kind = kind_of(kit)
+    write_permissions(kit, kind)
+    resources = read_resources(kit)
     if kind == "client":  # a site's log is its own; FLARE's default is to send it to the server
         resources["allow_log_streaming"] = False
     if kind == "server":  # FLARE's default is one place in /tmp for all federations of a machine
@@ -120,32 +122,12 @@ def prepare_kit(kit: Path) -> str:
         for component in resources["components"]:
             if component["id"] == "job_manager":
                 component["args"]["uri_root"] = str(storage / "jobs")
-    path.write_text(json.dumps(resources, indent=2), encoding="utf-8")
+    write_whole(kit / "local" / RESOURCES, json.dumps(resources, indent=2))
+    for part in (kit, kit / "startup", kit / "local"):
+        part.chmod(part.stat().st_mode & 0o700)
     return kind
 
 
 def party_of(kit: Path) -> str:
     """Return the name in a kit's certificate: a site or the server. Raises DeployError if it has none."""
-    from cryptography import x509
-    from cryptography.x509.oid import NameOID
-
-    for file in ("server.crt", "client.crt"):
-        path = kit / "startup" / file
-        if path.is_file():
-            names = x509.load_pem_x509_certificate(path.read_bytes()).subject
-            return str(names.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
-    raise DeployError(f"{kit} has no certificate")
-
-
-def _allow_our_classes(kit: Path) -> None:
-    """Let jobs start our classes beside those of FLARE's own list."""
-    local = kit / "local"
-    own, default = local / "resources.json", local / "resources.json.default"
-    path = own if own.is_file() else default
-    try:
-        resources: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DeployError(f"{path} cannot be read ({error}); is {kit} a whole startup kit?") from error
-    allowed = resources.setdefault("class_allow_list", [])
-    allowed.extend(prefix for prefix in OURS if prefix not in allowed)
-    own.write_text(json.dumps(resources, indent=2), encoding="utf-8")
+    return certificate_of(kit).name

@@ -1,0 +1,93 @@
+"""Run a kit until it is told to end, and tell its operator what there is to know.
+
+console.txt of the process --lines `splitft: ...`--> terminal or service log
+not connected for 10 s ----probe of the server-----> why, and what to do
+certificates ------------------once a day----------> a warning from 30 days before the end
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from splitft.deploy.flare.connections import CONNECTED, LOST, MARK, REFUSED
+from splitft.deploy.flare.processes import CONSOLE, Service, interrupt_on_sigterm, processes_of
+from splitft.deploy.identity.certificates import certificate_of, root_of, warnings_of
+from splitft.deploy.identity.probe import explain
+from splitft.errors import DeployError
+
+EXPLAIN_S = 10.0
+"""After this long without a connection to the server, its likely reason is said."""
+AGAIN_S, DAY_S = 300.0, 86400.0
+"""The same reason is said again after this long, and a warning about certificates after a day."""
+
+
+class Reporter:
+    """Tells an operator what happens to the process of a kit."""
+
+    def __init__(self, service: Service, tell: Callable[[str], None]) -> None:
+        self._service, self._tell = service, tell
+        path = service.kit / CONSOLE
+        self._console = path
+        self._position = path.stat().st_size if path.is_file() else 0
+        self._connected = service.kind == "server"  # a server connects to nobody
+        self._alone_since = time.monotonic()
+        self._said, self._said_at, self._warned_at = "", 0.0, -DAY_S
+
+    def report(self) -> None:
+        """Tell what is new. Raises DeployError if the server has refused this process for good."""
+        for line in self._new_lines():
+            self._tell(line)
+            if line.startswith(CONNECTED):
+                self._connected, self._said = True, ""
+            elif line.startswith(LOST):
+                self._connected, self._alone_since = False, time.monotonic()
+            elif line.startswith(REFUSED):
+                raise DeployError(f"{line.removeprefix(REFUSED).strip()}; run one process for each kit")
+        now = time.monotonic()
+        if not self._connected and now - self._alone_since > EXPLAIN_S:
+            self._explain(now)
+        if now - self._warned_at > DAY_S:
+            self._warned_at = now
+            for line in warnings_of((certificate_of(self._service.kit), root_of(self._service.kit))):
+                self._tell(f"warning: {line}")
+
+    def _explain(self, now: float) -> None:
+        """Tell why there is no connection, if the reason is new or was not told for a while."""
+        self._alone_since = now  # ask again after a while
+        reason = explain(self._service.kit)
+        if reason is None:
+            reason = "the server can be reached, and has not admitted this site yet; its log may say why"
+        if reason != self._said or now - self._said_at > AGAIN_S:
+            self._said, self._said_at = reason, now
+            self._tell(f"not connected: {reason}")
+
+    def _new_lines(self) -> list[str]:
+        """Return the lines for the operator that the process has written since the last call."""
+        if not self._console.is_file():
+            return []
+        with self._console.open("rb") as file:
+            file.seek(self._position)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._position += len(whole)
+        lines = whole.decode("utf-8", errors="replace").splitlines()
+        return [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
+
+
+def keep_running(kit: Path, tell: Callable[[str], None]) -> None:
+    """Run a kit until Ctrl-C or SIGTERM. Raises DeployError if it cannot or may not run."""
+    service = Service(kit)
+    if processes_of(service.kit):
+        raise DeployError(f"{kit} is running already")
+    reporter = Reporter(service, tell)
+    with interrupt_on_sigterm():
+        service.start()
+        try:
+            while True:
+                reporter.report()
+                service.restart_if_dead()
+                time.sleep(1.0)
+        finally:
+            service.stop()
