@@ -1,4 +1,4 @@
-"""Train, look at the summary, and load the adapter with peft: the whole way from Python."""
+"""Train from Python, print the summary, and load the adapter with peft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames made by libFuzzer, which keeps what reaches new code: `python tests/wire/guided.py -runs=20000`.
+"""Frames made by libFuzzer, which keeps what reaches new code: `python tests/protocol/guided.py -runs=20000`.
 
 It works on three pieces, the header, the table of tensors and the payload, and does not have to guess
 lengths and checksums: they are computed around what it made. Needs atheris, the fuzzer's Python bindings.
