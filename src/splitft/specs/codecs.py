@@ -1,7 +1,7 @@
-"""The codecs by name: what a user may write of each, where it may be used, and how it is made.
+"""The codecs by name: the options, roles, memory and speed of each.
 
     CODECS["int4"]                CodecKind: options, roles, memory, speed; known without torch
-    codec_of("int4")              the codec itself, of `splitft.codecs`, which encodes and decodes
+    codec_of("int4")              the codec of `splitft.codecs`, which encodes and decodes
 
 To add a codec, write a class with the methods of `splitft.codecs.Codec` and one line: here, in a plug-in
 file, or as an entry point of the group `splitft.codecs`.
@@ -29,7 +29,7 @@ class CodecOption:
     fits: Callable[[float], bool] = lambda value: True
     """Whether a number above 0 is allowed."""
     allowed: str = "a number above 0"
-    """The same in words, for error messages."""
+    """The allowed numbers in words, for error messages."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class CodecKind:
     exclusive: bool = False
     """Whether a user may give at most one of the options."""
     roles: frozenset[CodecRole] = frozenset({"hidden", "gradient"})
-    """Tensors that it may carry."""
+    """Roles of the tensors that it may encode."""
     memory: Literal["none", "sender", "both"] = "none"
-    """Which ends must remember earlier messages. With `sender` messages must come in order; with `both` the
+    """The ends that must remember earlier messages. With `sender` messages must come in order; with `both` the
     run cannot be deployed, because a site that returns has lost its copy."""
     learned: str | None = None
     """Name in the memory that appears once the codec has learned; before, it sends something larger."""
@@ -67,7 +67,7 @@ class CodecKind:
     """Measured throughput by role; without one, encoding takes no time on the simulated clock."""
 
     def read_options(self, name: str, texts: Mapping[str, str]) -> dict[str, float]:
-        """Read the options of a user. Raises ValueError that says what is allowed; `name` is the codec's."""
+        """Parse the options of the codec `name`. Raises ValueError that says what is allowed."""
         for key in texts:
             if key not in self.options:
                 known = ", ".join(self.options) or "no options"
@@ -90,7 +90,7 @@ class CodecChoice:
 
     @classmethod
     def parse(cls, text: str) -> CodecChoice:
-        """Read a user's text. Raises ValueError that says what is allowed."""
+        """Parse a user's text. Raises ValueError that says what is allowed."""
         name, _, rest = text.partition(":")
         if name not in CODECS:
             raise ValueError(f"found {name!r}; give one of {', '.join(CODECS)}")
@@ -99,7 +99,7 @@ class CodecChoice:
 
     @property
     def kind(self) -> CodecKind:
-        """The facts about its codec."""
+        """The entry of its codec."""
         return CODECS[self.codec]
 
     def __str__(self) -> str:
@@ -108,7 +108,7 @@ class CodecChoice:
 
 
 def kind_of(text: str) -> CodecKind:
-    """Return the facts about a codec that is written with or without options."""
+    """Return the entry of a codec, given with or without options."""
     return CODECS[text.partition(":")[0]]
 
 
