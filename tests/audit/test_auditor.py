@@ -79,6 +79,16 @@ def test_noise_makes_reading_harder_and_costs_perplexity(config):
     assert noisy.loss != plain.loss == plain.clean_loss
 
 
+def test_one_label_is_read_off_the_loss_that_is_sent_and_no_loss_is_sent_with_noise(config):
+    depth = replace(TINY, texts=1, tokens=2, public=256, attacks=("mean loss", "head gradient"))
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
+    plain, noisy = audit(config, depth, settings=[PLAIN, Setting(2, "bf16", 0.0, 8.0)]).results
+    read = {one.attack: one.recovery for one in plain.findings}
+    assert (read["mean loss"].tokens, read["mean loss"].count) == (1.0, 2)  # two steps of one label
+    assert [one.attack for one in noisy.findings] == ["head gradient"]
+    assert noisy.loss == pytest.approx(plain.loss, rel=1e-6)  # measured at the client, without the noise
+
+
 def test_a_recording_is_of_frames_and_a_run_s_own_adapters(config, tmp_path):
     fast = config.training.model_copy(update={"lr": 1e-2, "rounds": 1})
     run = splitft.train(config.model_copy(update={"training": fast}), tmp_path / "run")

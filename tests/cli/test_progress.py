@@ -113,3 +113,9 @@ def test_a_name_in_the_table_is_text_never_markup():
     told = console(terminal=False)
     told.print(client_table(summary).to_rich())
     assert "[/]ward" in shown(told)
+
+
+def test_a_loss_that_is_not_reported_is_said_to_be_so():
+    events = [started(rounds=1), step(1, 1, 0, ANN, None, 3)]
+    assert lines(events)[-1].endswith("loss not reported")
+    assert "loss not reported" in " ".join(lines(events, terminal=True))

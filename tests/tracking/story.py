@@ -44,7 +44,7 @@ def started(t: float = 100.0, **changes) -> RunStarted:
     return RunStarted(t=t, **(facts | changes))
 
 
-def step(t: float, round: int, number: int, client: str, loss: float, tokens: int) -> StepDone:
+def step(t: float, round: int, number: int, client: str, loss: float | None, tokens: int) -> StepDone:
     """One step of a batch of two; bytes are ten a token up and eleven down."""
     return StepDone(
         t=t,

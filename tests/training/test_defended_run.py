@@ -101,10 +101,13 @@ def test_a_defended_run_repeats_and_resumes_to_the_byte(tiny_llama, tmp_path):
     assert losses[0] == losses[1]
     said = whole.summary
     assert len(said["defences"]) == 5
+    assert {mean for client in said["clients"] for mean in client["train_loss"]} == {None}
     assert [spent["round"] for spent in said["privacy_spent"]] == [1, 2, 3]
     page = (whole.folder / "report.html").read_text()
     assert "Spent on updates." in page
     assert "local differential privacy" in page
+    assert "Losses of training batches are not reported" in page
+    assert all(loss is not None for loss in said["eval_loss"])
 
 
 def test_private_adapters_never_leave_and_differ_between_clients(tiny_llama, text):
