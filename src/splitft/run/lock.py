@@ -19,14 +19,9 @@ from pathlib import Path
 from splitft.errors import BusyError, RunError
 
 try:
-    from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
+    import fcntl
 except ImportError:  # Windows
-    LOCK_EX = LOCK_NB = LOCK_SH = 0
-
-    def flock(handle: int, how: int, /) -> None:
-        """Report that this system has no such locks."""
-        raise OSError(errno.ENOTSUP, "no locks")
-
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 WAIT_S = 0.5
@@ -67,12 +62,19 @@ def check_free(folder: Path) -> None:
     except OSError:
         return
     try:
-        flock(handle, LOCK_SH | LOCK_NB)
+        _flock(handle, shared=True)
     except OSError as error:
         if error.errno in _HELD:
             raise _busy(folder) from error
     finally:
         os.close(handle)
+
+
+def _flock(handle: int, *, shared: bool = False) -> None:
+    """Lock a file that is open, without waiting. Raises OSError if another process has, or none can."""
+    if fcntl is None:
+        raise OSError(errno.ENOTSUP, "no locks")
+    fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
 def _make(folder: Path) -> list[Path]:
@@ -88,7 +90,7 @@ def _locked(folder: Path) -> int:
     while True:
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            flock(handle, LOCK_EX | LOCK_NB)
+            _flock(handle)
         except OSError as error:
             if error.errno not in _HELD:
                 return handle  # a file system without locks

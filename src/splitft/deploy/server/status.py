@@ -19,13 +19,17 @@ from splitft.tracking.events import (
     Evaluated,
     Event,
     RunResumed,
+    SessionEnded,
     SessionStarted,
     SiteChanged,
     StepDone,
+    Warned,
 )
 
 WINDOW_S = 60.0
 """Throughput is averaged over this many seconds."""
+NOTES_KEPT = 20
+"""Messages of a session that its status has."""
 
 
 @dataclass
@@ -40,7 +44,9 @@ class _SiteStatus:
     """Loss of its last step."""
     held_out: float | None = None
     recent: deque[tuple[float, int]] = field(default_factory=deque)
-    """(time, tokens) of its last steps."""
+    """(time on the monotonic clock, tokens) of its last steps."""
+    reason: str = ""
+    """Why it is in this state, if it does not train."""
 
 
 class RunStatus:
@@ -53,6 +59,8 @@ class RunStatus:
         """Rounds that are saved on disk."""
         self._started = False
         self._held_out: float | None = None
+        self._notes: deque[tuple[int, str]] = deque(maxlen=NOTES_KEPT)
+        self._noted = 0
         self._lock = Lock()
 
     def place(self, cuts: Mapping[str, int]) -> None:
@@ -77,8 +85,16 @@ class RunStatus:
                         self._sites[name].cut = cut
                 case StepDone():
                     self._step(event)
-                case SiteChanged() if event.site in self._sites:
-                    self._sites[event.site].state = "training" if event.state == "back" else event.state
+                case SiteChanged():
+                    self._note(event.message)
+                    if event.site in self._sites:
+                        changed = self._sites[event.site]
+                        changed.state = "training" if event.state == "back" else event.state
+                        changed.reason = event.reason
+                case Warned():
+                    self._note(event.message)
+                case SessionEnded() if event.detail:
+                    self._note(f"the session ends: {event.detail}")
                 case Evaluated():
                     self._held_out = event.loss
                     for name, loss in event.by_client.items():
@@ -96,11 +112,20 @@ class RunStatus:
         site = self._sites[event.client]
         site.steps += 1
         site.loss, site.state = event.loss, "training"
-        site.recent.append((event.t, event.tokens))
+        site.recent.append((time.monotonic(), event.tokens))
+
+    def _note(self, text: str) -> None:
+        self._noted += 1
+        self._notes.append((self._noted, text))
+
+    def notes(self) -> tuple[tuple[int, str], ...]:
+        """Return the numbered messages of the session."""
+        with self._lock:
+            return tuple(self._notes)
 
     def as_data(self, silence_s: Mapping[str, float]) -> dict[str, Any]:
         """Return plain data; `silence_s` has the seconds since each site's last message."""
-        now = time.time()
+        now = time.monotonic()  # a clock that is set does not move it
         with self._lock:
             sites = []
             for name, site in self._sites.items():
@@ -111,6 +136,7 @@ class RunStatus:
                     "name": name,
                     "cut": site.cut,
                     "state": site.state,
+                    "reason": "" if site.state == "training" else site.reason,
                     "steps": site.steps,
                     "loss": site.loss,
                     "held_out": site.held_out,
@@ -124,4 +150,5 @@ class RunStatus:
                 "rounds_done": self.rounds_done,
                 "eval_loss": self._held_out,
                 "sites": sites,
+                "notes": list(self._notes),
             }
