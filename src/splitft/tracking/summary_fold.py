@@ -5,7 +5,8 @@
     event --SummaryWriter--> SummaryFold --write(), after each round--> summary.json
 
 `add` takes settled events: those that a resumed run superseded cannot be taken back. The writer therefore
-folds the whole file once when a process of the run begins, and each event alone from then on.
+folds the whole file once when a process of the run begins, and each event alone from then on. Values by round
+are a `Series`, which keeps its JSON text, so that earlier rounds are not spelled out again.
 """
 
 from __future__ import annotations
@@ -41,6 +42,23 @@ from splitft.tracking.log import read_events, settled
 Seconds = defaultdict[str, float]
 
 
+class Series(list[Any]):
+    """A list that grows by rounds, with its JSON text."""
+
+    def __init__(self, values: Iterable[Any] = (), text: str = "") -> None:
+        super().__init__(values)
+        self.text = text
+
+    def append(self, value: Any) -> None:
+        """Add a value."""
+        self.text += f"{', ' if self else ''}{json.dumps(value, allow_nan=False)}"
+        super().append(value)
+
+    def copy(self) -> Series:
+        """Return a list of its own."""
+        return Series(self, self.text)
+
+
 def _zero_bytes() -> dict[str, dict[str, int]]:
     return {role: {"up": 0, "down": 0} for role in get_args(Role)}
 
@@ -53,8 +71,11 @@ class _ClientTotals:
     tokens: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
-    train_loss: dict[int, tuple[float, int]] = field(default_factory=dict)
-    """By round: the sum of losses times tokens, and the tokens."""
+    cut: Series = field(default_factory=Series)
+    loss: Series = field(default_factory=Series)
+    train_loss: Series = field(default_factory=Series)
+    losses: dict[int, tuple[float, int]] = field(default_factory=dict)
+    """Of rounds that are not done: the sum of losses times tokens, and the tokens."""
 
     def add_step(self, step: StepDone) -> None:
         """Count one step."""
@@ -62,26 +83,28 @@ class _ClientTotals:
         self.tokens += step.tokens
         self.add_bytes(step.traffic)
         if step.loss is not None:
-            loss, tokens = self.train_loss.get(step.round, (0.0, 0))
-            self.train_loss[step.round] = (loss + step.loss * step.tokens, tokens + step.tokens)
+            loss, tokens = self.losses.get(step.round, (0.0, 0))
+            self.losses[step.round] = (loss + step.loss * step.tokens, tokens + step.tokens)
 
     def add_bytes(self, traffic: Traffic) -> None:
         """Count the bytes of a step or of adapters."""
         self.bytes_up += sum(traffic.up.values())
         self.bytes_down += sum(traffic.down.values())
 
-    def mean_loss(self, number: int) -> float | None:
-        """Return the token-weighted training loss of one round; None without steps that report it."""
-        loss, tokens = self.train_loss.get(number, (0.0, 0))
-        return _finite(loss / tokens) if tokens else None
+    def end_round(self, number: int, cut: int) -> None:
+        """Add a round's cut and its token-weighted training loss: None without steps that report it."""
+        loss, tokens = self.losses.pop(number, (0.0, 0))
+        self.train_loss.append(_finite(loss / tokens) if tokens else None)
+        self.cut.append(cut)
 
 
 @dataclass
 class _ClockTotals:
     """The simulated clock so far."""
 
-    seconds: list[float] = field(default_factory=list)
-    move_seconds: list[float] = field(default_factory=list)
+    seconds: Series = field(default_factory=Series)
+    move_seconds: Series = field(default_factory=Series)
+    total_s: float = 0.0
     weight_bytes: int = 0
     legs: defaultdict[str, Seconds] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
     idle: Seconds = field(default_factory=lambda: defaultdict(float))
@@ -89,6 +112,7 @@ class _ClockTotals:
 
     def add(self, event: RoundTimed) -> None:
         """Add one round."""
+        self.total_s += event.seconds
         self.seconds.append(event.seconds)
         self.move_seconds.append(event.move_seconds)
         self.weight_bytes += event.weight_bytes
@@ -103,8 +127,8 @@ class _ClockTotals:
     def as_data(self, machines: Mapping[str, str]) -> dict[str, Any]:
         """Return seconds by round and by client and leg, idle seconds and peak memory."""
         return {
-            "seconds": list(self.seconds),
-            "move_seconds": list(self.move_seconds),
+            "seconds": self.seconds.copy(),
+            "move_seconds": self.move_seconds.copy(),
             "weight_bytes": self.weight_bytes,
             "legs": {client: dict(seconds) for client, seconds in self.legs.items()},
             "idle": dict(self.idle),
@@ -121,11 +145,10 @@ class SummaryFold:
         self._started: RunStarted | None = None
         self._finished = False
         self._clients: defaultdict[str, _ClientTotals] = defaultdict(_ClientTotals)
-        self._cuts: dict[int, Mapping[str, int]] = {}
-        self._rounds: list[RoundDone] = []
-        self._evaluations: list[Evaluated] = []
-        self._spent: list[PrivacySpent] = []
-        self._warnings: list[str] = []
+        self._cuts: dict[str, int] = {}
+        self._changes: dict[int, Mapping[str, int]] = {}
+        self._rounds = 0
+        self._losses, self._errors, self._spent, self._warnings = Series(), Series(), Series(), Series()
         self._steps = 0
         self._tokens = 0
         self._bytes, self._evaluation_bytes = _zero_bytes(), _zero_bytes()
@@ -144,7 +167,7 @@ class SummaryFold:
             case RunStarted():
                 self._started = self._started or event
             case CutsChanged():
-                self._cuts[event.round] = event.cuts
+                self._changes[event.round] = event.cuts
             case StepDone():
                 self._steps += 1
                 self._tokens += event.tokens
@@ -153,18 +176,21 @@ class SummaryFold:
                 for leg, seconds in event.seconds.items():
                     self._seconds[leg] += seconds
             case RoundDone():
-                self._rounds.append(event)
+                self._end_round(event)
                 for client, traffic in event.traffic.items():
                     self._clients[client].add_bytes(traffic)
                     _add_bytes(self._bytes, traffic)
             case Evaluated():
-                self._evaluations.append(event)
+                self._losses.append(_finite(event.loss))
+                for one in self._infos():
+                    loss = _finite(event.by_client.get(one.name, math.nan))
+                    self._clients[one.name].loss.append(loss)
                 for traffic in event.traffic.values():
                     _add_bytes(self._evaluation_bytes, traffic)
             case RoundTimed():
                 self._clock.add(event)
             case PrivacySpent():
-                self._spent.append(event)
+                self._spent.append(_spent(event))
             case Warned() | SiteChanged():
                 self._warnings.append(event.message)
             case RunDone():
@@ -177,8 +203,7 @@ class SummaryFold:
         started = self._started
         if started is None:
             return {}
-        cuts = self._cuts_by_round(started)
-        clients = [self._client(client, cuts) for client in started.clients]
+        clients = [self._client(client) for client in started.clients]
         timed = bool(self._clock.seconds)
         return {
             "version": started.version,
@@ -188,22 +213,22 @@ class SummaryFold:
             "labels": started.labels,
             "privacy": started.privacy,
             "defences": list(started.defences),
-            "privacy_spent": self._privacy_spent(),
+            "privacy_spent": self._spent.copy() or None,
             "finished": self._finished,
-            "rounds": len(self._rounds),
-            "eval_loss": [_finite(event.loss) for event in self._evaluations],
+            "rounds": self._rounds,
+            "eval_loss": self._losses.copy(),
             "not_improved": [client["name"] for client in clients if not _improved(client["loss"])],
             "clients": clients,
             "bytes": {role: dict(counts) for role, counts in self._bytes.items()},
             "evaluation_bytes": {role: dict(counts) for role, counts in self._evaluation_bytes.items()},
-            "aggregation_error": [_finite(event.aggregation_error) for event in self._rounds],
+            "aggregation_error": self._errors.copy(),
             "steps": self._steps,
             "tokens": self._tokens,
             "seconds_by_leg": {leg: round(seconds, 6) for leg, seconds in self._seconds.items()},
             "wall_seconds": self._wall_seconds(),
-            "simulated_seconds": sum(self._clock.seconds) if timed else None,
+            "simulated_seconds": self._clock.total_s if timed else None,
             "simulated": self._clock.as_data(started.machines) if timed else None,
-            "warnings": list(self._warnings),
+            "warnings": self._warnings.copy(),
         }
 
     def _pass_time(self, event: Event) -> None:
@@ -216,22 +241,24 @@ class SummaryFold:
     def _wall_seconds(self) -> float:
         return round(self._wall_s + self._last - self._since, 3) if self._since is not None else 0.0
 
-    def _cuts_by_round(self, started: RunStarted) -> list[Mapping[str, int]]:
-        """Return the cuts of all rounds so far; of the first round in any case."""
-        now: Mapping[str, int] = {client.name: client.cut for client in started.clients}
-        by_round = []
-        for number in range(1, max(len(self._rounds), 1) + 1):
-            if number in self._cuts:
-                now = {**now, **self._cuts[number]}
-            by_round.append(now)
-        return by_round
+    def _infos(self) -> tuple[ClientInfo, ...]:
+        return self._started.clients if self._started is not None else ()
 
-    def _client(self, client: ClientInfo, cuts: list[Mapping[str, int]]) -> dict[str, Any]:
+    def _end_round(self, event: RoundDone) -> None:
+        self._rounds += 1
+        self._cuts.update(self._changes.pop(self._rounds, {}))
+        self._errors.append(_finite(event.aggregation_error))
+        for client in self._infos():
+            cut = self._cuts.get(client.name, client.cut)
+            self._clients[client.name].end_round(event.round, cut)
+
+    def _client(self, client: ClientInfo) -> dict[str, Any]:
         """Return one client's entry."""
         own = self._clients[client.name]
+        first = self._changes.get(1, {}).get(client.name, client.cut)  # of the first round in any case
         return {
             "name": client.name,
-            "cut": [by_name.get(client.name, client.cut) for by_name in cuts],
+            "cut": own.cut.copy() if self._rounds else [first],
             "examples": own.examples,
             "tokens": own.tokens,
             "train_examples": client.train_examples,
@@ -240,25 +267,11 @@ class SummaryFold:
             "truncated": client.truncated,
             "trained_on": client.trained_on,
             "held_out": client.held_out,
-            "loss": [_finite(event.by_client.get(client.name, math.nan)) for event in self._evaluations],
-            "train_loss": [own.mean_loss(done.round) for done in self._rounds],
+            "loss": own.loss.copy(),
+            "train_loss": own.train_loss.copy(),
             "bytes_up": own.bytes_up,
             "bytes_down": own.bytes_down,
         }
-
-    def _privacy_spent(self) -> list[dict[str, Any]] | None:
-        """Return epsilon and the clipped updates of each round; None if updates were not bounded."""
-        return [
-            {
-                "round": event.round,
-                "epsilon": _finite(event.epsilon),
-                "epsilon_of_round": _finite(event.epsilon_of_round),
-                "delta": event.delta,
-                "clipped": event.clipped,
-                "deviation": event.deviation,
-            }
-            for event in self._spent
-        ] or None
 
 
 class SummaryWriter:
@@ -293,15 +306,34 @@ def _fold_of(folder: Path) -> SummaryFold:
 
 
 def _json_text(summary: Mapping[str, Any]) -> str:
-    """Return JSON whose lists of rounds take one line each; `indent` would be many times slower."""
+    """Return JSON with a line for each value and client; a Series is not spelled out again."""
     lines = []
     for key, value in summary.items():
+        text = _value_text(value)
         if key == "clients" and value:
-            text = "[\n    " + ",\n    ".join(json.dumps(one, allow_nan=False) for one in value) + "\n  ]"
-        else:
-            text = json.dumps(value, allow_nan=False)
+            text = "[\n    " + ",\n    ".join(map(_value_text, value)) + "\n  ]"
         lines.append(f"  {json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}" if lines else "{}"
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, Series):
+        return f"[{value.text}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_value_text(one)}" for key, one in value.items()) + "}"
+    return json.dumps(value, allow_nan=False)
+
+
+def _spent(event: PrivacySpent) -> dict[str, Any]:
+    """Return epsilon and the clipped updates of one round."""
+    return {
+        "round": event.round,
+        "epsilon": _finite(event.epsilon),
+        "epsilon_of_round": _finite(event.epsilon_of_round),
+        "delta": event.delta,
+        "clipped": event.clipped,
+        "deviation": event.deviation,
+    }
 
 
 def _add_bytes(total: dict[str, dict[str, int]], traffic: Traffic) -> None:
