@@ -5,26 +5,22 @@
 A site hashes only the files that its blocks need, and those of the head if it holds it: of a sharded
 checkpoint, a few. The configuration counts too, since the same weights with another rotary base are another
 model. It is compared by its content, not byte by byte, since every version of transformers writes its own
-number into it.
+number into it. The manifest has the tokenizer's files too (`tokenizer_files`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from splitft.deploy.tokenizer_files import tokenizer_files
 from splitft.errors import ForbiddenError, ModelError
 from splitft.model import Model
 from splitft.model.anatomy import locate
+from splitft.model.identity import CONFIG, config_content
 from splitft.protocol.control import BaseFile
-
-CONFIG = "config.json"
-IGNORED_KEYS = ("transformers_version", "_name_or_path")
-"""Keys of a configuration that say who wrote it, not what the model is."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +55,9 @@ class ParameterNames:
 
 
 def manifest_of(model: Model) -> tuple[BaseFile, ...]:
-    """Return every file of the base model on this machine, with size and hash."""
+    """Return every file of the base model and its tokenizer on this machine, with size and hash."""
     files = needed(model, ParameterNames.of(model, head=True), model.shape.blocks)
-    return tuple(describe(model, file) for file in files)
+    return (*(describe(model, file) for file in files), *tokenizer_files(model))
 
 
 def needed(model: Model, names: ParameterNames, cut: int) -> tuple[str, ...]:
@@ -75,7 +71,7 @@ def describe(model: Model, name: str) -> BaseFile:
     if path is None:
         raise ModelError(f"{model.path} has no {name}, which the model needs")
     if name == CONFIG:
-        data = _config_content(path)
+        data = config_content(path)
         return BaseFile(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -110,13 +106,3 @@ def verify(
                 f"{own.sha256[:12]}..., {expected.size} bytes with {expected.sha256[:12]}... "
                 "there; get the same model on both sides"
             )
-
-
-def _config_content(path: Path) -> bytes:
-    """Return what a configuration says of the model, in one spelling."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
-    kept = {key: value for key, value in content.items() if key not in IGNORED_KEYS}
-    return json.dumps(kept, sort_keys=True).encode()

@@ -24,6 +24,7 @@ from splitft.names import file_safe, is_file_safe
 from splitft.peft_folder import check_whole, with_adapter, write_merged, write_peft
 from splitft.plugins import PluginFile, keep_copies
 from splitft.run.lock import LOCK
+from splitft.run.same_inputs import moved_keys
 from splitft.seals import write_sums
 from splitft.tracking.events import RunDone
 from splitft.tracking.log import EventLog, read_events, settled
@@ -170,12 +171,16 @@ def export(folder: Path | str, to: Path | str, *, merged: bool = False) -> Path:
 
 
 def _check_same(old: RunConfig, new: RunConfig, folder: Path) -> None:
-    """Raise RunError unless they differ in the number of rounds alone, and the learning rate is constant."""
+    """Raise RunError unless they differ in the number of rounds alone, and the learning rate is constant.
+
+    The places of model and text may differ too, where `check_inputs` compares the content.
+    """
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     for flat in (before, after):  # a plug-in is its content, wherever it lies; trackers only watch
         flat["plugins"] = [plugin["sha256"][:12] for plugin in flat["plugins"]]
         del flat["trackers"]
-    changed = [key for key in after if before[key] != after[key] and key != "training.rounds"]
+    may_differ = {"training.rounds", *moved_keys(folder)}
+    changed = [key for key in after if before[key] != after[key] and key not in may_differ]
     if before["training.rounds"] != after["training.rounds"] and new.training.schedule != "constant":
         changed.append("training.rounds")
     if changed:

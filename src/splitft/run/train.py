@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,12 +19,14 @@ from splitft.config import RunConfig, load
 from splitft.data.tokens import Tokenised
 from splitft.errors import RunError
 from splitft.geometry import Span
+from splitft.model.identity import tokenizer_digest, weight_digests
 from splitft.model.source import silence_transformers
 from splitft.privacy.defence import promises
 from splitft.privacy.known_leakage import audited_sentence
 from splitft.protocol.channel import Tap
 from splitft.run.folder import Run, find_snapshot, is_finished, open_log, put_adapter
 from splitft.run.lock import hold
+from splitft.run.same_inputs import check_inputs
 from splitft.run.setup import RunSetup, prepare
 from splitft.schedule.workload import Fleet
 from splitft.tracking.events import (
@@ -77,6 +79,9 @@ def _train(
     """Train into a run folder that this process holds."""
     with silence_transformers():
         prepared = prepare(config)  # raises before anything is written
+        base, tokenizer = weight_digests(prepared.model), tokenizer_digest(prepared.model.tokenizer())
+    if snapshot is not None:
+        check_inputs(run.folder, base, tokenizer, prepared.facts)
     with (
         stopping(run.folder),
         contextlib.closing(open_log(run.folder, config, snapshot)) as log,
@@ -94,7 +99,7 @@ def _train(
 
         simulation = prepared.simulation(tap)
         if snapshot is None:
-            state = _begin(prepared, listener)
+            state = _begin(prepared, listener, base, tokenizer)
         else:
             listener(RunResumed(round=snapshot.state.round + 1))
             for message in snapshot.passed_over:
@@ -192,7 +197,7 @@ def _audited(prepared: RunSetup) -> str:
     return audited_sentence(config.model.name, cut, codec, config.privacy, config.split.labels == "server")
 
 
-def _begin(prepared: RunSetup, listener: Listener) -> RunState:
+def _begin(prepared: RunSetup, listener: Listener, base: Mapping[str, str], tokenizer: str) -> RunState:
     """Report how a new run begins, and return its state before round 1."""
     config, width = prepared.config, prepared.model.shape.width
     longest = max(map(len, prepared.text.examples))
@@ -211,6 +216,8 @@ def _begin(prepared: RunSetup, listener: Listener) -> RunState:
             audited=_audited(prepared),
             clients=prepared.facts,
             machines=prepared.cut_schedule.machines(),
+            base=base,
+            tokenizer=tokenizer,
         )
     )
     for choice in prepared.chosen:

@@ -62,6 +62,10 @@ class RunStarted(Stamped):
     """What the server can read in this setting according to a stored audit, in one sentence."""
     machines: Mapping[str, str] = {}
     """Devices and links of the simulated clock, by client, in words."""
+    base: Mapping[str, str] = {}
+    """SHA-256 of the files of the frozen base model, to resume with the same; empty if unknown."""
+    tokenizer: str = ""
+    """Digest of the tokenizer, likewise."""
 
     @property
     def privacy(self) -> str:
@@ -138,6 +142,46 @@ class RoundDone(Stamped):
     """Adapters sent in this round, by client."""
 
 
+class UpdatesBounded(Stamped):
+    """Updates of some participants were far larger than the others' and have been scaled down."""
+
+    event: Literal["UpdatesBounded"] = "UpdatesBounded"
+    round: int
+    """Round, from 1."""
+    scale: Mapping[str, float]
+    """What was left of each such client's update, as a share below 1."""
+    limit: float
+    """Largest update that was let through, in the units of `typical`."""
+    typical: float
+    """Median of this round's and the last rounds' updates: root mean square of the changed numbers."""
+
+    @property
+    def message(self) -> str:
+        """The event in one sentence."""
+        listed = ", ".join(f"{name} (to {share:.2g} of it)" for name, share in sorted(self.scale.items()))
+        return (
+            f"round {self.round}: the update was scaled down of {listed}: it was more than "
+            f"{self.limit / self.typical:.3g} times the median (aggregate.norm_bound)"
+        )
+
+
+class RoundUndone(Stamped):
+    """Most clients failed in a round; the run has gone back to the adapters before it."""
+
+    event: Literal["RoundUndone"] = "RoundUndone"
+    round: int
+    """Round, from 1."""
+    reason: str
+    """What failed, in words."""
+    in_a_row: int
+    """Rounds undone since the last one that counted, this one included."""
+
+    @property
+    def message(self) -> str:
+        """The event in one sentence."""
+        return f"round {self.round} is undone, its adapters are not used: {self.reason}"
+
+
 class PrivacySpent(Stamped):
     """The privacy budget spent on the updates of a client that took part in every round so far."""
 
@@ -187,7 +231,9 @@ class Evaluated(Stamped):
     loss: float
     """Mean loss in nats over the labeled held-out tokens of all clients."""
     by_client: Mapping[str, float]
-    """The same for each client alone."""
+    """The same for each client alone, as it reports it."""
+    outliers: Mapping[str, str] = {}
+    """Clients whose loss does not fit the others' for the same adapters, and why; not part of `loss`."""
     traffic: Mapping[str, Traffic] = {}
     """Bytes of the evaluation, by client; not part of the bytes of training."""
 
@@ -225,17 +271,20 @@ class SessionStarted(Stamped):
     """Connected sites."""
     absent: tuple[str, ...] = ()
     """Expected sites that are not connected."""
+    session: str = ""
+    """Id of the session, which is that of its FLARE job."""
 
 
 class SiteChanged(Stamped):
-    """A site of a deployed run was lost, refused or late, has declined, or is back."""
+    """A site of a deployed run was lost, refused or late, has failed or declined, or is back."""
 
     event: Literal["SiteChanged"] = "SiteChanged"
     round: int
     """Round in which it happened; 0 before the first."""
     site: str
-    state: Literal["lost", "refused", "late", "back", "declined"]
-    """`lost`: no heartbeat; `refused`: it sent an invalid message; `late`: only its finished steps count;
+    state: Literal["lost", "refused", "failed", "late", "back", "declined"]
+    """`lost`: no heartbeat; `refused`: it sent an invalid message; `failed`: it reports that it could not do
+    what it was asked, such as with a full disk; `late`: only its finished steps count;
     `declined`: its policy forbids what the run asks for."""
     reason: str
     """The cause, in words."""
@@ -243,7 +292,7 @@ class SiteChanged(Stamped):
     @property
     def message(self) -> str:
         """The event in one sentence."""
-        verb = "has" if self.state == "declined" else "is"
+        verb = "has" if self.state in ("declined", "failed") else "is"
         return f"round {self.round}: {self.site} {verb} {self.state}: {self.reason}"
 
 
@@ -253,11 +302,13 @@ class SessionEnded(Stamped):
     event: Annotated[Literal["SessionEnded", "LinkEnded"], _renamed("SessionEnded")] = "SessionEnded"
     round: int
     """Rounds finished."""
-    reason: Literal["finished", "back", "paused", "stopped"]
+    reason: Literal["finished", "back", "paused", "stopped", "failed"]
     """`finished`: all rounds are trained; `back`: an absent site can join; `paused`: too few sites are left,
-    or the engine failed; `stopped`: an administrator has stopped the run."""
+    or the engine failed; `stopped`: an administrator has stopped the run; `failed`: an error of the server."""
     detail: str = ""
     """The reason in words."""
+    session: str = ""
+    """Id of the session, which is that of its FLARE job."""
 
 
 class RunDone(Stamped):
@@ -275,6 +326,8 @@ Event = Annotated[
     | CutsChanged
     | StepDone
     | RoundDone
+    | UpdatesBounded
+    | RoundUndone
     | PrivacySpent
     | RoundTimed
     | Evaluated

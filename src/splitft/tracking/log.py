@@ -22,9 +22,12 @@ from splitft.tracking.events import (
     PrivacySpent,
     RoundDone,
     RoundTimed,
+    RoundUndone,
     RunDone,
     RunResumed,
+    RunStarted,
     StepDone,
+    UpdatesBounded,
 )
 
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
@@ -71,6 +74,21 @@ def read_events(path: Path) -> list[Event]:
     return events
 
 
+def read_started(path: Path) -> RunStarted | None:
+    """Return how a run began, reading no further than that; None if it has not begun."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if '"RunStarted"' in line[:200] and line.endswith("\n"):
+                    event = parse_event(line)
+                    return event if isinstance(event, RunStarted) else None
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise RunError(f"{path}: cannot read events ({error.strerror})") from error
+    return None
+
+
 def settled(events: Iterable[Event]) -> list[Event]:
     """Return the events that count, without those that a resumed run repeated."""
     kept: list[Event] = []
@@ -86,6 +104,7 @@ def _superseded(event: Event, restart: int) -> bool:
     if isinstance(event, RunDone):
         return True
     numbered = CutsChanged | StepDone | RoundDone | PrivacySpent | RoundTimed | Evaluated | CheckpointSaved
+    numbered |= UpdatesBounded | RoundUndone
     return isinstance(event, numbered) and event.round >= restart
 
 

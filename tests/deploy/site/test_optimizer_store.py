@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from damage import mutations
 from splitft.deploy.site.optimizer_store import OptimizerStore
+from splitft.errors import ForbiddenError
 
 
 def moments(value: float) -> dict[str, torch.Tensor]:
@@ -82,3 +83,15 @@ def test_moments_of_an_earlier_version_are_used(tmp_path):
     assert set(header["__metadata__"]) == {"steps", "cut"}
     (tmp_path / "kept-0001.safetensors").write_bytes(data)
     assert value_of(OptimizerStore(tmp_path).load(1, 2, 10)) == 4.0
+
+
+def test_a_site_declines_to_go_on_with_another_text(tmp_path):
+    OptimizerStore(tmp_path, "one two").check_text(0)
+    OptimizerStore(tmp_path, "one two").check_text(3)
+    with pytest.raises(ForbiddenError, match=r"not the one with which it began this run.*remove .*text.txt"):
+        OptimizerStore(tmp_path, "one three").check_text(3)
+    OptimizerStore(tmp_path, "one three").check_text(0)  # another run of this name begins
+    OptimizerStore(tmp_path, "one three").check_text(1)
+    OptimizerStore(tmp_path / "new", "one").check_text(5)  # a run of an earlier version: known from now on
+    with pytest.raises(ForbiddenError):
+        OptimizerStore(tmp_path / "new", "two").check_text(6)

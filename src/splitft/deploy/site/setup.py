@@ -5,11 +5,13 @@ RunConfig, site's name, SiteSpec --open_site--> SiteParty(register, open_client,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from splitft.config import RunConfig
 from splitft.deploy.run_terms import MAX_DEVICE_NUMBER, RunTerms, load_run_terms, select_sites, site_names
+from splitft.deploy.site.limits import OrderLimits, WorkLedger
 from splitft.deploy.site.policy import SitePolicy, at_site, refusals
 from splitft.errors import DeployError, ForbiddenError
 from splitft.model.source import silence_transformers
@@ -24,6 +26,8 @@ from splitft.specs import SiteSpec
 from splitft.training import Client
 from splitft.training.client import ClientSetup
 
+MB = 1e6
+
 
 @dataclass(frozen=True)
 class SiteParty:
@@ -35,13 +39,19 @@ class SiteParty:
     """Makes the client at a cut, and loads its blocks."""
     policy: SitePolicy
     """What the data owner forbids."""
+    text: str = ""
+    """Fingerprint of the site's text, which stays here."""
 
 
-def open_site(config: RunConfig, name: str, site: SiteSpec | None = None) -> SiteParty:
+def open_site(
+    config: RunConfig, name: str, site: SiteSpec | None = None, ledger: WorkLedger | None = None
+) -> SiteParty:
     """Read the site's text. Raises a SplitftError that says what to correct.
 
-    `site` is the data owner's file. Raises ForbiddenError if the run asks for what it forbids.
+    `site` is the data owner's file, `ledger` what the site has done so far. Raises ForbiddenError if the run
+    asks for what the file forbids, or if the hours of today are spent.
     """
+    began = time.monotonic()
     names = site_names(config)
     if name not in names:
         raise DeployError(f"{name} is no site of this run; it has {', '.join(names)} (deploy.sites)")
@@ -56,14 +66,17 @@ def open_site(config: RunConfig, name: str, site: SiteSpec | None = None) -> Sit
             config, index = select_sites(config, (name,)), 0
         config = at_site(config, site)
     site = site or SiteSpec()
+    limits = OrderLimits(site.limits, config.training, ledger)
+    limits.check_day()
 
     # the text, in numbers
     with silence_transformers():
         terms, inputs = load_run_terms(config), gather(config)
+        terms = replace(terms, frame_limit=min(terms.frame_limit, int(site.limits.frame_mb * MB)))
         own = inputs.clients[index]
         work = workload_of(config, own.stream)
         device, memory_at = _machine(terms, name, work, site)
-    policy = SitePolicy(site, terms.model, config.split.labels == "client", memory_at)
+    policy = SitePolicy(site, terms.model, config.split.labels == "client", memory_at, limits)
     if fixed_cut is None:
         policy.check_some_cut_fits()
     else:
@@ -91,7 +104,9 @@ def open_site(config: RunConfig, name: str, site: SiteSpec | None = None) -> Sit
             )
             return Client(name, inputs.model, cut, setup)
 
-    return SiteParty(terms, register, open_client, policy)
+    limits.work(time.monotonic() - began)
+    text = f"{own.facts.trained_on} {own.facts.held_out}"
+    return SiteParty(terms, register, open_client, policy, text)
 
 
 def _machine(
