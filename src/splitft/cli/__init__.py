@@ -4,19 +4,23 @@
             plan | report | generate | export   runs.py
             shares | eval | compare             measure.py
             audit                               audit.py
-            deploy poc | provision | site | start | submit   deploy.py
-                   status | logs | stop                      operate.py
+            deploy poc | provision | site | start | pause | resume                 deploy.py
+                   submit                                                          submit.py
+                   status | logs | stop                                            operate.py
+                   authority | request | approve | package | renew | revoke        membership.py
 
 Importing a module registers its verbs, and `--help` lists them in this order. Heavy imports are inside the
 verbs, so that `--help` is instant.
 """
 
-from splitft.cli import train, runs, measure, audit, deploy, operate  # isort: skip
+from splitft.cli import train, runs, measure, audit, deploy, submit, operate, membership  # isort: skip
 from splitft.cli.app import app
+from splitft.cli.terminal import make_streams_last
 
-__all__ = ["app", "audit", "deploy", "main", "measure", "operate", "runs", "train"]
+__all__ = ["app", "audit", "deploy", "main", "measure", "membership", "operate", "runs", "submit", "train"]
 
 
 def main() -> None:
     """Run the command `splitft`."""
+    make_streams_last()
     app()
