@@ -7,18 +7,26 @@ certificates ------------------once a day----------> a warning from 30 days befo
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from splitft.deploy.flare.connections import CONNECTED, LOST, MARK, REFUSED
 from splitft.deploy.flare.processes import CONSOLE, Service, interrupt_on_sigterm, processes_of
+from splitft.deploy.flare.pruning import prune
 from splitft.deploy.identity.certificates import certificate_of, root_of, warnings_of
 from splitft.deploy.identity.probe import explain
+from splitft.deploy.metrics import HOST, STATUS_FOLDER, MetricsServer
 from splitft.errors import DeployError
+
+logger = logging.getLogger(__name__)
 
 EXPLAIN_S = 10.0
 """After this long without a connection to the server, its likely reason is said."""
+PRUNE_S = 600.0
+"""Old jobs are deleted this often."""
 AGAIN_S, DAY_S = 300.0, 86400.0
 """The same reason is said again after this long, and a warning about certificates after a day."""
 
@@ -76,17 +84,44 @@ class Reporter:
         return [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
 
 
-def keep_running(kit: Path, tell: Callable[[str], None]) -> None:
-    """Run a kit until Ctrl-C or SIGTERM. Raises DeployError if it cannot or may not run."""
+class Housekeeper:
+    """Deletes what FLARE keeps of old jobs, now and then."""
+
+    def __init__(self, kit: Path) -> None:
+        self._kit, self._tidied_at = kit, -PRUNE_S
+
+    def tidy(self) -> None:
+        """Prune the kit if it was not done for a while; a folder that cannot be deleted is left."""
+        now = time.monotonic()
+        if now - self._tidied_at >= PRUNE_S:
+            self._tidied_at = now
+            try:
+                prune(self._kit)
+            except OSError as error:
+                logger.warning("old jobs of %s cannot be deleted: %s", self._kit, error)
+
+
+def keep_running(kit: Path, tell: Callable[[str], None], metrics_port: int | None = None) -> None:
+    """Run a kit until Ctrl-C or SIGTERM; with a port, serve the metrics of its runs there.
+
+    Raises DeployError if it cannot or may not run.
+    """
     service = Service(kit)
     if processes_of(service.kit):
         raise DeployError(f"{kit} is running already")
-    reporter = Reporter(service, tell)
-    with interrupt_on_sigterm():
+    reporter, housekeeper = Reporter(service, tell), Housekeeper(service.kit)
+    with interrupt_on_sigterm(), contextlib.ExitStack() as at_end:
+        if metrics_port is not None:
+            if service.kind != "server":
+                raise DeployError(f"{kit} is the kit of a site; only the server has metrics of a run")
+            server = MetricsServer(service.kit / STATUS_FOLDER, metrics_port)
+            at_end.callback(server.close)
+            tell(f"metrics: http://{HOST}:{server.port}/metrics")
         service.start()
         try:
             while True:
                 reporter.report()
+                housekeeper.tidy()
                 service.restart_if_dead()
                 time.sleep(1.0)
         finally:
