@@ -4,7 +4,7 @@
     @pytest.mark.hostile("a site sends {name}", "refused; out for the round")
 
 With the environment variable SPLITFT_FAULTS=FILE, every marked test adds one JSON line to the file. `{name}`
-is a parameter of the test. A test that measures how long the run stood still says so with
+is a parameter of the test, `{id}` all of them. A test that measures how long the run stood still says so with
 `record_property("recovery_s", seconds)`.
 """
 
@@ -28,7 +28,7 @@ def pytest_runtest_makereport(item, call):
     ended = report.when == "call" or report.outcome != "passed"
     if not file or not ended:
         return
-    parameters = {key: str(value) for key, value in getattr(item, "callspec", _NoParameters).params.items()}
+    parameters = _parameters(item)
     for kind in KINDS:
         for mark in item.iter_markers(kind):
             what, result = (str(text).format(**parameters) for text in mark.args)
@@ -45,5 +45,8 @@ def pytest_runtest_makereport(item, call):
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-class _NoParameters:
-    params: dict[str, object] = {}
+def _parameters(item) -> dict[str, str]:
+    """Return the test's parameters in words, and their name together as `id`."""
+    if (spec := getattr(item, "callspec", None)) is None:
+        return {}
+    return {**{key: str(value) for key, value in spec.params.items()}, "id": spec.id}

@@ -43,6 +43,7 @@ def _wait_for(process, file, words: str) -> None:
     pytest.fail(f"no {words} in a minute")
 
 
+@pytest.mark.fault("kill -9 of `splitft train` within a round", "--resume ends with the same bytes")
 def test_a_run_killed_in_a_round_resumes_from_the_last_and_ends_bit_for_bit(tmp_path, tiny_llama):
     file, out = settings_file(tmp_path, tiny_llama, training={"steps": 20}), tmp_path / "killed"
     process = started("train", file, "--out", out)
@@ -137,6 +138,7 @@ def test_cuts_that_move_resume_bit_for_bit_with_the_moments_of_their_blocks(
     ],
     ids=["before the first round", "in the first", "after aggregation", "before the last is saved"],
 )
+@pytest.mark.fault("a run stops at any moment ({id})", "--resume ends with the same bytes")
 def test_a_run_may_stop_at_any_moment(tmp_path, config, moment):
     whole = splitft.train(config(), tmp_path / "whole")
     with pytest.raises(StoppedError):
@@ -146,6 +148,7 @@ def test_a_run_may_stop_at_any_moment(tmp_path, config, moment):
     _assert_same_summary(again.summary, whole.summary)
 
 
+@pytest.mark.fault("a stop between the last checkpoint and the adapter", "--resume writes the adapter")
 def test_a_stop_between_the_last_checkpoint_and_the_adapter_loses_nothing(tmp_path, config, monkeypatch):
     whole = splitft.train(config(), tmp_path / "whole")
     written = run_folder.write_peft

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from splitft.deploy.manifest import ParameterNames, manifest_of, needed, verify
+from splitft.deploy.site.policy import SitePolicy
+from splitft.deploy.tokenizer_files import verify_tokenizer
 from splitft.errors import ForbiddenError
 from splitft.geometry import Span
 from splitft.model import open_model
-from splitft.specs import ModelSpec
+from splitft.specs import ModelSpec, SiteSpec
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,7 @@ def test_a_manifest_has_every_file_with_its_hash(sharded):
             assert (one.size, one.sha256) == (len(data), hashlib.sha256(data).hexdigest())
 
 
+@pytest.mark.hostile("a file of the base model differs in one bit", "the site declines and names the file")
 def test_a_file_that_differs_in_one_bit_is_named(sharded, tmp_path):
     manifest, own = manifest_of(sharded), copied(sharded, tmp_path / "own")
     names = files_at(own, 2)
@@ -106,6 +110,9 @@ def test_another_configuration_is_another_model_unless_only_its_writer_differs(s
         verify(own, ["config.json"], manifest, None)
 
 
+@pytest.mark.hostile(
+    "the server's base model is not the one that the site trusts", "the site declines before it loads"
+)
 def test_only_files_that_the_site_trusts_are_used(sharded):
     manifest = manifest_of(sharded)
     names = files_at(sharded, 1)
@@ -121,3 +128,82 @@ def test_a_file_that_the_server_does_not_have_is_named(sharded):
     names = files_at(sharded, 1)
     with pytest.raises(ForbiddenError, match=names[0]):
         verify(sharded, names, manifest_of(sharded)[1:], None)
+
+
+# --- the tokenizer --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_models(tiny_llama, tmp_path):
+    """The same model and tokenizer on the server and on a site."""
+    models = []
+    for side in ("server", "site"):
+        shutil.copytree(tiny_llama, tmp_path / side)
+        models.append(open_model(ModelSpec(name=str(tmp_path / side), dtype="float32")))
+    return models
+
+
+def changed(folder, name, change):
+    path = Path(folder) / name
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content, indent=7), encoding="utf-8")
+
+
+def another_token(content):
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+
+def test_the_tokenizer_is_a_part_of_the_manifest(two_models):
+    server, site = two_models
+    manifest = manifest_of(server)
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {one.name for one in manifest}
+    verify_tokenizer(site, manifest)
+
+
+def test_a_tokenizer_that_numbers_two_tokens_differently_is_named(two_models):
+    server, site = two_models
+    changed(site.path, "tokenizer.json", another_token)
+    with pytest.raises(ForbiddenError, match=r"tokenizer\.json of the tokenizer here is not the server's"):
+        verify_tokenizer(site, manifest_of(server))
+    policy = SitePolicy(SiteSpec(), site, head=True)
+    with pytest.raises(ForbiddenError, match=r"tokenizer\.json"):
+        policy.check_join(1, manifest_of(server))
+
+
+def test_another_end_of_text_is_another_tokenizer(two_models):
+    server, site = two_models
+    changed(site.path, "tokenizer_config.json", lambda content: content.update(eos_token="the"))
+    with pytest.raises(ForbiddenError, match=r"tokenizer_config\.json"):
+        verify_tokenizer(site, manifest_of(server))
+
+
+def test_the_same_tokenizer_in_another_spelling_is_the_same(two_models):
+    server, site = two_models
+    changed(
+        site.path, "tokenizer.json", lambda content: content.update(truncation={"max_length": 5}, version="9")
+    )
+    changed(
+        site.path,
+        "tokenizer_config.json",
+        lambda content: content.update(name_or_path="/x", model_max_length=7),
+    )
+    verify_tokenizer(site, manifest_of(server))
+
+
+def test_a_site_without_the_servers_vocabulary_is_told_so(two_models):
+    server, site = two_models
+    manifest = manifest_of(server)
+    (Path(site.path) / "tokenizer.json").rename(Path(site.path) / "vocab.json")
+    with pytest.raises(ForbiddenError, match=r"is in tokenizer\.json.* this site's in vocab\.json"):
+        verify_tokenizer(site, manifest)
+
+
+def test_a_server_without_a_tokenizer_is_not_compared(two_models, caplog):
+    server, site = two_models
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (Path(server.path) / name).unlink(missing_ok=True)
+    verify_tokenizer(site, manifest_of(server))
+    assert "no tokenizer to compare" in caplog.text

@@ -106,6 +106,7 @@ def organisations(tmp_path_factory, tiny_llama):
             assert [service.wait(60) for service in services] == [130] * 3
 
 
+@pytest.mark.fault("a site's network is down for 20 s", "no step is lost, no event")
 def test_a_cable_that_is_pulled_for_20_s_costs_no_step_and_all_is_as_the_page_says(organisations):
     us = organisations
     submit = us.start("hub", "deploy", "submit", "run.yaml", "--kit", ADMIN, "--out", "runs/first")
@@ -135,6 +136,7 @@ def test_a_cable_that_is_pulled_for_20_s_costs_no_step_and_all_is_as_the_page_sa
     assert "nothing runs" in ended
 
 
+@pytest.mark.fault("`deploy stop`, then a second `submit`", "it goes on after the last finished round")
 def test_a_run_that_is_stopped_goes_on_where_it_was_with_the_next_submit(organisations):
     us = organisations
     words = ("deploy", "submit", "run.yaml", "training.rounds=4", "--kit", ADMIN, "--out", "runs/second")

@@ -131,6 +131,7 @@ LIMITED = """
 """
 
 
+@pytest.mark.fault("the disk is full as a checkpoint is written", "the checkpoint before it stays")
 def test_a_real_limit_on_file_size_leaves_the_checkpoint_before(tmp_path):
     tests = os.path.dirname(os.path.dirname(__file__))
     code = textwrap.dedent(LIMITED).format(path=[tests], run=str(tmp_path))

@@ -26,6 +26,7 @@ def until(true, seconds=40):
     assert true()
 
 
+@pytest.mark.fault("a party's process dies", "its service starts it again")
 def test_a_process_that_dies_is_started_again_and_sigterm_ends_all(tmp_path):
     kit = provision(tmp_path / "kits", "localhost", free_port(), ["north"]).of("localhost")
     command = started("deploy", "start", kit)
@@ -84,6 +85,7 @@ def answers(root, port, kit=None) -> bool:
         return False
 
 
+@pytest.mark.hostile("somebody connects without a certificate of the federation", "the TLS handshake fails, nothing is answered")
 def test_without_a_certificate_of_the_federation_nothing_is_answered(server):
     ours, theirs, port = server
     assert answers(ours, port, ours.of("north"))

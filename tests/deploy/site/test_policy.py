@@ -109,6 +109,10 @@ def test_the_verb_writes_a_file_and_holds_it_against_a_run(tmp_path, tiny_llama,
     cut=st.none() | st.integers(1, 5),
     least=st.integers(1, 5),
 )
+@pytest.mark.hostile(
+    "a run asks for labels, codecs or cuts that a site's file forbids",
+    "the site declines just what its file forbids",
+)
 def test_a_site_declines_just_what_its_file_forbids(labels, may_leave, asked, allowed, cut, least):
     wire = {role: BOUNDED.get(codec, codec) for role, codec in asked.items()}
     run = from_mapping({"split": {"labels": labels}, "wire": wire})
@@ -123,6 +127,7 @@ def test_a_site_declines_just_what_its_file_forbids(labels, may_leave, asked, al
 
 
 @pytest.mark.parametrize("source", ["/etc/passwd", "notes.jsonl", "someone/dataset"])
+@pytest.mark.hostile("a run asks a site to read {source}", "the site declines")
 def test_a_run_cannot_say_what_is_read_on_a_site(source):
     run = from_mapping({"data": {"source": source}})
     assert "text.source" in refusals(SiteSpec(), run, None)[0]
@@ -220,6 +225,7 @@ def test_a_site_that_declines_is_out_and_the_others_finish(tiny_llama, text, cap
         assert any(name == side and "client-2 declines" in line for name, line in said)
 
 
+@pytest.mark.hostile("a base model that is not the server's", "it is never loaded; the site declines")
 def test_a_base_model_that_is_not_the_servers_is_never_loaded(tiny_llama, text):
     prepared = federation(tiny_llama, text, CUTS, training={"rounds": 1, "steps": 2})
     manifest = manifest_of(prepared.model)
