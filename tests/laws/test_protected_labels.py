@@ -152,6 +152,18 @@ def test_without_protection_the_same_comparison_finds_the_exact_losses(tiny_llam
     assert differing(one, other) == NOISED | {("HeadGradient", "loss")}
 
 
+@pytest.mark.parametrize(("privacy", "same"), [(PROTECTED["gaussian"], True), ({}, False)])
+def test_the_choice_of_codecs_depends_on_labels_only_if_they_are_not_protected(
+    tiny_llama, text, privacy, same
+):
+    wire = {"hidden": "bf16", "gradient": "auto", "adapter": "fp32"}
+    model = {"dtype": "float32"}
+    prepared = federation(tiny_llama, text, [2], privacy=privacy, wire=wire, model=model)
+    reasons = [[one.reason for one in each.chosen] for each in (prepared, with_other_labels(prepared))]
+    assert reasons[0]
+    assert (reasons[0] == reasons[1]) == same
+
+
 def test_a_server_gets_no_second_gradient_of_the_same_labels(tiny_llama, text):
     """The mean of many noisy gradients would have little noise."""
     prepared = federation(tiny_llama, text, [2], privacy=PROTECTED["gaussian"])

@@ -72,10 +72,19 @@ class HeldOutEvaluator:
         self._sent = None
 
     def gradient(self, message: LastHidden) -> torch.Tensor:
-        """Return the gradient (M, D) of the batch in flight at its last hidden states."""
-        sent = self._in_flight()
+        """Return the gradient (M, D) of the batch in flight at its last hidden states, to choose codecs by.
+
+        If the run protects labels, it is that of random labels: which codec is chosen is public.
+        """
+        sent, segment = self._in_flight(), self._blocks.segment
         sent.check_rows(self._blocks.name, message)
-        return loss_and_gradient(self._blocks.segment, message.hidden, sent.batch.targets())[1]
+        labels = sent.batch.targets()
+        if self._defence.privacy.protects_labels:
+            drawn = torch.randint(
+                segment.shape.vocab, labels.shape, generator=torch.Generator().manual_seed(0)
+            )
+            labels = drawn.to(labels.device)
+        return loss_and_gradient(segment, message.hidden, labels)[1]
 
     def result(self) -> Evaluation:
         """Return the loss of the batches so far as it may leave, and begin a new sum."""
