@@ -28,9 +28,10 @@ from splitft.deploy.server.status import RunStatus
 from splitft.deploy.server.steady_schedule import SteadySchedule
 from splitft.errors import PausedError
 from splitft.model.source import silence_transformers
+from splitft.privacy.accounting import accountant_missing
 from splitft.protocol import Register
 from splitft.run.folder import Run, find_snapshot, is_finished, open_log, put_adapter
-from splitft.run.train import stopping
+from splitft.run.train import run_promises, stopping
 from splitft.tracking.events import (
     CheckpointSaved,
     Event,
@@ -200,6 +201,7 @@ class ServerSession:
                     rounds=config.training.rounds,
                     steps=config.training.steps,
                     labels=config.split.labels,
+                    defences=self._promises(party),
                     clients=party.facts,
                     machines=party.schedule.machines(),
                 )
@@ -215,6 +217,14 @@ class ServerSession:
         party.server.install(old.adapters, old.folded)
         losses = {name: loss for name, loss in old.losses.items() if name in cuts}
         return replace(old, cuts=cuts, losses=losses)
+
+    def _promises(self, party: ServerParty) -> tuple[str, ...]:
+        """Return what the run's defences guarantee; the texts' lengths are not known here, their bound is."""
+        config, width = self._terms.config, self._terms.model.shape.width
+        noisy = config.privacy.hidden.noise or config.privacy.gradient.noise
+        if noisy and (missing := accountant_missing()):
+            return (f"Rows have noise, but no epsilon is stated: {missing}.",)
+        return run_promises(config, party.schedule.fleet, party.facts, width, config.data.max_tokens)
 
     def _finish(self, listener: Listener, rounds: int) -> SessionEnded:
         if not is_finished(self._folder):
