@@ -18,7 +18,7 @@ from splitft.deploy.flare.processes import CONSOLE, Service, interrupt_on_sigter
 from splitft.deploy.flare.pruning import prune
 from splitft.deploy.identity.certificates import certificate_of, root_of, warnings_of
 from splitft.deploy.identity.probe import explain
-from splitft.deploy.metrics import HOST, STATUS_FOLDER, MetricsServer
+from splitft.deploy.prometheus import HOST, STATUS_FOLDER, MetricsServer
 from splitft.errors import DeployError
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The totals of a deployed run for those who watch it: seconds, bytes, what sites were refused, losses.
 
-events --> RunTotals --as_data()--> plain data, which `deploy.metrics` exports and `deploy.alerts` judges
+events --> RunTotals --as_data()--> plain data, which `deploy.prometheus` exports and `deploy.alerts` judges
 """
 
 from __future__ import annotations

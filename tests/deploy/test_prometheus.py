@@ -12,8 +12,8 @@ import urllib.request
 
 import pytest
 
-from splitft.deploy import metrics
-from splitft.deploy.metrics import (
+from splitft.deploy import prometheus
+from splitft.deploy.prometheus import (
     MetricsServer,
     read_statuses,
     status_file,
@@ -131,7 +131,7 @@ def test_only_this_machine_is_answered_and_only_with_metrics(tmp_path):
 
 
 def test_a_session_writes_its_status_until_it_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "STATUS_S", 0.05)
+    monkeypatch.setattr(prometheus, "STATUS_S", 0.05)
     path, count = status_file(tmp_path, "first"), iter(range(1000))
     with status_written(path, lambda: {"rounds_done": next(count)}):
         deadline = time.monotonic() + 20
@@ -152,11 +152,11 @@ def test_a_status_that_cannot_be_written_ends_no_run(tmp_path, caplog):
 
 
 def test_damaged_and_old_statuses_are_left_out(tmp_path):
-    for number in range(metrics.RUNS_KEPT + 3):
+    for number in range(prometheus.RUNS_KEPT + 3):
         write_status(tmp_path / f"run-{number:02d}.json", {}, running=False)
     (tmp_path / "torn.json").write_text("{")
     (tmp_path / "foreign.json").write_text("[]")
     found = read_statuses(tmp_path)
     assert "torn" not in found
     assert "foreign" not in found
-    assert len(list(tmp_path.glob("*.json"))) == metrics.RUNS_KEPT
+    assert len(list(tmp_path.glob("*.json"))) == prometheus.RUNS_KEPT

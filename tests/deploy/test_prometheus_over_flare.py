@@ -5,16 +5,18 @@ About a minute, and only where SPLITFT_SLOW=1 asks for it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import time
+import urllib.error
 import urllib.request
 
 import pytest
 import yaml
 
-from deploy.test_metrics import parsed
+from deploy.test_prometheus import parsed
 from laws.federations import write_text
 from runs import COMMAND, settings
 
@@ -46,9 +48,10 @@ def _scrape(port: int) -> dict:
 
 
 def _wait_for(port: int, name: str, at_least: float, seconds: float = 150.0) -> dict:
-    deadline = time.monotonic() + seconds
+    deadline, found = time.monotonic() + seconds, {}
     while time.monotonic() < deadline:
-        found = _scrape(port)
+        with contextlib.suppress(urllib.error.URLError):  # until the server's process has started
+            found = _scrape(port)
         if found.get((name, ("run", "run")), -1.0) >= at_least:
             return found
         time.sleep(0.5)
