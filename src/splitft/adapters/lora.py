@@ -17,6 +17,7 @@ Shapes: B sequences, T tokens, R rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,6 +101,15 @@ class LoraLayer(nn.Module):
             [y_ if slot is None else self._adapted(x_, y_, self.slots[slot]) for (slot, _), x_, y_ in parts]
         )
 
+    def update_norm(self, slot: str) -> float:
+        """Return an upper bound of the Frobenius norm of a slot's update of the weight."""
+        one = self.slots[slot]
+        norm = _product_norm(*one.all_rows())
+        if one.folded is not None:
+            norm += _product_norm(one.folded.A, one.folded.B)
+        change = 0.0 if one.magnitude is None else float(one.magnitude.detach().double().norm())
+        return self.scale * norm + change
+
     def _batched_product(self, x: torch.Tensor, slots: Sequence[_SlotFactors]) -> torch.Tensor:
         """Return the small products of clients with equally many rows and equal ranks."""
         factors = [one.all_rows() for one in slots]
@@ -133,6 +143,12 @@ class LoraLayer(nn.Module):
         return counts
 
 
+def _product_norm(A: torch.Tensor, B: torch.Tensor) -> float:
+    """Return the Frobenius norm of B A, without forming it: ||B A||^2 = sum of (B^T B) * (A A^T)."""
+    A, B = A.detach().double(), B.detach().double()
+    return math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum()), 0.0))
+
+
 def _can_be_batched(slots: Sequence[_SlotFactors]) -> bool:
     """Return whether the products can be one: equal ranks, the same folded update, no magnitudes."""
     ranks = {one.A.shape[0] + (one.rest.rank if one.rest else 0) for one in slots}
@@ -151,6 +167,7 @@ class AdapterBank:
         gain: Callable[[int], float] = lambda rank: 1.0,
     ) -> None:
         self._layers, self._routing, self._dtype, self._gain = dict(layers), routing, dtype, gain
+        self._weight_norms: dict[Key, float] = {}
 
     @property
     def sizes(self) -> dict[Key, tuple[int, int]]:
@@ -202,6 +219,32 @@ class AdapterBank:
                 magnitude = None if one.magnitude is None else one.magnitude.detach().clone()
                 factors[key] = Factors(A.detach().clone(), B.detach().clone(), magnitude)
         return AdapterState(factors)
+
+    @torch.no_grad()
+    def largest_update(self, slot: str) -> tuple[float, Key | None]:
+        """Return the largest update of a layer relative to its weight (Frobenius norms), and the layer.
+
+        The norms of the parts of an update (factors, folded update, magnitudes) are added. Not a number if a
+        factor is not finite.
+        """
+        ratios = {
+            key: layer.update_norm(slot) / self._weight_norm(key, layer)
+            for key, layer in self._layers.items()
+            if slot in layer.slots
+        }
+        if not ratios:
+            return 0.0, None
+        worst = max(ratios, key=lambda key: math.inf if math.isnan(ratios[key]) else ratios[key])
+        return ratios[worst], worst
+
+    def _weight_norm(self, key: Key, layer: LoraLayer) -> float:
+        """Return the norm of a frozen weight, which is measured once."""
+        if key not in self._weight_norms:
+            weight: torch.Tensor = layer.base.weight  # type: ignore[assignment]
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            norm = float(torch.linalg.vector_norm(weight.detach(), dtype=wide))
+            self._weight_norms[key] = max(norm, 1e-3 * math.sqrt(weight.numel()))  # a weight may be zero
+        return self._weight_norms[key]
 
     def drop(self, slot: str) -> None:
         """Remove a slot."""

@@ -116,7 +116,7 @@ def values_of(examples: Sequence[Example]) -> tuple[str, ...]:
 
 
 def owners_of(examples: Sequence[Example]) -> tuple[str, ...]:
-    """Return the values of `values_of` as names of clients. Raises DataError for one that cannot be a name."""
+    """Return the values of `values_of` as names of clients. Raises DataError for one that cannot be."""
     owners = values_of(examples)
     for name in owners:
         if len(name) > LONGEST_NAME:
@@ -126,8 +126,8 @@ def owners_of(examples: Sequence[Example]) -> tuple[str, ...]:
             )
         if name.startswith("=") or name == "server":
             raise DataError(
-                f"no client can be named {name!r}: the run itself uses such names; write the value differently "
-                "in clients.shares.column"
+                f"no client can be named {name!r}: the run itself uses such names; write the value "
+                "differently in clients.shares.column"
             )
     return owners
 

@@ -10,7 +10,14 @@ from splitft.specs.data import ClientsSpec, DataSpec, ModelSpec, SharesSpec
 from splitft.specs.deploy import DeploySpec
 from splitft.specs.privacy import LabelsSpec, PrivacySpec, RowDefenceSpec, SiteBoundsSpec, UpdatesSpec
 from splitft.specs.schedule import ChangeSpec, DeviceName, DeviceSpec, LinkName, LinkSpec, ScheduleSpec
-from splitft.specs.site import SiteAllowsSpec, SiteMachineSpec, SiteModelSpec, SiteSpec, SiteTextSpec
+from splitft.specs.site import (
+    SiteAllowsSpec,
+    SiteLimitsSpec,
+    SiteMachineSpec,
+    SiteModelSpec,
+    SiteSpec,
+    SiteTextSpec,
+)
 from splitft.specs.training import AggregateSpec, LoraSpec, SplitSpec, TrainingSpec
 from splitft.specs.wire import WireSpec
 
@@ -34,6 +41,7 @@ __all__ = [
     "SharesSpec",
     "SiteAllowsSpec",
     "SiteBoundsSpec",
+    "SiteLimitsSpec",
     "SiteMachineSpec",
     "SiteModelSpec",
     "SiteSpec",

@@ -75,6 +75,28 @@ class SiteAllowsSpec(Spec):
     """Codecs in which adapters may leave; null for any."""
 
 
+class SiteLimitsSpec(Spec):
+    """Bounds on the orders of a server, whatever the configuration of a run says."""
+
+    rounds: int = Field(10_000, ge=1)
+    """Most rounds of a run; a server is held to the run's own `training.rounds` too."""
+    steps: int = Field(10_000, ge=1)
+    """Most local steps of a round; a server is held to the run's own `training.steps` too."""
+    attempts: int = Field(10, ge=1)
+    """Most times that one round is trained, or evaluated, in a session: a round that failed is repeated."""
+    evaluations: int = Field(30_000, ge=1)
+    """Most evaluations on the held-out text for a run, in all its sessions; each tells the server a loss."""
+    held_out: int = Field(1000, ge=1)
+    """Most held-out examples of an evaluation, even if `data.eval_examples` of the run is more."""
+    hours_a_day: float = Field(24.0, gt=0, le=24)
+    """Hours that this machine computes for runs in a day (UTC), all runs and sessions together."""
+    adapter_norm: float = Field(10.0, gt=0)
+    """Largest update of a layer that a server may send, relative to the layer's frozen weight (Frobenius
+    norms); training changes a layer by a few per cent."""
+    frame_mb: float = Field(1000.0, gt=0)
+    """Largest message that is read, in MB (10^6 bytes)."""
+
+
 class SiteSpec(Spec):
     """The requirements of one site, whatever the server asks for."""
 
@@ -88,3 +110,5 @@ class SiteSpec(Spec):
     """The data that may leave."""
     bounds: SiteBoundsSpec = SiteBoundsSpec()
     """The shallowest cut, and the least noise."""
+    limits: SiteLimitsSpec = SiteLimitsSpec()
+    """The most that a server may ask for."""

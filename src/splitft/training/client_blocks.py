@@ -108,6 +108,10 @@ class ClientBlocks:
         self._known, self._folded = known, folded
         self.bank.put(SLOT, known, folded=folded)
 
+    def largest_update(self) -> tuple[float, tuple[int, str] | None]:
+        """Return the largest update of a layer relative to its frozen weight, and the layer."""
+        return self.bank.largest_update(SLOT)
+
     def private(self) -> AdapterState:
         """Return the factors of the blocks that this client never uploads."""
         return self._known.within(self._private)

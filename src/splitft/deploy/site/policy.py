@@ -15,6 +15,8 @@ from pathlib import Path
 
 from splitft.config import RunConfig, commented, load_spec
 from splitft.deploy.manifest import ParameterNames, needed, verify
+from splitft.deploy.site.limits import OrderLimits
+from splitft.deploy.tokenizer_files import verify_tokenizer
 from splitft.errors import ForbiddenError
 from splitft.model import Model
 from splitft.plugins import load_approved
@@ -60,6 +62,10 @@ def refusals(site: SiteSpec, config: RunConfig, cut: int | None) -> tuple[str, .
         found.append(
             f"the cut is {cut}, and this site takes part from {site.bounds.min_cut} on (bounds.min_cut)"
         )
+    for key in ("rounds", "steps"):
+        asked_for, most = getattr(config.training, key), getattr(site.limits, key)
+        if asked_for > most:
+            found.append(f"training.{key} is {asked_for}, and this site takes at most {most} (limits.{key})")
     if site.text.source is None and config.data.source not in EMBEDDED:
         found.append(
             f"the run reads {config.data.source!r}, and only the data owner chooses what is read on this "
@@ -73,7 +79,9 @@ def at_site(config: RunConfig, site: SiteSpec) -> RunConfig:
 
     A site with a text of its own is the only client of its configuration, and has all of that text.
     """
-    model, data, clients, schedule = config.model, config.data, config.clients, config.schedule
+    model, clients, schedule = config.model, config.clients, config.schedule
+    most = min(config.data.eval_examples or site.limits.held_out, site.limits.held_out)
+    data = config.data.model_copy(update={"eval_examples": most})
     if site.model.folder is not None:
         model = model.model_copy(update={"name": site.model.folder})
     if site.text.source is not None:
@@ -94,9 +102,12 @@ class SitePolicy:
         model: Model,
         head: bool,
         memory_at: Callable[[int], float] = lambda cut: 0.0,
+        limits: OrderLimits | None = None,
     ) -> None:
         """`head` says whether the client holds the head; `memory_at` predicts bytes at a cut."""
         self._site, self._model, self._memory_at = site, model, memory_at
+        self.limits = limits or OrderLimits(site.limits)
+        """What the server may ask for in this session."""
         self._names = ParameterNames.of(model, head=head)
         self._manifest: Sequence[BaseFile] = ()
         self._verified: set[str] = set()
@@ -104,6 +115,7 @@ class SitePolicy:
     def check_join(self, cut: int, manifest: Sequence[BaseFile]) -> None:
         """Check before the client is made, with the server's manifest. Raises ForbiddenError."""
         self._manifest, self._verified = manifest, set()
+        verify_tokenizer(self._model, manifest)
         self.check_move(cut)
 
     def check_move(self, cut: int) -> None:
