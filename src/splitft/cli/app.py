@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from splitft.errors import SplitftError
+from splitft.foreign_text import printable_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +81,7 @@ def end(message: str, status: int) -> NoReturn:
     """Print a message to stderr and exit; with SPLITFT_DEBUG, raise the exception being handled instead."""
     if os.environ.get("SPLITFT_DEBUG"):
         raise
-    typer.echo(f"splitft: {message}", err=True)
+    typer.echo(f"splitft: {printable_lines(message)}", err=True)
     raise typer.Exit(status)
 
 
@@ -111,4 +112,4 @@ def console(stderr: bool = False) -> Console:
 def say(screen: Console, *lines: str) -> None:
     """Print lines as they are: no markup, no colors, and no line breaks of our own."""
     for line in lines:
-        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+        screen.print(printable_lines(line), markup=False, highlight=False, soft_wrap=True)
