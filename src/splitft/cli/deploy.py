@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +34,13 @@ deploy = typer.Typer(
 )
 app.add_typer(deploy, name="deploy")
 
-AdminKit = Annotated[Path, typer.Option("--kit", help="Startup kit of the admin, as written by `provision`.")]
+AdminKit = Annotated[
+    Path,
+    typer.Option("--kit", help="Startup kit of whoever submits runs; `status` and `stop` take an admin's."),
+]
+SiteKit = Annotated[Path, typer.Argument(metavar="KIT", help="Startup kit of the site on this machine.")]
+PRIVATE = 0o077
+"""Permissions that files written by these verbs do not get: kits hold keys, and runs tell of texts."""
 
 
 def deployed(function: Verb) -> Verb:
@@ -44,7 +50,11 @@ def deployed(function: Verb) -> Verb:
     def checked(*args: Any, **kwargs: Any) -> None:
         if importlib.util.find_spec("nvflare") is None:
             raise DeployError("deployment needs NVIDIA FLARE: pip install 'splitft[deploy]'")
-        function(*args, **kwargs)
+        before = os.umask(PRIVATE)
+        try:
+            function(*args, **kwargs)
+        finally:
+            os.umask(before)
 
     deploy.command()(without_traceback(checked))
     return function
@@ -85,8 +95,9 @@ def provision(
     overrides: Overrides = None,
     to: Annotated[Path, typer.Option(help="Folder to write the kits to.")] = Path("kits"),
 ) -> None:
-    """Write startup kits with certificates for the server, each site, and the admin who submits runs."""
+    """Write the kits of all parties on this machine, to try things out; it has everybody's keys."""
     from splitft.config import load
+    from splitft.deploy.flare.provisioning import AUTHORITY
     from splitft.deploy.flare.provisioning import provision as write_kits
     from splitft.deploy.run_terms import site_names
     from splitft.deploy.site.policy import SITE_FILE, site_template
@@ -95,14 +106,22 @@ def provision(
     kits = write_kits(to, config.deploy.server, config.deploy.port, site_names(config))
     for site in kits.sites:
         (kits.of(site) / "local" / SITE_FILE).write_text(site_template(), encoding="utf-8")
-    typer.echo(f"server   {kits.of(kits.server)}   for {kits.server}, port {config.deploy.port}")
+    typer.echo(f"server     {kits.of(kits.server)}   for {kits.server}, port {config.deploy.port}")
     for site in kits.sites:
-        typer.echo(f"site     {kits.of(site)}   for {site} only: it contains its private key")
-    typer.echo(f"admin    {kits.admin}   for whoever submits runs")
+        typer.echo(f"site       {kits.of(site)}   for {site} only: it contains its private key")
+    typer.echo(f"submitter  {kits.submitter}   for whoever submits and watches runs")
+    typer.echo(f"admin      {kits.admin}   for whoever shuts sites out; it cannot submit")
+    typer.echo(f"authority  {kits.folder / AUTHORITY}   admits new parties; keep it off the server")
+    typer.echo(
+        f"WARNING: {to} holds the private keys of all parties. Between organizations each makes its own: "
+        "splitft deploy authority, request, approve, package"
+    )
     typer.echo(
         f"Each data owner fills in local/{SITE_FILE} of its kit: its text, its machine, its limits on a run"
     )
-    typer.echo("On each machine: splitft deploy start KIT; then: splitft deploy submit FILE --kit ADMIN-KIT")
+    typer.echo(
+        "On each machine: splitft deploy start KIT; then: splitft deploy submit FILE --kit SUBMITTER-KIT"
+    )
 
 
 def site(
@@ -141,69 +160,57 @@ def start(
     kit: Annotated[
         Path, typer.Argument(metavar="KIT", help="Startup kit of the server or site on this machine.")
     ],
+    paused: Annotated[
+        bool, typer.Option("--pause", help="Connect, and take part in no run until `splitft deploy resume`.")
+    ] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Serve Prometheus metrics of the server's runs on 127.0.0.1 at this port."
+        ),
+    ] = None,
 ) -> None:
     """Run the server or site of this machine until Ctrl-C."""
-    from splitft.deploy.flare.processes import CONSOLE, keep_running
+    from splitft.deploy.flare.job import owner_folder
+    from splitft.deploy.flare.processes import CONSOLE
     from splitft.deploy.flare.provisioning import party_of
+    from splitft.deploy.flare.running import keep_running
+    from splitft.deploy.site.pause import is_paused
+    from splitft.deploy.site.pause import pause as pause_site
 
-    typer.echo(f"{party_of(kit)} is running; its log is {kit / CONSOLE}; Ctrl-C ends it")
-    keep_running(kit)
+    if paused:
+        pause_site(_owner_of_site(kit))
+    name = party_of(kit)
+    tell = partial(typer.echo)
+    tell(f"{name} is running; its log is {kit / CONSOLE}; Ctrl-C ends it")
+    if is_paused(owner_folder(str(kit))):
+        tell(f"{name} is paused: it takes part in no run until: splitft deploy resume {kit}")
+    keep_running(kit, tell, metrics_port)
 
 
 @deployed
-def submit(
-    file: ConfigFile,
-    kit: AdminKit,
-    overrides: Overrides = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder to collect into.", show_default="runs/NAME")
-    ] = None,
-) -> None:
-    """Run a configuration on a running federation, and start new sessions when sites come and go."""
-    import tempfile
+def pause(kit: SiteKit) -> None:
+    """Take part in no run until `resume`; a run underway goes on without this site."""
+    from splitft.deploy.site.pause import pause as pause_site
 
-    from splitft.config import load
-    from splitft.deploy.flare.admin import Console
-    from splitft.deploy.flare.engine import FlareEngine, FlareRun
-    from splitft.deploy.run_terms import site_names
-    from splitft.deploy.supervisor import supervise
-    from splitft.run.folder import Run
-    from splitft.tracking.summary import client_table, headline
-
-    config, screen = load(file, overrides or []), console()
-    out = out or Path("runs") / file.stem
-
-    print_line = partial(say, screen)
-    sites, spec = site_names(config), config.deploy
-    try:
-        with tempfile.TemporaryDirectory() as scratch, Console(kit) as admin:
-            engine = FlareEngine(admin, FlareRun(out.name, config, Path(scratch), out, fetch=True))
-            ending = supervise(
-                engine, sites, spec.min_clients, spec.join_s, print_line, _round_printer(print_line)
-            )
-    except KeyboardInterrupt:
-        end(
-            "the run continues; `status` follows it, `stop` ends it, `submit` supervises it again",
-            INTERRUPTED,
-        )
-    if ending.stopped:
-        print_line(f"stopped after round {ending.rounds}; the same `submit` goes on from there")
-        raise typer.Exit(INTERRUPTED)
-    run = Run(out)
-    screen.print(client_table(run.summary).to_rich())
-    print_line(f"\n{headline(run.summary)}\nRun folder  {run.folder}")
+    pause_site(_owner_of_site(kit))
+    typer.echo(f"paused; it stays connected and takes part in no run until: splitft deploy resume {kit}")
 
 
-def _round_printer(print_line: Callable[[str], None]) -> Callable[[str, Mapping[str, Any]], None]:
-    """Return a listener of status that prints a line for each finished round."""
-    seen: set[object] = set()
+@deployed
+def resume(kit: SiteKit) -> None:
+    """Take part in runs again, from the next session on."""
+    from splitft.deploy.site.pause import resume as resume_site
 
-    def listener(session: str, status: Mapping[str, Any]) -> None:
-        done = status.get("rounds_done")
-        if done and done not in seen:
-            seen.add(done)
-            loss = status.get("eval_loss")
-            text = f", held-out loss {loss:.3f}" if isinstance(loss, float) else ""
-            print_line(f"round {done} of {status.get('rounds')} is done{text}")
+    was = resume_site(_owner_of_site(kit))
+    typer.echo("resumed; it takes part from the next session on" if was else "it was not paused")
 
-    return listener
+
+def _owner_of_site(kit: Path) -> Path:
+    """Return the owner's folder of a site's kit; raise DeployError for any other kit."""
+    from splitft.deploy.flare.job import owner_folder
+    from splitft.deploy.flare.provisioning import kind_of
+
+    if kind_of(kit) != "client":
+        raise DeployError(f"{kit} is the server's kit; a data owner pauses its own site")
+    return owner_folder(str(kit))

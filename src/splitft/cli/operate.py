@@ -5,6 +5,7 @@ admin's kit --> the federation's server --> the newest job, unless another is na
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import typer
 from splitft.cli.app import AsJson, console
 from splitft.cli.deploy import AdminKit, deployed
 from splitft.errors import DeployError
+from splitft.foreign_text import printable_lines
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from splitft.deploy.flare.admin import Console
 
 POLL_S = 2.0
+NOTES = 5
+"""Messages of the session that are shown below the table."""
 Job = Annotated[str | None, typer.Option(help="FLARE job.", show_default="the newest")]
 Status = Mapping[str, Any]
 
@@ -69,33 +73,46 @@ def logs(
     with Console(kit) as admin:
         for name, text in admin.logs(job or _newest(admin), party).items():
             for row in text.splitlines():
-                typer.echo(f"{name}: {row}")
+                typer.echo(printable_lines(f"{name}: {row}"))
 
 
 @deployed
 def stop(kit: AdminKit, job: Job = None) -> None:
     """Stop the running session; the server keeps the last finished round, from which `submit` continues."""
-    from splitft.deploy.flare.admin import Console
+    from splitft.deploy.flare.admin import Console, NotRunningError
     from splitft.deploy.flare.job import STOP
 
     with Console(kit) as admin:
         running = job or _newest(admin)
         if (state := admin.state(running)).startswith("FINISHED"):
             raise DeployError(f"nothing runs: the job {running} is {state}")
-        answer = admin.ask(running, STOP) or {}
+        answer: dict[str, Any] = {}
+        with contextlib.suppress(NotRunningError):
+            answer = admin.ask(running, STOP) or {}
         if not answer.get("stopped"):  # it has not started yet, or does not answer
             admin.abort(running)
         typer.echo(f"stopped {answer.get('run', 'the run')} (job {running})")
 
 
 def _status(admin: Console, job: str | None) -> dict[str, Any]:
-    """Return the state of a job, and of its sites while it runs."""
+    """Return the state of a job, of its sites while it runs, and what there is to warn of."""
+    from splitft.deploy.alerts import alerts
+    from splitft.deploy.flare.admin import NotRunningError
     from splitft.deploy.flare.job import STATUS
+    from splitft.deploy.identity.certificates import certificate_of, root_of, warnings_of, warnings_of_peers
 
     newest = job or _newest(admin)
     state = admin.state(newest)
-    answer = (admin.ask(newest, STATUS) or {}) if state == "RUNNING" else {}
-    return {"job": newest, "state": state, "connected": sorted(admin.connected()), **answer}
+    answer: dict[str, Any] = {}
+    if state == "RUNNING":
+        try:
+            answer = admin.ask(newest, STATUS) or {}
+        except NotRunningError:
+            state = "RUNNING, but without a process: it is starting, has just ended, or died with the server"
+    own = (certificate_of(admin.kit), root_of(admin.kit))
+    warnings = [*warnings_of(own), *warnings_of_peers(answer.get("certificates"))]
+    known = {"job": newest, "state": state, "connected": sorted(admin.connected())}
+    return {**known, **answer, "warnings": [*warnings, *alerts(answer)]}
 
 
 def _newest(admin: Console) -> str:
@@ -138,4 +155,6 @@ def _show(status: Status) -> Group:
         for site in sites
     ] or [(name, "yes", *("-",) * 7) for name in status["connected"]]
     headings = ("site", "connected", "state", "cut", "steps", "loss", "held out", "tokens/s", "heard")
-    return Group(Text(title), Table(headings, rows, "lrlrrrrrr").to_rich(), Text(state))
+    lines = [Text(text) for _, text in status.get("notes", ())[-NOTES:]]
+    lines += [Text(f"warning: {line}") for line in status.get("warnings", ())]
+    return Group(Text(title), Table(headings, rows, "lrlrrrrrr").to_rich(), Text(state), *lines)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,14 +24,18 @@ from splitft.deploy.server.federation import FederationSetup, RemoteFederation
 from splitft.deploy.server.inbox import Inbox
 from splitft.deploy.server.quota import InboxLimits
 from splitft.deploy.server.registration import await_registrations
+from splitft.deploy.server.run_folder import PLAIN_REQUEST, SessionRequest, check_kept, make_ready
+from splitft.deploy.server.run_totals import RunTotals
 from splitft.deploy.server.setup import ServerParty, open_server
 from splitft.deploy.server.status import RunStatus
 from splitft.deploy.server.steady_schedule import SteadySchedule
-from splitft.errors import PausedError
+from splitft.errors import PausedError, SplitftError
 from splitft.model.source import silence_transformers
 from splitft.privacy.accounting import accountant_missing
 from splitft.protocol import Register
 from splitft.run.folder import Run, find_snapshot, is_finished, open_log, put_adapter
+from splitft.run.lock import hold
+from splitft.run.same_inputs import check_inputs
 from splitft.run.train import run_promises, stopping
 from splitft.tracking.events import (
     CheckpointSaved,
@@ -44,8 +49,8 @@ from splitft.tracking.events import (
     SiteChanged,
     Warned,
 )
-from splitft.tracking.log import read_events, settled
-from splitft.tracking.summary import write_summary
+from splitft.tracking.log import EventLog, read_events, settled
+from splitft.tracking.summary_fold import SummaryWriter
 from splitft.training import FederatedTrainer, RunState
 from splitft.training.checkpoint import Snapshot, save_snapshot
 from splitft.version import __version__
@@ -60,9 +65,18 @@ class _MakeRoomError(Exception):
 class ServerSession:
     """The server's side of one session."""
 
-    def __init__(self, terms: RunTerms, folder: Path, connected: tuple[str, ...], session_key: bytes) -> None:
-        """`connected` are the sites that the transport reaches; `folder` is the run's, for all sessions."""
-        self._terms, self._folder = terms, folder
+    def __init__(
+        self,
+        terms: RunTerms,
+        folder: Path,
+        connected: tuple[str, ...],
+        session_key: bytes,
+        request: SessionRequest = PLAIN_REQUEST,
+    ) -> None:
+        """Prepare a session; `connected` are the sites that the transport reaches; `folder` is the run's, for all sessions."""
+        self._terms, self._folder, self._request = terms, folder, request
+        self.began = False
+        """Whether it has come to training: an error after that need not come again."""
         everyone = site_names(terms.config)
         self._connected = tuple(name for name in everyone if name in connected)
         self.inbox = Inbox(
@@ -78,6 +92,7 @@ class ServerSession:
             terms.config.seed,
         )
         self._status = RunStatus(everyone, terms.config.training.rounds)
+        self._summary, self._totals = SummaryWriter(folder), RunTotals()
         self._room_wanted, self._stopped = Flag(), Flag()
         self._declined: dict[str, str] = {}  # sites that take no part, and why
 
@@ -96,23 +111,56 @@ class ServerSession:
 
     def status(self) -> dict[str, object]:
         """Return the run's status as plain data."""
-        return self._status.as_data({name: self.inbox.silence_s(name) for name in self._connected})
+        known = self._status.as_data({name: self.inbox.silence_s(name) for name in self._connected})
+        limits = {"silence_s": self._terms.config.deploy.silence_s}
+        with contextlib.suppress(OSError):
+            disk = shutil.disk_usage(self._folder)
+            limits |= {"disk_free_bytes": disk.free, "disk_bytes": disk.total}
+        return {**self._totals.as_data(), **limits, **known}
+
+    def notes(self) -> tuple[tuple[int, str], ...]:
+        """Return the numbered messages of the session."""
+        return self._status.notes()
+
+    @property
+    def rounds_done(self) -> int:
+        """Rounds that are saved on disk."""
+        return self._status.rounds_done
 
     def serve(self) -> SessionEnded:
-        """Train from the last finished round on. Raises what stops a run for good, such as a full disk."""
+        """Train from the last finished round on. Raises what stops a session, such as a full disk.
+
+        Raises BusyError if another session trains the run.
+        """
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(self.inbox.close, "the session has ended")
+            at_end.enter_context(hold(self._folder, f"session {self._request.session} of a deployed run"))
+            try:
+                return self._serve()
+            except SplitftError as error:
+                if self.began:
+                    with (
+                        contextlib.suppress(OSError),
+                        contextlib.closing(EventLog(self._folder / "events.jsonl")) as log,
+                    ):
+                        self._end(log, self.rounds_done, "failed", str(error))
+                raise
+
+    def _serve(self) -> SessionEnded:
+        """Train in the run folder that this session holds."""
         config, folder = self._terms.config, self._folder
-        snapshot = find_snapshot(folder, config, resume=(folder / "config.yaml").is_file())
+        snapshot = find_snapshot(folder, config, resume=make_ready(folder, self._request))
         done = 0 if snapshot is None else snapshot.state.round
         with (
             stopping(folder),
             contextlib.closing(open_log(folder, config, snapshot)) as log,
             silence_transformers(),
-            contextlib.ExitStack() as at_end,
         ):
-            at_end.callback(self.inbox.close, "the session has ended")
 
             def listener(event: Event) -> None:
                 log(event)
+                self._summary(event)
+                self._totals(event)
                 self._status(event)
 
             if snapshot is not None and done >= config.training.rounds:
@@ -122,7 +170,7 @@ class ServerSession:
                 return self._end_early(listener, done, "")
             if len(registered) < config.deploy.min_clients:
                 self._record_declined(listener, done)
-                return self._end(listener, done, "paused", f"{len(registered)} sites registered")
+                return self._end(listener, done, "paused", self._too_few(registered))
             party = open_server(self._terms, registered)
             try:
                 state = self._train(party, registered, snapshot, listener)
@@ -133,6 +181,18 @@ class ServerSession:
             return self._finish(listener, state.round)
 
     # ----------------------------------------------------------------------------------------------
+
+    def _too_few(self, registered: Mapping[str, Register]) -> str:
+        """Return why the session cannot begin."""
+        silent = [name for name in self._connected if name not in registered and name not in self._declined]
+        reasons = [f"{name} declined" for name in self._declined]
+        reasons += [
+            f"{name} did not register within {self._terms.config.deploy.join_s:.0f} s" for name in silent
+        ]
+        return (
+            f"{len(registered)} of {len(self._connected)} connected sites registered, deploy.min_clients asks for "
+            f"{self._terms.config.deploy.min_clients} ({', '.join(reasons)})"
+        )
 
     def _record_declined(self, listener: Listener, number: int) -> None:
         for site, reason in self._declined.items():
@@ -152,7 +212,9 @@ class ServerSession:
         self._status.place(state.cuts)
         names = [name for name in registered if name in party.cuts]
         absent = tuple(name for name in site_names(config) if name not in names)
-        listener(SessionStarted(round=state.round + 1, sites=tuple(names), absent=absent))
+        self.began = True
+        session = self._request.session
+        listener(SessionStarted(round=state.round + 1, sites=tuple(names), absent=absent, session=session))
         self._declined.update(party.left_out)
         self._record_declined(listener, state.round)
         steps, old_cuts = ({}, {}) if snapshot is None else (snapshot.steps, snapshot.state.cuts)
@@ -162,13 +224,14 @@ class ServerSession:
         federation = RemoteFederation(self.inbox, setup, state, steps, listener)
 
         def save(state: RunState) -> None:
+            check_kept(self._folder)
             whole = replace(state, cuts={**absent_cuts, **state.cuts})
             moments = {slot: own for slot, own in party.server.moments.items() if own}
             path = save_snapshot(self._folder, Snapshot(whole, federation.steps, {}, moments))
             trained = with_folded(state.adapters, state.folded)
             put_adapter(trained, terms.model, terms.ranks, Run(self._folder).adapter_dir)
             listener(CheckpointSaved(round=state.round, path=str(path.relative_to(self._folder))))
-            write_summary(self._folder)
+            self._summary.write()
             if self._room_wanted.is_set() and state.round < config.training.rounds:
                 raise _MakeRoomError
 
@@ -178,7 +241,9 @@ class ServerSession:
             listener(event)
 
         if snapshot is not None:  # the seconds of the last round were measured in an earlier session
-            for event in settled(read_events(self._folder / "events.jsonl")):
+            before = settled(read_events(self._folder / "events.jsonl"))
+            self._totals.restart(before)
+            for event in before:
                 party.schedule.observe(event)
         schedule = SteadySchedule(party.schedule, listener)
         trainer = FederatedTrainer(
@@ -204,12 +269,17 @@ class ServerSession:
                     defences=self._promises(party),
                     clients=party.facts,
                     machines=party.schedule.machines(),
+                    base=_digests(party),
                 )
             )
             for message in (*party.schedule.left_out, *party.schedule.misfits):
                 listener(Warned(message=message))
             return RunState(0, party.cuts, party.server.initial())
+        check_inputs(self._folder, _digests(party))
         listener(RunResumed(round=snapshot.state.round + 1))
+        for message in snapshot.passed_over:
+            logger.warning("%s", message)
+            listener(Warned(message=message))
         old = snapshot.state
         cuts = {name: old.cuts.get(name, cut) for name, cut in party.cuts.items()}
         party.server.moments.update(snapshot.server_moments)
@@ -229,7 +299,7 @@ class ServerSession:
     def _finish(self, listener: Listener, rounds: int) -> SessionEnded:
         if not is_finished(self._folder):
             listener(RunDone(rounds=rounds))
-        write_summary(self._folder)
+        self._summary.write()
         Run(self._folder).report()
         return self._end(listener, rounds, "finished", "")
 
@@ -238,7 +308,15 @@ class ServerSession:
         return self._end(listener, rounds, reason, detail)
 
     def _end(self, listener: Listener, rounds: int, reason: str, detail: str) -> SessionEnded:
-        ended = SessionEnded.model_validate({"round": rounds, "reason": reason, "detail": detail})
+        session = self._request.session
+        ended = SessionEnded.model_validate(
+            {"round": rounds, "reason": reason, "detail": detail, "session": session}
+        )
         listener(ended)
         logger.info("the session ends after round %d: %s %s", rounds, reason, detail)
         return ended
+
+
+def _digests(party: ServerParty) -> dict[str, str]:
+    """Return the SHA-256 of the files of the base model on this machine."""
+    return {file.name: file.sha256 for file in party.manifest}

@@ -19,10 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
+import torch
+
 from splitft.deploy.requests import CHANNELS, Pipeline, RequestChannel, Transport
+from splitft.deploy.run_terms import HEADER_BYTES
 from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.policy import SitePolicy
-from splitft.errors import ForbiddenError, ProtocolError, SplitftError, TransportError
+from splitft.errors import DataError, ForbiddenError, ProtocolError, SplitftError, TransportError
 from splitft.protocol import (
     Activations,
     AdapterUpload,
@@ -46,6 +49,7 @@ from splitft.protocol import (
     Wait,
 )
 from splitft.protocol.codec_state import CodecState
+from splitft.specs import WireSpec
 from splitft.training.client import Client
 
 T = TypeVar("T")
@@ -53,6 +57,12 @@ T = TypeVar("T")
 HEARTBEAT_CHANNEL = CHANNELS - 1
 AFTER_ERROR_S = 1.0
 """Pause after an error of this site's own."""
+PLAIN = MessageSerializer(width=1, dtype=torch.float32, adapter_dtype=torch.float32, wire=WireSpec())
+"""Writes messages without tensors, of any run."""
+HURRIED_S = 0.1
+"""A server that answers `Wait` sooner than this is asked again only after a pause of this length."""
+MOST_FAILURES = 3
+"""A site that could not complete so many rounds in a row leaves the session."""
 logger = logging.getLogger(__name__)
 
 
@@ -91,11 +101,14 @@ class Connection:
         return RequestChannel(self.transport, self.session_key, number, self.frame_limit)
 
 
-def decline(name: str, reason: str, connection: Connection) -> None:
-    """Tell the server that a site takes no part, and why. Raises TransportError if it does not reply."""
+def decline(name: str, reason: str, transport: Transport, session_key: bytes, patience_s: float) -> None:
+    """Tell the server that a site takes no part, and why. Raises TransportError if it does not reply.
+
+    Needs nothing of the run, so that a site without its base model can decline too.
+    """
     logger.warning("%s declines: %s", name, reason)
-    message = Declined(client=name, reason=reason[:2000])
-    connection.channel(0).ask(connection.serializer.to_bytes(message), connection.patience_s)
+    frame = PLAIN.to_bytes(Declined(client=name, reason=reason[:2000]))
+    RequestChannel(transport, session_key, 0, HEADER_BYTES).ask(frame, patience_s)
 
 
 class SiteSession:
@@ -108,16 +121,25 @@ class SiteSession:
         open_client: Callable[[int], Client],
         store: OptimizerStore,
         policy: SitePolicy | None = None,
+        check_paused: Callable[[], None] = lambda: None,
     ) -> None:
-        """`open_client` makes the client at a cut; `policy` has what its data owner forbids."""
+        """`open_client` makes the client at a cut; `policy` has what its data owner forbids.
+
+        `check_paused` raises ForbiddenError when the data owner has paused the site; it is called before each
+        order and each step.
+        """
         self._register, self._name = register, register.client
         self._connection, self._serializer = connection, connection.serializer
         self._open_client, self._store, self._policy = open_client, store, policy
+        self._check_paused = check_paused
         channels = [connection.channel(number) for number in range(connection.in_flight)]
         self._channel, self._steps = channels[0], Pipeline(channels, connection.patience_s)
         self._client: Client | None = None
         self._joined = False  # whether this site knows the run's state
+        self._failures = 0  # since it has last completed an order
         self._codec_state = CodecState(connection.seed, self._name)
+        self._asked_s = 0.0  # for which the last request waited
+        self._since, self._idle_s = time.monotonic(), 0.0  # since the last account of computing, and idle in it
         self._seconds: defaultdict[str, float] = defaultdict(float)  # computed since the last step message
 
     def run(self) -> str:
@@ -129,6 +151,9 @@ class SiteSession:
                 return str(ended)
             finally:
                 self._steps.close()
+                if self._policy is not None:
+                    self._account(self._policy)
+                    self._policy.limits.close()
 
     def _take_part(self) -> NoReturn:
         order = self._ask(self._register)
@@ -137,36 +162,64 @@ class SiteSession:
                 order = self._ask(self._carry_out(order))
             except _StoppedError:
                 order = self._ask(self._stored(self._joined_client().upload()))
-            except TransportError:
+            except (TransportError, _SessionEndedError):
                 raise
             except ForbiddenError as error:
-                logger.warning("%s declines: %s", self._name, error)
-                self._ask(Declined(client=self._name, reason=str(error)[:2000]))
-                raise _SessionEndedError(f"it declined: {error}") from error
-            except SplitftError as error:
+                self._decline(str(error))
+            except RefusedError as error:
                 logger.warning("%s is out of this round: %s", self._name, error)
                 self._joined = False
-                if not isinstance(error, RefusedError):
-                    time.sleep(AFTER_ERROR_S)
                 order = self._ask(Next(client=self._name))
+            except Exception as error:  # such as a full disk, or too little memory: the server is told
+                order = self._ask(self._failed(error))
+
+    def _failed(self, error: Exception) -> Next:
+        """Return the message that tells the server of a failure; the site is out of this round.
+
+        Declines if it fails again and again.
+        """
+        reason = reason_of(error)
+        known = isinstance(error, SplitftError | OSError)
+        logger.warning(
+            "%s is out of this round: %s", self._name, error if known else reason, exc_info=not known
+        )
+        self._joined, self._failures = False, self._failures + 1
+        if self._failures >= MOST_FAILURES:
+            self._decline(f"it failed {self._failures} times in a row: {reason}")
+        time.sleep(AFTER_ERROR_S)
+        return Next(client=self._name, failure=reason)
+
+    def _decline(self, reason: str) -> NoReturn:
+        """Tell the server that this site leaves the session, and why."""
+        logger.warning("%s declines: %s", self._name, reason)
+        self._ask(Declined(client=self._name, reason=reason[:2000]))
+        raise _SessionEndedError(f"it declined: {reason}")
 
     # --- orders -----------------------------------------------------------------------------------
 
     def _carry_out(self, order: Message) -> Message:
         """Carry out an order; returns the message that answers it."""
+        self._check_paused()
         done = Next(client=self._name)
         if isinstance(order, Wait | Stop):
+            self._pause_if_hurried()
             return done
         if isinstance(order, Refused):
             raise RefusedError(f"{order.error}: {order.reason}")
+        policy = self._policy
+        if policy is not None:
+            self._account(policy)
+            policy.limits.check(order)
         if isinstance(order, Join):
             self._join(order)
             return done
         client = self._joined_client()
         if isinstance(order, RoundStart):
-            if self._policy is not None:
-                self._policy.check_move(order.cut)
-            return self._stored(client.start(order))
+            if policy is not None:
+                policy.check_move(order.cut)
+            ready = client.start(order)
+            self._check_adapters(client)
+            return self._stored(ready)
         if isinstance(order, Train):
             self._seconds.clear()
             for _ in range(order.steps):
@@ -174,20 +227,47 @@ class SiteSession:
             return self._stored(client.upload())
         if isinstance(order, GlobalAdapters):
             client.install(order)
+            self._check_adapters(client)
             return done
         if isinstance(order, Evaluate):
-            for index in range(len(client.held_out)):
-                client.held_out.head(_step_reply(self._ask(client.held_out.forward(index))))
-            return client.held_out.result()
+            return self._evaluate(client)
         raise ProtocolError(f"{type(order).__name__} is no order")
+
+    def _evaluate(self, client: Client) -> Message:
+        """Evaluate the adapters on the held-out text, batch by batch."""
+        for index in range(len(client.held_out)):
+            self._check_paused()
+            client.held_out.head(_step_reply(self._ask(client.held_out.forward(index))))
+            if self._policy is not None:
+                self._account(self._policy)
+        return client.held_out.result()
+
+    def _check_adapters(self, client: Client) -> None:
+        """Check adapters that were just received, before they are used."""
+        if self._policy is not None:
+            self._policy.limits.check_adapters(client)
+
+    def _account(self, policy: SitePolicy) -> None:
+        """Count the seconds since the last call in which this site did not wait for the server."""
+        now = time.monotonic()
+        spent, self._since, self._idle_s = now - self._since - self._idle_s, now, 0.0
+        policy.limits.work(spent)
+
+    def _pause_if_hurried(self) -> None:
+        """Wait for a moment if the server says to wait without having waited itself."""
+        if self._asked_s < HURRIED_S:
+            time.sleep(HURRIED_S)
+            self._idle_s += HURRIED_S
 
     def _join(self, order: Join) -> None:
         """Take over the run's state, with this site's own moments."""
         if self._policy is not None:
             self._policy.check_join(order.cut, order.manifest)
+        self._store.check_text(order.round)
         if self._client is None:
             self._client = self._open_client(order.cut)
         self._client.join(order, self._store.load(order.round, order.cut, order.steps))
+        self._check_adapters(self._client)
         self._joined = True
         logger.info("%s joins after round %d with cut %d", self._name, order.round, order.cut)
 
@@ -195,16 +275,21 @@ class SiteSession:
         """Save the moments, then return the message that the client has moved or trained."""
         client = self._joined_client()
         self._store.save(message.round, client.plan.cut, *client.optimizer_state())
+        if isinstance(message, AdapterUpload):
+            self._failures = 0
         return message
 
     def _step(self, client: Client) -> None:
         """Take one step: send a micro-batch whenever a channel is free, process the replies in order."""
+        self._check_paused()
+        if self._policy is not None:
+            self._account(self._policy)
         try:
             self._send(self._timed("client_forward", client.forward))
             while self._steps or client.unsent:
                 while client.unsent and not self._steps.full:
                     self._send(self._timed("client_forward", client.forward))
-                reply = _step_reply(self._read(self._steps.reply()))
+                reply = _step_reply(self._read(self._waiting(self._steps.reply)))
                 if isinstance(reply, LastHidden):
                     self._send(self._timed("head", client.head, reply))
                 else:
@@ -236,7 +321,16 @@ class SiteSession:
     def _ask(self, message: Message) -> Message:
         """Send a message and return the reply. Raises _SessionEndedError if the session has ended."""
         data = self._serializer.to_bytes(message, self._codec_state)
-        return self._read(self._channel.ask(data, self._connection.patience_s))
+        return self._read(self._waiting(lambda: self._channel.ask(data, self._connection.patience_s)))
+
+    def _waiting(self, ask: Callable[[], bytes]) -> bytes:
+        """Return what the server answers; the time until then is not this site's work."""
+        began = time.monotonic()
+        try:
+            return ask()
+        finally:
+            self._asked_s = time.monotonic() - began
+            self._idle_s += self._asked_s
 
     def _read(self, data: bytes) -> Message:
         reply = self._serializer.from_bytes(data, state=self._codec_state)
@@ -264,6 +358,17 @@ class SiteSession:
             yield
         finally:
             done.set()
+
+
+def reason_of(error: Exception) -> str:
+    """Return what the server may be told of a failure here: no line of the text, no traceback."""
+    if isinstance(error, DataError):
+        return "its text cannot be used; its own log says why"
+    if isinstance(error, OSError):
+        return f"its disk or its system failed: {error.strerror or type(error).__name__}"
+    if isinstance(error, SplitftError):
+        return str(error)[:2000]
+    return f"unexpected {type(error).__name__}; its own log says more"
 
 
 def _step_reply(reply: Message) -> Message:
