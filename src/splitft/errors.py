@@ -8,8 +8,10 @@
     ├── DataError          text that cannot be read, or not enough of it
     ├── WireError          bytes that are not the message that was expected
     │   ├── ProtocolError  a well-formed message that may not follow the one before
+    │   │   └── SiteFailureError  a site reports that it could not do what it was asked
     │   └── RepeatError    a message under a number that was used, or is not due yet
     ├── AdapterError       adapter states that do not fit together
+    │   └── FailedRoundError  a round's updates that cannot be used; the run can go on without them
     ├── ScheduleError      profiles, costs or cuts that are impossible
     ├── RunError           a run folder that cannot be used, resumed or written
     │   ├── DamagedError   a file that is not as it was written
@@ -65,12 +67,20 @@ class ProtocolError(WireError):
     """A well-formed message that may not follow the one before."""
 
 
+class SiteFailureError(ProtocolError):
+    """A site reports that it could not do what it was asked; the message is its reason."""
+
+
 class RepeatError(WireError):
     """A message comes under a number that was used for another, or is not due yet."""
 
 
 class AdapterError(SplitftError):
     """Adapter states do not fit together."""
+
+
+class FailedRoundError(AdapterError):
+    """The updates of a round cannot be used; the run goes back to the state before it."""
 
 
 class ScheduleError(SplitftError):

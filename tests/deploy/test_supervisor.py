@@ -54,6 +54,7 @@ class Scripted:
 def at_once(monkeypatch):
     monkeypatch.setattr(supervisor, "POLL_S", 0.001)
     monkeypatch.setattr(supervisor, "PAUSE_S", 0.001)
+    monkeypatch.setattr(supervisor, "AWAY_S", 0.02)
 
 
 def played(federation, min_clients=1, gather_s=0.05, on_status=None):

@@ -4,7 +4,8 @@
             plan | report | generate | export   runs.py
             shares | eval | compare             measure.py
             audit                               audit.py
-            deploy poc | provision | site | start | pause | resume                 deploy.py
+            deploy poc | provision | start | pause | resume                        deploy.py
+                   site                                                            site.py
                    submit                                                          submit.py
                    status | logs | stop                                            operate.py
                    authority | request | approve | package | renew | revoke        membership.py
@@ -13,11 +14,11 @@ Importing a module registers its verbs, and `--help` lists them in this order. H
 verbs, so that `--help` is instant.
 """
 
-from splitft.cli import train, runs, measure, audit, deploy, submit, operate, membership  # isort: skip
+from splitft.cli import train, runs, measure, audit, deploy, site, submit, operate, membership  # isort: skip
 from splitft.cli.app import app
 from splitft.cli.terminal import make_streams_last
 
-__all__ = ["app", "audit", "deploy", "main", "measure", "membership", "operate", "runs", "submit", "train"]
+__all__ = ["app", "audit", "deploy", "main", "measure", "membership", "operate", "runs", "site", "submit", "train"]
 
 
 def main() -> None:

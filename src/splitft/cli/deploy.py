@@ -124,37 +124,6 @@ def provision(
     )
 
 
-def site(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write or to check.")],
-    check: Annotated[bool, typer.Option("--check", help="Check an existing file.")] = False,
-    run: Annotated[
-        Path | None, typer.Option(help="With --check: configuration of a run to check against.")
-    ] = None,
-) -> None:
-    """Write a data owner's commented site file, or check one, alone or against a run."""
-    from splitft.config import load
-    from splitft.deploy.site.policy import load_site, refusals, site_template
-
-    if not check:
-        if run is not None:
-            raise DeployError("--run needs --check: it checks an existing file against a run")
-        if file.exists():
-            raise DeployError(f"{file} exists already; give another name, or --check it")
-        file.write_text(site_template(), encoding="utf-8")
-        typer.echo(f"wrote {file}; put it into local/ of the site's kit")
-        return
-    own = load_site(file)
-    found = [] if run is None else refusals(own, load(run), None)
-    if found:
-        raise DeployError("this site would decline:\n" + "\n".join(found))
-    typer.echo(
-        f"{file} can be read" + ("" if run is None else f", and {run} asks for nothing that it forbids")
-    )
-
-
-deploy.command()(without_traceback(site))
-
-
 @deployed
 def start(
     kit: Annotated[

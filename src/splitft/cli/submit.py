@@ -79,8 +79,13 @@ def _status_printer(print_line: Callable[[str], None]) -> Callable[[str, Mapping
     """Return a listener of status that prints finished rounds, and what happens to sites and sessions."""
     rounds: set[object] = set()
     noted: dict[str, int] = {}
+    refused: set[tuple[str, str]] = set()
 
     def listener(session: str, status: Mapping[str, Any]) -> None:
+        for site, reason in status.get("refusals", {}).items():
+            if (session, site) not in refused:
+                refused.add((session, site))
+                print_line(f"{site} did not take the job: {reason}")
         for number, text in status.get("notes", ()):
             if number > noted.get(session, 0):
                 noted[session] = number

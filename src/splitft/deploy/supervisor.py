@@ -28,6 +28,8 @@ Reason = Literal["finished", "back", "paused", "stopped", "failed", "unusable", 
 POLL_S = 1.0
 UNANSWERED_S = 60.0
 """A session is given up if it does not answer for this long while the federation's server does."""
+AWAY_S = 5.0
+"""It is said that the server is away when it has not answered for this long."""
 MAX_FRUITLESS = 5
 """Consecutive sessions without a finished round after which the run is given up."""
 PAUSE_S = 5.0
@@ -111,8 +113,6 @@ class _Supervisor:
     engine: Engine
     say: Callable[[str], None]
     on_status: OnStatus | None
-    away: bool = False
-    """Whether the server did not answer the last question."""
     rounds: int = -1
     """Finished rounds that were heard of."""
     ours: set[str] = field(default_factory=set)
@@ -211,19 +211,19 @@ class _Supervisor:
         return replace(ending, rounds=max(self.rounds, 0))
 
     def _retry(self, call: Callable[[], T]) -> T:
-        """Call until the server answers, and say when it does not."""
+        """Call until the server answers, and say when it has not for a while."""
+        since, announced = time.monotonic(), False
         while True:
             try:
                 answer = call()
             except AwayError as error:
                 logger.info("%s", error)
-                if not self.away:
-                    self.away = True
+                if not announced and time.monotonic() - since > AWAY_S:
+                    announced = True
                     self.say("the federation's server does not answer; waiting for it")
                 time.sleep(POLL_S)
                 continue
-            if self.away:
-                self.away = False
+            if announced:
                 self.say("the federation's server answers again")
             return answer
 

@@ -20,7 +20,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from splitft.adapters import AdapterState
-from splitft.protocol.messages import Count, Length, Message, Name
+from splitft.protocol.messages import Count, ErrorName, Length, Message, Name, Words
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -50,7 +50,7 @@ class Declined(Message):
     """Client to server: the data owner forbids this run; the site takes no part in this session."""
 
     client: Name
-    reason: Annotated[str, Field(max_length=2000)]
+    reason: Words
 
 
 class BaseFile(NamedTuple):
@@ -84,6 +84,9 @@ class Next(Message):
     """Client to server: request for the next order."""
 
     client: Name
+    failure: Words = ""
+    """Reason in words if the client could not complete the last order."""
+    LEFT_OUT = frozenset({"failure"})
 
 
 class Heartbeat(Message):
@@ -120,9 +123,9 @@ class Stop(Message):
 class Refused(Message):
     """Server to client: the message is invalid, and the client is out of this round."""
 
-    error: Name
+    error: ErrorName
     """Name of the error."""
-    reason: Annotated[str, Field(max_length=2000)]
+    reason: Words
 
 
 class EndSession(Message):
@@ -130,7 +133,7 @@ class EndSession(Message):
 
     FRAME_KIND = "Leave"
 
-    reason: Annotated[str, Field(max_length=2000)]
+    reason: Words
 
 
 CONTROL_MESSAGES: tuple[type[Message], ...] = (

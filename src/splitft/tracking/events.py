@@ -237,6 +237,15 @@ class Evaluated(Stamped):
     traffic: Mapping[str, Traffic] = {}
     """Bytes of the evaluation, by client; not part of the bytes of training."""
 
+    @property
+    def warnings(self) -> list[str]:
+        """One sentence for each outlier."""
+        return [
+            f"round {self.round}: {name} reports a loss of {self.by_client[name]:.4g}, which is left out of "
+            f"the run's: {reason}"
+            for name, reason in self.outliers.items()
+        ]
+
 
 class CheckpointSaved(Stamped):
     """A checkpoint has been written, from which the run can continue."""

@@ -410,3 +410,59 @@ def test_a_site_that_cannot_load_its_new_blocks_costs_nobody_time_and_is_back_in
         around=lambda simulation: Losing(simulation, "client-1", 2, moved=False),
     )
     assert difference(outcome.state, absent) < 1e-6
+
+
+@pytest.mark.fault(
+    "a site's disk is full", "it says so in each round; after three it leaves the session; others go on"
+)
+def test_a_site_that_cannot_write_says_why_and_leaves_the_session_in_the_end(tiny_llama, text, tmp_path):
+    (tmp_path / "client-1").touch()  # where its folder should be
+    training = {"rounds": 5, "steps": 2, "optimizer_state": "keep"}
+    outcome = deployed(federation(tiny_llama, text, CUTS, training=training), kept=tmp_path)
+    assert outcome.error is None
+    assert outcome.states("client-1") == ["failed", "back", "failed", "back", "declined"]
+    *failed, left = [e.reason for e in outcome.of("SiteChanged") if e.state in ("failed", "declined")]
+    assert set(failed) == {"its disk or its system failed: File exists"}
+    assert left == "it failed 3 times in a row: its disk or its system failed: File exists"
+    assert outcome.participants() == [EVERYONE[1:]] * 5
+
+
+def test_a_fault_of_a_site_s_own_program_is_told_without_its_words(parties, monkeypatch):
+    prepared, calls = parties(rounds=3), []
+    forward = prepared.clients[0].forward
+
+    def failing():
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError("a line of somebody's text")
+        return forward()
+
+    monkeypatch.setattr(prepared.clients[0], "forward", failing)
+    outcome = deployed(prepared)
+    assert outcome.error is None
+    assert outcome.states("client-1") == ["failed", "back"]
+    assert outcome.reasons("client-1").startswith("unexpected RuntimeError; its own log says more; ")
+    assert outcome.participants() == [EVERYONE, EVERYONE[1:], EVERYONE]
+
+
+def test_when_nobody_is_heard_the_server_s_own_line_is_named(parties):
+    spec = SPEC.model_copy(update={"silence_s": 1.0})
+    cut = threading.Event()
+
+    class Cut:
+        """Carries nothing from the first step of round 2 on."""
+
+        def __init__(self, transport):
+            self._transport = transport
+
+        def ask(self, data, within_s):
+            if kind_of(data) == "AdapterUpload":
+                cut.set()
+            if cut.is_set():
+                raise KilledError("cut")
+            return self._transport.ask(data, within_s)
+
+    outcome = deployed(parties(), dict.fromkeys(EVERYONE, Cut), spec)
+    assert isinstance(outcome.error, PausedError)
+    lost = [event for event in outcome.of("SiteChanged") if event.state == "lost"]
+    assert any("nor of any other site: is the server connected?" in event.reason for event in lost)

@@ -47,6 +47,16 @@ def test_the_last_two_rounds_stay_and_what_is_damaged_is_none(tmp_path):
     assert value_of(store.load(3, 2, 20)) == 2.0
 
 
+def test_what_was_kept_of_later_rounds_goes_when_the_run_begins_anew(tmp_path):
+    store = OptimizerStore(tmp_path)
+    for number in (8, 9, 10):
+        store.save(number, 2, 10 * number, moments(number))
+    for number in (1, 2):
+        store.save(number, 2, 10 * number, moments(-number))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept-0001.safetensors", "kept-0002.safetensors"]
+    assert value_of(store.load(2, 2, 10)) == -1.0
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")

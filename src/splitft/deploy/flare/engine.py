@@ -54,6 +54,7 @@ class FlareEngine:
         self._console, self._run, self._on_poll = console, run, on_poll
         self._digest, self._restart = digest_of(sent_config(run.config)), run.restart
         self._gone: dict[str, float] = {}  # sessions without a process, and since when
+        self._refusals: dict[str, dict[str, str]] = {}  # by session, parties that did not take its job
 
     def connected(self) -> set[str]:
         """Return the sites that are connected now."""
@@ -103,7 +104,9 @@ class FlareEngine:
         status = self._status(session)
         if status is not None:
             self._gone.pop(session, None)
-            return False, status
+            if session not in self._refusals:
+                self._refusals[session] = self._console.refusals(session)
+            return False, {**status, "refusals": self._refusals[session]}
         gone_s = time.monotonic() - self._gone.setdefault(session, time.monotonic())
         if gone_s > GONE_S:
             with contextlib.suppress(DeployError):  # FLARE may still wait for the sites' part of the job
@@ -140,7 +143,9 @@ class FlareEngine:
         if ending is not None:
             return ending
         rounds = 0 if run.fetch else latest(run.out) or 0
-        return Ending(rounds, detail=f"FLARE calls it {self._console.state(session)}")
+        refusals = self._console.refusals(session).items()
+        refused = "".join(f"; {site} did not take the job: {reason}" for site, reason in refusals)
+        return Ending(rounds, detail=f"FLARE calls it {self._console.state(session)}{refused}")
 
     # ----------------------------------------------------------------------------------------------
 

@@ -9,13 +9,11 @@ cannot bring its own. The run folder lies under the server's `runs/` and outlive
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import secrets
-import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +25,34 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
+from nvflare.apis.workspace import Workspace
 
-from splitft.config import RunConfig, dump, from_mapping
+from splitft.config import RunConfig, from_mapping
+from splitft.deploy.flare.job_arguments import TASK, read_arguments
 from splitft.deploy.flare.processes import STOP_S
+from splitft.deploy.flare.result import write_result
 from splitft.deploy.flare.transport import FlareAnswers, FlareTransport
+from splitft.deploy.identity.certificates import read_peers
+from splitft.deploy.prometheus import status_file, status_written
 from splitft.deploy.run_terms import RunTerms, load_run_terms
+from splitft.deploy.server.run_folder import SessionRequest, UnusableError
 from splitft.deploy.server.session import ServerSession
+from splitft.deploy.site.limits import WorkLedger
 from splitft.deploy.site.optimizer_store import OptimizerStore
-from splitft.deploy.site.policy import SITE_FILE, at_site, load_site
-from splitft.deploy.site.session import Connection, SiteSession, decline
+from splitft.deploy.site.pause import refuse_paused
+from splitft.deploy.site.policy import SITE_FILE, load_site
+from splitft.deploy.site.session import Connection, SiteSession, decline, reason_of
 from splitft.deploy.site.setup import open_site
-from splitft.errors import ForbiddenError, PluginError, SplitftError
+from splitft.deploy.supervisor import Ending
+from splitft.errors import BusyError, ConfigError, SplitftError
+from splitft.tracking.events import SessionEnded
 
-TASK = "splitft"
 STATUS, MAKE_ROOM, STOP = "splitft.status", "splitft.make_room", "splitft.stop"
 """Commands that a running job answers."""
 RUNS = "SPLITFT_RUNS"
 """Environment variable of the server: folder for runs, in place of `runs/` in its kit."""
-COLLECTED = ("config.yaml", "events.jsonl", "summary.json", "report.html", "adapter")
-"""Parts of a run folder that go into a job's result."""
+RUN_FOLDER = "SPLITFT_RUN_FOLDER"
+"""Environment variable of a server of one run (`deploy poc`): the run's folder, which may have any name."""
 GIVE_UP_S = 900.0
 """A site leaves the job after the server has not answered for this long; it returns with the next session."""
 
@@ -55,10 +62,11 @@ logger = logging.getLogger(__name__)
 class ServerJob(Controller):
     """The server's side."""
 
-    def __init__(self, run: str, link: str, config: str) -> None:
-        """Called by FLARE with the arguments in the job folder; `link` is the session key in hexadecimal."""
+    def __init__(self, **arguments: Any) -> None:
+        """Take the arguments in the job folder from FLARE; they are checked when the job starts."""
         super().__init__()
-        self._run, self._session_key, self._text = run, bytes.fromhex(link), config
+        self._arguments, self._run, self._digest = arguments, "", ""
+        self._folder: Path | None = None
         self._session: ServerSession | None = None
 
     def start_controller(self, fl_ctx: FLContext) -> None:
@@ -77,27 +85,64 @@ class ServerJob(Controller):
         task = Task(name=TASK, data=Shareable())
         self.broadcast(task=task, fl_ctx=fl_ctx, targets=list(connected), min_responses=len(connected))
         # train
-        folder = runs_of(engine.get_workspace().get_root_dir()) / self._run
+        job_id = fl_ctx.get_job_id()
         try:
-            config = read_config(self._text, owner_folder(engine.get_workspace().get_root_dir()))
-            self._session = ServerSession(load_run_terms(config), folder, connected, self._session_key)
-            self._answers.open(self._session.inbox.answer)
-            done = threading.Event()
-            threading.Thread(target=self._watch, args=(abort_signal, done), daemon=True).start()
-            try:
-                ended = self._session.serve()
-            finally:
-                done.set()
+            ended = self._serve(engine.get_workspace(), connected, job_id, abort_signal)
             logger.info("session of %s ended: %s", self._run, ended.reason)
-        except SplitftError as error:
-            self.system_panic(f"splitft: {error}", fl_ctx)
-        finally:
-            self._collect(folder, Path(engine.get_workspace().get_run_dir(fl_ctx.get_job_id())))
+            ending = Ending(ended.round, ended.reason, ended.detail)
+        except Exception as error:  # whoever submitted the job is told
+            ending = self._failed(error)
+            known = isinstance(error, SplitftError)
+            logger.error("session of %s failed: %s", self._run, ending.detail, exc_info=not known)
+            if ending.reason != "busy":
+                self.system_panic(f"splitft: {ending.detail}", fl_ctx)
+        notes = self._session.notes() if self._session else ()
+        folder = self._folder if ending.reason not in ("busy", "unusable") else None
+        try:
+            write_result(
+                Path(engine.get_workspace().get_run_dir(job_id)), folder, replace(ending, notes=notes)
+            )
+        except OSError as error:
+            logger.error("the result of the session could not be written: %s", error)
         # let the sites leave by themselves
         deadline = time.monotonic() + STOP_S
         while time.monotonic() < deadline and not abort_signal.triggered and self.get_num_standing_tasks():
             time.sleep(0.2)
         self.cancel_all_tasks(fl_ctx=fl_ctx)
+
+    def _serve(
+        self, workspace: Workspace, connected: tuple[str, ...], session: str, abort_signal: Signal
+    ) -> SessionEnded:
+        """Serve the session until it ends."""
+        root = workspace.get_root_dir()
+        job = read_arguments(self._arguments)
+        job.check_version("the server")
+        self._run, self._digest, self._folder = job.run, job.digest, folder_of(root, job.run)
+        terms = load_run_terms(read_config(job.config, owner_folder(root)))
+        request = SessionRequest(session, job.rounds, job.restart)
+        self._session = ServerSession(terms, self._folder, connected, job.session_key, request)
+        self._answers.open(self._session.inbox.answer)
+        done = threading.Event()
+        threading.Thread(target=self._watch, args=(abort_signal, done), daemon=True).start()
+        try:
+            with status_written(status_file(Path(root), job.run), self._session.status):
+                return self._session.serve()
+        finally:
+            done.set()
+
+    def _failed(self, error: Exception) -> Ending:
+        """Return how a session has ended that raised an error."""
+        detail = str(error)
+        if not isinstance(error, SplitftError):
+            detail = f"unexpected {type(error).__name__}: {detail[:500]}; the server's log says more"
+        if isinstance(error, BusyError):
+            return Ending(0, "busy", detail)
+        began = self._session is not None and self._session.began
+        rounds = self._session.rounds_done if self._session else 0
+        again = began and not isinstance(error, UnusableError)
+        return Ending(
+            rounds, "failed" if again or not isinstance(error, SplitftError) else "unusable", detail
+        )
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
         """Do nothing: `control_flow` stops by itself."""
@@ -113,7 +158,9 @@ class ServerJob(Controller):
                 return
 
     def _status(self, topic: str, data: Any, fl_ctx: FLContext, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {"run": self._run, **(self._session.status() if self._session else {})}
+        status = self._session.status() if self._session else {}
+        kit = Path(fl_ctx.get_engine().get_workspace().get_root_dir())
+        return {"run": self._run, "config": self._digest, "certificates": read_peers(kit), **status}
 
     def _make_room(
         self, topic: str, data: Any, fl_ctx: FLContext, *args: Any, **kwargs: Any
@@ -127,62 +174,71 @@ class ServerJob(Controller):
             self._session.stop()
         return {"run": self._run, "stopped": self._session is not None}
 
-    def _collect(self, folder: Path, result: Path) -> None:
-        """Copy what the run has so far into the job's result, for whoever submitted it."""
-        for name in COLLECTED:
-            source, target = folder / name, result / "run" / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if source.is_dir():
-                shutil.copytree(source, target, dirs_exist_ok=True)
-            elif source.is_file():
-                shutil.copy(source, target)
-
 
 class SiteJob(Executor):
     """A site's side."""
 
-    def __init__(self, run: str, link: str, config: str) -> None:
-        """Called by FLARE with the arguments in the job folder; `link` is the session key in hexadecimal."""
+    def __init__(self, **arguments: Any) -> None:
+        """Take the arguments in the job folder from FLARE; they are checked when the job starts."""
         super().__init__()
-        self._run, self._session_key, self._text = run, bytes.fromhex(link), config
+        self._arguments = arguments
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
     ) -> Shareable:
         """Take part until the session ends."""
         name, workspace = fl_ctx.get_identity_name(), fl_ctx.get_engine().get_workspace()
-        transport = FlareTransport(fl_ctx, abort_signal)
+        transport, owner = FlareTransport(fl_ctx, abort_signal), owner_folder(workspace.get_root_dir())
         try:
-            owner = owner_folder(workspace.get_root_dir())
-            site = load_site(owner / SITE_FILE) if (owner / SITE_FILE).is_file() else None
-            config = without_choices(self._text)  # enough to decline
+            job = read_arguments(self._arguments)
             try:
-                config = read_config(self._text, owner)
-                party = open_site(config, name, site)
-            except (ForbiddenError, PluginError) as error:
-                terms = load_run_terms(config if site is None else at_site(config, site))
-                decline(name, str(error), self._connection(transport, terms, config))
+                job.check_version("this site")
+                refuse_paused(owner)
+                site = load_site(owner / SITE_FILE) if (owner / SITE_FILE).is_file() else None
+                config = read_config(job.config, owner)
+                runs = runs_of(workspace.get_root_dir())
+                party = open_site(config, name, site, WorkLedger(runs, runs / job.run / name))
+            except Exception as error:  # whatever it is, the server is told and waits no longer
+                if not isinstance(error, SplitftError | OSError):
+                    logger.exception("%s cannot take part", name)
+                decline(name, reason_of(error), transport, job.session_key, GIVE_UP_S)
                 return make_reply(ReturnCode.OK)
-            store = OptimizerStore(runs_of(workspace.get_root_dir()) / self._run / name)
-            connection = self._connection(transport, party.terms, config)
-            session = SiteSession(party.register, connection, party.open_client, store, party.policy)
+            store = OptimizerStore(runs_of(workspace.get_root_dir()) / job.run / name, party.text)
+            connection = _connection(transport, party.terms, config, job.session_key)
+            session = SiteSession(
+                party.register,
+                connection,
+                party.open_client,
+                store,
+                party.policy,
+                lambda: refuse_paused(owner),
+            )
             logger.info("%s leaves: %s", name, session.run())
         except SplitftError as error:
             logger.error("%s leaves: %s", name, error)
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
         return make_reply(ReturnCode.OK)
 
-    def _connection(self, transport: FlareTransport, terms: RunTerms, config: RunConfig) -> Connection:
-        return Connection(
-            transport,
-            self._session_key,
-            terms.serializer,
-            terms.frame_limit,
-            patience_s=GIVE_UP_S,
-            heartbeat_s=config.deploy.silence_s / 4,
-            in_flight=min(config.training.in_flight, config.training.micro_batches),
-            seed=config.seed,
-        )
+
+def _connection(
+    transport: FlareTransport, terms: RunTerms, config: RunConfig, session_key: bytes
+) -> Connection:
+    return Connection(
+        transport,
+        session_key,
+        terms.serializer,
+        terms.frame_limit,
+        patience_s=GIVE_UP_S,
+        heartbeat_s=config.deploy.silence_s / 4,
+        in_flight=min(config.training.in_flight, config.training.micro_batches),
+        seed=config.seed,
+    )
+
+
+def folder_of(workspace: str, run: str) -> Path:
+    """Return the folder of a run on the server."""
+    given = os.environ.get(RUN_FOLDER)
+    return Path(given) if given else runs_of(workspace) / run
 
 
 def runs_of(workspace: str) -> Path:
@@ -200,35 +256,15 @@ def read_config(text: str, owner: Path) -> RunConfig:
 
     Raises PluginError if the run asks for others.
     """
-    return from_mapping(yaml.safe_load(text), owner=owner)
+    return from_mapping(_mapping(text), owner=owner)
 
 
-def without_choices(text: str) -> RunConfig:
-    """Read only those parts of a job's configuration that name nothing of a plug-in."""
-    sections = yaml.safe_load(text)
-    return from_mapping({key: sections[key] for key in ("model", "split", "training", "deploy", "seed")})
-
-
-def write_job(folder: Path, run: str, config: RunConfig) -> Path:
-    """Write one session of a run as a job folder, with a session key of its own."""
-    plugins = tuple(one.model_copy(update={"file": Path(one.file).name}) for one in config.plugins)
-    sent = config.model_copy(update={"plugins": plugins})
-    arguments = {"run": run, "link": secrets.token_hex(16), "config": dump(sent)}
-    meta = {"name": run, "resource_spec": {}, "deploy_map": {"app": ["@ALL"]}, "min_clients": 1}
-    server = {"id": "splitft", "path": f"{__name__}.{ServerJob.__name__}", "args": arguments}
-    executor = {"path": f"{__name__}.{SiteJob.__name__}", "args": arguments}
-    files = {
-        "meta.json": meta,
-        "app/config/config_fed_server.json": {"format_version": 2, "workflows": [server], "components": []},
-        "app/config/config_fed_client.json": {
-            "format_version": 2,
-            "executors": [{"tasks": [TASK], "executor": executor}],
-            "components": [],
-        },
-    }
-    shutil.rmtree(folder, ignore_errors=True)
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    return folder
+def _mapping(text: str) -> dict[str, Any]:
+    """Parse a job's configuration. Raises ConfigError if it is no mapping."""
+    try:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"the job's configuration is no YAML: {str(error)[:500]}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"the job's configuration is {type(found).__name__}, not a mapping; submit it anew")
+    return found

@@ -22,14 +22,16 @@ from pathlib import Path
 from splitft.config import RunConfig
 from splitft.deploy.flare.admin import Console
 from splitft.deploy.flare.engine import FlareEngine, FlareRun, Follower
-from splitft.deploy.flare.job import RUNS, owner_folder
+from splitft.deploy.flare.job import RUN_FOLDER, RUNS, owner_folder
 from splitft.deploy.flare.processes import CONSOLE, Service, interrupt_on_sigterm
 from splitft.deploy.flare.provisioning import Kits, provision
 from splitft.deploy.run_terms import load_run_terms, site_names
 from splitft.deploy.supervisor import OnStatus, supervise
 from splitft.errors import DeployError
+from splitft.names import file_safe_name
 from splitft.plugins import PluginFile, keep_copies
 from splitft.run.folder import Run, find_snapshot
+from splitft.run.lock import check_free
 from splitft.tracking.events import Listener
 
 HOST = "localhost"
@@ -40,11 +42,14 @@ START_S = 180.0
 class Poc:
     """The processes of a federation on this machine."""
 
-    def __init__(self, folder: Path, sites: Sequence[str], runs: Path) -> None:
-        """Make kits in `folder`; runs are kept in `runs`."""
+    def __init__(
+        self, folder: Path, sites: Sequence[str], runs: Path, run_folder: Path | None = None
+    ) -> None:
+        """Make kits in `folder`; runs are kept in `runs`, or the only one in `run_folder`."""
         self.kits: Kits = provision(folder / "kits", HOST, free_port(), sites)
         environment = {RUNS: str(runs.resolve()), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        self.server = Service(self.kits.of(HOST), environment)
+        only = {} if run_folder is None else {RUN_FOLDER: str(run_folder.resolve())}
+        self.server = Service(self.kits.of(HOST), {**environment, **only})
         site_environment = {**environment, RUNS: str(folder / "sites")}
         self.sites = {name: Service(self.kits.of(name), site_environment) for name in sites}
 
@@ -108,10 +113,11 @@ def run_poc(
     config = _with_full_paths(config)
     sites = site_names(config)
     load_run_terms(config)  # errors of the configuration come before any process is started
+    check_free(out)
     find_snapshot(out, config, resume)
     with interrupt_on_sigterm(), tempfile.TemporaryDirectory(prefix="splitft-poc-") as scratch:
         folder = Path(scratch)
-        poc = Poc(folder, sites, out.parent)
+        poc = Poc(folder, sites, out.parent, out)
         follower = Follower(out / "events.jsonl", listeners)
 
         def on_poll() -> None:
@@ -119,7 +125,7 @@ def run_poc(
             follower.poll()
 
         try:
-            with Console(poc.kits.admin) as console:
+            with Console(poc.kits.submitter) as console:
                 for service in poc.services:  # all of them are this user's own
                     keep_copies(
                         (PluginFile(Path(one.file), one.sha256 or "") for one in config.plugins),
@@ -127,7 +133,11 @@ def run_poc(
                     )
                 say(f"starting a server and {len(sites)} sites")
                 poc.start(console)
-                engine = FlareEngine(console, FlareRun(out.name, config, folder, out, fetch=False), on_poll)
+                engine = FlareEngine(
+                    console,
+                    FlareRun(file_safe_name(out.resolve().name), config, folder, out, fetch=False),
+                    on_poll,
+                )
                 supervise(engine, sites, config.deploy.min_clients, config.deploy.join_s, say, on_status)
         finally:
             poc.stop()

@@ -1,10 +1,10 @@
 """Run the FLARE process of one startup kit, and restart it when it dies.
 
-    kit --start--> python -m nvflare...server_train | client_train, in the kit's folder
+    kit --start--> python -m splitft.deploy.flare.party, in the kit's folder
                    that process starts one more for each job
 
 The pause before a restart doubles each time. Stopping a kit stops its jobs too: every FLARE process with the
-kit's folder on its command line, and nothing else.
+kit's folder on its command line, and nothing else. What the processes write, only their owner can read.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from types import FrameType
 
 import psutil
 
-from splitft.deploy.flare.provisioning import PROJECT, party_of, prepare_kit
-from splitft.errors import DeployError
+from splitft.deploy.flare.job_store import settle_jobs
+from splitft.deploy.flare.provisioning import PROJECT, prepare_kit
+from splitft.deploy.identity.certificates import check_kit
 
 CONSOLE = "console.txt"
 """File in a kit with the output of its process."""
@@ -31,25 +32,30 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 """Pause between the end of a process and its restart."""
 STOP_S = 20.0
 """A process is killed if it has not ended by itself after this long."""
-_MODULES = {"server": "server.server_train", "client": "client.client_train"}
+_PARTY = "splitft.deploy.flare.party"
+_PRIVATE = 0o077
+"""Permissions that files of the processes do not get."""
 
 
 class Service:
     """The process of one kit."""
 
     def __init__(self, kit: Path, environment: dict[str, str] | None = None) -> None:
-        """Prepare the kit to run where it is. Raises DeployError if it is no kit of a server or a site."""
+        """Prepare the kit to run where it is. Raises DeployError if it is none, or its certificate ended."""
         self.kit = kit.resolve()
-        self.kind, self.party = prepare_kit(self.kit), party_of(self.kit)
+        self.kind = prepare_kit(self.kit)
+        self.party = check_kit(self.kit).name
         self.environment = dict(environment or {})
         """Environment variables of the process, beside those of this one."""
         self._process: subprocess.Popen[bytes] | None = None
         self._pause_s, self._restart_at = FIRST_PAUSE_S, 0.0
 
     def start(self) -> None:
-        """Start the process."""
+        """Start the process; jobs that an earlier one has left unfinished are settled before."""
+        if self.kind == "server":
+            settle_jobs(self.kit)
         arguments = [
-            sys.executable, "-u", "-m", f"nvflare.private.fed.app.{_MODULES[self.kind]}",
+            sys.executable, "-u", "-m", _PARTY, self.kind,
             "-m", str(self.kit), "-s", f"fed_{self.kind}.json", "--set", "secure_train=true",
             *([f"uid={self.party}"] if self.kind == "client" else []),
             f"org={PROJECT}", "config_folder=config",
@@ -63,6 +69,7 @@ class Service:
                 stdout=console,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for this process, which then stops the others
+                umask=_PRIVATE,
             )
 
     def restart_if_dead(self) -> bool:
@@ -99,24 +106,9 @@ def processes_of(kit: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             words = process.cmdline()
-            if any("nvflare." in word for word in words) and own in words:
+            if own in words and any("nvflare." in word or word == _PARTY for word in words):
                 found.append(process)
     return found
-
-
-def keep_running(kit: Path) -> None:
-    """Run a kit until Ctrl-C or SIGTERM. Raises DeployError if it is running already."""
-    service = Service(kit)
-    if processes_of(service.kit):
-        raise DeployError(f"{kit} is running already")
-    with interrupt_on_sigterm():
-        service.start()
-        try:
-            while True:
-                service.restart_if_dead()
-                time.sleep(1.0)
-        finally:
-            service.stop()
 
 
 @contextlib.contextmanager

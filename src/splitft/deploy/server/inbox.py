@@ -23,7 +23,8 @@ from splitft.deploy.requests import Envelope, ReplyCache
 from splitft.deploy.server.arrivals import Arrival, ArrivalQueue, Fault, refusal
 from splitft.deploy.server.claims import unusable
 from splitft.deploy.server.quota import HEARTBEAT, INVALID, REPEATED, UNASKED, InboxLimits, Quota
-from splitft.errors import ProtocolError, SplitftError, TransportError, WireError
+from splitft.deploy.server.uptime import UPTIME
+from splitft.errors import ProtocolError, SiteFailureError, SplitftError, TransportError, WireError
 from splitft.protocol import (
     Activations,
     AdapterUpload,
@@ -76,7 +77,7 @@ class _Site:
     """The order that it has fetched and not completed."""
     meter: Meter = field(default_factory=Meter)
     heard: float | None = None
-    """Time of its last message, on the monotonic clock."""
+    """Time of its last message, on the clock of `uptime`."""
 
 
 class Inbox:
@@ -150,7 +151,7 @@ class Inbox:
         except Exception as error:  # whatever the bytes have caused is their sender's fault
             return self._invalid(site, unusable(site, "message", error))
         with self._changed:
-            own.heard = time.monotonic()
+            own.heard = UPTIME.now()
             own.meter.count("up", received.message, received.payload_bytes, len(frame))
         reply = self._reply_to(site, received.message)
         if isinstance(reply, Refused):
@@ -163,7 +164,7 @@ class Inbox:
         data = packed.to_bytes()
         with self._changed:
             own.meter.count("down", reply, packed.header.payload_bytes, len(data))
-            own.heard = time.monotonic()
+            own.heard = UPTIME.now()
         return data
 
     def _check(self, site: str, outline: Message) -> None:
@@ -189,10 +190,13 @@ class Inbox:
             own.quota.charge(HEARTBEAT)
             return Wait()
         if isinstance(message, Next):
-            self._check_order_done(site)
+            self._check_order_done(site, message.failure)
             return self._next_order(site)
+        if isinstance(message, Register):  # it completes no order
+            own.quota.charge(UNASKED)
+            self._check_order_done(site, "")
         with self._changed:
-            if isinstance(message, Register | RoundReady | AdapterUpload | Evaluation):
+            if isinstance(message, RoundReady | AdapterUpload | Evaluation):
                 own.quota.charge(0 if own.open_order else UNASKED)
                 own.open_order = ""
             stale = any(isinstance(order, Join) for order in own.orders)
@@ -224,10 +228,12 @@ class Inbox:
                 return order
             return self._end or Wait()
 
-    def _check_order_done(self, site: str) -> None:
+    def _check_order_done(self, site: str, failure: str) -> None:
         """Report a fault if a site asks for its next order without completing its last one."""
         order, self._sites[site].open_order = self._sites[site].open_order, ""
-        if order:
+        if failure:
+            self._report(site, SiteFailureError(failure))
+        elif order:
             self._report(site, ProtocolError(f"{site} did not complete {order}; its own log says why"))
 
     def _report(self, site: str, error: SplitftError) -> None:
@@ -274,7 +280,7 @@ class Inbox:
         """Return seconds since the site's last message; infinite if there was none."""
         with self._changed:
             heard = self._sites[site].heard if site in self._sites else None
-        return float("inf") if heard is None else time.monotonic() - heard
+        return float("inf") if heard is None else UPTIME.now() - heard
 
     def traffic(self) -> dict[str, Traffic]:
         """Return each site's bytes since the last call."""

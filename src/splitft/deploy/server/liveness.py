@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
@@ -19,7 +18,8 @@ from splitft.deploy.server.arrivals import Arrival, Fault
 from splitft.deploy.server.claims import unusable
 from splitft.deploy.server.inbox import Inbox
 from splitft.deploy.server.steps import StepService
-from splitft.errors import PausedError, ProtocolError, SplitftError
+from splitft.deploy.server.uptime import UPTIME
+from splitft.errors import PausedError, ProtocolError, SiteFailureError, SplitftError
 from splitft.protocol import Activations, Declined, HeadGradient, Message, Register
 from splitft.specs import DeploySpec
 from splitft.tracking.events import Listener, SiteChanged
@@ -45,11 +45,11 @@ class _Collection(Generic[M]):
     """Time that each answer took."""
     stopped: dict[str, float] = field(default_factory=dict)
     """Slow sites, and the time at which they were stopped."""
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=UPTIME.now)
 
     @property
     def elapsed_s(self) -> float:
-        return time.monotonic() - self.began
+        return UPTIME.now() - self.began
 
 
 class Liveness:
@@ -182,17 +182,26 @@ class Liveness:
             logger.warning("%s declines: %s", site, reason)
 
     def refuse(self, site: str, error: SplitftError) -> None:
-        """Leave out a site that has sent an invalid message, until the next round."""
-        if site not in self.out:
-            self._drop(site)
+        """Leave out a site that has sent an invalid message or reports a failure, until the next round."""
+        if site in self.out:
+            return
+        self._drop(site)
+        if isinstance(error, SiteFailureError):
+            self._note(site, "failed", str(error))
+        else:
             self._note(site, "refused", f"{type(error).__name__}: {error}")
 
     def _lose_silent(self, names: Iterable[str]) -> None:
-        for name in sorted(names):
-            silence = self._inbox.silence_s(name)
-            if silence > self._spec.silence_s:
-                since = "ever" if silence == float("inf") else f"for {silence:.0f} s"
-                self._lose(name, f"nothing was heard of it {since}")
+        silent = {name: self._inbox.silence_s(name) for name in sorted(names)}
+        lost = {name: silence for name, silence in silent.items() if silence > self._spec.silence_s}
+        every = [
+            self._inbox.silence_s(name) for name in self._inbox.sites
+        ]  # heartbeats come four times as often
+        everyone = len(every) > 1 and min(every) > self._spec.silence_s / 2
+        for name, silence in lost.items():
+            since = "ever" if silence == float("inf") else f"for {silence:.0f} s"
+            hint = ", nor of any other site: is the server connected?" if everyone else ""
+            self._lose(name, f"nothing was heard of it {since}{hint}")
 
     def _lose(self, site: str, reason: str) -> None:
         """Leave out a site until it is heard again."""
@@ -207,6 +216,6 @@ class Liveness:
             self.stale.add(site)
 
     def _note(
-        self, site: str, state: Literal["lost", "refused", "late", "back", "declined"], reason: str
+        self, site: str, state: Literal["lost", "refused", "failed", "late", "back", "declined"], reason: str
     ) -> None:
         self._listener(SiteChanged(round=self.number, site=site, state=state, reason=reason))

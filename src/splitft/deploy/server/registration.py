@@ -10,7 +10,6 @@ with the number, what fits, and where it comes from.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -20,6 +19,7 @@ from splitft.config import RunConfig
 from splitft.deploy.run_terms import MAX_DEVICE_NUMBER, MIN_DEVICE_NUMBER, RunTerms, site_names
 from splitft.deploy.server.arrivals import Arrival
 from splitft.deploy.server.inbox import Inbox
+from splitft.deploy.server.uptime import UPTIME
 from splitft.errors import ProtocolError
 from splitft.protocol import Activations, Declined, HeadGradient, Register
 from splitft.run.setup import most_rows
@@ -40,8 +40,8 @@ def await_registrations(
     """
     found: dict[str, Register] = {}
     config, blocks = terms.config, terms.model.shape.blocks
-    deadline = time.monotonic() + config.deploy.join_s
-    while not set(sites) <= found.keys() | declined.keys() and time.monotonic() < deadline:
+    deadline = UPTIME.now() + config.deploy.join_s
+    while not set(sites) <= found.keys() | declined.keys() and UPTIME.now() < deadline:
         if inbox.closed:
             break
         for arrival in inbox.take(0, 0.5):
@@ -86,7 +86,7 @@ def _implausible(config: RunConfig, register: Register) -> Iterator[str]:
         "truncated": (0, MOST_EXAMPLES, "the text"),
         "sequences_per_batch": (1, min(sequences, register.train_examples), "training.batch_size"),
         "padded_length": (2, longest, "data.max_tokens"),
-        "tokens_per_batch": (2, min(rows, register.train_tokens), "training.batch_size and data.max_tokens"),
+        "tokens_per_batch": (2, min(rows, register.train_tokens), "training.batch_size, train_tokens"),
     }
     for name, (least, most, key) in bounds.items():
         if not least / ROUNDING <= given[name] <= most * ROUNDING:
