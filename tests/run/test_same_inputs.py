@@ -16,6 +16,7 @@ from splitft.config import from_mapping
 from splitft.errors import RunError
 from splitft.model import identity, open_model
 from splitft.model.identity import kept_digest, tokenizer_digest, weight_digests
+from splitft.run.same_inputs import check_inputs
 from splitft.specs import ModelSpec
 from splitft.tracking.events import StepDone
 from splitft.tracking.log import read_started
@@ -111,6 +112,17 @@ def test_a_run_of_an_earlier_version_may_not_move(moved):
     path.write_text("".join([json.dumps(started) + "\n", *lines[1:]]))
     with pytest.raises(RunError, match=r"another configuration: model.name"):
         splitft.train(_config(moved), moved / "run", resume=True)
+
+
+def test_a_file_that_only_one_side_knows_does_not_count_unless_it_has_weights(stopped, tmp_path):
+    run, started = stopped[0] / "run", read_started(stopped[0] / "run/events.jsonl")
+    check_inputs(run, {**started.base, "tokenizer.json": "1" * 64})
+    for base in (
+        {**started.base, "more.safetensors": "1" * 64},
+        {"config.json": started.base["config.json"]},
+    ):
+        with pytest.raises(RunError, match=r"the base model is in .*, and was in model.safetensors"):
+            check_inputs(run, base)
 
 
 def test_how_a_run_began_is_read_without_the_rest(stopped, tmp_path):

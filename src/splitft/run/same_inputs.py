@@ -52,15 +52,16 @@ def moved_keys(folder: Path) -> set[str]:
 
 
 def _base(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    if not then or not now or dict(then) == dict(now):
+    """Return what differs; files beside the weights count where both are known (a server knows more)."""
+    if not then or not now:
         return []
-    missing, added = sorted(then.keys() - now.keys()), sorted(now.keys() - then.keys())
-    if missing or added:
-        return [f"the base model is in {', '.join(sorted(now))}, and was in {', '.join(sorted(then))}"]
+    here, there = ([name for name in one if name.endswith(".safetensors")] for one in (now, then))
+    if sorted(here) != sorted(there):
+        return [f"the base model is in {', '.join(sorted(here))}, and was in {', '.join(sorted(there))}"]
     return [
         f"{name} of the base model has SHA-256 {now[name][:12]}..., and had {then[name][:12]}..."
         for name in then
-        if then[name] != now[name]
+        if name in now and then[name] != now[name]
     ]
 
 
