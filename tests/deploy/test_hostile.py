@@ -246,6 +246,9 @@ MISDEEDS = {
     ),
     "no factors": ("upload", sends(adapters=AdapterState()), "AdapterError"),
     "more steps than were ordered": ("train", steps(56), "ProtocolError"),
+    "a registration in the middle of an order": (
+        "train", lambda hand, order: hand.ask(registration(EVIL)), "ProtocolError",
+    ),
     "no step at all": ("train", steps(0), "ProtocolError"),
     "more sequences than a batch has": (
         "step",
@@ -254,7 +257,7 @@ MISDEEDS = {
     ),
     "a label at the last token": (
         "step",
-        sends(labelled=lambda m: [[start, length] for (start, _), length in zip(m.labelled, m.lengths, strict=True)]),
+        sends(labelled=lambda m: [[length - 1, length] for length in m.lengths]),
         "ProtocolError",
     ),
     "more parts than were agreed": (
@@ -275,6 +278,7 @@ MISDEEDS = {
 
 
 @pytest.mark.parametrize("name", MISDEEDS)
+@pytest.mark.hostile("a site sends {name}", "refused; out for the round, and back in the next")
 def test_a_misdeed_is_refused_by_name_and_costs_its_sender_the_round_and_nobody_else(tiny_llama, text, name):
     at, misdeed, error = MISDEEDS[name]
     hands = []
@@ -291,9 +295,8 @@ def test_a_misdeed_is_refused_by_name_and_costs_its_sender_the_round_and_nobody_
     assert not [event for event in outcome.of("SiteChanged") if event.site != EVIL]
     assert outcome.participants() == [("client-1", "client-3"), ("client-1", "client-2", "client-3")]
     assert outcome.state.adapters.all_finite()
-    if (
-        at not in ("ready", "upload") and name != "no step at all"
-    ):  # which are refused by silence: the sender is told with its next order
+    silent = ("no step at all", "a registration in the middle of an order")
+    if at not in ("ready", "upload") and name not in silent:  # the sender is told with its next order
         assert hands[0].refusals[0].error == error
 
 
@@ -339,6 +342,7 @@ EVALUATIONS = {
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.hostile("a site evaluates falsely: {name}", "refused; its loss does not count")
 def test_a_false_evaluation_is_refused_and_has_no_part_in_the_losses(tiny_llama, text, name):
     prepared = federation(tiny_llama, text, CUTS, training={"rounds": 1, "steps": 1})
     outcome = deployed(
@@ -354,6 +358,7 @@ def test_a_false_evaluation_is_refused_and_has_no_part_in_the_losses(tiny_llama,
     assert math.isfinite(before.loss)
 
 
+@pytest.mark.hostile("a site takes 1 step of 3", "it weighs what it has trained on")
 def test_a_site_that_takes_fewer_steps_than_ordered_weighs_what_it_has_trained_on(tiny_llama, text):
     prepared = federation(tiny_llama, text, CUTS, training={"rounds": 1, "steps": 3})
     trained, weights = prepared.server.trained, {}
@@ -375,6 +380,7 @@ def test_a_site_that_takes_fewer_steps_than_ordered_weighs_what_it_has_trained_o
     assert weights == {name: sum(tokens) for name, tokens in counts.items()}
 
 
+@pytest.mark.hostile("a site sends parts as large as a batch", "refused; out for the round")
 def test_parts_of_a_step_are_together_no_larger_than_a_batch(tiny_llama, text):
     """Each part as large as a whole batch would give a site so many times its weight."""
     training = {"rounds": 1, "steps": 2, "micro_batches": 3, "in_flight": 1, "batch_size": 3}

@@ -78,7 +78,8 @@ class Quota:
             if self.credit <= 0:
                 self.turned_away += 1
                 raise TransportError(f"{site} has sent too many messages that were invalid or not due")
-            if self.messages >= self.limits.messages or self.nbytes + nbytes > self.limits.nbytes:
+            full = self.nbytes + nbytes > self.limits.nbytes and self.messages > 0
+            if full or self.messages >= self.limits.messages:
                 self.turned_away += 1
                 raise TransportError(f"{site} has {self.messages} messages of {self.nbytes} bytes underway")
             self.messages += 1
