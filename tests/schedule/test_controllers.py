@@ -115,6 +115,8 @@ def test_paper_moves_better_clients_deeper_and_worse_ones_shallower():
     assert choose("paper", _three([2.0, 2.0, 2.0])).cuts == {"a": 2, "b": 2, "c": 2}
     assert choose("paper", _three([None, 2.0, 3.0])).cuts == {"a": 2, "b": 2, "c": 2}
     assert "deeper: a; worse, so shallower: c" in choose("paper", _three([1.0, 2.0, 3.0])).reason
+    assert choose("paper", _three([None, 2.0, None])).reason == "no loss to go by of a, c, so cuts stay"
+    assert choose("paper", _three([None, None, None])).reason == "no losses yet"
 
 
 @given(problems(), st.floats(0, 5))

@@ -90,9 +90,9 @@ def paper(problem: CutProblem) -> Decision:
     current, allowed = _current(problem), feasible(problem)
     losses = {client.name: client.loss for client in problem.clients if client.loss is not None}
     if len(losses) < len(problem.clients):
-        return Decision(
-            {name: _nearest(allowed[name], cut) for name, cut in current.items()}, "no losses yet"
-        )
+        lacking = [client.name for client in problem.clients if client.loss is None]
+        reason = f"no loss to go by of {', '.join(lacking)}, so cuts stay" if losses else "no losses yet"
+        return Decision({name: _nearest(allowed[name], cut) for name, cut in current.items()}, reason)
     weights = {client.name: client.weight for client in problem.clients}
     mean = sum(weights[name] * loss for name, loss in losses.items()) / sum(weights.values())
     largest = max(abs(mean - loss) for loss in losses.values())
