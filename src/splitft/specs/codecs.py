@@ -53,8 +53,8 @@ class CodecKind:
     roles: frozenset[CodecRole] = frozenset({"hidden", "gradient"})
     """Roles of the tensors that it may encode."""
     memory: Literal["none", "sender", "both"] = "none"
-    """The ends that must remember earlier messages. With `sender` messages must come in order; with `both` the
-    run cannot be deployed, because a site that returns has lost its copy."""
+    """The ends that must remember earlier messages. With `sender` messages must come in order; with `both`
+    the run cannot be deployed, because a site that returns has lost its copy."""
     learned: str | None = None
     """Name in the memory that appears once the codec has learned; before, it sends something larger."""
     needs_example_ids: bool = False
