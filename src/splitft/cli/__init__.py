@@ -18,7 +18,9 @@ from splitft.cli import train, runs, measure, audit, deploy, site, submit, opera
 from splitft.cli.app import app
 from splitft.cli.terminal import make_streams_last
 
-__all__ = ["app", "audit", "deploy", "main", "measure", "membership", "operate", "runs", "site", "submit", "train"]
+__all__ = [
+    "app", "audit", "deploy", "main", "measure", "membership", "operate", "runs", "site", "submit", "train",
+]  # fmt: skip
 
 
 def main() -> None:

@@ -164,7 +164,8 @@ class OrderLimits:
         self._times[asked] += 1
         if (times := self._times[asked]) > self._limits.attempts:
             raise ForbiddenError(
-                f"the server sends {asked[0]} of round {order.round} {times} times in this session; this site takes {self._limits.attempts} (limits.attempts)"
+                f"the server sends {asked[0]} of round {order.round} {times} times in this session; "
+                f"this site takes {self._limits.attempts} (limits.attempts)"
             )
 
     def _check_evaluation(self) -> None:

@@ -56,7 +56,7 @@ def open_site(
     if name not in names:
         raise DeployError(f"{name} is no site of this run; it has {', '.join(names)} (deploy.sites)")
     index = names.index(name)
-    fixed_cut = config.cuts[index] if config.cuts and not config.schedule.adaptive else None
+    fixed_cut = fixed_cut_of(config, index)
 
     # the data owner's file: refuse before anything is read, then take its text and machine
     if site is not None:
@@ -109,12 +109,23 @@ def open_site(
     return SiteParty(terms, register, open_client, policy, text)
 
 
+def fixed_cut_of(config: RunConfig, index: int) -> int | None:
+    """Return the cut of a site by its number in the run; None if the controller chooses it."""
+    return config.cuts[index] if config.cuts and not config.schedule.adaptive else None
+
+
 def _machine(
     terms: RunTerms, name: str, work: Workload, site: SiteSpec
 ) -> tuple[dict[str, float], Callable[[int], float]]:
     """Return this machine as the server is told of it, if the data owner describes it, and bytes by cut."""
     if site.machine.device is None and site.machine.memory_gb is None:
         return {}, lambda cut: 0.0
+    device, memory_at = memory_by_cut(terms, name, work)
+    return _device_numbers(device, site.machine.memory_gb), memory_at
+
+
+def memory_by_cut(terms: RunTerms, name: str, work: Workload) -> tuple[Device, Callable[[int], float]]:
+    """Return this machine as the schedule sees it, and the bytes that training needs by cut."""
     config = terms.config
     alone = select_sites(config, (name,)) if len(site_names(config)) > 1 else config
     fleet = fleet_of(alone, terms.model, terms.ranks, (name,), [work])
@@ -123,7 +134,7 @@ def _machine(
     def memory_at(cut: int) -> float:
         return client_memory(fleet.costs, client, cut).total
 
-    return _device_numbers(client.device, site.machine.memory_gb), memory_at
+    return client.device, memory_at
 
 
 def _device_numbers(device: Device, budget_gb: float | None) -> dict[str, float]:
