@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import pytest
@@ -13,7 +14,8 @@ from splitft.deploy.flare.job_store import settle_jobs
 from splitft.errors import DeployError
 from splitft.version import __version__
 
-ARGUMENTS = {"run": "first", "link": "0" * 32, "config": "seed: 1", "version": __version__}
+CONFIG = base64.b64encode(b"seed: 1").decode()
+ARGUMENTS = {"run": "first", "link": "0" * 32, "config": CONFIG, "version": __version__}
 
 
 def test_only_what_needs_a_process_is_marked(tmp_path):
@@ -48,10 +50,19 @@ def test_odd_arguments_are_refused(odd):
         read_arguments({**ARGUMENTS, **odd})
 
 
+@pytest.mark.parametrize("key", ["run", "link", "config", "version"])
+def test_a_secret_of_the_environment_that_flare_puts_into_an_argument_is_not_repeated(key):
+    secret = "hf_abcDEF/0123="
+    with pytest.raises(DeployError) as refused:
+        read_arguments({**ARGUMENTS, key: secret}).check_version("this site")
+    assert secret not in str(refused.value)
+
+
 def test_what_is_written_is_what_is_read(tmp_path, tiny_llama):
     config = load(settings_file(tmp_path, tiny_llama), [])
     write_job(tmp_path / "job", "first", config, rounds=3, restart=True)
     server = json.loads((tmp_path / "job/app/config/config_fed_server.json").read_text())["workflows"][0]
+    assert not set("{}$") & set("".join(map(str, server["args"].values())))  # FLARE puts variables there
     job = read_arguments(server["args"])
     assert (job.run, job.rounds, job.restart, job.version) == ("first", 3, True, __version__)
     assert job.digest == digest_of(sent_config(config))

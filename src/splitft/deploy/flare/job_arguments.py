@@ -2,11 +2,18 @@
 
 write_job -->   meta.json                     who takes part: every connected site
                 app/config/config_fed_*.json  the arguments of both sides; no code
-{"run": name, "link": session key in hexadecimal, "config": YAML, ...} --read_arguments--> JobArguments | DeployError
+{"run": name, "link": session key in hexadecimal, "config": YAML in base64, ...}
+          --read_arguments--> JobArguments | DeployError
+
+FLARE replaces `{NAME}` in a job's text by a variable, and `{$NAME}` by one of the environment of the machine
+that runs the job. A configuration travels as base64, where no brace is, and an argument whose form is not the
+expected one is not repeated in the refusal: so no job makes a site tell its environment to the server.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import json
 import re
@@ -19,15 +26,15 @@ from typing import Any
 
 from splitft.config import RunConfig, dump
 from splitft.errors import DeployError
-from splitft.foreign_text import printable
 from splitft.names import NAME_RULE, is_file_safe
 from splitft.version import __version__
 
 JOBS, TASK = "splitft.deploy.flare.job", "splitft"
 """Module of the classes that a job starts, and the name of its one task."""
 LONGEST_CONFIG = 1_000_000
-"""Longest configuration, in characters."""
+"""Longest configuration, in characters as it travels."""
 _KEY = re.compile(r"[0-9a-f]{32}")
+_VERSION = re.compile(r"[0-9]{1,3}(\.[0-9a-z]{1,5}){1,4}")
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class JobArguments:
         """Raise DeployError if this machine has another version of splitft."""
         if self.version and self.version != __version__:
             raise DeployError(
-                f"{machine} has splitft {__version__}, and the run was submitted with {printable(self.version, 40)}; "
+                f"{machine} has splitft {__version__}, and the run was submitted with {self.version}; "
                 "install the same version on every machine"
             )
 
@@ -77,13 +84,22 @@ def read_arguments(found: Mapping[str, Any]) -> JobArguments:
             )
     run, link, config = (found[name] for name in names)
     if not is_file_safe(run):  # it becomes a folder here
-        raise DeployError(f"the job's run is called {printable(run, 80)!r}; a name of a run has {NAME_RULE}")
+        raise DeployError(f"the job's 'run' is no name of a run, which has {NAME_RULE}")
+    if found.get("version") and not _VERSION.fullmatch(found["version"]):
+        raise DeployError("the job's 'version' is no version; submit it anew")
     if not _KEY.fullmatch(link):
         raise DeployError("the job's 'link' is no session key of 32 hexadecimal digits; submit it anew")
     if len(config) > LONGEST_CONFIG:
         raise DeployError(f"the job's 'config' has {len(config)} characters; it may have {LONGEST_CONFIG}")
+    try:
+        text = base64.b64decode(config, validate=True).decode()
+    except (binascii.Error, ValueError) as error:
+        raise DeployError(
+            "the job's 'config' is not as this version of splitft writes it; install the same version on "
+            "every machine"
+        ) from error
     others = {name: found[name] for name in optional if name in found}
-    return JobArguments(run, bytes.fromhex(link), config, **others)
+    return JobArguments(run, bytes.fromhex(link), text, **others)
 
 
 def sent_config(config: RunConfig) -> str:
@@ -107,7 +123,7 @@ def write_job(folder: Path, run: str, config: RunConfig, rounds: int = 0, restar
     arguments = {
         "run": run,
         "link": secrets.token_hex(16),
-        "config": sent_config(config),
+        "config": base64.b64encode(sent_config(config).encode()).decode(),
         "version": __version__,
         "rounds": rounds,
         "restart": restart,

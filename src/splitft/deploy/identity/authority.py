@@ -76,6 +76,7 @@ def create_authority(folder: Path, server: str, port: int, valid_days: int = ROO
     (folder / FEDERATION).write_text(yaml.safe_dump(federation), encoding="utf-8")
     arguments = {"output_dir": str(folder), "org": None, "valid_days": valid_days, "deploy_version": "00"}
     _flare(cert_commands.handle_cert_init, profile=str(folder / FEDERATION), **arguments)
+    make_private(folder)
     return _colons(facts_of(_certificate(folder / ROOT)).fingerprint)
 
 
