@@ -22,6 +22,9 @@ pytestmark = [
     pytest.mark.skipif(not os.environ.get("SPLITFT_SLOW"), reason="minutes long; SPLITFT_SLOW=1 runs them"),
 ]
 ROUNDS, STEPS = 4, 60
+LONGER = 200
+"""Steps of a round in runs that have to last while other commands start."""
+MORE = f"training.steps={LONGER}"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def federation(tmp_path_factory, tiny_llama):
         yield made
 
 
-def finished(federation, name, submit, seconds=420):
+def finished(federation, name, submit, steps=STEPS, seconds=420):
     """What `submit` said, after it has ended well with all rounds and each step once."""
     said, errors = submit.communicate(timeout=seconds)
     assert submit.returncode == 0, said + errors
@@ -38,7 +41,7 @@ def finished(federation, name, submit, seconds=420):
     assert [event.round for event in events if event.event == "RoundDone"] == list(range(1, ROUNDS + 1))
     for site in SITES:
         steps = [e.step for e in events if e.event == "StepDone" and e.client == site]
-        assert steps == list(range(ROUNDS * STEPS))
+        assert steps == list(range(ROUNDS * steps))
     print(said)
     return said
 
@@ -60,43 +63,44 @@ def test_a_submitted_run_survives_the_death_of(federation, kill):
     assert len(victims) == len(kinds)
     federation.signal(signal.SIGKILL, victims)
     said = finished(federation, name, submit)
-    assert f"session 1 ended after round {number - 1}: its job died" in said
+    assert "session 1 ended: its job died" in said
     assert "session 2: north, south" in said
-    assert ("waiting for it" in said) == (False in kinds)
+    ended = federation.events(name, "RoundDone")
+    assert [event.round for event in ended] == list(range(1, ROUNDS + 1))  # none was trained again
     assert not federation.status()["state"].startswith("RUNNING")
 
 
 def test_ctrl_c_and_a_second_submit_follow_the_one_session(federation):
-    first = federation.submit("second-submit")
+    first = federation.submit("second-submit", MORE)
     federation.until_step("second-submit", 1)
     first.send_signal(signal.SIGINT)
     _, errors = first.communicate(timeout=60)
     assert first.returncode == 130
     assert "the same `submit` follows it again" in errors
-    other = federation.submit("second-submit", "training.rounds=9")
-    _, errors = other.communicate(timeout=60)
+    other = federation.submit("second-submit", MORE, "training.rounds=9")
+    _, errors = other.communicate(timeout=120)
     assert other.returncode == 2
     assert "is being trained with another configuration" in errors
-    said = finished(federation, "second-submit", federation.submit("second-submit"))
+    said = finished(federation, "second-submit", federation.submit("second-submit", MORE), LONGER)
     assert "a session of this run is running: following it" in said
     assert len(federation.events("second-submit", "SessionStarted")) == 1
 
 
 def test_of_two_submits_at_the_same_time_one_starts_the_run_and_both_see_its_end(federation):
-    both = [federation.submit("at-once") for _ in range(2)]
-    said = [finished(federation, "at-once", one) for one in both]
+    both = [federation.submit("at-once", MORE) for _ in range(2)]
+    said = [finished(federation, "at-once", one, LONGER) for one in both]
     assert len(federation.events("at-once", "SessionStarted")) == 1
     assert sum("a session of this run is running: following it" in text for text in said) == 1
 
 
 def test_abort_ends_the_running_session_and_the_submit_that_follows_it(federation):
-    first = federation.submit("aborted")
+    first = federation.submit("aborted", MORE)
     federation.until_step("aborted", 2)
-    second = federation.submit("aborted", "--abort")
+    second = federation.submit("aborted", MORE, "--abort")
     said, errors = first.communicate(timeout=180)
     assert first.returncode == 130, errors
     assert "stopped after round 1" in said
-    assert "ending the session that is running" in finished(federation, "aborted", second)
+    assert "ending the session that is running" in finished(federation, "aborted", second, LONGER)
 
 
 def test_a_server_that_was_stopped_for_a_while_blames_no_site(federation):
@@ -131,14 +135,14 @@ def test_a_full_disk_at_a_site_is_told_to_whoever_submitted(federation):
 
 
 def test_a_run_folder_that_is_deleted_is_said_and_restart_begins_anew(federation):
-    submit = federation.submit("deleted")
+    submit = federation.submit("deleted", MORE)
     federation.until_step("deleted", 2)
     shutil.rmtree(federation.run_folder("deleted"))
     said, errors = submit.communicate(timeout=180)
     assert submit.returncode == 2, said
     assert "was deleted or moved while the run was training" in errors
     assert "--restart" in errors
-    again = federation.submit("deleted")
+    again = federation.submit("deleted", MORE)
     _, errors = again.communicate(timeout=180)
     if federation.run_folder("deleted").is_dir():  # what the session wrote before it noticed
         assert "holds files but no run" in errors

@@ -131,7 +131,9 @@ class _Supervisor:
             ending = self._ending(session)
             if ending.finished or ending.stopped:
                 return ending
-            self.say(f"session {sessions} ended after round {ending.rounds}{_why(ending)}")
+            # one that crashed may have finished more rounds than were heard of
+            far = "" if ending.reason == "crashed" else f" after round {ending.rounds}"
+            self.say(f"session {sessions} ended{far}{_why(ending)}")
             if ending.reason == "unusable":
                 raise DeployError(f"the run cannot go on: {ending.detail}")
             if ending.reason == "busy" and self._retry(self.engine.running) is not None:
