@@ -255,11 +255,11 @@ def test_growing_a_rank_changes_no_product_and_gives_new_directions(rule, rank, 
 
 
 @FITS
-def test_shrinking_keeps_the_first_rows_or_with_svd_the_best(rule, rank, extra):
+def test_shrinking_keeps_the_first_rows_or_the_best_fit(rule, rank, extra):
     factors = _state({0: rank + extra, 1: 1}, 5)[0, "q"]
     small = fit((0, "q"), factors, rank, rule, FRESH)
     assert small.rank == rank
-    if rule == "svd":
+    if RULES[rule].best_fit:
         U, S, Vh = torch.linalg.svd(factors.product().double(), full_matrices=False)
         _close(small.product(), U[:, :rank] * S[:rank] @ Vh[:rank], 1e-4)
     else:

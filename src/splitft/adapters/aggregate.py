@@ -9,6 +9,9 @@ and a rule (`splitft.specs.rules`, `aggregators`) finds factors of a given rank 
 it into the frozen base. `mean(B) mean(A)` is not that mean; the distance of a rule's result from it is its
 aggregation error, ||mean(BA) - B A - folded|| / ||mean(BA)|| over all layers together.
 
+A rule that withstands hostile members (`robust_aggregators`) is given them with equal weights, and how many
+of them to withstand; the error is still the distance from the weighted mean.
+
 No rule forms a D x D product: stacked factors B' (out, sum r), A' (sum r, in) are orthogonalised (QR),
 and all norms and singular values are those of a core of at most (sum r, sum r).
 """
@@ -24,8 +27,10 @@ import torch
 from splitft.adapters.aggregators import Fresh, United, Weighted
 from splitft.adapters.factoring import in_frame, product_norm, stacked
 from splitft.adapters.state import AdapterState, Factors, Key
-from splitft.errors import AdapterError
+from splitft.errors import AdapterError, FailedRoundError
 from splitft.specs.rules import RULES, Rule, rules_where
+
+NOT_FINITE = "numbers that are not finite"
 
 
 @dataclass(frozen=True)
@@ -53,20 +58,24 @@ def aggregate(
     members: Sequence[tuple[float, AdapterState]],
     ranks: Mapping[int, int],
     fresh: Fresh,
+    byzantine: int | None = None,
 ) -> Aggregated:
     """Aggregate (weight, full set) of every participant to one set of the given ranks by block.
 
     Weights are normalised to sum to 1. Raises AdapterError for unusable weights, sets that are not finite or
-    cover different layers, and a rule that does not fit their ranks, fails or returns unusable factors.
+    cover different layers, and a rule that does not fit their ranks, fails or returns unusable factors; its
+    kind FailedRoundError if the next round's factors may do. `byzantine` as in the configuration.
     """
     _check(members)
     total = sum(weight for weight, _ in members)
+    chosen, hostile = _chosen(rule, members, total, byzantine)
     factors: dict[Key, Factors] = {}
     folded: dict[Key, Factors] = {}
     missed = mean = 0.0
     for key in members[0][1]:
         weighted = [(weight / total, state[key]) for weight, state in members]
-        united = _united(rule, key, weighted, ranks[key[0]], fresh)
+        given = [(weight, state[key]) for weight, state in chosen]
+        united = _united(rule, key, given, hostile, ranks[key[0]], fresh)
         factors[key] = fit(key, united.factors, ranks[key[0]], rule, fresh)
         if united.folded is not None:
             folded[key] = united.folded
@@ -94,7 +103,37 @@ def _check(members: Sequence[tuple[float, AdapterState]]) -> None:
             raise AdapterError("an adapter set has values that are not finite")
 
 
-def _united(name: str, key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
+def _chosen(
+    name: str, members: Sequence[tuple[float, AdapterState]], total: float, byzantine: int | None
+) -> tuple[list[tuple[float, AdapterState]], int]:
+    """Return the members that a rule unites, with their weights, and how many hostile ones it withstands."""
+    rule = RULES[name]
+    if rule.withstands is None:
+        return [(weight / total, state) for weight, state in members], 0
+    counted = [(1.0, state) for weight, state in members if weight]
+    hostile = hostile_members(name, len(counted), byzantine)
+    if rule.select is not None:
+        counted = rule.select(counted, hostile)
+    return [(1 / len(counted), state) for _, state in counted], hostile
+
+
+def hostile_members(name: str, members: int, byzantine: int | None) -> int:
+    """Return how many of so many members a rule withstands: `byzantine`, or by default a fifth, rounded up.
+
+    Raises FailedRoundError if that is more than it can.
+    """
+    most = RULES[name].withstands or (lambda members: 0)
+    if byzantine is None:
+        return min(most(members), math.ceil(members / 5))
+    if byzantine > most(members):
+        raise FailedRoundError(
+            f"aggregation rule {name!r} withstands {most(members)} hostile of {members} participants, and "
+            f"aggregate.byzantine asks for {byzantine}"
+        )
+    return byzantine
+
+
+def _united(name: str, key: Key, members: Weighted, hostile: int, rank: int, fresh: Fresh) -> United:
     """Return what a rule makes of one layer. Raise AdapterError if it fails or returns unusable factors."""
     rule, layer = RULES[name], f"block {key[0]} {key[1]}"
     ranks = sorted({factors.rank for _, factors in members})
@@ -104,12 +143,14 @@ def _united(name: str, key: Key, members: Weighted, rank: int, fresh: Fresh) -> 
             f"give {rules_where(lambda one: not one.equal_ranks)}, or set lora.rank_at_cut: null"
         )
     try:
-        united: United = rule.unite(key, members, rank, fresh)
+        more = (hostile,) if rule.takes_hostile else ()
+        united: United = rule.unite(key, members, rank, fresh, *more)
     except Exception as error:  # a plug-in's function may raise anything
         kind = "" if isinstance(error, AdapterError) else f"{type(error).__name__}: "
         raise AdapterError(f"aggregation rule {name!r} failed at {layer}: {kind}{error}") from error
     if fault := _fault(rule, united, members[0][1]):
-        raise AdapterError(f"aggregation rule {name!r} returned {fault} for {layer}")
+        kind_of_error = FailedRoundError if fault == NOT_FINITE else AdapterError
+        raise kind_of_error(f"aggregation rule {name!r} returned {fault} for {layer}")
     return united
 
 
@@ -130,7 +171,7 @@ def _fault(rule: Rule, united: object, member: Factors) -> str | None:
         if {factors.A.dtype, factors.B.dtype} != {dtype}:
             return f"factors of {factors.A.dtype} and {factors.B.dtype} instead of {dtype}"
         if not all(bool(torch.isfinite(half).all()) for half in (factors.A, factors.B)):
-            return "numbers that are not finite"
+            return NOT_FINITE
     if member.magnitude is not None and united.factors.magnitude is None:
         return "no magnitude (DoRA)"
     return None

@@ -81,6 +81,12 @@ def _cuts_below_one(config: Any) -> dict[str, int]:
     return {index: cut for index, cut in each.items() if isinstance(cut, int) and cut < 1}
 
 
+def _withstood(config: Any) -> int:
+    """Return how many hostile clients the rule withstands when all take part."""
+    withstands = _rule(config).withstands
+    return withstands(config.clients.count) if withstands else 0
+
+
 def _no_dora(config: Any) -> str:
     if _rule(config).folds:
         reason = "folds updates into the base, whose rows' magnitudes dora has learnt"
@@ -94,7 +100,9 @@ def _no_dora(config: Any) -> str:
 
 
 def _not_bounded(config: Any) -> str:
-    if _rule(config).best_fit:
+    if _rule(config).withstands:
+        reason = "chooses among updates, so that one more can change the choice"
+    elif _rule(config).best_fit:
         reason = "averages products, which clipped factors do not bound"
     else:
         reason = "hands out other than the mean of clipped factors"
@@ -134,6 +142,15 @@ BETWEEN_SECTIONS = (
         lambda c: "found keep, which does not fit aggregate.rule {c.aggregate.rule}: it makes new factors "
         "each round, so old moments belong to other factors; give reset, or the rule "
         + rules_where(lambda rule: rule.keeps_axes)),
+    Requirement(("aggregate.byzantine", "aggregate.rule"),
+        lambda c: c.aggregate.byzantine and not _rule(c).withstands,
+        lambda c: "found {c.aggregate.byzantine}, but one client can move the result of aggregate.rule "
+        "{c.aggregate.rule} anywhere; give null, or the rule "
+        + rules_where(lambda rule: rule.withstands is not None)),
+    Requirement(("aggregate.byzantine", "clients.count"),
+        lambda c: _rule(c).withstands and (c.aggregate.byzantine or 0) > _withstood(c),
+        lambda c: "found {c.aggregate.byzantine}, but aggregate.rule {c.aggregate.rule} withstands at most "
+        f"{_withstood(c)} of {c.clients.count} clients; give at most that"),
     Requirement(("aggregate.server_optimizer", "aggregate.rule"),
         lambda c: c.aggregate.server_optimizer != "none" and not _rule(c).steps_on_server,
         lambda c: "found {c.aggregate.server_optimizer}, which goes on from the last factors, but "

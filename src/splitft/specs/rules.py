@@ -9,6 +9,15 @@
     ffa        A as it started, sum w_i B_i            -                      B         B    B
     fedsa      sum w_i A_i; B_i stays with its client  -                      A B       A    A
 
+Three rules withstand members that send anything at all, up to `Rule.withstands(n)` of n:
+
+    median         each number is the median of the members'             (n - 1) // 2    1803.01498
+    trimmed-mean   its mean without the f largest and the f smallest     (n - 1) // 2    1803.01498
+    krum           the mean of the n - f members nearest to each other   (n - 3) // 2    1703.02757
+
+Where all members of a layer have one rank, the numbers are those of A and B; else those of the products B A.
+They weigh all members alike: a weight that a member could raise would let it outvote the others.
+
 A plug-in adds its own with `RULES.add("mine", Rule(unite=function))`. The defaults promise nothing: a rule
 declares that its factors keep their axes, that clipping bounds it, or that it averages DoRA's magnitudes.
 """
@@ -56,6 +65,15 @@ class Rule:
     """Whether the result moves no further than the members' factors, so that clipping these bounds it."""
     dora: bool = False
     """Whether it averages DoRA's magnitudes beside A and B."""
+    withstands: Callable[[int], int] | None = None
+    """Most hostile members, of n, that cannot move the result away from the others' (its breakdown point).
+
+    None if one member can move the result anywhere. A layer's `members` then have equal weights.
+    """
+    takes_hostile: bool = False
+    """Whether `unite` has a fifth argument: the number of hostile members to withstand."""
+    select: Callable[..., Any] | Lazy | None = None
+    """(members, hostile) -> the members to unite: pairs of (weight, full set), chosen by all their layers."""
 
     def __post_init__(self) -> None:
         fits = self.trains in ("AB", "B") and self.up in (self.trains, self.trains.removesuffix("B") or "B")
@@ -81,6 +99,14 @@ class Rule:
     def deployable(self) -> bool:
         """Whether it runs on real sites, which keep no factors of their own from one session to the next."""
         return not self.keeps_own_b
+
+
+def _fewer_than_half(members: int) -> int:
+    return max(0, (members - 1) // 2)
+
+
+def _two_fewer_than_half(members: int) -> int:
+    return max(0, (members - 3) // 2)
 
 
 RULES: Registry[Rule] = Registry(
@@ -122,6 +148,26 @@ RULES: Registry[Rule] = Registry(
             down="A",
             full_rank=True,
             keeps_axes=True,
+        ),
+        "median": Rule(
+            Lazy("splitft.adapters.robust_aggregators:coordinate_median"),
+            best_fit=True,
+            dora=True,
+            withstands=_fewer_than_half,
+        ),
+        "trimmed-mean": Rule(
+            Lazy("splitft.adapters.robust_aggregators:trimmed_mean"),
+            best_fit=True,
+            dora=True,
+            withstands=_fewer_than_half,
+            takes_hostile=True,
+        ),
+        "krum": Rule(
+            Lazy("splitft.adapters.robust_aggregators:mean_of_selected"),
+            best_fit=True,
+            dora=True,
+            withstands=_two_fewer_than_half,
+            select=Lazy("splitft.adapters.robust_aggregators:nearest_members"),
         ),
     },
 )

@@ -119,11 +119,18 @@ class AggregateSpec(Spec):
     """`factors` averages A and B; `zero-pad` does so after padding (HetLoRA); `svd` averages products
     (FlexLoRA); `stack` folds the mean product into the base and restarts the factors (FLoRA); `exact`
     averages A and B and folds the residual (FedEx-LoRA); `ffa` trains B alone (FFA-LoRA); `fedsa` averages A,
-    and each client keeps its own B (FedSA-LoRA)."""
+    and each client keeps its own B (FedSA-LoRA); `median`, `trimmed-mean` and `krum` withstand clients that
+    send anything at all (Yin et al. 2018; Blanchard et al. 2017)."""
+    byzantine: int | None = Field(None, ge=0)
+    """Number of hostile clients in a round that trimmed-mean and krum withstand; null for a fifth of the
+    round's participants, rounded up, or as many as the rule can. Other rules need no number."""
+    norm_bound: float | None = Field(5.0, ge=1)
+    """Largest update of a client, as a multiple of the median of this round's and the last rounds' updates;
+    a larger one is scaled down to it. null for no bound."""
     server_optimizer: Literal["none", "fedavgm", "fedadam"] = "none"
     """Server optimizer that applies the mean update: `none`; `fedavgm` adds momentum; `fedadam` adapts the
-    learning rate of each number to its earlier changes (Reddi et al. 2021, arXiv 2003.00295). Not with svd,
-    stack or exact."""
+    learning rate of each number to its earlier changes (Reddi et al. 2021, arXiv 2003.00295). With
+    factors, zero-pad, ffa and fedsa."""
     server_lr: float | None = Field(None, gt=0)
     """Learning rate of the server optimizer; null for 1 with fedavgm and 0.01 with fedadam."""
     server_momentum: float = Field(0.9, ge=0, lt=1)
