@@ -29,17 +29,20 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 from splitft.cli.app import say
+from splitft.foreign_text import printable_lines
 from splitft.tracking.events import (
     CutsChanged,
     Evaluated,
     Event,
     PrivacySpent,
     RoundDone,
+    RoundUndone,
     RunResumed,
     RunStarted,
     SessionStarted,
     SiteChanged,
     StepDone,
+    UpdatesBounded,
     Warned,
     WireChosen,
 )
@@ -82,7 +85,8 @@ class _Display:
 
     def say(self, line: str) -> None:
         """Print a line above the bars; a terminal breaks it at its width, a pipe gets it as one line."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
+        text = printable_lines(line)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
 
 
 class Progress(_Display):
@@ -124,9 +128,11 @@ class Progress(_Display):
                 self._draw(event)
             case Evaluated():
                 self.say(self._evaluation(event))
+                for warning in event.warnings:
+                    self.say(f"warning: {warning}")
             case PrivacySpent() if math.isfinite(event.epsilon):
                 self.say(f"round {event.round}: spent epsilon {event.epsilon:.3g} at delta {event.delta:g}")
-            case Warned() | SiteChanged():
+            case Warned() | SiteChanged() | UpdatesBounded() | RoundUndone():
                 self.say(f"warning: {event.message}")
             case SessionStarted():
                 self.say(f"from round {event.round} on with {', '.join(event.sites)}")

@@ -46,7 +46,11 @@ def write_summary(out: Path) -> dict[str, Any]:
 
 
 def client_table(summary: Mapping[str, Any]) -> Table:
-    """Return one row for each client: what it trained on, its losses and its traffic."""
+    """Return one row for each client: what it trained on, its losses and its traffic.
+
+    A loss that does not fit the others' has a question mark.
+    """
+    outliers = summary.get("loss_outliers") or {}
     rows = [
         (
             client["name"],
@@ -54,7 +58,7 @@ def client_table(summary: Mapping[str, Any]) -> Table:
             f"{client['examples']:,}",
             f"{client['tokens']:,}",
             loss_text(client["loss"], 0),
-            loss_text(client["loss"], -1),
+            loss_text(client["loss"], -1) + " (?)" * (client["name"] in outliers),
             f"{client['bytes_up'] / 1e6:.1f}",
             f"{client['bytes_down'] / 1e6:.1f}",
         )
@@ -71,6 +75,8 @@ def headline(summary: Mapping[str, Any]) -> str:
         return "Held-out loss: not measured before and after."
     text = f"Held-out loss of all clients: {losses[0]:.3f} before, {losses[-1]:.3f} after"
     text += f" ({change_text(losses)})." if losses[0] else "."
+    if outliers := summary.get("loss_outliers"):
+        text += f" Left out, as their reports do not fit the others': {', '.join(outliers)}."
     lacking, clients = summary["not_improved"], len(summary["clients"])
     if not lacking:
         return f"{text} It fell on every client."

@@ -29,12 +29,14 @@ from splitft.tracking.events import (
     Role,
     RoundDone,
     RoundTimed,
+    RoundUndone,
     RunDone,
     RunResumed,
     RunStarted,
     SiteChanged,
     StepDone,
     Traffic,
+    UpdatesBounded,
     Warned,
 )
 from splitft.tracking.log import read_events, settled
@@ -149,6 +151,7 @@ class SummaryFold:
         self._changes: dict[int, Mapping[str, int]] = {}
         self._rounds = 0
         self._losses, self._errors, self._spent, self._warnings = Series(), Series(), Series(), Series()
+        self._outliers: dict[str, str] = {}  # of the last evaluation
         self._steps = 0
         self._tokens = 0
         self._bytes, self._evaluation_bytes = _zero_bytes(), _zero_bytes()
@@ -182,6 +185,9 @@ class SummaryFold:
                     _add_bytes(self._bytes, traffic)
             case Evaluated():
                 self._losses.append(_finite(event.loss))
+                self._outliers = dict(event.outliers)
+                for message in event.warnings:
+                    self._warnings.append(message)
                 for one in self._infos():
                     loss = _finite(event.by_client.get(one.name, math.nan))
                     self._clients[one.name].loss.append(loss)
@@ -191,7 +197,7 @@ class SummaryFold:
                 self._clock.add(event)
             case PrivacySpent():
                 self._spent.append(_spent(event))
-            case Warned() | SiteChanged():
+            case Warned() | SiteChanged() | UpdatesBounded() | RoundUndone():
                 self._warnings.append(event.message)
             case RunDone():
                 self._finished = True
@@ -217,6 +223,7 @@ class SummaryFold:
             "finished": self._finished,
             "rounds": self._rounds,
             "eval_loss": self._losses.copy(),
+            "loss_outliers": dict(self._outliers),
             "not_improved": [client["name"] for client in clients if not _improved(client["loss"])],
             "clients": clients,
             "bytes": {role: dict(counts) for role, counts in self._bytes.items()},

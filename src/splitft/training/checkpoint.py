@@ -83,6 +83,8 @@ def save_snapshot(run: Path, snapshot: Snapshot) -> Path:
         "cuts": dict(snapshot.state.cuts),
         "steps": snapshot.steps,
         "losses": dict(snapshot.state.losses),
+        "update_sizes": list(snapshot.state.update_sizes),
+        "undone": snapshot.state.undone,
     }
     try:
         with whole_folder(final) as draft:
@@ -160,8 +162,9 @@ def load_snapshot(run: Path, number: int) -> Snapshot:
         adapters = AdapterState.from_tensors(parts["global"])
         folded = AdapterState.from_tensors(parts.get("folded", {}))
         state = RunState(
-            facts["round"], facts["cuts"], adapters, facts["losses"], folded, parts.get("optimizer", {})
-        )
+            facts["round"], facts["cuts"], adapters, facts["losses"], folded, parts.get("optimizer", {}),
+            tuple(facts.get("update_sizes", ())), facts.get("undone", 0),
+        )  # fmt: skip
         owned = {side: _by_owner(parts.get(side, {})) for side in ("client", "server", "private", "own")}
         private, own = (
             {name: AdapterState.from_tensors(tensors) for name, tensors in owned[side].items()}

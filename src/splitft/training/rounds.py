@@ -7,86 +7,43 @@
         3  local steps: client and server each train their own blocks                  (train)
         4  client's factors [0, k) + server's factors [k, L) for it = a full set, whatever its cut
         5  aggregation per block and target, weighted by labelled tokens               (aggregate)
+           of updates none of which is far larger than the others'                     (norm_bound)
         6  every client gets the global factors of its blocks; held-out loss           (install, evaluate)
+        7  if most clients failed, the run goes back to the adapters before the round  (undo)
 
 A `Federation` carries the messages, to clients in this process or over a network.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
-
-import numpy as np
 
 from splitft.adapters import AdapterState, Fresh, add_folded, aggregate
-from splitft.adapters.server_optimizer import Memory, server_step
+from splitft.adapters.server_optimizer import server_step
+from splitft.errors import FailedRoundError, RunError
 from splitft.geometry import Span
 from splitft.privacy.dp_fedavg import UpdateBounds
 from splitft.privacy.noise import Noise
-from splitft.protocol import AdapterUpload, Evaluation, GlobalAdapters, RoundReady, RoundStart
-from splitft.schedule.controllers import Decision
-from splitft.seeds import Draw
+from splitft.protocol import AdapterUpload, Evaluation, GlobalAdapters, RoundStart
 from splitft.specs import AggregateSpec, PrivacySpec, TrainingSpec
-from splitft.tracking.events import CutsChanged, Evaluated, Listener, RoundDone, RoundTimed, StepDone, Traffic
+from splitft.tracking.events import CutsChanged, Evaluated, Listener, RoundDone, RoundUndone, Traffic
+from splitft.training.loss_check import loss_outliers, round_failure
+from splitft.training.norm_bound import NormBound
 from splitft.training.ranks import RankPolicy
+from splitft.training.run_state import Federation as Federation
+from splitft.training.run_state import RunState as RunState
+from splitft.training.run_state import Schedule as Schedule
+from splitft.training.run_state import back_to
+from splitft.training.run_state import participants_of as participants_of
 from splitft.training.server import Server
 
 HANDED_ON = "=handed on"
 """Slot of the moments that the server carries from client to client; no client's name begins with `=`."""
-
-
-class Schedule(Protocol):
-    """Chooser of cuts and keeper of the simulated clock."""
-
-    def choose(self, number: int, cuts: Mapping[str, int], losses: Mapping[str, float]) -> Decision:
-        """Choose the cuts of the next round from the current ones and the last held-out losses."""
-
-    def charge(
-        self, number: int, participants: Sequence[str], before: Mapping[str, int], cuts: Mapping[str, int]
-    ) -> RoundTimed:
-        """Advance the simulated clock by one round."""
-
-
-class Federation(Protocol):
-    """Carrier of messages between the rounds and the clients."""
-
-    def start(self, messages: Mapping[str, RoundStart]) -> dict[str, RoundReady]:
-        """Begin a round with these clients; those that are away do not answer."""
-
-    def train(
-        self, number: int, participants: Sequence[str], steps: int, listener: Callable[[StepDone], None]
-    ) -> dict[str, AdapterUpload]:
-        """Run the local steps; return the uploads of participants whose training counts."""
-
-    def install(self, messages: Mapping[str, GlobalAdapters], state: RunState) -> None:
-        """Send the aggregated factors; `state` is the run with them, for clients that are away."""
-
-    def evaluate(self) -> dict[str, Evaluation]:
-        """Evaluate the global adapters on every client's held-out text."""
-
-    def traffic(self) -> dict[str, Traffic]:
-        """Return bytes by client since the last call, without those of steps."""
-
-
-@dataclass(frozen=True)
-class RunState:
-    """State of a run between two rounds, without the optimizer moments of the parties."""
-
-    round: int
-    """Rounds finished."""
-    cuts: Mapping[str, int]
-    """k of every client."""
-    adapters: AdapterState
-    """The global factors, over all L blocks."""
-    losses: Mapping[str, float] = field(default_factory=dict)
-    """Held-out loss of each client with them."""
-    folded: AdapterState = field(default_factory=AdapterState)
-    """Updates that aggregation has folded into the frozen base, over all L blocks."""
-    memory: Memory = field(default_factory=dict)
-    """State of the server's optimizer."""
+MOST_UNDONE = 3
+"""Rounds in a row that may be undone; the run stops at the next."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +68,7 @@ class FederatedTrainer:
         if state.round == 0:
             self.server.place(state.cuts)
             self.server.install(state.adapters, state.folded)
-            state = self._evaluate(state)
+            state = self._evaluated(state, self.federation.evaluate(), {})
         for number in range(state.round + 1, self.training.rounds + 1):
             # cuts and participants of the round
             decision = self.schedule.choose(number, state.cuts, state.losses)
@@ -121,17 +78,25 @@ class FederatedTrainer:
             drawn = participants_of(number, list(cuts), self.training.participation, self.ranks.seed)
             # training and aggregation
             run_round = self._round_in_turn if self.training.order == "in-turn" else self._round
-            state, participants = run_round(state, cuts, drawn)
+            before = state
+            state, participants, failure = run_round(before, cuts, drawn)
             # simulated time, held-out loss, checkpoint
             self.listener(self.schedule.charge(number, participants, old_cuts, state.cuts))
-            state = self._evaluate(state)
+            results = {} if failure else self.federation.evaluate()
+            if failure := failure or self._explosion(results, before.losses):
+                state = self._undo(before, state, failure)
+                results = self.federation.evaluate()
+            state = self._evaluated(state, results, before.losses)
             self.save(state)
         return state
 
     def _round(
         self, state: RunState, cuts: Mapping[str, int], drawn: Sequence[str]
-    ) -> tuple[RunState, list[str]]:
-        """Train all participants at once and aggregate; return the next state and whose training is in it."""
+    ) -> tuple[RunState, list[str], str]:
+        """Train all participants at once and aggregate.
+
+        Return the next state, whose training is in it, and why it cannot be used, "" if it can.
+        """
         number = state.round + 1
         # start: clients move to their cuts, client and server load the factors to train
         cuts, ready = self._move(state, cuts, drawn)
@@ -140,27 +105,65 @@ class FederatedTrainer:
         self.server.start(number, participants, state.adapters, state.folded)
         # train: local steps
         uploads = self.federation.train(number, participants, self.training.steps, self.listener)
-        full_sets = [self._full_set(state, name, cuts[name], upload) for name, upload in uploads.items()]
+        full_sets = {
+            name: self._full_set(state, name, cuts[name], upload) for name, upload in uploads.items()
+        }
         self.server.finish()
         # aggregate: one set of global factors; private blocks of clients keep the factors they began with
-        fresh = Fresh(self.ranks.seed, salt=number)
-        result = aggregate(self.ranks.rule, full_sets, self.ranks.global_ranks(cuts), fresh)
+        fresh, ranks, spec = Fresh(self.ranks.seed, salt=number), self.ranks, self.aggregation
+        bound = self._norm_bound.apply(number, state.adapters, cuts, full_sets, state.update_sizes)
+        if bound.event:
+            self.listener(bound.event)
+        try:
+            if 2 * len(uploads) < len(participants):
+                raise FailedRoundError(f"{len(uploads)} of {len(participants)} clients finished it")
+            sets = list(bound.sets.values())
+            result = aggregate(ranks.rule, sets, ranks.global_ranks(cuts), fresh, spec.byzantine)
+        except FailedRoundError as error:
+            self._tell_done(number, list(uploads), 0.0, self.federation.traffic())
+            return replace(state, round=number, cuts=cuts), list(uploads), str(error)
         mean = self._bounds.noised(result.state.fill_from(state.adapters), len(full_sets), number)
-        shared, memory = server_step(self.aggregation, state.adapters, mean, state.memory)
+        shared, memory = server_step(spec, state.adapters, mean, state.memory)
         adapters, folded = state.adapters.updated(shared), add_folded(state.folded, result.folded)
-        after = RunState(number, cuts, adapters, folded=folded, memory=memory)
+        after = RunState(number, cuts, adapters, folded=folded, memory=memory, update_sizes=bound.medians)
         # install: every client gets the part of the result that it cannot compute
         self.server.install(adapters, folded)
-        messages = {}
-        for name, cut in cuts.items():
-            sent = self.ranks.part_sent(shared.within(Span(0, cut)))
-            new_folded = result.folded.within(Span(0, cut))
-            messages[name] = GlobalAdapters(round=number, adapters=sent, folded=new_folded)
+        messages = self._messages(after, shared, result.folded)
         self.federation.install(messages, after)
         if spent := self._bounds.spent(number):
             self.listener(spent)
         self._tell_done(number, list(uploads), result.error, self.federation.traffic())
-        return after, list(uploads)
+        return after, list(uploads), ""
+
+    def _messages(
+        self, state: RunState, adapters: AdapterState, folded: AdapterState
+    ) -> dict[str, GlobalAdapters]:
+        """Return what each client is sent of these factors: the part of its blocks that it cannot compute."""
+        return {
+            name: GlobalAdapters(
+                round=state.round,
+                adapters=self.ranks.part_sent(adapters.within(Span(0, cut))),
+                folded=folded.within(Span(0, cut)),
+            )
+            for name, cut in state.cuts.items()
+        }
+
+    def _undo(self, before: RunState, after: RunState, reason: str) -> RunState:
+        """Go back to the adapters before a round, with its number and cuts, at all parties."""
+        state = back_to(before, after, self.ranks)
+        number, adapters = state.round, state.adapters
+        self.listener(RoundUndone(round=number, reason=reason, in_a_row=state.undone))
+        if state.undone > MOST_UNDONE:
+            raise RunError(
+                f"round {number} is the {state.undone}th in a row in which most clients failed: {reason}. "
+                "Look at the warnings for who failed, then lower training.lr, leave clients out, or give "
+                "aggregate.rule median; the last checkpoint has the adapters from before"
+            )
+        self.server.client_states.moments.clear()
+        self.server.install(adapters, state.folded)
+        shared = adapters.within(range(self.privacy.private_blocks, self.ranks.blocks))
+        self.federation.undo(self._messages(state, shared, AdapterState()), state)
+        return state
 
     def _move(
         self, state: RunState, asked: Mapping[str, int], drawn: Sequence[str]
@@ -206,7 +209,7 @@ class FederatedTrainer:
 
     def _round_in_turn(
         self, state: RunState, cuts: Mapping[str, int], drawn: Sequence[str]
-    ) -> tuple[RunState, list[str]]:
+    ) -> tuple[RunState, list[str], str]:
         """Train the participants one after the other: each hands its factors and moments on to the next.
 
         Vanilla split learning (arXiv 1810.06060): with the server's factors they are one model, trained on
@@ -245,20 +248,33 @@ class FederatedTrainer:
         }
         federation.install(messages, after)
         self._tell_done(number, finished, 0.0, traffic)
-        return after, finished
+        return after, finished, ""
 
-    def _evaluate(self, state: RunState) -> RunState:
-        """Add the held-out loss of every client to the state."""
-        results = self.federation.evaluate()
-        tokens = sum(result.tokens for result in results.values())
+    def _evaluated(
+        self, state: RunState, results: Mapping[str, Evaluation], before: Mapping[str, float]
+    ) -> RunState:
+        """Add the held-out loss of every client to the state; `before` are the last ones."""
+        losses = _losses(results)
+        outliers = {} if self.privacy.protects_labels else loss_outliers(losses, before)
+        fitting = {name: result for name, result in results.items() if name not in outliers}
+        tokens = sum(result.tokens for result in fitting.values())
         evaluated = Evaluated(
             round=state.round,
-            loss=sum(result.loss for result in results.values()) / max(1, tokens),
-            by_client={name: result.loss / max(1, result.tokens) for name, result in results.items()},
+            loss=sum(result.loss for result in fitting.values()) / max(1, tokens),
+            by_client=losses,
+            outliers=outliers,
             traffic=self.federation.traffic(),
         )
         self.listener(evaluated)
-        return replace(state, losses=evaluated.by_client)
+        usual = statistics.median(losses[name] for name in fitting) if outliers else 0.0
+        known = {name: before.get(name, usual) for name in outliers}
+        return replace(state, losses={**losses, **known})
+
+    def _explosion(self, results: Mapping[str, Evaluation], before: Mapping[str, float]) -> str:
+        """Describe how the loss of most clients has exploded in a round; "" if it has not."""
+        if self.privacy.protects_labels or not self.aggregation.federated:
+            return ""  # losses have noise; or nothing has been aggregated
+        return round_failure(_losses(results), before)
 
     def _tell_done(
         self, number: int, participants: Sequence[str], error: float, traffic: dict[str, Traffic]
@@ -270,13 +286,17 @@ class FederatedTrainer:
         )
 
     @cached_property
+    def _norm_bound(self) -> NormBound:
+        # clip_norm is a bound of its own, which others' updates must not move
+        factor = None if self._bounds.bounding else self.aggregation.norm_bound
+        return NormBound(factor, self.ranks, self.server.blocks.shared)
+
+    @cached_property
     def _bounds(self) -> UpdateBounds:
         noise = Noise(self.ranks.seed, "=updates", self.secret)
         return UpdateBounds(self.privacy, self.ranks.rule, noise)
 
 
-def participants_of(number: int, clients: Sequence[str], share: float, seed: int) -> list[str]:
-    """Draw a share of the clients for a round, at least one, in their usual order."""
-    count = max(1, round(share * len(clients)))
-    generator = Draw.PARTICIPANT.generator(seed, number)
-    return [clients[i] for i in np.sort(generator.choice(len(clients), count, replace=False))]
+def _losses(results: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Return the mean held-out loss of each client, as it reports it."""
+    return {name: result.loss / max(1, result.tokens) for name, result in results.items()}

@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 
 from splitft.adapters import AdapterState
+from splitft.geometry import Span
 from splitft.protocol import (
     Activations,
     AdapterUpload,
@@ -96,6 +97,14 @@ class Simulation:
         """Send every client the aggregated factors of its blocks."""
         for name, message in messages.items():
             self.clients[name].install(self._channels[name].down(message))
+
+    def undo(self, messages: Mapping[str, GlobalAdapters], state: RunState) -> None:
+        """Send every client the adapters of `state` again; its optimizer begins anew."""
+        for name, client in self.clients.items():
+            span = Span(0, state.cuts[name])
+            known = state.adapters.within(span).replace_B(client.own()).updated(client.private())
+            client.restore(span.stop, known, client.steps, {}, state.folded.within(span))
+        self.install(messages, state)
 
     def evaluate(self) -> dict[str, Evaluation]:
         """Evaluate the global adapters on every client's held-out text."""

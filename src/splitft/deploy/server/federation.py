@@ -126,6 +126,11 @@ class RemoteFederation:
             if name not in self._liveness.stale:
                 self._inbox.post(name, message)
 
+    def undo(self, messages: Mapping[str, GlobalAdapters], state: RunState) -> None:
+        """Let every site join again, with the adapters of `state`."""
+        self._state = state
+        self._liveness.stale.update(messages)
+
     def evaluate(self) -> dict[str, Evaluation]:
         """Return the held-out loss of every site that can be reached."""
         number = self._state.round
