@@ -15,7 +15,7 @@ from splitft.cli.deploy import deploy
 from splitft.errors import DeployError
 
 if TYPE_CHECKING:
-    from splitft.deploy.site.check import Finding
+    from splitft.deploy.site.check import SiteFinding
 
 
 def site(
@@ -52,7 +52,7 @@ def site(
     _show(file, run, name, check_site(own, None if run is None else load(run), name))
 
 
-def _show(file: Path, run: Path | None, name: str | None, findings: list[Finding]) -> None:
+def _show(file: Path, run: Path | None, name: str | None, findings: list[SiteFinding]) -> None:
     """Print what was found, and raise DeployError with the reasons if the site would decline."""
     from splitft.tracking.table import Table
 

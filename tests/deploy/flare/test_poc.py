@@ -50,7 +50,7 @@ def _both(folder, tiny, /, listeners=(), **sections):
     (folder / "scratch").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder / "scratch"))
-        deployed = run_poc(config, folder / "deployed", listeners=listeners)
+        deployed = run_poc(config, folder / "deployed, 1st run", listeners=listeners)
     return simulated, deployed
 
 
@@ -184,7 +184,8 @@ def test_kits_are_made_for_every_party_and_never_over_others(tmp_path, tiny_llam
     done = invoke("deploy", "provision", file, "--to", tmp_path / "kits")
     assert done.exit_code == 0, done.stderr
     parties = {path.name for path in (tmp_path / "kits").iterdir()}
-    assert parties == {"fl.example.org", "north", "south", "west", "admin@splitft.local", ".authority"}
+    people = {"submitter@splitft.local", "admin@splitft.local"}
+    assert parties == {"fl.example.org", "north", "south", "west", *people, ".authority"}
     assert [party_of(tmp_path / "kits" / name) for name in sites["sites"]] == sites["sites"]
     for name in sites["sites"]:
         assert (tmp_path / "kits" / name / "startup" / "client.key").stat().st_mode & 0o077 == 0

@@ -26,6 +26,7 @@ from nvflare.fuel.f3.message import Message
 
 from splitft.deploy.requests import Answer
 from splitft.errors import DeployError, TransportError
+from splitft.foreign_text import printable
 
 CHANNEL, TOPIC = "splitft", "ask"
 TRY_S = 8.0
@@ -56,7 +57,7 @@ class FlareTransport:
         )
         code = reply.get_header(MessageHeaderKey.RETURN_CODE)
         if code != ReturnCode.OK or not isinstance(reply.payload, bytes | bytearray | memoryview):
-            raise TransportError(f"the server did not answer: {code}")
+            raise TransportError(f"the server did not answer: {printable(str(code))}")
         return bytes(reply.payload)
 
 
@@ -75,10 +76,12 @@ class FlareAnswers:
     def _handle(self, request: Any) -> Any:
         origin = FQCN.split(str(request.get_header(MessageHeaderKey.ORIGIN) or ""))
         if len(origin) < 2 or origin[-1] != self._job:
-            logger.warning("a message from %s, which is no site of this job, is not answered", origin)
+            who = printable(".".join(origin))
+            logger.warning("a message from %s, which is no site of this job, is not answered", who)
             return make_reply(ReturnCode.UNAUTHENTICATED)
         if not isinstance(request.payload, bytes | bytearray | memoryview):
-            logger.warning("a %s from %s is not answered", type(request.payload).__name__, origin[-2])
+            kind, who = type(request.payload).__name__, printable(origin[-2])
+            logger.warning("a %s from %s is not answered", kind, who)
             return make_reply(ReturnCode.INVALID_REQUEST)
         if self._answer is None:
             return make_reply(ReturnCode.SERVICE_UNAVAILABLE)

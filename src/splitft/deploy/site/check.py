@@ -1,6 +1,6 @@
 """Check a data owner's file before a session does: open the text and the model, and hold a run against it.
 
-    SiteSpec, RunConfig, name --check_site--> [Finding(subject, said, verdict), ...]
+    SiteSpec, RunConfig, name --check_site--> [SiteFinding(subject, said, verdict), ...]
 
 A session stops at the first thing that does not fit; here everything is looked at, and each finding says in
 words of the file what was found. Nothing is trained, and nothing leaves the machine.
@@ -40,7 +40,7 @@ NO_TEXT = (
 
 
 @dataclass(frozen=True)
-class Finding:
+class SiteFinding:
     """One thing that was looked at."""
 
     subject: str
@@ -48,7 +48,7 @@ class Finding:
     verdict: Verdict = "ok"
 
 
-def check_site(site: SiteSpec, config: RunConfig | None, name: str | None) -> list[Finding]:
+def check_site(site: SiteSpec, config: RunConfig | None, name: str | None) -> list[SiteFinding]:
     """Look at everything that a run would use here; without a run, at the text and the model alone.
 
     `name` is the site's in the run; None if nobody knows it.
@@ -57,12 +57,12 @@ def check_site(site: SiteSpec, config: RunConfig | None, name: str | None) -> li
         return list(_alone(site) if config is None else _in_run(site, config, name))
 
 
-def _alone(site: SiteSpec) -> Iterator[Finding]:
+def _alone(site: SiteSpec) -> Iterator[SiteFinding]:
     """Look at a site's file without a run."""
     yield from _source(site, "python-docs")
     model = None
     if site.model.folder is None:
-        yield Finding(
+        yield SiteFinding(
             "base model", "the run's own (model.folder is null); not looked at without --run", "note"
         )
     else:
@@ -75,7 +75,7 @@ def _alone(site: SiteSpec) -> Iterator[Finding]:
         yield from _counted(data, model)
 
 
-def _in_run(site: SiteSpec, config: RunConfig, name: str | None) -> Iterator[Finding]:
+def _in_run(site: SiteSpec, config: RunConfig, name: str | None) -> Iterator[SiteFinding]:
     """Look at a site's file and all that a run would use."""
     names = site_names(config)
     if name is None and len(names) == 1:
@@ -87,13 +87,13 @@ def _in_run(site: SiteSpec, config: RunConfig, name: str | None) -> Iterator[Fin
     cut = None if name is None else fixed_cut_of(config, names.index(name))
     found = refusals(site, config, cut)
     for reason in found:
-        yield Finding("run", reason, "declines")
+        yield SiteFinding("run", reason, "declines")
     if not found:
-        yield Finding("run", "asks for nothing that the file forbids")
+        yield SiteFinding("run", "asks for nothing that the file forbids")
     yield from _source(site, config.data.source)
     if name is None:
         listed = ", ".join(names)
-        yield Finding("cut", f"not known: give --name, one of {listed}", "note")
+        yield SiteFinding("cut", f"not known: give --name, one of {listed}", "note")
     # the run as this site takes part in it
     own = select_sites(config, (name or names[0],)) if site.text.source is not None else config
     index = 0 if site.text.source is not None else names.index(name or names[0])
@@ -103,7 +103,7 @@ def _in_run(site: SiteSpec, config: RunConfig, name: str | None) -> Iterator[Fin
         return
     blocks = model.shape.blocks
     if name is not None:
-        yield Finding("cut", _cut_in_words(config, cut, blocks, site))
+        yield SiteFinding("cut", _cut_in_words(config, cut, blocks, site))
     head, deepest = config.split.labels == "client", cut or site.bounds.min_cut
     yield from _files(site, model, ParameterNames.of(model, head=head), min(deepest, blocks))
     if site.text.source is None and config.data.source not in EMBEDDED:
@@ -113,18 +113,20 @@ def _in_run(site: SiteSpec, config: RunConfig, name: str | None) -> Iterator[Fin
         return
     client = inputs.clients[index]
     facts, stream = client.facts, client.stream
-    yield Finding(
+    yield SiteFinding(
         "text",
         f"{facts.train_examples:,} examples to train on, {facts.eval_examples:,} to evaluate on, "
         f"{facts.train_tokens:,} tokens a pass",
     )
     if facts.truncated:
         most = own.data.max_tokens
-        yield Finding(
+        yield SiteFinding(
             "text", f"{facts.truncated:,} examples are cut off at {most} tokens (data.max_tokens)", "note"
         )
     if inputs.text.dropped:
-        yield Finding("text", f"{inputs.text.dropped:,} rows have nothing to learn and are left out", "note")
+        yield SiteFinding(
+            "text", f"{inputs.text.dropped:,} rows have nothing to learn and are left out", "note"
+        )
     if name is not None:
         work = workload_of(own, stream)
         needs = yield from _tried(
@@ -132,44 +134,44 @@ def _in_run(site: SiteSpec, config: RunConfig, name: str | None) -> Iterator[Fin
         )
         if needs is not None:
             yield _memory(needs, min(deepest, blocks), site)
-    yield Finding("leaves", _what_leaves(site, config))
-    yield Finding("limits", _limits_in_words(site, config))
+    yield SiteFinding("leaves", _what_leaves(site, config))
+    yield SiteFinding("limits", _limits_in_words(site, config))
 
 
-def _tried(subject: str, look: Callable[[], T]) -> Generator[Finding, None, T | None]:
+def _tried(subject: str, look: Callable[[], T]) -> Generator[SiteFinding, None, T | None]:
     """Look at one thing: return it, or yield a finding that says what is wrong with it and return None."""
     try:
         return look()
     except SplitftError as error:
-        yield Finding(subject, str(error), "declines")
+        yield SiteFinding(subject, str(error), "declines")
         return None
 
 
-def _source(site: SiteSpec, source: str) -> Iterator[Finding]:
+def _source(site: SiteSpec, source: str) -> Iterator[SiteFinding]:
     """Say whose text is read."""
     own = site.text.source
     if own is None:
-        yield Finding("text", NO_TEXT.format(source=source), "WARNING")
+        yield SiteFinding("text", NO_TEXT.format(source=source), "WARNING")
     elif own in EMBEDDED:
-        yield Finding(
+        yield SiteFinding(
             "text", f"{own}, which is part of every installation and not this site's own", "WARNING"
         )
     else:
-        yield Finding("text", own)
+        yield SiteFinding("text", own)
         if not Path(own).expanduser().is_absolute():
-            yield Finding(
+            yield SiteFinding(
                 "text", "the path is relative: a session looks for it from the kit's folder", "note"
             )
 
 
-def _counted(data: DataSpec, model: Model | None) -> Iterator[Finding]:
+def _counted(data: DataSpec, model: Model | None) -> Iterator[SiteFinding]:
     """Count the rows of a text, and its tokens if there is a model to count with."""
     records = yield from _tried("text", lambda: read_records(data))
     if records is None:
         return
     blank = sum(not one.text.strip() for one in records)
     rows = f"{len(records):,} row{'s' if len(records) > 1 else ''}"
-    yield Finding("text", rows + (f", {blank:,} of them blank" if blank else ""))
+    yield SiteFinding("text", rows + (f", {blank:,} of them blank" if blank else ""))
     if model is not None:
         tokens = yield from _tried(
             "tokens", lambda: tokenise(records, model.tokenizer(), data.max_tokens, data.separator)
@@ -178,10 +180,10 @@ def _counted(data: DataSpec, model: Model | None) -> Iterator[Finding]:
             cut_off = (
                 f", {tokens.truncated:,} examples cut off at {data.max_tokens}" if tokens.truncated else ""
             )
-            yield Finding("tokens", f"{tokens.tokens:,} in {len(tokens.examples):,} examples{cut_off}")
+            yield SiteFinding("tokens", f"{tokens.tokens:,} in {len(tokens.examples):,} examples{cut_off}")
 
 
-def _files(site: SiteSpec, model: Model, names: ParameterNames, cut: int) -> Iterator[Finding]:
+def _files(site: SiteSpec, model: Model, names: ParameterNames, cut: int) -> Iterator[SiteFinding]:
     """Read the files of the base model and the tokenizer, and compare them with those that are trusted."""
     files = yield from _tried(
         "base model", lambda: [describe(model, one) for one in needed(model, names, cut)]
@@ -190,14 +192,14 @@ def _files(site: SiteSpec, model: Model, names: ParameterNames, cut: int) -> Ite
         return
     size, trusted = sum(one.size for one in files), site.model.trusted
     shown = f"{len(files)} files of {size / 1e6:,.1f} MB for cut {cut}: {_hashes(files)}"
-    yield Finding("base model", f"{model.path}, {model.shape.blocks} blocks; {shown}")
+    yield SiteFinding("base model", f"{model.path}, {model.shape.blocks} blocks; {shown}")
     for one in files if trusted is not None else ():
         if (trusted or {}).get(one.name) != one.sha256:
-            yield Finding("base model", f"{one.name} ({one.sha256}) is not in model.trusted", "declines")
+            yield SiteFinding("base model", f"{one.name} ({one.sha256}) is not in model.trusted", "declines")
     tokenizer = yield from _tried("tokenizer", lambda: (len(model.tokenizer()), tokenizer_files(model)))
     if tokenizer is not None:
         entries, parts = tokenizer
-        yield Finding("tokenizer", f"{entries:,} tokens; {_hashes(parts)}")
+        yield SiteFinding("tokenizer", f"{entries:,} tokens; {_hashes(parts)}")
 
 
 def _hashes(files: list[BaseFile] | tuple[BaseFile, ...]) -> str:
@@ -216,19 +218,19 @@ def _cut_in_words(config: RunConfig, cut: int | None, blocks: int, site: SiteSpe
     )
 
 
-def _memory(needs: float, cut: int, site: SiteSpec) -> Finding:
+def _memory(needs: float, cut: int, site: SiteSpec) -> SiteFinding:
     """Compare what training needs with what the owner gives."""
     budget = site.machine.memory_gb
     said = f"{needs:.3g} GB for training at cut {cut}, as predicted; libraries and text come on top"
     if budget is None:
-        return Finding("memory", f"{said}. No bound is set (machine.memory_gb)", "note")
+        return SiteFinding("memory", f"{said}. No bound is set (machine.memory_gb)", "note")
     if needs > budget:
-        return Finding(
+        return SiteFinding(
             "memory",
             f"{needs:.3g} GB at cut {cut}, and this site gives {budget:g} (machine.memory_gb)",
             "declines",
         )
-    return Finding("memory", f"{said}; this site gives {budget:g} GB")
+    return SiteFinding("memory", f"{said}; this site gives {budget:g} GB")
 
 
 def _what_leaves(site: SiteSpec, config: RunConfig) -> str:
