@@ -92,7 +92,10 @@ def test_every_reason_to_decline_is_told_at_once(place, tiny_llama):
         (lambda place: place.text.unlink(), "there is no file"),
         (lambda place: place.text.write_text('{"txt": "a"}\n', encoding="utf-8"), "has no column 'text'"),
         (lambda place: place.text.write_text("not JSON\n", encoding="utf-8"), "is not JSON"),
-        (lambda place: place.text.write_text('{"text": "one row"}\n', encoding="utf-8"), "need at least 2 examples"),
+        (
+            lambda place: place.text.write_text('{"text": "one row"}\n', encoding="utf-8"),
+            "need at least 2 examples",
+        ),
     ],
 )
 def test_text_that_cannot_be_used_is_found_before_the_session(place, change, found):

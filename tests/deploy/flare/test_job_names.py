@@ -17,8 +17,8 @@ from splitft.deploy.flare.job import folder_of, runs_of
 from splitft.deploy.flare.job_arguments import read_arguments, write_job
 
 HOSTILE = (
-    "../../../../escape", "/etc/cron.d/x", "a/b", "a\\b", "..", ".", "", "a\0", "con", "x" * 65, "x\n", "~root",
-    "\x1b[2J", None, 7, ["run"], {"run": 1},
+    "../../../../escape", "/etc/cron.d/x", "a/b", "a\\b", "..", ".", "", "a\0", "con", "x" * 65, "x\n",
+    "~root", "\x1b[2J", None, 7, ["run"], {"run": 1},
 )  # fmt: skip
 
 

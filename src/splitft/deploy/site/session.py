@@ -139,7 +139,10 @@ class SiteSession:
         self._failures = 0  # since it has last completed an order
         self._codec_state = CodecState(connection.seed, self._name)
         self._asked_s = 0.0  # for which the last request waited
-        self._since, self._idle_s = time.monotonic(), 0.0  # since the last account of computing, and idle in it
+        self._since, self._idle_s = (
+            time.monotonic(),
+            0.0,
+        )  # of the last account of computing
         self._seconds: defaultdict[str, float] = defaultdict(float)  # computed since the last step message
 
     def run(self) -> str:
