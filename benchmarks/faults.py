@@ -4,7 +4,7 @@
 
 Runs every test that is marked as a fault or a hostile act, with real processes, certificates, kill -9 and
 full disks where the test has them, and prints a row for each: what was done, what came of it, how long it
-took to recover. `--quick` leaves out those that take minutes. Ends with status 1 if any outcome was another one.
+took to recover. `--quick` leaves out those that take minutes. Ends with status 1 if any outcome differs.
 """
 
 from __future__ import annotations

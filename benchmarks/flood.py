@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.session import Connection, SiteSession
 from splitft.deploy.site.setup import open_site
 from splitft.errors import TransportError
-from splitft.protocol import Activations, Heartbeat
+from splitft.protocol import Activations, Declined, Heartbeat
 from splitft.tracking.log import read_events
 
 KEY = bytes(range(16))
@@ -57,7 +57,7 @@ def configuration(steps: int) -> RunConfig:
         "data": {"source": "python-docs", "max_examples": 60, "max_tokens": 128, "eval_examples": 1},
         "clients": {"count": 2, "cuts": [2, 2], "shares": {"by": "iid"}},
         "training": {"rounds": 1, "steps": steps, "batch_size": 1},
-        "deploy": {"min_clients": 1, "join_s": 600, "silence_s": 600, "patience_s": 600},
+        "deploy": {"min_clients": 1, "join_s": 60},
     })  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def flood(port: int, kind: str, terms: RunTerms, seconds: float) -> None:
 
     def send(channel: int) -> None:
         number = 0
-        with socket.create_connection(("127.0.0.1", port)) as line:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port)) as line:
             while time.monotonic() < until:
                 data = make(channel, number)
                 line.sendall(LENGTH.pack(len(data)) + data)
@@ -105,7 +105,7 @@ def flooded(server: ServerSession, kind: str, terms: RunTerms) -> Iterator[list[
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve(line: socket.socket) -> None:
-        with line, line.makefile("rb") as reader:
+        with suppress(OSError), line, line.makefile("rb") as reader:
             while len(head := reader.read(LENGTH.size)) == LENGTH.size:
                 data = reader.read(LENGTH.unpack(head)[0])
                 try:
@@ -148,10 +148,10 @@ def step_seconds(config: RunConfig, kind: str | None) -> tuple[float, list[int]]
         site = SiteSession(party.register, line, party.open_client, OptimizerStore(None), party.policy)
         thread = threading.Thread(target=site.run, daemon=True)
         thread.start()
-        other = open_site(config, FLOODER)
-        # the flooder is a registered site of the run
-        first = Envelope(KEY, 63, 0, terms.serializer.to_bytes(other.register)).to_bytes()
-        threading.Thread(target=_registers, args=(server, first), daemon=True).start()
+        # the flooder is a site of the session with a certificate, and takes no part in the training
+        declined = terms.serializer.to_bytes(Declined(client=FLOODER, reason="it floods"))
+        first = Envelope(KEY, CONNECTIONS, 0, declined).to_bytes()
+        threading.Thread(target=server.inbox.answer, args=(FLOODER, first), daemon=True).start()
         if kind is None:
             server.serve()
             counts = [0, 0]
@@ -162,16 +162,6 @@ def step_seconds(config: RunConfig, kind: str | None) -> tuple[float, list[int]]
         times = [event.t for event in read_events(Path(folder) / "run/events.jsonl")
                  if event.event == "StepDone" and event.client == HONEST]  # fmt: skip
     return statistics.median(b - a for a, b in pairwise(times[1:])), list(counts)
-
-
-def _registers(server: ServerSession, data: bytes) -> None:
-    """Register, and take no further part."""
-    while True:
-        try:
-            server.inbox.answer(FLOODER, data)
-            return
-        except TransportError:
-            time.sleep(0.1)
 
 
 def main() -> None:

@@ -103,8 +103,8 @@ def check_whole(adapter: Path) -> None:
     if changed := changed_files(adapter):
         raise DamagedError(
             f"{adapter} is not as it was written: {', '.join(changed)} differs from its checksum in {SUMS}; "
-            f"`splitft train --resume` of an unfinished run writes it anew from the checkpoint. Remove {SUMS} "
-            "if you have changed the adapter on purpose"
+            f"`splitft train --resume` of an unfinished run writes it anew from the checkpoint. Remove "
+            f"{SUMS} if you have changed the adapter on purpose"
         )
 
 

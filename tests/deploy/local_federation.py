@@ -1,4 +1,4 @@
-"""A federation on this machine as people run it: `deploy start` for each kit, `deploy submit` for each run."""
+"""A federation on this machine as people run it: `deploy start` for each kit, `deploy submit` for a run."""
 
 from __future__ import annotations
 

@@ -59,7 +59,10 @@ def played(tmp_path_factory, tiny_llama):
     return config, ended, read_events(ended.folder / "events.jsonl")
 
 
-@pytest.mark.hostile("four invalid messages over FLARE, by a site with changed software", "refused by name; out for that round alone")
+@pytest.mark.hostile(
+    "four invalid messages over FLARE, by a site with changed software",
+    "refused by name; out for that round alone",
+)
 def test_every_misdeed_is_refused_by_name_and_its_sender_is_out_for_that_round_alone(played):
     _, ended, events = played
     changes = [event for event in events if event.event == "SiteChanged"]

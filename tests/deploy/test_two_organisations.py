@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not os.environ.get("SPLITFT_SLOW"), reason="minutes long; SPLITFT_SLOW=1 runs them"),
 ]
 SERVER, SITES = "fl.example.org", ("north", "south")
-ADMIN = "admin@splitft.local"
+SUBMITTER = "submitter@splitft.local"
 CUT_S = 20.0
 TRAINING = {"rounds": 3, "steps": 200}
 
@@ -54,7 +54,7 @@ class Organisations:
     def status(self):
         """What `status --json` says; nothing while it cannot say anything."""
         done = subprocess.run(
-            [*self.machines.on("hub"), *COMMAND, "deploy", "status", "--kit", ADMIN, "--json"],
+            [*self.machines.on("hub"), *COMMAND, "deploy", "status", "--kit", SUBMITTER, "--json"],
             cwd=self.folder / "hub", capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         return json.loads(done.stdout) if done.returncode == 0 else {}
@@ -95,7 +95,7 @@ def organisations(tmp_path_factory, tiny_llama):
             shutil.copy(folder / "hub/run.yaml", folder / name)
             said = us.run(name, "deploy", "site", f"{name}/local/site.yaml", "--check", "--run", "run.yaml")
             assert "asks for nothing that it forbids" in said
-        shutil.move(folder / "hub/kits" / ADMIN, folder / "hub" / ADMIN)
+        shutil.move(folder / "hub/kits" / SUBMITTER, folder / "hub" / SUBMITTER)
         services = [us.start("hub", "deploy", "start", f"kits/{SERVER}")]
         services += [us.start(name, "deploy", "start", name) for name in SITES]
         try:
@@ -109,14 +109,14 @@ def organisations(tmp_path_factory, tiny_llama):
 @pytest.mark.fault("a site's network is down for 20 s", "no step is lost, no event")
 def test_a_cable_that_is_pulled_for_20_s_costs_no_step_and_all_is_as_the_page_says(organisations):
     us = organisations
-    submit = us.start("hub", "deploy", "submit", "run.yaml", "--kit", ADMIN, "--out", "runs/first")
+    submit = us.start("hub", "deploy", "submit", "run.yaml", "--kit", SUBMITTER, "--out", "runs/first")
     now = us.until(lambda now: all(site["steps"] > 20 for site in now.get("sites", [{"steps": 0}])))
     assert (now["state"], now["run"], now["connected"]) == ("RUNNING", "first", list(SITES))
     assert [(site["name"], site["cut"]) for site in now["sites"]] == [("north", 1), ("south", 2)]
     us.machines.cut("south", CUT_S)
-    table = us.run("hub", "deploy", "status", "--kit", ADMIN, "--once")
+    table = us.run("hub", "deploy", "status", "--kit", SUBMITTER, "--once")
     assert "tokens/s in all" in table
-    assert "north" in us.run("hub", "deploy", "logs", "--kit", ADMIN)
+    assert "north" in us.run("hub", "deploy", "logs", "--kit", SUBMITTER)
     said, errors = submit.communicate(timeout=240)
     assert submit.returncode == 0, errors
     assert "session 1: north, south" in said
@@ -129,20 +129,20 @@ def test_a_cable_that_is_pulled_for_20_s_costs_no_step_and_all_is_as_the_page_sa
         assert [event.step for event in steps] == list(range(3 * TRAINING["steps"]))
     gaps = [after.t - before.t for before, after in pairwise(steps)]
     assert CUT_S - 2 < max(gaps) < CUT_S + 15
-    own = us.run("hub", "deploy", "logs", "--kit", ADMIN, "--party", "north")
+    own = us.run("hub", "deploy", "logs", "--kit", SUBMITTER, "--party", "north")
     assert own.startswith("north: (")  # why it is not here: a site's log stays with it
     assert list((us.folder / "north" / "north").glob("*/log.txt"))
-    ended = us.run("hub", "deploy", "stop", "--kit", ADMIN, status=2)
+    ended = us.run("hub", "deploy", "stop", "--kit", SUBMITTER, status=2)
     assert "nothing runs" in ended
 
 
 @pytest.mark.fault("`deploy stop`, then a second `submit`", "it goes on after the last finished round")
 def test_a_run_that_is_stopped_goes_on_where_it_was_with_the_next_submit(organisations):
     us = organisations
-    words = ("deploy", "submit", "run.yaml", "training.rounds=4", "--kit", ADMIN, "--out", "runs/second")
+    words = ("deploy", "submit", "run.yaml", "training.rounds=4", "--kit", SUBMITTER, "--out", "runs/second")
     submit = us.start("hub", *words)
     us.until(lambda now: now.get("run") == "second" and now.get("rounds_done", 0) >= 1)
-    assert "stopped second" in us.run("hub", "deploy", "stop", "--kit", ADMIN)
+    assert "stopped second" in us.run("hub", "deploy", "stop", "--kit", SUBMITTER)
     said, errors = submit.communicate(timeout=120)
     assert (submit.returncode, "the same `submit` goes on from there" in said) == (130, True), said + errors
     us.run("hub", *words)

@@ -123,7 +123,7 @@ def test_peft_loads_it_as_dora_with_the_loss_that_was_evaluated(rule, family, ti
 def test_rules_that_magnitudes_do_not_fit_are_refused_with_what_does(rule, tiny_llama, text):
     from splitft.errors import ConfigError
 
-    with pytest.raises(ConfigError, match=rf"lora\.method.*{rule}.*factors, zero-pad or svd"):
+    with pytest.raises(ConfigError, match=rf"lora\.method.*{rule}.*factors, zero-pad, svd, median"):
         from_mapping(settings(tiny_llama, text, lora=DORA, aggregate={"rule": rule}))
 
 

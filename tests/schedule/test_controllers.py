@@ -21,7 +21,9 @@ from splitft.schedule.problem import (
 )
 from splitft.specs import ScheduleSpec
 
-every_controller = pytest.mark.parametrize("controller", sorted(name for name, one in CONTROLLERS.items() if one.adaptive))
+every_controller = pytest.mark.parametrize(
+    "controller", sorted(name for name, one in CONTROLLERS.items() if one.adaptive)
+)
 
 
 def _moved(problem: CutProblem, cuts, rounds_left=None) -> CutProblem:

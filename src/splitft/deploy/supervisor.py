@@ -142,9 +142,9 @@ class _Supervisor:
             before = max(before, ending.rounds)
             if fruitless >= MAX_FRUITLESS:
                 raise DeployError(
-                    f"{MAX_FRUITLESS} sessions in a row ended without a finished round{_why(ending)}; see the "
-                    "logs of the server and the sites, correct the cause, and start the run again: it goes "
-                    f"on after round {ending.rounds}"
+                    f"{MAX_FRUITLESS} sessions in a row ended without a finished round{_why(ending)}; see "
+                    "the logs of the server and the sites, correct the cause, and start the run again: it "
+                    f"goes on after round {ending.rounds}"
                 )
             if fruitless:
                 time.sleep(PAUSE_S * 2 ** (fruitless - 1))

@@ -25,13 +25,15 @@ messages into frames and back.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, ClassVar, Literal, TypeVar, overload
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from splitft.adapters import AdapterState
 from splitft.errors import ProtocolError
+from splitft.foreign_text import printable
 from splitft.specs.training import MOST_MICRO_BATCHES
 from splitft.tracking.events import Role
 
@@ -39,6 +41,9 @@ Count = Annotated[int, Field(ge=0)]
 Length = Annotated[int, Field(ge=1)]
 Loss = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
+Words = Annotated[str, AfterValidator(printable)]
+"""A text for people: control characters become visible escapes, and the length is bounded."""
+ErrorName = Annotated[str, Field(min_length=1), AfterValidator(partial(printable, longest=200))]
 MicroBatchNumber = Annotated[int, Field(ge=0, lt=MOST_MICRO_BATCHES)]
 Seconds = dict[Literal["client_forward", "head", "client_backward"], Annotated[float, Field(ge=0, le=1e6)]]
 """Seconds that a client has computed since its last message of the round, by leg."""

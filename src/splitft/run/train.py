@@ -88,7 +88,6 @@ def _train(
         open_trackers(config.trackers, run.folder, config.model_dump(mode="json")) as trackers,
         silence_transformers(),
     ):
-
         summary = SummaryWriter(run.folder)
 
         def listener(event: Event) -> None:

@@ -313,7 +313,7 @@ class SessionEnded(Stamped):
     """Rounds finished."""
     reason: Literal["finished", "back", "paused", "stopped", "failed"]
     """`finished`: all rounds are trained; `back`: an absent site can join; `paused`: too few sites are left,
-    or the engine failed; `stopped`: an administrator has stopped the run; `failed`: an error of the server."""
+    or the engine failed; `stopped`: an administrator has stopped the run; `failed`: a server error."""
     detail: str = ""
     """The reason in words."""
     session: str = ""

@@ -50,7 +50,9 @@ class Table:
             fixed = self.wrap is not None and column not in self.wrap
             table.add_column(escape(heading), justify=justify, no_wrap=fixed)  # type: ignore[arg-type]
         for number, row in enumerate(self.rows):
-            table.add_row(*(escape(printable(cell)) for cell in row), style="bold" if number in self.bold else "")
+            table.add_row(
+                *(escape(printable(cell)) for cell in row), style="bold" if number in self.bold else ""
+            )
         return table
 
     def to_markdown(self) -> str:

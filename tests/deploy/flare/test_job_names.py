@@ -18,7 +18,7 @@ from splitft.deploy.flare.job_arguments import read_arguments, write_job
 
 HOSTILE = (
     "../../../../escape", "/etc/cron.d/x", "a/b", "a\\b", "..", ".", "", "a\0", "con", "x" * 65, "x\n",
-    "~root", "\x1b[2J", None, 7, ["run"], {"run": 1},
+    "~root", "~root", "\x1b[2J", None, 7, ["run"], {"run": 1},
 )  # fmt: skip
 
 

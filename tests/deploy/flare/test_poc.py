@@ -73,7 +73,10 @@ def test_deployment_equals_simulation(both):
     assert deployed.summary["eval_loss"] == pytest.approx(simulated.summary["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.fault("a cable is pulled for 3 s, two micro-batches in flight", "no step is lost; adapters equal the simulation's")
+@pytest.mark.fault(
+    "a cable is pulled for 3 s, two micro-batches in flight",
+    "no step is lost; adapters equal the simulation's",
+)
 def test_with_two_parts_of_a_step_in_flight_and_a_cable_pulled_for_3_s_too(tmp_path, tiny_llama, monkeypatch):
     """In float64, with groups as they come: the digits that they change are far behind the limit."""
     start, lines = poc.Poc.start, []

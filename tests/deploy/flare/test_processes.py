@@ -85,7 +85,10 @@ def answers(root, port, kit=None) -> bool:
         return False
 
 
-@pytest.mark.hostile("somebody connects without a certificate of the federation", "the TLS handshake fails, nothing is answered")
+@pytest.mark.hostile(
+    "somebody connects without a certificate of the federation",
+    "the TLS handshake fails, nothing is answered",
+)
 def test_without_a_certificate_of_the_federation_nothing_is_answered(server):
     ours, theirs, port = server
     assert answers(ours, port, ours.of("north"))

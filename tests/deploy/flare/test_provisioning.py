@@ -54,9 +54,10 @@ def test_there_is_a_kit_for_everyone_and_it_says_for_whom(provisioned):
     folder, done = provisioned
     assert done.returncode == 0, done.stderr
     kits = {path.name for path in (folder / "kits").iterdir() if not path.name.startswith(".")}
-    assert kits == {"splitft.example.org", *SITES, "admin@splitft.local"}
+    assert kits == {"splitft.example.org", *SITES, "submitter@splitft.local", "admin@splitft.local"}
     for kit in kits:
         assert str(folder / "kits" / kit) in done.stdout
+    assert "holds the private keys of all parties" in done.stdout
 
 
 def test_nothing_is_written_outside_the_folder(provisioned):

@@ -53,7 +53,10 @@ def test_what_was_kept_of_later_rounds_goes_when_the_run_begins_anew(tmp_path):
         store.save(number, 2, 10 * number, moments(number))
     for number in (1, 2):
         store.save(number, 2, 10 * number, moments(-number))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept-0001.safetensors", "kept-0002.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "kept-0001.safetensors",
+        "kept-0002.safetensors",
+    ]
     assert value_of(store.load(2, 2, 10)) == -1.0
 
 

@@ -80,8 +80,8 @@ class FlareEngine:
                 )
             if check and self._restart:
                 raise DeployError(
-                    f"{self._run.name} is being trained (job {session}); add --abort to end that session before "
-                    "the run begins anew"
+                    f"{self._run.name} is being trained (job {session}); add --abort to end that session "
+                    "before the run begins anew"
                 )
             return session
         return None

@@ -1,6 +1,6 @@
 """Hand a session's result to whoever submitted it: how it ended, and what the run has so far.
 
-    run folder --write_result--> job's folder --FLARE--> submit --read_result--> Ending, copy of the run folder
+    run folder --write_result--> job's folder --FLARE--> submit --read_result--> Ending, run folder
                                  ending.json     rounds, reason, detail, notes
                                  run/            config.yaml, events.jsonl, adapter/, ...
 

@@ -1,6 +1,6 @@
 """Bound what one site may ask of the server, so that a flood slows only its sender.
 
-    message --admit--> no: turned away unread, its sender repeats it later (TransportError)
+    message --admit--> no: held for a second, then turned away unread (TransportError)
                   +--> yes: read and processed --release-->
 
 Two bounds for each site:
@@ -13,7 +13,8 @@ ordered. Heartbeats, repeated messages and invalid ones cost points. A site with
 it has some again, so the threads, the parser and the queue are left to the others. An honest site that is
 turned away loses time only: it sends the same request again under its number.
 
-Turning away costs microseconds. What the transport itself spends on a message comes before that.
+A sender that waits for replies is slowed by being held. One that does not still costs what the transport
+spends on a message before it comes here, and a few microseconds.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ CREDIT, CREDIT_PER_S = 128.0, 16.0
 HEARTBEAT, REPEATED, UNASKED, INVALID = 1.0, 1.0, 8.0, 8.0
 """Points of a heartbeat, of a message that was sent before, of one that no order asked for, and of one that
 is refused: two invalid messages a second are read for good."""
+MOST_HELD, TURN_AWAY_S = 12, 1.0
+"""Messages of a site that are held at one time before they are turned away, and for how long. Each holds a
+thread of the transport; FLARE has 64 for requests."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +70,34 @@ class Quota:
     """Messages that are underway."""
     nbytes: int = 0
     """Their bytes."""
+    held: int = 0
+    """Messages that are held before they are turned away."""
     turned_away: int = 0
     """Messages that were not read, over the session."""
     _at: float = field(default_factory=time.monotonic)
     _lock: Lock = field(default_factory=Lock)
 
     def admit(self, site: str, nbytes: int) -> None:
-        """Count a message as underway. Raises TransportError if it is not read now."""
+        """Count a message as underway. Raises TransportError, perhaps after a second, if it is not read."""
         with self._lock:
             self._refill()
-            if self.credit <= 0:
-                self.turned_away += 1
-                raise TransportError(f"{site} has sent too many messages that were invalid or not due")
             full = self.nbytes + nbytes > self.limits.nbytes and self.messages > 0
-            if full or self.messages >= self.limits.messages:
-                self.turned_away += 1
-                raise TransportError(f"{site} has {self.messages} messages of {self.nbytes} bytes underway")
-            self.messages += 1
-            self.nbytes += nbytes
+            if self.credit <= 0:
+                reason = f"{site} has sent too many messages that were invalid or not due"
+            elif full or self.messages >= self.limits.messages:
+                reason = f"{site} has {self.messages} messages of {self.nbytes} bytes underway"
+            else:
+                self.messages += 1
+                self.nbytes += nbytes
+                return
+            self.turned_away += 1
+            hold = self.held < MOST_HELD
+            self.held += hold
+        if hold:
+            time.sleep(TURN_AWAY_S)
+            with self._lock:
+                self.held -= 1
+        raise TransportError(reason)
 
     def release(self, nbytes: int) -> None:
         """Count a message as done."""

@@ -48,8 +48,8 @@ def make_ready(folder: Path, request: SessionRequest) -> bool:
         return goes_on
     if request.rounds:
         raise UnusableError(
-            f"the run folder {folder} on the server is gone, with its {request.rounds} finished rounds; put it "
-            "back, or begin anew with: splitft deploy submit ... --restart"
+            f"the run folder {folder} on the server is gone, with its {request.rounds} finished rounds; "
+            "put it back, or begin anew with: splitft deploy submit ... --restart"
         )
     if folder.exists() and not folder.is_dir():
         raise UnusableError(
@@ -57,8 +57,8 @@ def make_ready(folder: Path, request: SessionRequest) -> bool:
         )
     if folder.is_dir() and any(one.name != LOCK for one in folder.iterdir()):
         raise UnusableError(
-            f"{folder} on the server holds files but no run (no config.yaml), as after somebody has deleted a "
-            "part of it; set them aside and begin anew with: splitft deploy submit ... --restart"
+            f"{folder} on the server holds files but no run (no config.yaml), as after a part was deleted; "
+            "set them aside and begin anew with: splitft deploy submit ... --restart"
         )
     return False
 
@@ -67,13 +67,13 @@ def check_kept(folder: Path) -> None:
     """Raise UnusableError if somebody has deleted or moved the run folder while the run trains."""
     if not (folder / "config.yaml").is_file():
         raise UnusableError(
-            f"the run folder {folder} on the server was deleted or moved while the run was training; put it back, "
-            "or begin anew with: splitft deploy submit ... --restart"
+            f"the run folder {folder} on the server was deleted or moved while the run was training; put it "
+            "back, or begin anew with: splitft deploy submit ... --restart"
         )
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move the content of a folder to a new one beside it; returns that, or None if there is nothing to move."""
+    """Move the content of a folder to a new one beside it, and return that; None if it is empty."""
     content = [one for one in folder.iterdir() if one.name != LOCK] if folder.is_dir() else []
     if not content:
         return None

@@ -73,7 +73,7 @@ class ServerSession:
         session_key: bytes,
         request: SessionRequest = PLAIN_REQUEST,
     ) -> None:
-        """Prepare a session; `connected` are the sites that the transport reaches; `folder` is the run's, for all sessions."""
+        """Prepare a session with the `connected` sites; `folder` is the run's, for all sessions."""
         self._terms, self._folder, self._request = terms, folder, request
         self.began = False
         """Whether it has come to training: an error after that need not come again."""
@@ -190,7 +190,7 @@ class ServerSession:
             f"{name} did not register within {self._terms.config.deploy.join_s:.0f} s" for name in silent
         ]
         return (
-            f"{len(registered)} of {len(self._connected)} connected sites registered, deploy.min_clients asks for "
+            f"{len(registered)} of {len(self._connected)} connected sites registered; deploy.min_clients is "
             f"{self._terms.config.deploy.min_clients} ({', '.join(reasons)})"
         )
 

@@ -3,9 +3,9 @@
     monotonic clock   |--running--|......stopped......|--running--|
     uptime            |--running--||--running--|
 
-A server that was stopped (SIGSTOP, a closed lid, a host that moves the machine) has heard nobody meanwhile, and
-that is not its sites' fault. A thread reads the clock every `TICK_S`; a far longer gap between two readings is
-a pause of the whole process and does not count.
+A server that was stopped (SIGSTOP, a closed lid, a host that moves the machine) has heard nobody meanwhile,
+and that is not its sites' fault. A thread reads the clock every `TICK_S`; a far longer gap between two
+readings is a pause of the whole process and does not count.
 """
 
 from __future__ import annotations
