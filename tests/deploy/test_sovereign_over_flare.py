@@ -17,12 +17,16 @@ from pathlib import Path
 import pytest
 
 from runs import settings_file
+from splitft.cli.operate import _status
 from splitft.config import load
 from splitft.deploy.flare import poc, processes
 from splitft.deploy.flare.admin import Console
 from splitft.deploy.flare.job import owner_folder
+from splitft.deploy.flare.job_arguments import write_job
 from splitft.deploy.flare.poc import Poc, run_poc
+from splitft.deploy.identity import certificates
 from splitft.deploy.site.pause import pause
+from splitft.errors import DeployError
 from splitft.tracking.log import read_events
 
 pytest.importorskip("nvflare")
@@ -219,6 +223,27 @@ def test_a_job_cannot_make_a_site_tell_its_environment(held):
         held.outcome(held.job(f"{OURS}.SiteJob", arguments))
     for path in held.poc.server.kit.rglob("*.txt"):
         assert secret not in path.read_text(errors="replace"), path
+
+
+def test_status_warns_of_certificates_that_end(held, monkeypatch):
+    assert _status(held.console, None)["warnings"] == []
+    monkeypatch.setattr(certificates, "WARN_DAYS", 400)
+    now = _status(held.console, None)
+    assert "the certificate of submitter@splitft.local ends in" in now["warnings"][0]
+    assert "splitft deploy renew" in now["warnings"][0]
+
+
+def test_an_administrator_cannot_submit_to_a_server_of_ours(tmp_path):
+    federation = Poc(tmp_path, [SITE], tmp_path / "runs")
+    job = write_job(tmp_path / "job", "x", load(settings_file(tmp_path, tmp_path), []))
+    with Console(federation.kits.admin) as admin:
+        try:
+            federation.start(admin)
+            with pytest.raises(DeployError, match="may not do this"):
+                admin.submit(job)
+            assert admin.jobs() == []
+        finally:
+            federation.stop()
 
 
 @pytest.mark.parametrize("when", ["before the session", "in the middle of a round"])
