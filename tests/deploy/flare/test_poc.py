@@ -129,6 +129,13 @@ def test_the_server_is_told_counts_of_a_sites_text_and_nothing_made_of_it(both):
     assert {(one.trained_on, one.held_out) for one in deployed.clients} == {("", "")}
 
 
+def test_nobody_else_on_the_machine_reads_what_the_processes_wrote(both):
+    _, deployed = both
+    written = [path for path in deployed.folder.rglob("*") if path.is_file()]
+    assert len(written) > 5
+    assert not [path for path in (deployed.folder, *written) if path.stat().st_mode & 0o077]
+
+
 REPORTED = {
     "hidden": '"seconds":{"client_forward":0.123456,"client_backward":0.123456},',
     "gradient": '"seconds":{"head":0.123456},',

@@ -60,7 +60,9 @@ class Service:
             *([f"uid={self.party}"] if self.kind == "client" else []),
             f"org={PROJECT}", "config_folder=config",
         ]  # fmt: skip
-        with (self.kit / CONSOLE).open("ab") as console:
+        with open(
+            self.kit / CONSOLE, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)
+        ) as console:
             self._process = subprocess.Popen(
                 arguments,
                 cwd=self.kit,
