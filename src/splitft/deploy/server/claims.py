@@ -20,9 +20,22 @@ import torch
 
 from splitft.adapters import AdapterState, Moments
 from splitft.config import RunConfig
+from splitft.deploy.server.quota import InboxLimits
 from splitft.errors import AdapterError, ProtocolError, SplitftError
 from splitft.geometry import Span
-from splitft.protocol import Activations, Evaluation, HeadGradient, Register, RoundReady, expect
+from splitft.protocol import (
+    Activations,
+    AdapterUpload,
+    Declined,
+    Evaluation,
+    HeadGradient,
+    Heartbeat,
+    Message,
+    Next,
+    Register,
+    RoundReady,
+    expect,
+)
 from splitft.specs import TrainingSpec
 
 MOST_FACTOR = 1e6
@@ -32,6 +45,11 @@ MOST_NATS = 1e6
 """Largest loss of a token that a site may report."""
 ADAMW_FIELDS = frozenset({"exp_avg", "exp_avg_sq", "step"})
 """Moments of a parameter with AdamW."""
+
+FROM_CLIENTS = (
+    Register, Declined, Next, Heartbeat, RoundReady, Activations, HeadGradient, AdapterUpload, Evaluation,
+)  # fmt: skip
+"""Messages that a client may send."""
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +128,22 @@ class HeldOutCount:
             return message.model_copy(update={"loss": self.loss})
         check_loss(message.client, message.loss / self.tokens)
         return message
+
+
+def check_outline(site: str, outline: Message, limits: InboxLimits) -> None:
+    """Raise ProtocolError for what the site may not send, before any payload is read."""
+    if not isinstance(outline, FROM_CLIENTS):
+        raise ProtocolError(f"{type(outline).__name__} is not sent by clients")
+    if outline.client != site:
+        raise ProtocolError(f"{site} sends a message in the name of {outline.client!r}")
+    if isinstance(outline, Activations):
+        padded = len(outline.lengths) * max(outline.lengths)
+        if padded > limits.batch_tokens:
+            raise ProtocolError(
+                f"{site} sends a batch of {padded} padded tokens; this run has at most {limits.batch_tokens}"
+            )
+        if outline.examples and not limits.example_ids:
+            raise ProtocolError(f"{site} sends numbers of its examples, which no codec of this run needs")
 
 
 def check_labelled(message: Activations) -> None:

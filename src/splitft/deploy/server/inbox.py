@@ -17,18 +17,17 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
-from threading import Condition, Lock
+from threading import Condition, Lock, Semaphore
 
 from splitft.deploy.requests import Envelope, ReplyCache
 from splitft.deploy.server.arrivals import Arrival, ArrivalQueue, Fault, refusal
-from splitft.deploy.server.claims import unusable
-from splitft.deploy.server.quota import HEARTBEAT, INVALID, REPEATED, UNASKED, InboxLimits, Quota
+from splitft.deploy.server.claims import check_outline, unusable
+from splitft.deploy.server.quota import HEARTBEAT, INVALID, MOST_HELD, REPEATED, UNASKED, InboxLimits, Quota
 from splitft.deploy.server.uptime import UPTIME
 from splitft.errors import ProtocolError, SiteFailureError, SplitftError, TransportError, WireError
 from splitft.protocol import (
     Activations,
     AdapterUpload,
-    Declined,
     EndSession,
     Evaluate,
     Evaluation,
@@ -55,11 +54,6 @@ POLL_S = 2.0
 """A site that asks for its next order, and for which there is none, is told to wait after this long."""
 STEP_ANSWER_S = 3600.0
 """Longest wait for the reply to a step; the round's own deadline comes much earlier."""
-
-FROM_CLIENTS = (
-    Register, Declined, Next, Heartbeat, RoundReady, Activations, HeadGradient, AdapterUpload, Evaluation,
-)  # fmt: skip
-"""Messages that a client may send."""
 
 
 @dataclass
@@ -91,7 +85,8 @@ class Inbox:
         limits: InboxLimits,
         seed: int = 0,
     ) -> None:
-        self._sites = {name: _Site(CodecState(seed, name), Quota(limits)) for name in sites}
+        room = Semaphore(MOST_HELD)
+        self._sites = {name: _Site(CodecState(seed, name), Quota(limits, room)) for name in sites}
         self._strangers: set[str] = set()  # senders that are no site of the session
         self._key, self._serializer, self._limits = session_key, serializer, limits
         # a thread for each message that may be underway, so that no site waits for another's
@@ -143,7 +138,7 @@ class Inbox:
                 received = self._serializer.receive(
                     frame,
                     self._limits.frame_bytes,
-                    lambda outline: self._check(site, outline),
+                    lambda outline: check_outline(site, outline, self._limits),
                     own.codec_state,
                 )
         except WireError as error:
@@ -166,22 +161,6 @@ class Inbox:
             own.meter.count("down", reply, packed.header.payload_bytes, len(data))
             own.heard = UPTIME.now()
         return data
-
-    def _check(self, site: str, outline: Message) -> None:
-        """Raise ProtocolError for what the site may not send, before any payload is read."""
-        if not isinstance(outline, FROM_CLIENTS):
-            raise ProtocolError(f"{type(outline).__name__} is not sent by clients")
-        if outline.client != site:
-            raise ProtocolError(f"{site} sends a message in the name of {outline.client!r}")
-        if isinstance(outline, Activations):
-            padded = len(outline.lengths) * max(outline.lengths)
-            if padded > self._limits.batch_tokens:
-                raise ProtocolError(
-                    f"{site} sends a batch of {padded} padded tokens; this run has at most "
-                    f"{self._limits.batch_tokens}"
-                )
-            if outline.examples and not self._limits.example_ids:
-                raise ProtocolError(f"{site} sends numbers of its examples, which no codec of this run needs")
 
     def _reply_to(self, site: str, message: Message) -> Message:
         """Hand a message over and wait for the reply: that to a step, otherwise the site's next order."""

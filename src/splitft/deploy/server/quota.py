@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import Lock, Semaphore
 
 from splitft.errors import TransportError
 from splitft.specs.training import MOST_IN_FLIGHT
@@ -31,8 +31,8 @@ CREDIT, CREDIT_PER_S = 128.0, 16.0
 HEARTBEAT, REPEATED, UNASKED, INVALID = 1.0, 1.0, 8.0, 8.0
 """Points of a heartbeat, of a message that was sent before, of one that no order asked for, and of one that
 is refused: two invalid messages a second are read for good."""
-MOST_HELD, TURN_AWAY_S = 12, 1.0
-"""Messages of a site that are held at one time before they are turned away, and for how long. Each holds a
+MOST_HELD, TURN_AWAY_S = 32, 1.0
+"""Messages of all sites together that are held before they are turned away, and for how long. Each holds a
 thread of the transport; FLARE has 64 for requests."""
 
 
@@ -65,13 +65,13 @@ class Quota:
     """What one site has underway, and its credit. Used by the transport's threads."""
 
     limits: InboxLimits
+    room: Semaphore = field(default_factory=lambda: Semaphore(MOST_HELD))
+    """Places for messages that are held before they are turned away; all sites share them."""
     credit: float = CREDIT
     messages: int = 0
     """Messages that are underway."""
     nbytes: int = 0
     """Their bytes."""
-    held: int = 0
-    """Messages that are held before they are turned away."""
     turned_away: int = 0
     """Messages that were not read, over the session."""
     _at: float = field(default_factory=time.monotonic)
@@ -91,12 +91,9 @@ class Quota:
                 self.nbytes += nbytes
                 return
             self.turned_away += 1
-            hold = self.held < MOST_HELD
-            self.held += hold
-        if hold:
+        if self.room.acquire(blocking=False):
             time.sleep(TURN_AWAY_S)
-            with self._lock:
-                self.held -= 1
+            self.room.release()
         raise TransportError(reason)
 
     def release(self, nbytes: int) -> None:
