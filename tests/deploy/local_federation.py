@@ -28,7 +28,7 @@ class LocalFederation:
     """Its kits, its processes, and what can happen to them."""
 
     def __init__(self, folder: Path, kits: Kits):
-        self.folder, self.kits, self.services = folder, kits, {}
+        self.folder, self.kits, self.services, self.submits = folder, kits, {}, []
 
     def start(self, party: str, **options: Any) -> None:
         """`deploy start` of a kit."""
@@ -41,10 +41,12 @@ class LocalFederation:
 
     def submit(self, name: str, *words: object) -> subprocess.Popen[str]:
         """`deploy submit` of the run `name`."""
-        return started(
+        one = started(
             "deploy", "submit", self.folder / "run.yaml", *words, "--kit", self.kits.submitter,
             "--out", f"copies/{name}", cwd=self.folder,
         )  # fmt: skip
+        self.submits.append(one)
+        return one
 
     def run_folder(self, name: str) -> Path:
         """The run's folder on the server."""
@@ -111,6 +113,9 @@ def local_federation(folder: Path, model: Path, **sections: Any) -> Iterator[Loc
             made.start(party)
         yield made
     finally:
+        for one in made.submits:  # of a test that failed
+            one.kill()
+            one.communicate()
         for party in list(made.services):
             made.stop(party)
         assert not any(processes_of(kits.of(party)) for party in ("localhost", *SITES))

@@ -40,8 +40,8 @@ def finished(federation, name, submit, steps=STEPS, seconds=420):
     events = settled(read_events(federation.folder / "copies" / name / "events.jsonl"))
     assert [event.round for event in events if event.event == "RoundDone"] == list(range(1, ROUNDS + 1))
     for site in SITES:
-        steps = [e.step for e in events if e.event == "StepDone" and e.client == site]
-        assert steps == list(range(ROUNDS * steps))
+        taken = [e.step for e in events if e.event == "StepDone" and e.client == site]
+        assert taken == list(range(ROUNDS * steps))
     print(said)
     return said
 
@@ -99,7 +99,8 @@ def test_abort_ends_the_running_session_and_the_submit_that_follows_it(federatio
     second = federation.submit("aborted", MORE, "--abort")
     said, errors = first.communicate(timeout=180)
     assert first.returncode == 130, errors
-    assert "stopped after round 1" in said
+    assert "the session ends: the run was stopped" in said
+    assert "the same `submit` goes on from there" in said
     assert "ending the session that is running" in finished(federation, "aborted", second, LONGER)
 
 
@@ -124,7 +125,7 @@ def test_a_full_disk_at_a_site_is_told_to_whoever_submitted(federation):
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no file systems can be made here")
     try:
-        words = ("training.optimizer_state=keep", "deploy.min_clients=1")
+        words = ("training.optimizer_state=keep", "aggregate.rule=factors", "deploy.min_clients=1")
         submit = federation.submit("full-disk", *words)
         said, errors = submit.communicate(timeout=300)
     finally:
@@ -142,11 +143,14 @@ def test_a_run_folder_that_is_deleted_is_said_and_restart_begins_anew(federation
     assert submit.returncode == 2, said
     assert "was deleted or moved while the run was training" in errors
     assert "--restart" in errors
+    (federation.run_folder("deleted") / "checkpoints").mkdir(parents=True)  # of a part that was left
     again = federation.submit("deleted", MORE)
     _, errors = again.communicate(timeout=180)
-    if federation.run_folder("deleted").is_dir():  # what the session wrote before it noticed
-        assert "holds files but no run" in errors
+    assert again.returncode == 2
+    assert "holds files but no run" in errors
     finished(federation, "deleted", federation.submit("deleted", "--restart"))
+    beside = federation.run_folder("deleted").with_name("deleted.before-1")
+    assert [path.name for path in beside.iterdir()] == ["checkpoints"]
 
 
 def test_a_site_without_the_base_model_declines_and_the_reason_is_printed(federation):
