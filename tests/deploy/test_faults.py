@@ -66,6 +66,9 @@ def of(events, kind: str) -> list:
     return [event for event in events if event.event == kind]
 
 
+@pytest.mark.fault(
+    "kill -9 of the session's process on the server", "the round is trained once more; nothing else changes"
+)
 def test_a_job_process_that_is_killed_costs_its_round_once_more_and_nothing_else(run):
     ended, events = run(lambda folder: kill(folder, "client.worker_process", "kits/client-2"), 2)
     assert [session.sites for session in of(events, "SessionStarted")] == [EVERYONE, EVERYONE]
@@ -75,6 +78,7 @@ def test_a_job_process_that_is_killed_costs_its_round_once_more_and_nothing_else
     assert ended.summary["finished"]
 
 
+@pytest.mark.fault("kill -9 of all processes of a site", "the others go on; it is back in the next session")
 def test_a_site_that_is_killed_as_a_whole_is_back_in_the_next_session(run):
     ended, events = run(lambda folder: kill(folder, "kits/client-2"), 2)
     lost, sessions = of(events, "SiteChanged"), of(events, "SessionStarted")
@@ -88,6 +92,7 @@ def test_a_site_that_is_killed_as_a_whole_is_back_in_the_next_session(run):
     assert ended.summary["finished"]
 
 
+@pytest.mark.fault("kill -9 of all processes of the server", "the run goes on after the last finished round")
 def test_a_run_survives_the_death_of_the_whole_server(run):
     ended, events = run(lambda folder: kill(folder, "kits/localhost"), 3)
     assert len(of(events, "SessionStarted")) == 2

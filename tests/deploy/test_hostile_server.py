@@ -96,6 +96,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.hostile("a server orders: {name}", "the site declines and names the limit; the others go on")
 def test_an_order_beyond_the_limits_is_declined_and_the_others_go_on(tiny_llama, text, name):
     kind, change, key = ORDERS[name]
     outcome = deploy(tiny_llama, text, kind, change)
@@ -177,6 +178,7 @@ def test_the_last_words_of_a_server_are_printable(tiny_llama, text, caplog):
     ],
     ids=["kind and sender", "key", "tensor", "role and codec"],
 )  # fmt: skip
+@pytest.mark.hostile("a server sends names with terminal control codes ({id})", "they are shown as text")
 def test_what_a_server_calls_things_never_steers_the_log_of_a_site(tiny_llama, text, caplog, frame):
     _, site = session(tiny_llama, text, Server(Frame("Wait", {}), frame, Frame("Leave", {"reason": "done"})))
     with caplog.at_level(logging.INFO):
@@ -185,6 +187,7 @@ def test_what_a_server_calls_things_never_steers_the_log_of_a_site(tiny_llama, t
     assert_printable(*(record.getMessage() for record in caplog.records))
 
 
+@pytest.mark.hostile("a server lets a site wait no time at all", "the site asks at its own pace")
 def test_a_server_that_hurries_is_asked_at_a_walking_pace(tiny_llama, text):
     _, site = session(tiny_llama, text, Server(*[Frame("Wait", {})] * 6, Frame("Leave", {"reason": "done"})))
     began = time.monotonic()
@@ -192,6 +195,7 @@ def test_a_server_that_hurries_is_asked_at_a_walking_pace(tiny_llama, text):
     assert time.monotonic() - began >= 6 * HURRIED_S
 
 
+@pytest.mark.hostile("a server asks for the same evaluation again and again", "declined")
 def test_the_same_evaluation_again_and_again_is_declined(tiny_llama, text):
     def policy(prepared):
         spec = SiteSpec.model_validate({"limits": {"attempts": 3}})

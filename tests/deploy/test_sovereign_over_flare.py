@@ -138,6 +138,7 @@ def held(tmp_path_factory):
             made.poc.stop()
 
 
+@pytest.mark.hostile("a job with code of its own, over FLARE", "refused by the site; never runs")
 def test_code_in_a_job_is_refused_by_the_site_and_never_runs(held):
     marker = held.folder / "evil-ran"
     job = held.job("evil.Evil", **{"app/custom/evil.py": EVIL.format(marker=str(marker))})
@@ -156,6 +157,7 @@ def test_code_in_a_job_is_refused_by_the_site_and_never_runs(held):
         (f"{OURS}.write_job", {"folder": "{victim}", "run": "x", "config": "x"}),
     ],
 )
+@pytest.mark.hostile("a job with the component {path}, over FLARE", "refused by the site")
 def test_a_class_that_a_run_does_not_need_is_refused_by_the_site(held, path, arguments):
     marker, victim = held.folder / "foreign-ran", held.folder / "victim"
     victim.mkdir(exist_ok=True)
@@ -169,6 +171,9 @@ def test_a_class_that_a_run_does_not_need_is_refused_by_the_site(held, path, arg
     assert (victim / "notes.txt").read_text() == "hers"
 
 
+@pytest.mark.hostile(
+    "the administrator reads files of a site by FLARE's shell commands", "no command is answered"
+)
 def test_no_command_reads_a_file_of_the_site_even_if_the_server_allows_it(held):
     secret = held.site / "local" / "secret.txt"
     secret.write_text("a patient's name\n")
@@ -195,6 +200,9 @@ def test_no_command_reads_a_file_of_the_site_even_if_the_server_allows_it(held):
         ({"run": "x", "link": "0" * 32, "config": base64.b64encode(b"[1").decode()}, "configuration"),
     ],
 )
+@pytest.mark.hostile(
+    "a job starts our class with odd arguments ({id})", "a clean refusal; nothing outside the kit"
+)
 def test_our_class_with_odd_arguments_ends_in_a_clean_refusal(held, tmp_path, arguments, words):
     folder = held.job(f"{OURS}.SiteJob", arguments)
     server = {"id": "splitft", "path": f"{OURS}.ServerJob", "args": arguments}
@@ -212,6 +220,7 @@ def test_our_class_with_odd_arguments_ends_in_a_clean_refusal(held, tmp_path, ar
     assert not list(held.folder.rglob("escape"))
 
 
+@pytest.mark.hostile("a job's arguments name variables of the site's environment", "they are not told")
 def test_a_job_cannot_make_a_site_tell_its_environment(held):
     secret = "patient-zero/1"
     held.poc.sites[SITE].environment["SPLITFT_TEST_SECRET"] = secret
@@ -233,6 +242,7 @@ def test_status_warns_of_certificates_that_end(held, monkeypatch):
     assert "splitft deploy renew" in now["warnings"][0]
 
 
+@pytest.mark.hostile("an administrator submits a run", "refused: another role submits")
 def test_an_administrator_cannot_submit_to_a_server_of_ours(tmp_path):
     federation = Poc(tmp_path, [SITE], tmp_path / "runs")
     job = write_job(tmp_path / "job", "x", load(settings_file(tmp_path, tmp_path), []))
@@ -247,6 +257,7 @@ def test_an_administrator_cannot_submit_to_a_server_of_ours(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["before the session", "in the middle of a round"])
+@pytest.mark.fault("an owner pauses a site {when}", "it stays out; the others go on")
 def test_a_paused_site_stays_out_and_the_others_go_on(tmp_path, tiny_llama, monkeypatch, when):
     start, paused = poc.Poc.start, []
 

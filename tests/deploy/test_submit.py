@@ -54,6 +54,10 @@ KILLS = {
 
 
 @pytest.mark.parametrize("kill", KILLS)
+@pytest.mark.fault(
+    "kill -9 during `deploy submit`: {kill}",
+    "it goes on after the last finished round; `submit` follows to the end",
+)
 def test_a_submitted_run_survives_the_death_of(federation, kill):
     number, kinds = KILLS[kill]
     name = f"run-{list(KILLS).index(kill)}"
@@ -70,6 +74,9 @@ def test_a_submitted_run_survives_the_death_of(federation, kill):
     assert not federation.status()["state"].startswith("RUNNING")
 
 
+@pytest.mark.fault(
+    "Ctrl-C of `submit`, then a second `submit`", "it joins the running session; no event is lost"
+)
 def test_ctrl_c_and_a_second_submit_follow_the_one_session(federation):
     first = federation.submit("second-submit", MORE)
     federation.until_step("second-submit", 1)
@@ -86,6 +93,7 @@ def test_ctrl_c_and_a_second_submit_follow_the_one_session(federation):
     assert len(federation.events("second-submit", "SessionStarted")) == 1
 
 
+@pytest.mark.fault("two `submit`s at the same time", "one starts the run, both see its end")
 def test_of_two_submits_at_the_same_time_one_starts_the_run_and_both_see_its_end(federation):
     both = [federation.submit("at-once", MORE) for _ in range(2)]
     said = [finished(federation, "at-once", one, LONGER) for one in both]
@@ -104,6 +112,10 @@ def test_abort_ends_the_running_session_and_the_submit_that_follows_it(federatio
     assert "ending the session that is running" in finished(federation, "aborted", second, LONGER)
 
 
+@pytest.mark.fault(
+    "the server's processes are stopped for longer than silence_s",
+    "no site is blamed; the same session goes on",
+)
 def test_a_server_that_was_stopped_for_a_while_blames_no_site(federation):
     submit = federation.submit("paused-server")
     federation.until_step("paused-server", 2)
@@ -116,6 +128,9 @@ def test_a_server_that_was_stopped_for_a_while_blames_no_site(federation):
     assert len(federation.events("paused-server", "SessionStarted")) == 1
 
 
+@pytest.mark.fault(
+    "the disk of a site is full", "the site declines with the reason; `submit` prints it; the others go on"
+)
 def test_a_full_disk_at_a_site_is_told_to_whoever_submitted(federation):
     runs = federation.kits.of("south") / "runs"
     shutil.rmtree(runs, ignore_errors=True)
@@ -135,6 +150,9 @@ def test_a_full_disk_at_a_site_is_told_to_whoever_submitted(federation):
     assert "south has declined: it failed 3 times in a row: its disk" in said
 
 
+@pytest.mark.fault(
+    "the run folder is deleted as the run trains", "the session ends with the reason; `--restart` begins anew"
+)
 def test_a_run_folder_that_is_deleted_is_said_and_restart_begins_anew(federation):
     submit = federation.submit("deleted", MORE)
     federation.until_step("deleted", 2)
@@ -153,6 +171,7 @@ def test_a_run_folder_that_is_deleted_is_said_and_restart_begins_anew(federation
     assert [path.name for path in beside.iterdir()] == ["checkpoints"]
 
 
+@pytest.mark.fault("a site lacks the base model", "it declines; `submit` prints why")
 def test_a_site_without_the_base_model_declines_and_the_reason_is_printed(federation):
     site = federation.kits.of("south") / "local/site.yaml"
     text = site.read_text()

@@ -66,6 +66,10 @@ def everything(folder: Path) -> set[str]:
 @example(values=["a\0b", ".", ".."])
 @example(values=["North", "north", "NORTH"])
 @budget(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@pytest.mark.hostile(
+    "text names its clients `../../escaped`, NUL and the like ({id})",
+    "nothing outside the run folder; the run resumes",
+)
 def test_a_run_with_any_names_stays_in_its_folder_and_goes_on(tiny_llama, way, values):
     root = Path(tempfile.mkdtemp())
     try:
@@ -117,6 +121,7 @@ def _try_names(model, root: Path, way, values):
 
 
 @pytest.mark.parametrize("value", ["x" * 201, "=handed on", "server"])
+@pytest.mark.hostile("a client is named {id}", "refused before anything is written")
 def test_a_name_that_no_client_can_have_is_refused_before_anything_is_written(tiny_llama, tmp_path, value):
     config = configured(tiny_llama, tmp_path, ["north", value])
     with pytest.raises(DataError, match=r"clients\.shares\.column"):

@@ -39,6 +39,7 @@ def test_a_folder_that_another_process_holds_is_refused_with_its_name(tmp_path, 
             ask()
 
 
+@pytest.mark.fault("kill -9 of a process that holds a run folder", "the next one takes it")
 def test_a_process_that_is_killed_holds_nothing(tmp_path, holder):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
@@ -77,6 +78,7 @@ def test_what_cannot_be_made_is_said(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("a second `train` into a folder in use", "refused with the process that holds it")
 def test_a_second_train_into_a_folder_in_use_is_one_clear_message(tmp_path, tiny_llama):
     file = settings_file(tmp_path, tiny_llama, training={"rounds": 400})
     first = started("train", file, "--out", tmp_path / "run")

@@ -159,6 +159,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.fault("the last checkpoint is damaged: {id}", "the one before is taken, and it is said")
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
     for number in (1, 2):
         save_snapshot(tmp_path, _snapshot(number))
@@ -196,6 +197,7 @@ def test_tensors_of_another_round_are_damage(tmp_path):
 
 @given(data=st.data(), file=st.sampled_from(["state.json", "state.safetensors"]))
 @settings_of(max_examples=400, deadline=None)
+@pytest.mark.fault("any byte of a checkpoint's {file} is changed", "found every time")
 def test_any_change_of_any_file_is_found(two_rounds, data, file):
     path = folder_of(two_rounds, 2) / file
     written = path.read_bytes()
@@ -247,6 +249,7 @@ def config(tiny_llama, tmp_path):
     return from_mapping(settings(tiny_llama, write_text(tmp_path / "notes.jsonl")))
 
 
+@pytest.mark.fault("the disk fills up as a run trains", "finished rounds are kept; --resume goes on")
 def test_a_run_on_a_disk_that_fills_up_keeps_its_rounds_and_resumes(tmp_path, config, monkeypatch):
     whole = splitft.train(config, tmp_path / "whole")
     written = checkpoint._save

@@ -80,6 +80,7 @@ def _run(tiny_llama, text, times, rule="factors", cuts=(2, 2, 2, 2), **options):
 @pytest.mark.parametrize(
     ("rule", "cuts", "rank_at_cut"), [("factors", (2, 2, 2, 2), None), ("svd", (1, 2, 3, 2), 2)]
 )
+@pytest.mark.hostile("a client uploads {times} times its update, rule {rule}", "scaled down to the bound")
 def test_a_huge_update_is_scaled_down_to_the_bound(tiny_llama, text, times, rule, cuts, rank_at_cut):
     lora = {"rank": 4, "rank_at_cut": rank_at_cut}
     state, events, _ = _run(tiny_llama, text, {"client-2": times}, rule, cuts, lora=lora)
@@ -109,6 +110,7 @@ def test_one_alone_is_bounded_by_its_own_last_rounds(tiny_llama, text):
 
 
 @pytest.mark.parametrize("rule", ["factors", "exact", "stack"])
+@pytest.mark.hostile("a round ruins most clients' loss, rule {rule}", "the round is undone; the run goes on")
 def test_a_round_that_ruins_most_is_undone_and_the_run_goes_on(tiny_llama, text, rule):
     """The tiny model's loss is bounded by its last norm: that it exploded is what the sites say."""
     most = ("client-1", "client-2", "client-3")
@@ -132,6 +134,7 @@ def test_a_run_that_is_undone_again_and_again_stops_and_says_so(tiny_llama, text
         _run(tiny_llama, text, {}, claims=claims, training={"rounds": 6, "steps": 1})
 
 
+@pytest.mark.hostile("a client claims an absurd loss", "shown apart, left out of the loss")
 def test_an_absurd_claim_is_shown_and_left_out_of_the_loss(tiny_llama, text):
     state, events, _ = _run(tiny_llama, text, {}, claims={"client-3": 1e-3}, rounds=(1, 2))
     honest, plain, _ = _run(tiny_llama, text, {})

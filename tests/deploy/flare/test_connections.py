@@ -98,6 +98,7 @@ def test_a_certificate_of_the_federation_is_admitted_and_its_site_reaches_the_se
     assert explain(federation.kits.of("north")) is None
 
 
+@pytest.mark.fault("a site's certificate has expired", "both sides say so, with the day")
 def test_an_expired_certificate_is_said_at_once_on_both_sides(federation, tmp_path):
     root = root_of_authority(federation)
     old = kit(tmp_path / "old", signed("north", root, ends=-1), root, federation.port)
@@ -108,6 +109,7 @@ def test_an_expired_certificate_is_said_at_once_on_both_sides(federation, tmp_pa
     assert "expired" in done.stderr
 
 
+@pytest.mark.fault("a site starts the kit of another federation", "both sides say so")
 def test_a_kit_of_another_federation_is_said_at_once_on_both_sides(federation, tmp_path):
     theirs = signed("splitft")
     stranger = kit(tmp_path / "stranger", signed("north", theirs), theirs, federation.port)
@@ -115,6 +117,7 @@ def test_a_kit_of_another_federation_is_said_at_once_on_both_sides(federation, t
     federation.told("its kit is of another federation")
 
 
+@pytest.mark.fault("a peer connects and says nothing", "others are admitted")
 def test_a_peer_that_says_nothing_keeps_nobody_out(federation):
     silent = [socket.create_connection(("127.0.0.1", federation.port)) for _ in range(3)]
     began = time.monotonic()
@@ -124,12 +127,14 @@ def test_a_peer_that_says_nothing_keeps_nobody_out(federation):
         line.close()
 
 
+@pytest.mark.hostile("somebody speaks no TLS to the server", "refused and said at the server")
 def test_what_speaks_no_tls_is_said_at_the_server(federation):
     with socket.create_connection(("127.0.0.1", federation.port)) as line:
         line.sendall(b"GET / HTTP/1.1\r\n\r\n")
         federation.told("it speaks HTTP")
 
 
+@pytest.mark.hostile("a site with a revoked certificate", "cut off and refused, without a restart")
 def test_a_revoked_certificate_is_cut_off_and_refused_without_a_restart(federation):
     site = federation.kits.of("south")
     line = federation.connect(site)
@@ -142,6 +147,7 @@ def test_a_revoked_certificate_is_cut_off_and_refused_without_a_restart(federati
     assert alive(federation.connect(federation.kits.of("north")))
 
 
+@pytest.mark.hostile("the list of revoked certificates is damaged", "the last good list holds; it is said")
 def test_a_damaged_list_of_revoked_certificates_does_not_let_them_in(federation):
     path = federation.server / "local" / REVOKED
     revoke(path, "south", [certificate_of(federation.kits.of("south")).fingerprint])
@@ -161,6 +167,9 @@ def test_a_certificate_that_ends_soon_is_warned_of_at_the_server(federation, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.fault(
+    "two processes under the name of one site", "the second ends with the reason, the first stays"
+)
 def test_a_second_process_under_one_name_ends_with_the_reason_and_the_first_stays(federation, tmp_path):
     first = started("deploy", "start", federation.kits.of("north"))
     try:

@@ -31,6 +31,7 @@ def arguments(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=repr)
+@pytest.mark.hostile("a run is named {id}", "refused at server and site")
 def test_a_hostile_submitters_name_is_refused_at_server_and_site(arguments, name):
     with pytest.raises(DeployError) as caught:
         read_arguments({**arguments, "run": name})

@@ -104,6 +104,7 @@ def deploy(site, data: bytes, role: str) -> str | None:
 
 
 @pytest.mark.parametrize("role", ["lead", "org_admin", "project_admin", "super"])
+@pytest.mark.hostile("a job brings code, submitted by role {role}", "refused at the site and deleted")
 def test_a_job_that_brings_code_is_refused_whoever_submits_it_and_deleted(site, tmp_path, role):
     assert deploy(site, app(**{"custom/evil.py": "print('here')"}), role) == "BYOC not permitted"
     assert not list(tmp_path.rglob("evil.py"))
@@ -127,6 +128,7 @@ def test_a_job_without_code_is_deployed(site):
         ("nvflare.app_common.executors.client_api_launcher_executor.ClientAPILauncherExecutor", False),
     ],
 )
+@pytest.mark.hostile("a job names the class {path}", "only the class of a run is started")
 def test_a_job_may_start_our_class_at_a_site_and_nothing_else(site, path, allowed):
     context = FLContext()
     context.set_prop(FLContextKey.WORKSPACE_OBJECT, site, private=True)
@@ -138,6 +140,7 @@ def test_a_job_may_start_our_class_at_a_site_and_nothing_else(site, path, allowe
         check.authorize_component_config({"path": path, "args": {}}, fl_ctx=context)
 
 
+@pytest.mark.hostile("the permissions in a kit are widened", "they are strict again at the next start")
 def test_wider_permissions_in_a_kit_do_not_outlive_its_next_start(site, tmp_path):
     local = tmp_path / "local"
     wide = {"class_allow_list": ["*"], "class_list_enforcement_mode": "warn", "components": []}
@@ -155,6 +158,10 @@ def test_wider_permissions_in_a_kit_do_not_outlive_its_next_start(site, tmp_path
 # --- commands that a site obeys -------------------------------------------------------------------
 
 
+@pytest.mark.hostile(
+    "a server waives authorization and sends every command of FLARE",
+    "a site obeys only those that a run needs",
+)
 def test_a_site_obeys_no_command_but_those_that_a_run_needs_even_if_the_server_waives_authorization():
     topics = {topic for kind in SITE_COMMANDS for topic in CheckedProcessor(kind()).get_topics()}
     assert topics == {
@@ -167,6 +174,7 @@ def test_a_site_obeys_no_command_but_those_that_a_run_needs_even_if_the_server_w
 
 
 @pytest.mark.parametrize("job", ["../../escape", "..", "/tmp", "a" * 500, 7, "x\0y"])
+@pytest.mark.hostile("a job id that is a path: {id}", "refused; no folder")
 def test_what_is_no_job_id_never_becomes_a_folder(job):
     class Deletes:
         def process(self, req, app_ctx):

@@ -96,6 +96,9 @@ def test_what_honest_sites_register_fits(honest):
 
 
 @pytest.mark.parametrize("controller", ["makespan", "resources", "paper", "fixed"])
+@pytest.mark.hostile(
+    "a site registers any numbers at all, controller {controller}", "it is refused, or the session starts"
+)
 def test_whatever_one_site_registers_it_is_refused_or_the_session_starts(
     honest, tmp_path, tiny_llama, controller
 ):

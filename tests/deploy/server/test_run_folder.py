@@ -44,6 +44,7 @@ def test_restart_sets_everything_aside_and_loses_nothing(folder):
     assert len(list(folder.parent.iterdir())) == 3
 
 
+@pytest.mark.fault("the run folder is replaced as the run trains", "it is noticed; the session ends")
 def test_a_folder_that_is_deleted_while_the_run_trains_is_noticed(folder):
     (folder / "config.yaml").touch()
     check_kept(folder)
