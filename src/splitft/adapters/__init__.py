@@ -2,8 +2,8 @@
 
 from splitft.adapters.aggregate import Aggregated, aggregate, fit, fit_all
 from splitft.adapters.aggregators import Fresh, United
+from splitft.adapters.bank import AdapterBank, attach
 from splitft.adapters.factoring import add_folded, with_folded
-from splitft.adapters.lora import AdapterBank, attach
 from splitft.adapters.optimizer import LocalOptimizer, Moments, moments_within
 from splitft.adapters.state import AdapterState, Factors, initial_state
 

@@ -102,13 +102,13 @@ class LocalOptimizer:
             self._optimizer.zero_grad(set_to_none=True)
 
     def moments(self) -> Moments:
-        """Return a copy of the optimizer's state."""
+        """Return a copy of the optimizer's state, on the CPU."""
         flat: Moments = {}
         for key, parameter in self._parameters.items():
             state = self._optimizer.state.get(parameter, {}) if self._optimizer else {}
             for name, value in state.items():
                 if isinstance(value, torch.Tensor):
-                    flat[".".join(map(str, (*key, name)))] = value.detach().clone()
+                    flat[".".join(map(str, (*key, name)))] = value.detach().to("cpu", copy=True)
         return flat
 
     def _restore(self, moments: Moments) -> None:
@@ -122,7 +122,9 @@ class LocalOptimizer:
             state = by_parameter.get(".".join(map(str, key)), {})
             # all of a parameter's state or none: after a change of rank its moments have another shape
             if state and all(value.dim() == 0 or value.shape == parameter.shape for value in state.values()):
-                self._optimizer.state[parameter] = {field: v.detach().clone() for field, v in state.items()}
+                self._optimizer.state[parameter] = {
+                    field: value.detach().to(parameter.device, copy=True) for field, value in state.items()
+                }
 
 
 def moments_within(moments: Moments, blocks: Span | Iterable[int]) -> Moments:

@@ -81,6 +81,13 @@ class Factors:
         """Return the rows of A and columns of B from `rank` on."""
         return Factors(self.A[rank:], self.B[:, rank:])
 
+    def to(self, device: torch.device) -> Factors:
+        """Return the factors on a device; these themselves if they are there."""
+        if self.A.device == device:
+            return self
+        magnitude = None if self.magnitude is None else self.magnitude.to(device)
+        return Factors(self.A.to(device), self.B.to(device), magnitude)
+
     def followed_by(self, other: Factors) -> Factors:
         """Return the stacked factors, whose product is the sum of both products."""
         return replace(self, A=torch.cat([self.A, other.A]), B=torch.cat([self.B, other.B], 1))
