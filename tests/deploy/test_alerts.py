@@ -42,6 +42,18 @@ CASES = {
         {"troubles": [{"site": "south", "state": "refused", "times": 4}]},
         "messages of south were refused 4 times",
     ),
+    "updates scaled down": (
+        {"troubles": [{"site": "south", "state": "bounded", "times": 2}]},
+        "updates of south were scaled down 2 times",
+    ),
+    "losses left out": (
+        {"troubles": [{"site": "south", "state": "doubted", "times": 1}]},
+        "held-out losses of south were left out 1 times",
+    ),
+    "rounds undone": (
+        {"undone": ["no site finished it", "3 of 4 sites' loss exploded"]},
+        "2 rounds were undone, the last because 3 of 4",
+    ),
     "a small part of a large disk": (
         {"disk_free_bytes": 40e9, "disk_bytes": 1e12},
         "nearly full: 40.0 of 1000",

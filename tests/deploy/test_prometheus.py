@@ -24,7 +24,7 @@ from splitft.deploy.prometheus import (
 from splitft.deploy.server.run_totals import RunTotals
 from splitft.deploy.server.status import RunStatus
 from splitft.errors import DeployError
-from splitft.tracking.events import SessionStarted, SiteChanged
+from splitft.tracking.events import RoundUndone, SessionStarted, SiteChanged, UpdatesBounded
 from tracking.story import ANN, BOB, story
 
 SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (\S+)$")
@@ -71,7 +71,9 @@ def status():
     known, totals = RunStatus((ANN, BOB), 2), RunTotals()
     begun = SessionStarted(round=1, sites=(ANN, BOB))
     refused = SiteChanged(round=2, site=BOB, state="refused", reason="a NaN")
-    for event in (begun, *story(), refused, refused):
+    bounded = UpdatesBounded(round=1, scale={BOB: 0.1}, limit=5.0, typical=1.0)
+    undone = RoundUndone(round=2, reason="no site finished it", in_a_row=1)
+    for event in (begun, *story(), refused, refused, bounded, undone):
         known(event)
         totals(event)
     data = {**totals.as_data(), "silence_s": 60.0, "disk_free_bytes": 5e10, "disk_bytes": 1e11}
@@ -102,7 +104,8 @@ def test_a_scrape_has_the_numbers_of_the_run(tmp_path, status):
     assert 3.0 <= value("site_heard_seconds", site=ANN) < 20.0
     assert ("splitft_site_heard_seconds", ("run", "first"), ("site", BOB)) not in found
     assert (value("site_troubles_total", site=BOB, state="refused"), value("refusals_total")) == (2, 2)
-    assert value("alerts") == 2  # Bob is refused, twice
+    assert (value("site_troubles_total", site=BOB, state="bounded"), value("rounds_undone_total")) == (1, 1)
+    assert value("alerts") == 4  # Bob is refused, twice; his update was bounded; a round was undone
 
 
 def test_names_and_numbers_of_all_kinds_are_spelled_as_the_format_has_them():

@@ -26,6 +26,14 @@ NEEDS = {
     "late": "its machine or line is slower than deploy.slack allows",
 }
 """What to do about a site, by its state."""
+TROUBLES = {
+    "refused": "messages of {site} were refused {times} times; see the server's log",
+    "bounded": "updates of {site} were scaled down {times} times, being far larger than the others' "
+    "(aggregate.norm_bound); ask its owner",
+    "doubted": "held-out losses of {site} were left out {times} times: they fit neither the others' nor its "
+    "last; ask its owner",
+}
+"""What is said of a site's troubles while it takes part."""
 
 Status = Mapping[str, Any]
 
@@ -69,5 +77,7 @@ def _losses(status: Status) -> Iterator[str]:
 
 def _troubles(status: Status) -> Iterator[str]:
     for trouble in status.get("troubles", ()):
-        if trouble["state"] == "refused":
-            yield f"messages of {trouble['site']} were refused {trouble['times']} times; see the server's log"
+        if (words := TROUBLES.get(trouble["state"])) is not None:
+            yield words.format(**trouble)
+    if undone := status.get("undone"):
+        yield f"{len(undone)} rounds were undone, the last because {undone[-1]}"

@@ -78,8 +78,12 @@ METRICS = {
     "sites": ("gauge", "Sites by state."),
     "site_heard_seconds": ("gauge", "Seconds since the last message of a site."),
     "site_held_out_loss": ("gauge", "Held-out loss of a site."),
-    "site_troubles_total": ("counter", "How often a site was refused, declined, lost or late."),
+    "site_troubles_total": (
+        "counter",
+        "Times that a site was refused, declined, lost, late, bounded or doubted.",
+    ),
     "refusals_total": ("counter", "Invalid messages of all sites that the server refused."),
+    "rounds_undone_total": ("counter", "Rounds in which most sites failed, and which were undone."),
     "disk_free_bytes": ("gauge", "Free bytes of the disk with the run folder."),
     "alerts": ("gauge", "Number of alerts that `splitft deploy status` shows."),
 }
@@ -176,6 +180,7 @@ def _samples(status: Status, now: float) -> Iterable[tuple[str, Labels, float | 
     for trouble in troubles:
         labels = {"site": trouble["site"], "state": trouble["state"]}
         yield "site_troubles_total", labels, trouble["times"]
+    yield "rounds_undone_total", {}, float(len(status.get("undone", ())))
     yield "refusals_total", {}, sum(one["times"] for one in troubles if one["state"] == "refused")
     yield "alerts", {}, len(alerts(status)) if status.get("running") else 0
 

@@ -10,12 +10,21 @@ from collections.abc import Iterable
 from threading import Lock
 from typing import Any
 
-from splitft.tracking.events import Evaluated, Event, RoundDone, SiteChanged, StepDone, Traffic
+from splitft.tracking.events import (
+    Evaluated,
+    Event,
+    RoundDone,
+    RoundUndone,
+    SiteChanged,
+    StepDone,
+    Traffic,
+    UpdatesBounded,
+)
 
 LOSSES_KEPT = 50
 """Held-out losses of the last rounds that are known here."""
 TROUBLES = ("refused", "declined", "lost", "late")
-"""Changes of a site that are counted."""
+"""Changes of a site that are counted; so are updates that were `bounded`, losses `doubted`."""
 
 
 class RunTotals:
@@ -47,10 +56,17 @@ class RunTotals:
                         self._add_bytes("training", traffic)
                 case Evaluated():
                     self._losses.append(event.loss)
+                    for site in event.outliers:
+                        self._troubles[site, "doubted"] += 1
                     for traffic in event.traffic.values():
                         self._add_bytes("evaluation", traffic)
                 case SiteChanged() if event.state in TROUBLES:
                     self._troubles[event.site, event.state] += 1
+                case UpdatesBounded():
+                    for site in event.scale:
+                        self._troubles[site, "bounded"] += 1
+                case RoundUndone():
+                    self._undone.append(event.reason)
                 case _:
                     pass
 
@@ -69,6 +85,7 @@ class RunTotals:
                     {"site": site, "state": state, "times": times}
                     for (site, state), times in self._troubles.items()
                 ],
+                "undone": list(self._undone),
                 "losses": list(self._losses),
             }
 
@@ -77,6 +94,7 @@ class RunTotals:
         self._bytes: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self._troubles: defaultdict[tuple[str, str], int] = defaultdict(int)
         self._losses: deque[float] = deque(maxlen=LOSSES_KEPT)
+        self._undone: list[str] = []
         self._steps = self._tokens = 0
 
     def _add_bytes(self, purpose: str, traffic: Traffic) -> None:
