@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from splitft.errors import ModelError
 from splitft.geometry import Span
 from splitft.model import open_model
-from splitft.model.loading import INDEX, WEIGHTS, Checkpoint, in_folder, on_hub
+from splitft.model.weights import Checkpoint, in_folder, on_hub
+from splitft.model.weights.checkpoint import INDEX, WEIGHTS
 from splitft.specs import ModelSpec
 from tiny import tiny_model
 

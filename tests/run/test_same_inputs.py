@@ -14,8 +14,10 @@ from laws.federations import write_text
 from runs import StoppedError, adapter_bytes, settings, stop_at
 from splitft.config import from_mapping
 from splitft.errors import RunError
-from splitft.model import identity, open_model
-from splitft.model.identity import kept_digest, tokenizer_digest, weight_digests
+from splitft.model import open_model
+from splitft.model.identity import tokenizer_digest, weight_digests
+from splitft.model.weights import digests
+from splitft.model.weights.digests import kept_digest
 from splitft.run.same_inputs import check_inputs
 from splitft.specs import ModelSpec
 from splitft.tracking.events import StepDone
@@ -140,7 +142,7 @@ def test_a_file_is_hashed_once_until_it_is_touched(tmp_path, monkeypatch):
     path = tmp_path / "weights"
     path.write_bytes(b"one")
     first = kept_digest(path)
-    monkeypatch.setattr(identity, "_digest", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr(digests, "_digest", lambda path: pytest.fail("hashed again"))
     assert kept_digest(path) == first
     monkeypatch.undo()
     monkeypatch.setenv("SPLITFT_CACHE", str(tmp_path / "cache"))
