@@ -24,7 +24,7 @@ right.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -92,6 +92,10 @@ class Batch:
             tokens[row, : lengths[row]] = torch.tensor(example.tokens, dtype=torch.int64)
         first = tuple(example.labelled_from for example in examples)
         return cls(tokens, lengths, first, tuple(map(int, numbers)))
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with its tokens on a device."""
+        return replace(self, tokens=self.tokens.to(device))
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Return rows and columns (N,), (N,) of the N positions that carry loss, row by row.

@@ -25,7 +25,10 @@ from torch import nn
 from splitft.errors import GeometryError, ModelError
 from splitft.geometry import ModelShape, Span
 from splitft.model.anatomy import Anatomy, locate, shape_of
-from splitft.model.loading import Checkpoint, FrozenModule, fill_buffers
+from splitft.model.loading import FrozenModule, fill_buffers
+from splitft.model.weights import Checkpoint
+
+CPU = torch.device("cpu")
 
 
 class _NoPositions(nn.Module):
@@ -54,14 +57,15 @@ class Segment:
         embedding: bool,
         head: bool,
         dtype: torch.dtype,
+        device: torch.device = CPU,
     ) -> None:
-        """Load the parts of `causal_lm` (on the meta device) that are held here from `checkpoint`.
+        """Load the parts of `causal_lm` (on meta) that are held here from `checkpoint` to `device`.
 
         Raises ModelError if the family is unknown or the checkpoint lacks tensors, GeometryError if
         the span does not fit.
         """
         self.shape: ModelShape = shape_of(causal_lm.config)
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self._lm = causal_lm.eval()
         self._checkpoint = checkpoint
         self._anatomy: Anatomy = locate(causal_lm)
@@ -78,6 +82,10 @@ class Segment:
         self._check_that_only_blocks_act()
         self.resize(span)
 
+    def device_of(self, block: int) -> torch.device:
+        """Return the device that a block is on, or would be if it were held."""
+        return self.device
+
     def resize(self, span: Span) -> int:
         """Load the blocks that `span` adds, and free those that it leaves. Returns the bytes of weights read.
 
@@ -88,7 +96,7 @@ class Segment:
         read, added = 0, span.minus(self.span)
         try:
             for block in added:
-                read += self._frozen[block].fill(self._checkpoint, self.dtype, self._lm)
+                read += self._frozen[block].fill(self._checkpoint, self.dtype, self._lm, self.device)
         except BaseException:
             for block in added:
                 self._frozen[block].free()
@@ -104,8 +112,9 @@ class Segment:
         Token ids enter at block 0 only; hidden states enter anywhere, also at block 0 as embeddings with
         positions already added. With a `cache` of transformers that holds the keys and values of earlier
         tokens in all blocks up to the span's end, x continues them and is added to it. Raises GeometryError
-        for blocks that are not held.
+        for blocks that are not held. x comes from any device; the result is on the segment's.
         """
+        x = x.to(self.device)
         through = self.span if through is None else through  # an empty span is valid
         tokens = not x.is_floating_point()
         if len(through) and through.minus(self.span):
@@ -127,7 +136,9 @@ class Segment:
         last = self.shape.blocks
         self._mount(Span(last, last), enters=False, leaves=True)
         # M sequences of one token: with no blocks mounted, positions do not interact
-        logits: torch.Tensor = self._lm(inputs_embeds=hidden.unsqueeze(1), use_cache=False).logits
+        logits: torch.Tensor = self._lm(
+            inputs_embeds=hidden.to(self.device).unsqueeze(1), use_cache=False
+        ).logits
         return logits.squeeze(1)
 
     def parameter_count(self) -> int:
@@ -145,7 +156,7 @@ class Segment:
         add one.
         """
         family, trunk, norm = self.shape.family, self._anatomy.trunk, self._anatomy.norm
-        x = torch.linspace(-2, 2, 2 * self.shape.width, dtype=self.dtype).view(1, 2, -1)
+        x = torch.linspace(-2, 2, 2 * self.shape.width, dtype=self.dtype).view(1, 2, -1).to(self.device)
         try:
             self._mount(Span(0, 0), enters=False, leaves=False)
             if norm:
@@ -177,13 +188,13 @@ class Segment:
             held["head"] = anatomy.embedding if self.shape.tied else anatomy.head
         self._shared = [FrozenModule(names[module], module) for module in dict.fromkeys(held.values())]
         for frozen in self._shared:
-            frozen.fill(self._checkpoint, self.dtype, self._lm)
+            frozen.fill(self._checkpoint, self.dtype, self._lm, self.device)
         if self.holds_head and self.shape.tied:
             anatomy.head._parameters["weight"] = anatomy.embedding._parameters["weight"]
         block_parts = {id(part) for block in self.blocks for part in block.modules()}
         for part in self._lm.modules():  # modules without parameters: rotary angles
             if id(part) not in block_parts and not part._parameters:
-                fill_buffers(part, self._lm)
+                fill_buffers(part, self._lm, self.device)
 
     def _mount(self, through: Span, *, enters: bool, leaves: bool) -> None:
         """Make the trunk's forward run exactly these blocks, with only the parts in use."""

@@ -48,6 +48,14 @@ class Group:
         if message.gradient.shape != self.outputs[message.client].shape:
             raise ProtocolError(f"{message.client}: gradient {tuple(message.gradient.shape)} does not fit")
 
+    def labelled(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Return each client's output (M, D) and labels (M,), where labels are on the server."""
+        return {
+            client: (self.outputs[client], message.labels)
+            for client, message in self.messages.items()
+            if message.labels is not None
+        }
+
 
 def group_by_length(messages: Sequence[Activations], group_tokens: int) -> list[list[Activations]]:
     """Group batches of similar length, up to `group_tokens` padded tokens and `MOST_PADDING`."""
@@ -77,7 +85,10 @@ def forward_together(
     messages: Sequence[Activations],
     training: bool,
 ) -> Group:
-    """Run the blocks from each client's cut to the end; `slot` names the factors of a client's rows."""
+    """Run the blocks from each client's cut to the end; `slot` names the factors of a client's rows.
+
+    Messages are on the CPU; leaves, outputs and the graph are on the segment's device.
+    """
     group = Group(messages={message.client: message for message in messages})
     order = sorted(messages, key=lambda one: (cuts[one.client], one.client))
     width = max(max(message.lengths) for message in order)
@@ -86,7 +97,7 @@ def forward_together(
     hidden: torch.Tensor | None = None
     # a client's rows join the batch at its cut; the batch runs on to the next client's cut
     for message, stop in zip(order, stops, strict=True):
-        leaf = pad(message.hidden, message.lengths, width).requires_grad_(training)
+        leaf = pad(message.hidden.to(segment.device), message.lengths, width).requires_grad_(training)
         group.leaves[message.client] = leaf
         hidden = leaf if hidden is None else torch.cat([hidden, leaf])
         rows.append((slot(message.client), len(message.lengths)))
@@ -112,14 +123,14 @@ def backward_together(
     graph while gradients of other clients of the group are still to come.
     """
     outputs = [group.outputs[client] for client in gradients]
-    weighted = [gradient.to(output.dtype) * weights[client]
+    weighted = [gradient.to(output) * weights[client]
                 for (client, gradient), output in zip(gradients.items(), outputs, strict=True)]  # fmt: skip
     torch.autograd.backward(outputs, weighted, retain_graph=retain_graph)
     at_cuts = {}
     for client in gradients:
         gradient = group.leaves[client].grad
         assert gradient is not None
-        at_cuts[client] = pack(gradient, group.messages[client].lengths) / weights[client]
+        at_cuts[client] = (pack(gradient, group.messages[client].lengths) / weights[client]).cpu()
     return at_cuts
 
 

@@ -23,7 +23,7 @@ from splitft.adapters import AdapterState, LocalOptimizer, Moments, moments_with
 from splitft.data.text import Batch, BatchStream
 from splitft.errors import ProtocolError
 from splitft.geometry import Plan, Side
-from splitft.model import Model, loss_and_gradient
+from splitft.model import CPU, Model, loss_and_gradient
 from splitft.privacy.defence import Defence
 from splitft.privacy.noise import Noise
 from splitft.protocol import (
@@ -63,6 +63,8 @@ class ClientSetup:
     """Defences of the run and the site; none by default."""
     numbered: bool = False
     """Whether activations carry the numbers of their examples, for codecs that compare epochs."""
+    device: torch.device = CPU
+    """Device of the blocks, the head, the factors and their optimizer; messages are on the CPU."""
 
 
 class Client:
@@ -76,7 +78,7 @@ class Client:
         self.setup, self._training = setup, setup.training
         self._defence = setup.defence or Defence(PrivacySpec(), Noise(setup.ranks.seed, name))
         plan = Plan(cut, model.shape.blocks, setup.labels)
-        self.blocks = ClientBlocks(name, model, plan, setup.ranks, self._defence)
+        self.blocks = ClientBlocks(name, model, plan, setup.ranks, self._defence, setup.device)
         self.segment = self.blocks.segment
         self.held_out = HeldOutEvaluator(self.blocks, setup.held_out, self._defence, setup.numbered)
         self._moments: Moments = {}
@@ -147,7 +149,7 @@ class Client:
         if sent.graded:  # a second gradient of the same labels would be a second look at them
             raise ProtocolError(f"{self.name}: LastHidden came twice; the gradient at the cut was due")
         sent.check_rows(self.name, message)
-        loss, gradient = self._graded(micro_batch, sent.batch, message.hidden)
+        loss, gradient = self._graded(micro_batch, sent.batch, message.hidden.to(self.segment.device))
         sent.graded = True
         return HeadGradient(
             client=self.name,
@@ -155,7 +157,7 @@ class Client:
             step=self.steps,
             micro_batch=micro_batch.number,
             loss=loss,
-            gradient=micro_batch.weighted(gradient),
+            gradient=micro_batch.weighted(gradient).cpu(),
         )
 
     def backward(self, message: Message) -> None:
@@ -166,7 +168,7 @@ class Client:
         if message.gradient.shape != sent.hidden.shape:
             raise ProtocolError(f"CutGradient {tuple(message.gradient.shape)} for {sent.hidden.shape}")
         if sent.hidden.requires_grad:  # it does not if no layer of these blocks is adapted
-            torch.autograd.backward([sent.hidden], [message.gradient.to(sent.hidden.dtype)])
+            torch.autograd.backward([sent.hidden], [message.gradient.to(sent.hidden)])
         del self._sent[sent.micro_batch.number]
         if not self._sent and not self._unsent:
             optimizer.step()
@@ -267,7 +269,7 @@ class Client:
         return (None if defence.privacy.protects_labels else loss), gradient
 
     def _split_step(self) -> list[tuple[MicroBatch, Batch]]:
-        batch = self.setup.stream.batch(self.steps)
+        batch = self.setup.stream.batch(self.steps).to(self.segment.device)
         return split_batch(batch, self._training.micro_batches, self._round, self.steps)
 
     def _end_step(self) -> None:

@@ -19,7 +19,7 @@ from splitft.adapters import AdapterState, add_folded, attach
 from splitft.data.text import Batch
 from splitft.errors import ProtocolError
 from splitft.geometry import Plan, Span
-from splitft.model import Model, Segment, pack
+from splitft.model import CPU, Model, Segment, pack
 from splitft.privacy.defence import Defence
 from splitft.training.ranks import RankPolicy
 
@@ -30,12 +30,29 @@ SLOT = "own"
 class ClientBlocks:
     """The blocks of one client and their factors, over a whole run."""
 
-    def __init__(self, name: str, model: Model, plan: Plan, ranks: RankPolicy, defence: Defence) -> None:
-        """Load the client's blocks of the model. Raises ModelError if that is impossible."""
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        plan: Plan,
+        ranks: RankPolicy,
+        defence: Defence,
+        device: torch.device = CPU,
+    ) -> None:
+        """Load the client's blocks of the model to a device. Raises ModelError if that is impossible."""
         self.name, self.plan = name, plan
         self._ranks, self._defence = ranks, defence
-        self.segment: Segment = model.segment(plan.client, embedding=True, head=plan.labels == "client")
-        self.bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype, ranks.gain)
+        self.segment: Segment = model.segment(
+            plan.client, embedding=True, head=plan.labels == "client", device=device
+        )
+        self.bank = attach(
+            self.segment.blocks,
+            ranks.lora.targets,
+            ranks.scale,
+            model.dtype,
+            ranks.gain,
+            self.segment.device_of,
+        )
         self._dtype = torch.promote_types(model.dtype, torch.float32)
         sizes = {key: size for key, size in self.bank.sizes.items() if key[0] in plan.client}
         self._known, self._folded = ranks.start(sizes, self._dtype), AdapterState()

@@ -48,7 +48,7 @@ class HeldOutEvaluator:
     @torch.no_grad()
     def forward(self, index: int) -> Activations:
         """Run one batch through the client's blocks."""
-        [(micro_batch, batch)] = split_batch(self._batches[index], 1, self._round, index)
+        [(micro_batch, batch)] = split_batch(self._batch(index), 1, self._round, index)
         hidden = self._blocks.hidden(batch, "evaluation", *micro_batch.place)
         self._sent = SentBatch(micro_batch, batch, hidden)
         return self._sent.activations(self._blocks, training=False, numbered=self._numbered)
@@ -56,7 +56,7 @@ class HeldOutEvaluator:
     @torch.no_grad()
     def alone(self, index: int) -> None:
         """Add the loss of one batch, at a client that holds the whole model."""
-        batch = self._batches[index]
+        batch = self._batch(index)
         self._measure(self._blocks.run(batch)[batch.positions()], batch)
 
     def head(self, message: Message) -> None:
@@ -84,7 +84,7 @@ class HeldOutEvaluator:
                 segment.shape.vocab, labels.shape, generator=torch.Generator().manual_seed(0)
             )
             labels = drawn.to(labels.device)
-        return loss_and_gradient(segment, message.hidden, labels)[1]
+        return loss_and_gradient(segment, message.hidden, labels)[1].cpu()
 
     def result(self) -> Evaluation:
         """Return the loss of the batches so far as it may leave, and begin a new sum."""
@@ -97,6 +97,9 @@ class HeldOutEvaluator:
         self.begin(self._round)
         return result
 
+    def _batch(self, index: int) -> Batch:
+        return self._batches[index].to(self._blocks.segment.device)
+
     def _in_flight(self) -> SentBatch:
         if self._sent is None:
             raise ProtocolError(f"{self._blocks.name}: a reply came, but no batch is underway")
@@ -106,7 +109,7 @@ class HeldOutEvaluator:
         """Add the loss of a batch at its last hidden states (M, D)."""
         segment, targets = self._blocks.segment, batch.targets()
         if self._defence.privacy.protects_labels:
-            losses = token_losses(segment, last, targets)
+            losses = token_losses(segment, last, targets).cpu()
             self._add(float(losses.double().sum()), bounded_sum(losses), batch)
         else:
             loss = summed_loss(segment, last, targets)

@@ -2,6 +2,7 @@
 
 Batch --split_batch--> (MicroBatch, Batch), ...
 SentBatch(micro_batch, batch, hidden) --activations--> Activations     leaves; tokens never do
+                                        messages are on the CPU, the batch and its graph on the device
 LastHidden --check_rows--> the client's head
 """
 
@@ -65,8 +66,8 @@ class SentBatch:
             micro_batch=micro_batch.number,
             micro_batches=micro_batch.of,
             step_labelled=micro_batch.step_labelled if micro_batch.of > 1 else None,
-            hidden=self.hidden.detach(),
-            labels=batch.targets() if blocks.plan.labels == "server" else None,
+            hidden=self.hidden.detach().cpu(),
+            labels=batch.targets().cpu() if blocks.plan.labels == "server" else None,
         )
 
     def check_rows(self, client: str, message: LastHidden) -> None:

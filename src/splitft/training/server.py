@@ -21,7 +21,7 @@ import torch
 from splitft.adapters import AdapterState, Moments
 from splitft.errors import ProtocolError
 from splitft.geometry import Span
-from splitft.model import Model, Segment, loss_and_gradient, summed_loss
+from splitft.model import CPU, Model, Segment, losses_and_gradients, summed_losses
 from splitft.protocol import Activations, CutGradient, HeadGradient, HeldOutLoss, LastHidden, expect
 from splitft.specs import SplitSpec, TrainingSpec
 from splitft.training.batching import (
@@ -41,11 +41,17 @@ class Server:
     """The server's side of a whole run."""
 
     def __init__(
-        self, model: Model, deepest: Span, ranks: RankPolicy, split: SplitSpec, training: TrainingSpec
+        self,
+        model: Model,
+        deepest: Span,
+        ranks: RankPolicy,
+        split: SplitSpec,
+        training: TrainingSpec,
+        device: torch.device = CPU,
     ) -> None:
         """Load `deepest`, the blocks after the shallowest cut, and the head if labels are on the server."""
         self._ranks, self._split, self.training = ranks, split, training
-        self.blocks = ServerBlocks(model, deepest, ranks, split, training)
+        self.blocks = ServerBlocks(model, deepest, ranks, split, training, device)
         self._round = 0
         self._progress: dict[str, RoundProgress] = {}
         self._groups: dict[tuple[str, int], Group] = {}  # in flight, by client and micro-batch
@@ -136,7 +142,9 @@ class Server:
         if self._split.labels == "server":
             return dict(self._train_on_labels(group) if training else self._evaluate_labels(group))
         return {
-            client: LastHidden(step=message.step, micro_batch=message.micro_batch, hidden=output.detach())
+            client: LastHidden(
+                step=message.step, micro_batch=message.micro_batch, hidden=output.detach().cpu()
+            )
             for client, output in group.outputs.items()
             for message in (group.messages[client],)
         }
@@ -215,20 +223,18 @@ class Server:
     def _train_on_labels(self, group: Group) -> Mapping[str, CutGradient]:
         """Compute loss and gradients at once, because labels are here."""
         graded = {}
-        for client, message in group.messages.items():
-            assert message.labels is not None
-            loss, gradient = loss_and_gradient(self.segment, group.outputs[client], message.labels)
+        results = losses_and_gradients(self.segment, list(group.labelled().values()))
+        for (client, message), (loss, gradient) in zip(group.messages.items(), results, strict=True):
             graded[client] = loss, MicroBatch.of_message(message).weighted(gradient)
         return self._backward(group, graded)
 
     def _evaluate_labels(self, group: Group) -> Mapping[str, HeldOutLoss]:
         """Compute held-out losses, because labels are here."""
-        replies = {}
-        for client, message in group.messages.items():
-            assert message.labels is not None
-            loss = summed_loss(self.segment, group.outputs[client], message.labels)
-            replies[client] = HeldOutLoss(step=message.step, loss=loss, tokens=message.labelled_tokens)
-        return replies
+        losses = summed_losses(self.segment, list(group.labelled().values()))
+        return {
+            client: HeldOutLoss(step=message.step, loss=loss, tokens=message.labelled_tokens)
+            for (client, message), loss in zip(group.messages.items(), losses, strict=True)
+        }
 
     def _backward(
         self, group: Group, graded: Mapping[str, tuple[float | None, torch.Tensor]]

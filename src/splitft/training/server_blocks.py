@@ -17,7 +17,7 @@ import torch
 
 from splitft.adapters import AdapterState, LocalOptimizer, attach, moments_within
 from splitft.geometry import Plan, Span
-from splitft.model import Model, Segment
+from splitft.model import CPU, Model, Segment
 from splitft.specs import SplitSpec, TrainingSpec
 from splitft.training.client_record import ClientStates
 from splitft.training.ranks import RankPolicy
@@ -30,12 +30,25 @@ class ServerBlocks:
     """The server's blocks and their factors, over a whole run."""
 
     def __init__(
-        self, model: Model, deepest: Span, ranks: RankPolicy, split: SplitSpec, training: TrainingSpec
+        self,
+        model: Model,
+        deepest: Span,
+        ranks: RankPolicy,
+        split: SplitSpec,
+        training: TrainingSpec,
+        device: torch.device = CPU,
     ) -> None:
-        """Load the blocks `deepest`, and the head if labels are on the server."""
+        """Load the blocks `deepest` to a device, and the head if labels are on the server."""
         self._ranks, self._split, self._training = ranks, split, training
-        self.segment: Segment = model.segment(deepest, head=split.labels == "server")
-        self.bank = attach(self.segment.blocks, ranks.lora.targets, ranks.scale, model.dtype, ranks.gain)
+        self.segment: Segment = model.segment(deepest, head=split.labels == "server", device=device)
+        self.bank = attach(
+            self.segment.blocks,
+            ranks.lora.targets,
+            ranks.scale,
+            model.dtype,
+            ranks.gain,
+            self.segment.device_of,
+        )
         self._dtype = torch.promote_types(model.dtype, torch.float32)
         self.cuts: dict[str, int] = {}
         """k of every client."""
