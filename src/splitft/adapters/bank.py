@@ -17,7 +17,7 @@ from torch import nn
 
 from splitft.adapters.lora import CPU, LoraLayer, Routing, Rows, SlotFactors
 from splitft.adapters.state import AdapterState, Factors, Key
-from splitft.adapters.targets import chosen_layers, layer_sizes
+from splitft.adapters.targets import chosen_layers, layer_sizes, weight_of
 from splitft.errors import AdapterError
 
 
@@ -120,7 +120,7 @@ class AdapterBank:
     def _weight_norm(self, key: Key, layer: LoraLayer) -> float:
         """Return the norm of a frozen weight, which is measured once."""
         if key not in self._weight_norms:
-            weight: torch.Tensor = layer.base.weight  # type: ignore[assignment]
+            weight = weight_of(layer.base)
             wide = torch.promote_types(weight.dtype, torch.float32)
             norm = float(torch.linalg.vector_norm(weight.detach(), dtype=wide))
             self._weight_norms[key] = max(norm, 1e-3 * math.sqrt(weight.numel()))  # a weight may be zero

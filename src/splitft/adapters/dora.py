@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from splitft.adapters.state import Factors
-from splitft.adapters.targets import oriented
+from splitft.adapters.targets import weight_of
 
 
 def magnitudes(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -36,7 +36,7 @@ def rescaled(
     `B` includes the scale. Forms the D x D product once a pass, for its norm.
     """
     with torch.no_grad():
-        weight = oriented(layer, layer.weight).to(A.dtype)
+        weight = weight_of(layer).to(A.dtype)
         norms = magnitudes(weight, A.dtype)
         whole = magnitudes(torch.addmm(weight, B, A), A.dtype)
     g = ((norms + change) / whole).to(y.dtype)

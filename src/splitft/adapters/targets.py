@@ -46,8 +46,18 @@ def is_transposed(module: nn.Module) -> bool:
 
 def layer_sizes(layer: Any) -> tuple[int, int]:
     """Return (in, out) of a linear layer."""
-    out, inputs = oriented(layer, layer.weight).shape
+    if isinstance(layer, nn.Linear):  # also of one whose weight is held in other shapes
+        return layer.in_features, layer.out_features
+    inputs, out = layer.weight.shape
     return int(inputs), int(out)
+
+
+def weight_of(layer: Any) -> torch.Tensor:
+    """Return a layer's weight as numbers (out, in), also of a layer that holds it in fewer bits."""
+    if hasattr(layer, "full_weight"):
+        weight: torch.Tensor = layer.full_weight()
+        return weight
+    return oriented(layer, layer.weight)
 
 
 def oriented(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:

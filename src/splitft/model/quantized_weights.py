@@ -1,0 +1,199 @@
+"""Hold frozen weights in 4 or 8 bits: quantize them with bitsandbytes, and compute with them.
+
+    W (out, in) --quantize--> scales, fp32 | numbers         one tensor of bytes
+                              out * in / 64  out * in / 2    nf4: a scale for 64 consecutive numbers
+                              out            out * in        int8: a scale for a row
+
+    forward   y = x W~^T          W~ is made from the bytes in the type of x, used and freed, once in the
+    backward  dx = dy W~          forward and once in the backward pass: never kept between them
+
+The bytes do not depend on the type of the hidden states, nor on the device: they are computed on the CPU from
+the tensor as the checkpoint has it, by operations on single numbers, which round alike everywhere. So parties
+with different machines hold the same base. For that reason the scales of nf4 stay in float32: QLoRA's second
+quantization begins with their mean, whose rounding depends on the machine. In int8 only weights are
+quantized: LLM.int8() also quantizes hidden states, with outliers chosen over the whole batch, so that a
+client's result would depend on whose rows are processed with its own.
+
+NF4: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314. int8 by rows: https://arxiv.org/abs/2208.07339.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional
+
+from splitft.errors import ModelError
+
+BLOCK = 64
+"""Consecutive numbers that share a scale in 4 bits; bitsandbytes' default, which transformers keeps."""
+SLICE = 2**25
+"""Weights that are made from their bytes at one time; only matrices as large as output matrices have more."""
+CHUNK = 2**22
+"""Weights that are quantized at one time, a multiple of BLOCK: a bound of the memory that it takes."""
+Shape = tuple[int, int]
+"""(out, in)."""
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # names a package nobody needs
+
+
+class Quantizer(Protocol):
+    """A way to hold a matrix (out, in) as bytes: scales first, then numbers."""
+
+    def quantize(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the bytes of a matrix (out, in)."""
+        ...
+
+    def full(self, held: torch.Tensor, shape: Shape, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+        """Return the weights of some rows from the bytes of the matrix, as numbers of a type."""
+        ...
+
+    def slices(self, shape: Shape) -> Iterator[slice]:
+        """Yield the rows of a matrix, about SLICE weights at a time."""
+        ...
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """Numbers of 4 bits, two in a byte, with a scale for each 64 consecutive ones."""
+
+    levels: str
+    """bitsandbytes' name of the 16 levels: nf4, or fp4 in some published checkpoints."""
+
+    def quantize(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the bytes of a matrix (out, in), quantized in parts that end with a block."""
+        flat = weight.contiguous().view(-1)
+        flat = flat if flat.dtype.itemsize < 8 else flat.float()
+        parts = [
+            library().quantize_4bit(part, blocksize=BLOCK, quant_type=self.levels)
+            for part in flat.split(CHUNK)
+        ]
+        scales = torch.cat([state.absmax for _, state in parts])
+        return joined(scales, torch.cat([numbers.view(-1) for numbers, _ in parts]))
+
+    def full(self, held: torch.Tensor, shape: Shape, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+        """Return the weights of some rows, which begin and end with a block, as numbers of a type."""
+        library()  # registers the operation
+        (out, inputs), (start, stop, _) = shape, rows.indices(shape[0])
+        scales, numbers = parted(held, -(-out * inputs // BLOCK))
+        first, last = start * inputs, stop * inputs
+        made = torch.ops.bitsandbytes.dequantize_4bit.default(
+            numbers[first // 2 : (last + 1) // 2],
+            scales[first // BLOCK : -(-last // BLOCK)],
+            BLOCK,
+            self.levels,
+            (stop - start, inputs),
+            dtype if dtype.itemsize < 8 else torch.float32,  # bitsandbytes leaves float64 unfilled
+        )
+        weights: torch.Tensor = made.to(dtype)
+        return weights
+
+    def slices(self, shape: Shape) -> Iterator[slice]:
+        """Yield multiples of 64 rows, which are whole blocks at any width."""
+        yield from _slices(shape, BLOCK)
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """Numbers of 8 bits, with a scale for each row: its largest absolute value, which is 127."""
+
+    def quantize(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the bytes of a matrix (out, in), quantized from float16 as in bitsandbytes."""
+        found = []
+        for part in weight.split(max(1, CHUNK // weight.shape[1])):
+            numbers, scales, _ = library().int8_vectorwise_quant(part.to(torch.float16))
+            found.append((scales, numbers.masked_fill_(scales[:, None] == 0, 0)))  # 0 / 0 is any number
+        return joined(torch.cat([scales for scales, _ in found]), torch.cat([one for _, one in found]))
+
+    def full(self, held: torch.Tensor, shape: Shape, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+        """Return the weights of some rows as numbers of a type."""
+        scales, numbers = self.parts(held, shape)
+        return numbers[rows].to(dtype).mul_(scales[rows, None] * (1 / 127))
+
+    def parts(self, held: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scales (out,) and the numbers (out, in)."""
+        scales, numbers = parted(held, shape[0])
+        return scales, numbers.view(torch.int8).view(shape)
+
+    def slices(self, shape: Shape) -> Iterator[slice]:
+        """Yield as many rows as have about SLICE weights."""
+        yield from _slices(shape, 1)
+
+
+def joined(scales: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Return scales and numbers as one tensor of bytes."""
+    return torch.cat([scales.float().view(-1).view(torch.uint8), numbers.reshape(-1).view(torch.uint8)])
+
+
+def parted(held: torch.Tensor, scales: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return so many scales, and the bytes after them."""
+    return held[: 4 * scales].view(torch.float32), held[4 * scales :]
+
+
+class _Product(torch.autograd.Function):
+    """x W~^T + bias, which keeps nothing but the bytes for its backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        held: torch.Tensor,
+        bias: torch.Tensor | None,
+        kind: Quantizer,
+        shape: Shape,
+    ) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        ctx.kind, ctx.held, ctx.shape = kind, held, shape
+        parts = [
+            functional.linear(x, kind.full(held, shape, x.dtype, rows), None if bias is None else bias[rows])
+            for rows in kind.slices(shape)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+        """(..., out) -> (..., in)."""
+        (dy,), total = grads, None
+        if ctx.needs_input_grad[0]:
+            for rows in ctx.kind.slices(ctx.shape):
+                part = dy[..., rows] @ ctx.kind.full(ctx.held, ctx.shape, dy.dtype, rows)
+                total = part if total is None else total + part
+        return total, None, None, None, None
+
+
+def product(
+    x: torch.Tensor, held: torch.Tensor, bias: torch.Tensor | None, kind: Quantizer, shape: Shape
+) -> torch.Tensor:
+    """Return x W~^T + bias with gradients of x alone: (..., in) -> (..., out)."""
+    y: torch.Tensor = _Product.apply(x, held, bias, kind, shape)
+    return y
+
+
+def _slices(shape: Shape, multiple: int) -> Iterator[slice]:
+    out, inputs = shape
+    most = max(multiple, SLICE // inputs // multiple * multiple)
+    for start in range(0, out, most):
+        yield slice(start, min(out, start + most))
+
+
+def library() -> Any:
+    """Return bitsandbytes' functions. Raises ModelError if it is not installed."""
+    try:
+        import bitsandbytes.functional as found
+    except ImportError as error:
+        raise ModelError(
+            "quantized weights need bitsandbytes, which is not installed here: pip install 'splitft[quant]', "
+            "or set model.quantize: none and model.embedding: full"
+        ) from error
+    return found
+
+
+QUANTIZERS: Mapping[str, Quantizer] = {"nf4": FourBit("nf4"), "fp4": FourBit("fp4"), "int8": EightBit()}
+"""Every way to hold a matrix, by name; fp4 is read from checkpoints that have it, not made."""
+
+BITS = {"nf4": 4 + 32 / BLOCK, "fp4": 4 + 32 / BLOCK, "int8": 8.0}
+"""Bits of a weight, by the same name; the scales of int8 are below a hundredth of them."""
