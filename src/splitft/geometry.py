@@ -7,6 +7,9 @@
 L blocks are numbered from 0. A cut k gives the client the embedding and blocks [0, k), the server
 blocks [k, L). With labels on the client (the U-shape) the head, final norm and output matrix, is on
 the client too; with labels on the server it is there. No torch here.
+
+`head_positions` says how many positions the head works on at one time: their logits, V numbers each, must fit
+a budget of memory.
 """
 
 from __future__ import annotations
@@ -18,6 +21,13 @@ from typing import Literal
 from splitft.errors import GeometryError
 
 Side = Literal["client", "server"]
+
+HEAD_BYTES = 512 * 10**6
+"""Most memory of the logits that exist at one time, with the arrays of their loss and gradient."""
+HEAD_POSITIONS = 256
+"""Most positions whose logits exist at one time: more make the head no faster."""
+LOGITS_COPIES = 2
+"""Arrays of logits in float32 at least: themselves, and their log-probabilities, then the gradient."""
 
 
 @dataclass(frozen=True, order=True)
@@ -133,3 +143,14 @@ def ranks_by_block(
         for block in range(cut, min(blocks, cut + cut_span)):
             ranks[block] = rank_at_cut
     return tuple(ranks)
+
+
+def logits_bytes(vocab: int, weight_bytes: int) -> int:
+    """Return the memory of one position's logits while loss and gradient are computed."""
+    narrow = weight_bytes if weight_bytes < 4 else 0  # the logits as the output matrix gives them
+    return vocab * (LOGITS_COPIES * max(4, weight_bytes) + narrow)
+
+
+def head_positions(vocab: int, weight_bytes: int) -> int:
+    """Return the number of positions whose logits may exist at one time: within HEAD_BYTES, at least one."""
+    return max(1, min(HEAD_POSITIONS, HEAD_BYTES // logits_bytes(vocab, weight_bytes)))

@@ -7,11 +7,20 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-import splitft.model.loss
-from splitft.geometry import Span
-from splitft.model import Segment, divergence, loss_and_gradient, open_model, summed_loss
+import splitft.geometry
+from live_memory import LiveMemory
+from splitft.geometry import HEAD_POSITIONS, Span, head_positions, logits_bytes
+from splitft.model import (
+    Segment,
+    divergence,
+    loss_and_gradient,
+    losses_and_gradients,
+    open_model,
+    summed_loss,
+    summed_losses,
+)
 from splitft.specs import ModelSpec
-from tiny import VOCAB, WIDTH
+from tiny import VOCAB, WIDTH, tiny_model
 
 POSITIONS = 37
 
@@ -29,7 +38,7 @@ def _hidden(count: int = POSITIONS, dtype=torch.float32) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("chunk", [1, 10, POSITIONS, 256])
 def test_loss_and_gradient_are_those_of_autograd_whatever_the_chunk(tiny_folders, family, chunk, monkeypatch):
-    monkeypatch.setattr(splitft.model.loss, "CHUNK", chunk)
+    monkeypatch.setattr(splitft.geometry, "HEAD_POSITIONS", chunk)
     head, (hidden, targets) = _head(tiny_folders[family]), _hidden()
     leaf = hidden.clone().requires_grad_()
     expected = functional.cross_entropy(head.logits(leaf), targets)
@@ -42,13 +51,60 @@ def test_loss_and_gradient_are_those_of_autograd_whatever_the_chunk(tiny_folders
 
 @pytest.mark.parametrize("chunk", [1, 10, 256])
 def test_divergence_is_torchs_own_and_nothing_of_a_thing_from_itself(tiny_llama, chunk, monkeypatch):
-    monkeypatch.setattr(splitft.model.loss, "CHUNK", chunk)
+    monkeypatch.setattr(splitft.geometry, "HEAD_POSITIONS", chunk)
     head, (hidden, _) = _head(tiny_llama), _hidden()
     other = hidden + 0.1 * torch.randn(hidden.shape, generator=torch.manual_seed(4))
     one, two = (torch.distributions.Categorical(logits=head.logits(rows)) for rows in (hidden, other))
     expected = torch.distributions.kl_divergence(one, two).mean()
     assert divergence(head, hidden, other) == pytest.approx(float(expected), rel=1e-4)
     assert divergence(head, hidden, hidden) == pytest.approx(0, abs=1e-7)
+
+
+def test_batches_of_several_clients_have_the_losses_and_gradients_of_each_alone(tiny_llama):
+    head, batches = _head(tiny_llama), [_hidden(count) for count in (37, 0, 5)]
+    together = losses_and_gradients(head, batches)
+    sums = summed_losses(head, batches)
+    for (loss, gradient), total, (hidden, targets) in zip(together, sums, batches, strict=True):
+        alone = loss_and_gradient(head, hidden, targets)
+        assert loss == alone[0]
+        assert torch.equal(gradient, alone[1])
+        assert total == summed_loss(head, hidden, targets)
+
+
+def test_losses_are_read_from_the_device_once_however_many_chunks_and_clients(tiny_llama, monkeypatch):
+    monkeypatch.setattr(splitft.geometry, "HEAD_POSITIONS", 4)
+    head, batches, lists = _head(tiny_llama), [_hidden(), _hidden(9)], []
+    as_list = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda one: lists.append(one) or as_list(one))
+    for run in (
+        lambda: losses_and_gradients(head, batches),
+        lambda: summed_losses(head, batches),
+        lambda: divergence(head, batches[0][0], batches[0][0]),
+    ):
+        lists.clear()
+        with LiveMemory() as memory:
+            run()
+        assert (len(lists), memory.synchronisations) == (1, 0)
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("float32", 4), ("bfloat16", 2)])
+def test_the_head_needs_at_most_600_mb_with_a_vocabulary_of_128_thousand(tmp_path, dtype, bytes_each):
+    head = _head(tiny_model(tmp_path, "qwen2", dtype, vocab=128_256), dtype)
+    hidden = torch.randn(600, WIDTH).to(head.dtype)
+    targets = torch.randint(128_256, (600,))
+    with LiveMemory() as memory:
+        loss_and_gradient(head, hidden, targets)
+    positions = head_positions(128_256, bytes_each)
+    assert memory.peak < 600e6
+    assert memory.peak == pytest.approx(positions * logits_bytes(128_256, bytes_each), rel=0.03)
+
+
+def test_positions_at_one_time_fit_the_budget_whatever_the_vocabulary():
+    assert head_positions(49_152, 2) == HEAD_POSITIONS
+    for vocab in (128_256, 262_144, 10**6):
+        for bytes_each in (2, 4, 8):
+            assert head_positions(vocab, bytes_each) * logits_bytes(vocab, bytes_each) <= 512e6
+    assert head_positions(10**9, 4) == 1
 
 
 def test_the_loss_of_a_text_is_the_one_transformers_gives(tiny_folders, family):
@@ -86,7 +142,7 @@ def test_a_bfloat16_loss_is_summed_in_float32(tiny_llama):
 
 
 def test_no_more_logits_than_a_chunk_exist_at_a_time(tiny_llama, monkeypatch):
-    monkeypatch.setattr(splitft.model.loss, "CHUNK", 8)
+    monkeypatch.setattr(splitft.geometry, "HEAD_POSITIONS", 8)
     head, (hidden, targets) = _head(tiny_llama), _hidden()
     asked, logits = [], head.logits
     monkeypatch.setattr(head, "logits", lambda x: asked.append(len(x)) or logits(x))

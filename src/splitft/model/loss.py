@@ -3,50 +3,71 @@
     hidden (M, D) -> final norm, output matrix -> logits (M, V) -> cross-entropy with targets (M,)
 
 With V in the tens of thousands the logits need more memory than all else, so they are computed, used and
-freed for a few hundred positions at a time. The head is frozen: only the gradient of the hidden states is
-needed, and it is available as soon as the chunk's loss is.
+freed for a few hundred positions at a time (`geometry.head_positions`). The head is frozen: only the gradient
+of the hidden states is needed, and it is available as soon as the chunk's loss is. Losses stay on the device
+until all of them are there, since reading a number waits for the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 from torch.nn import functional
 
+from splitft.geometry import head_positions
 from splitft.model.segment import Segment
 
-CHUNK = 256
-"""Positions whose logits are in memory at one time."""
+Labelled = tuple[torch.Tensor, torch.Tensor]
+"""Hidden states (M, D) at the last block, and their targets (M,)."""
 
 
 def loss_and_gradient(
     segment: Segment, hidden: torch.Tensor, targets: torch.Tensor
 ) -> tuple[float, torch.Tensor]:
-    """Return the mean loss over M positions, and d loss / d hidden (M, D)."""
-    total, gradients = 0.0, []
-    for chunk, wanted in zip(torch.split(hidden.detach(), CHUNK), torch.split(targets, CHUNK), strict=True):
-        leaf = chunk.requires_grad_()
-        with torch.enable_grad():
-            loss = _summed(segment, leaf, wanted)
-        gradients.append(torch.autograd.grad(loss, leaf)[0])
-        total += float(loss.detach())
-    count = max(1, len(targets))
-    return total / count, torch.cat(gradients) / count
+    """Return the mean loss over M positions, and d loss / d hidden (M, D), on the segment's device."""
+    [graded] = losses_and_gradients(segment, [(hidden, targets)])
+    return graded
+
+
+def losses_and_gradients(segment: Segment, batches: Sequence[Labelled]) -> list[tuple[float, torch.Tensor]]:
+    """Return the mean loss and gradient of each batch; all losses are read from the device at once."""
+    losses, gradients = [], []
+    for hidden, targets in batches:
+        graded = [_graded(segment, rows, wanted) for rows, wanted in _chunks(segment, hidden, targets)]
+        losses.append([loss for loss, _ in graded])
+        gradients.append(torch.cat([gradient for _, gradient in graded]))
+    counts = [max(1, len(targets)) for _, targets in batches]
+    return [
+        (loss / count, gradient.div_(count))
+        for loss, gradient, count in zip(_read_sums(losses), gradients, counts, strict=True)
+    ]
+
+
+def summed_loss(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -> float:
+    """Return the sum of the loss over M positions, without gradient."""
+    [loss] = summed_losses(segment, [(hidden, targets)])
+    return loss
 
 
 @torch.no_grad()
-def summed_loss(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -> float:
-    """Return the sum of the loss over M positions, without gradient."""
-    chunks = zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True)
-    return sum(float(_summed(segment, chunk, wanted)) for chunk, wanted in chunks)
+def summed_losses(segment: Segment, batches: Iterable[Labelled]) -> list[float]:
+    """Return the summed loss of each batch; all are read from the device at once."""
+    return _read_sums([
+        [
+            functional.cross_entropy(_wide(segment.logits(rows)), wanted, reduction="sum")
+            for rows, wanted in _chunks(segment, hidden, targets)
+        ]
+        for hidden, targets in batches
+    ])  # fmt: skip
 
 
 @torch.no_grad()
 def token_losses(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the loss at each of M positions, (M,)."""
-    chunks = zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True)
+    """Return the loss at each of M positions, (M,), on the segment's device."""
     return torch.cat([
-        functional.cross_entropy(_wide(segment.logits(chunk)), wanted, reduction="none")
-        for chunk, wanted in chunks
+        functional.cross_entropy(_wide(segment.logits(rows)), wanted, reduction="none")
+        for rows, wanted in _chunks(segment, hidden, targets)
     ])  # fmt: skip
 
 
@@ -56,15 +77,48 @@ def divergence(segment: Segment, hidden: torch.Tensor, other: torch.Tensor) -> f
 
     It is the rise of the loss from `hidden` to `other` if labels follow the predictions of `hidden`.
     """
-    total = 0.0
-    for one, two in zip(torch.split(hidden, CHUNK), torch.split(other, CHUNK), strict=True):
+    parts = []
+    for one, two in _chunks(segment, hidden, other):
         wanted, found = (_wide(segment.logits(rows)).log_softmax(1) for rows in (one, two))
-        total += float(functional.kl_div(found, wanted, reduction="sum", log_target=True))
+        parts.append(functional.kl_div(found, wanted, reduction="sum", log_target=True))
+    [total] = _read_sums([parts])
     return total / max(1, len(hidden))
 
 
-def _summed(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(_wide(segment.logits(hidden)), targets, reduction="sum")
+def _graded(
+    segment: Segment, hidden: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed loss at a few positions, on the device, and its gradient (M, D).
+
+    The gradient of the logits, softmax - one-hot, is made in the memory of the log-probabilities: autograd
+    through the cross-entropy would keep one array of (M, V) more.
+    """
+    leaf = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = segment.logits(leaf)
+    with torch.no_grad():
+        log_probabilities = _wide(logits).log_softmax(1)
+        own = targets[:, None]
+        loss = -log_probabilities.gather(1, own).sum()
+        at_logits = log_probabilities.exp_()
+        at_logits.scatter_add_(1, own, torch.full_like(own, -1, dtype=at_logits.dtype))
+        at_logits = at_logits.to(logits.dtype)
+    return loss, torch.autograd.grad(logits, leaf, at_logits)[0]
+
+
+def _chunks(
+    segment: Segment, hidden: torch.Tensor, other: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Move rows and what belongs to them to the segment's device; yield as many as the head takes at once."""
+    size = head_positions(segment.shape.vocab, segment.dtype.itemsize)
+    moved = (tensor.detach().to(segment.device) for tensor in (hidden, other))
+    return zip(*(torch.split(tensor, size) for tensor in moved), strict=True)
+
+
+def _read_sums(parts: Sequence[Sequence[torch.Tensor]]) -> list[float]:
+    """Return the sum of each list of numbers, after one read from the device."""
+    numbers = iter(torch.stack([number for one in parts for number in one]).cpu().tolist())
+    return [sum(next(numbers) for _ in one) for one in parts]
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:

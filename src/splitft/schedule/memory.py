@@ -7,8 +7,8 @@
       gradients   the same again                              the same again
       moments     `costs.moments` times the same                the same
       activations kept by its blocks for the backward pass    the same; every client may be waiting at once
-      logits      one chunk of 256 positions in fp32, three   if labels are there
-                  times: their logarithms and two gradients
+      logits      of the positions that the head takes at     if labels are there
+                  once (`geometry.head_positions`)
       runtime     threads and workspace of kernels            the same, once
 
 With micro-batches, only the activations of those in progress are kept.
@@ -24,14 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from splitft.errors import ScheduleError
-from splitft.geometry import check_cut
+from splitft.geometry import check_cut, head_positions, logits_bytes
 from splitft.schedule.workload import ClientProfile, SharedCosts
-
-HEAD_CHUNK = 256
-"""Positions whose logits exist at one time."""
-
-LOGITS_COPIES = 3
-"""Arrays of a chunk's logits that exist at one time, in the backward pass of the cross-entropy."""
 
 ALLOCATOR_SLACK = 1.3
 """Memory of activations over their bytes, as measured with glibc's allocator on a CPU."""
@@ -121,12 +115,12 @@ def _trained(
     adapters = float(sizes.adapter_parameters([ranks[block] for block in blocks]) * ADAPTER_BYTES)
     wide = sizes.kept_wide_elements_per_token * max(WIDE_BYTES, costs.weight_bytes)
     kept_bytes = sizes.kept_elements_per_token * costs.weight_bytes + wide
-    chunk = min(float(HEAD_CHUNK), work.labelled_tokens)
+    positions = min(float(head_positions(sizes.vocab, costs.weight_bytes)), work.labelled_tokens)
     return Memory(
         weights=float(weights),
         adapters=adapters,
         gradients=adapters,
         moments=costs.moments * adapters,
         activations=ALLOCATOR_SLACK * len(blocks) * tokens * kept_bytes,
-        logits=LOGITS_COPIES * chunk * sizes.vocab * 4 if head else 0.0,
+        logits=positions * logits_bytes(sizes.vocab, costs.weight_bytes) if head else 0.0,
     )
