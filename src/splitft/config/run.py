@@ -18,6 +18,7 @@ from splitft.specs import (
     ClientsSpec,
     DataSpec,
     DeploySpec,
+    DevicesSpec,
     LoraSpec,
     ModelSpec,
     PrivacySpec,
@@ -56,6 +57,8 @@ class RunConfig(Spec):
     """The clients' defences of their messages and updates."""
     deploy: DeploySpec = DeploySpec()
     """The sites and timeouts of a deployed run."""
+    devices: DevicesSpec = DevicesSpec()
+    """The devices that compute: CPU or accelerators."""
     trackers: tuple[TrackerName | TrackerSpec, ...] = ()
     """Trackers that receive the run's events while it trains: `csv`, or a plug-in's name."""
     plugins: tuple[PluginSpec, ...] = ()

@@ -6,16 +6,18 @@ RunConfig --load_run_terms--> RunTerms(model skeleton, rank policy, message seri
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from splitft.config import RunConfig
 from splitft.deploy.unsupported import check_deployable
 from splitft.model import Model, open_model
+from splitft.model.devices import RunDevices, take_devices
 from splitft.protocol import MessageSerializer
 from splitft.run.fleet import exact_sizes
 from splitft.run.inputs import ranks_of
 from splitft.run.setup import most_rows, serializer_of
+from splitft.specs import DevicesSpec
 from splitft.training.ranks import RankPolicy
 
 HEADER_BYTES = 2**21
@@ -38,15 +40,18 @@ class RunTerms:
     """Longest message of this run, in bytes."""
     batch_tokens: int
     """Most tokens of a batch, padding included."""
+    devices: RunDevices = field(default_factory=RunDevices)
+    """The devices that this party computes on."""
 
 
 def load_run_terms(config: RunConfig) -> RunTerms:
     """Open the model and derive the terms. Raises DeployError if the run cannot be deployed."""
     check_deployable(config)
-    model = open_model(config.model)
+    devices = take_devices(DevicesSpec.everywhere(config.devices.server))  # one party is here
+    model = open_model(config.model, devices.every)
     ranks = ranks_of(config, model.shape.blocks, site_names(config))
     limit = _frame_limit(config, model, ranks)
-    return RunTerms(config, model, ranks, serializer_of(config, model), limit, most_rows(config))
+    return RunTerms(config, model, ranks, serializer_of(config, model), limit, most_rows(config), devices)
 
 
 def site_names(config: RunConfig) -> tuple[str, ...]:

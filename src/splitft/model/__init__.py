@@ -1,19 +1,32 @@
 """Spans of Hugging Face causal language models: find the parts, load those that are held, run them."""
 
-from splitft.model.loss import divergence, loss_and_gradient, summed_loss, token_losses
+from splitft.model.checkpointing import checkpoint_blocks
+from splitft.model.devices import CPU
+from splitft.model.loss import (
+    divergence,
+    loss_and_gradient,
+    losses_and_gradients,
+    summed_loss,
+    summed_losses,
+    token_losses,
+)
 from splitft.model.padding import pack, pad, pick
 from splitft.model.segment import Segment
 from splitft.model.source import Model, open_model
 
 __all__ = [
+    "CPU",
     "Model",
     "Segment",
+    "checkpoint_blocks",
     "divergence",
     "loss_and_gradient",
+    "losses_and_gradients",
     "open_model",
     "pack",
     "pad",
     "pick",
     "summed_loss",
+    "summed_losses",
     "token_losses",
 ]

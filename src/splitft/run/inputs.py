@@ -21,15 +21,16 @@ from splitft.data.corpora import read_records
 from splitft.data.fingerprint import fingerprint, fingerprint_of_batches
 from splitft.data.partitions import PARTITIONS, Shares, divide, owners_of
 from splitft.data.share_statistics import ShareSummary, summarise_shares
-from splitft.data.text import Batch, BatchStream, Example, eval_batches, held_out
+from splitft.data.text import Batch, BatchStream, Example, eval_batches, evaluation_part, held_out
 from splitft.data.tokens import Tokenised, tokenise
 from splitft.errors import ConfigError, GeometryError
 from splitft.geometry import check_cut
 from splitft.model import Model, open_model
+from splitft.model.devices import RunDevices, take_devices
 from splitft.model.source import silence_transformers
 from splitft.run.fleet import fleet_of, workload_of
 from splitft.schedule.workload import Fleet
-from splitft.specs import SharesSpec
+from splitft.specs import DevicesSpec, SharesSpec
 from splitft.tracking.events import ClientInfo
 from splitft.training.ranks import RankPolicy
 
@@ -94,6 +95,7 @@ class RunInputs:
     ranks: RankPolicy
     text: Tokenised
     clients: tuple[ClientText, ...]
+    devices: RunDevices
 
     def fleet(self) -> Fleet:
         """Return the clients' machines, links and work."""
@@ -136,7 +138,8 @@ def gather(config: RunConfig) -> RunInputs:
     Raises a SplitftError that names the key to change if the configuration does not fit the model or text.
     """
     config = pooled_config(config)
-    model = open_model(config.model)
+    devices = take_devices(config.devices)
+    model = open_model(config.model, devices.every)
     check_cuts(config, model.shape.blocks)
     divided = divide_text(config, model)
     _check_length(divided.text, model)
@@ -149,7 +152,7 @@ def gather(config: RunConfig) -> RunInputs:
             for index, (name, part) in enumerate(zip(divided.names, parts, strict=True))
         )
     ranks = ranks_of(config, model.shape.blocks, [client.name for client in clients])
-    return RunInputs(config, model, ranks, divided.text, clients)
+    return RunInputs(config, model, ranks, divided.text, clients, devices)
 
 
 def pooled_config(config: RunConfig) -> RunConfig:
@@ -165,6 +168,7 @@ def pooled_config(config: RunConfig) -> RunConfig:
     return config.model_copy(update={
         "training": training.model_copy(update={"steps": steps, "participation": 1.0}),
         "schedule": schedule.model_copy(update=machine),
+        "devices": DevicesSpec.everywhere(config.devices.server),
     })  # fmt: skip
 
 
@@ -212,7 +216,8 @@ def _client_text(config: RunConfig, name: str, parts: Mapping[int, Sequence[Exam
     for index, part in parts.items():
         kept, out = held_out(part, data.holdout, seed, index)
         train += kept
-        batches += eval_batches(out, training.batch_size, training.batch_tokens, data.eval_examples)
+        evaluated = evaluation_part(out, data.eval_part, data.eval_examples)
+        batches += eval_batches(evaluated, training.batch_size, training.batch_tokens)
     facts = ClientInfo(
         name=name,
         cut=0,

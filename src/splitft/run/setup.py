@@ -21,6 +21,7 @@ from splitft.data.tokens import Tokenised, tokenise
 from splitft.errors import ConfigError
 from splitft.geometry import Span
 from splitft.model import Model
+from splitft.model.devices import RunDevices
 from splitft.privacy.accounting import accountant_missing
 from splitft.privacy.defence import Defence
 from splitft.privacy.noise import Noise
@@ -59,6 +60,8 @@ class RunSetup:
     """Codecs of each client, where `wire: auto` has chosen."""
     chosen: tuple[WireChosen, ...] = ()
     """The reasons for these."""
+    devices: RunDevices = field(default_factory=RunDevices)
+    """The devices that compute."""
 
     def serializer_of(self, client: str) -> MessageSerializer:
         """Return the serializer for one client's codecs."""
@@ -115,21 +118,23 @@ def prepare(config: RunConfig, inputs: RunInputs | None = None) -> RunSetup:
                 config.split.labels,
                 defence_of(defended, one.name, public),
                 config.wire.needs_example_ids,
+                inputs.devices.of_client(index),
             ),
         )
-        for one in texts
+        for index, one in enumerate(texts)
     )
     facts = tuple(one.facts.model_copy(update={"cut": cuts[one.name]}) for one in texts)
     # server
     deepest = Span(min(cuts.values()), model.shape.blocks)
-    server = Server(model, deepest, ranks, config.split, config.training)
+    server = Server(model, deepest, ranks, config.split, config.training, inputs.devices.server)
     # codecs
     serializer = serializer_of(config, model)
     wires, chosen = choose_wires(clients, server, serializer) if config.wire.chooses else ({}, ())
     cut_schedule.set_wires({name: wire_costs(wire, model.shape.width) for name, wire in wires.items()})
     return RunSetup(
-        config, model, ranks, server, clients, facts, inputs.text, serializer, cut_schedule, wires, chosen
-    )
+        config, model, ranks, server, clients, facts, inputs.text, serializer, cut_schedule, wires, chosen,
+        inputs.devices,
+    )  # fmt: skip
 
 
 def serializer_of(config: RunConfig, model: Model) -> MessageSerializer:

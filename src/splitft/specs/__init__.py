@@ -8,6 +8,7 @@ from splitft.specs.base import Spec, field_docs
 from splitft.specs.codecs import CodecChoice
 from splitft.specs.data import ClientsSpec, DataSpec, ModelSpec, SharesSpec
 from splitft.specs.deploy import DeploySpec
+from splitft.specs.devices import DevicesSpec
 from splitft.specs.privacy import LabelsSpec, PrivacySpec, RowDefenceSpec, SiteBoundsSpec, UpdatesSpec
 from splitft.specs.schedule import ChangeSpec, DeviceName, DeviceSpec, LinkName, LinkSpec, ScheduleSpec
 from splitft.specs.site import (
@@ -30,6 +31,7 @@ __all__ = [
     "DeploySpec",
     "DeviceName",
     "DeviceSpec",
+    "DevicesSpec",
     "LabelsSpec",
     "LinkName",
     "LinkSpec",

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from splitft.specs.base import NameIn, Spec
 from splitft.specs.codecs import CODECS
+from splitft.specs.devices import ComputeDevice
 from splitft.specs.privacy import SiteBoundsSpec
 from splitft.specs.schedule import DeviceName, DeviceSpec
 
@@ -47,6 +48,9 @@ class SiteMachineSpec(Spec):
     device: DeviceName | DeviceSpec | None = None
     """Machine that the schedule plans with; `measured` measures this one; null for the machine that the run
     assumes."""
+    runs_on: ComputeDevice = "auto"
+    """Device that computes: `auto` (the first accelerator, or the CPU), `cpu`, `cuda`, `cuda:1`, `mps`,
+    `xpu`. No run can change it."""
     memory_gb: float | None = Field(None, gt=0)
     """Memory that training may use, in GB (10^9 bytes); cuts that would need more are declined."""
 

@@ -87,7 +87,7 @@ def forward_together(
 ) -> Group:
     """Run the blocks from each client's cut to the end; `slot` names the factors of a client's rows.
 
-    Messages are on the CPU; leaves, outputs and the graph are on the segment's device.
+    Messages are on the CPU; leaves, outputs and the graph are on the devices of the blocks.
     """
     group = Group(messages={message.client: message for message in messages})
     order = sorted(messages, key=lambda one: (cuts[one.client], one.client))
@@ -97,9 +97,10 @@ def forward_together(
     hidden: torch.Tensor | None = None
     # a client's rows join the batch at its cut; the batch runs on to the next client's cut
     for message, stop in zip(order, stops, strict=True):
-        leaf = pad(message.hidden.to(segment.device), message.lengths, width).requires_grad_(training)
+        device = segment.device_of(cuts[message.client])
+        leaf = pad(message.hidden.to(device), message.lengths, width).requires_grad_(training)
         group.leaves[message.client] = leaf
-        hidden = leaf if hidden is None else torch.cat([hidden, leaf])
+        hidden = leaf if hidden is None else torch.cat([hidden.to(device), leaf])
         rows.append((slot(message.client), len(message.lengths)))
         span = Span(cuts[message.client], stop)
         if len(span):

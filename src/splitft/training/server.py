@@ -47,11 +47,14 @@ class Server:
         ranks: RankPolicy,
         split: SplitSpec,
         training: TrainingSpec,
-        device: torch.device = CPU,
+        devices: Sequence[torch.device] = (CPU,),
     ) -> None:
-        """Load `deepest`, the blocks after the shallowest cut, and the head if labels are on the server."""
+        """Load `deepest`, the blocks after the shallowest cut, and the head if labels are on the server.
+
+        Several `devices` divide the blocks in contiguous ranges; messages are on the CPU.
+        """
         self._ranks, self._split, self.training = ranks, split, training
-        self.blocks = ServerBlocks(model, deepest, ranks, split, training, device)
+        self.blocks = ServerBlocks(model, deepest, ranks, split, training, devices)
         self._round = 0
         self._progress: dict[str, RoundProgress] = {}
         self._groups: dict[tuple[str, int], Group] = {}  # in flight, by client and micro-batch

@@ -17,7 +17,7 @@ import torch
 
 from splitft.adapters import AdapterState, LocalOptimizer, attach, moments_within
 from splitft.geometry import Plan, Span
-from splitft.model import CPU, Model, Segment
+from splitft.model import CPU, Model, Segment, checkpoint_blocks
 from splitft.specs import SplitSpec, TrainingSpec
 from splitft.training.client_record import ClientStates
 from splitft.training.ranks import RankPolicy
@@ -36,11 +36,13 @@ class ServerBlocks:
         ranks: RankPolicy,
         split: SplitSpec,
         training: TrainingSpec,
-        device: torch.device = CPU,
+        devices: Sequence[torch.device] = (CPU,),
     ) -> None:
-        """Load the blocks `deepest` to a device, and the head if labels are on the server."""
+        """Load the blocks `deepest` to these devices, and the head if labels are on the server."""
         self._ranks, self._split, self._training = ranks, split, training
-        self.segment: Segment = model.segment(deepest, head=split.labels == "server", device=device)
+        self.segment: Segment = model.at("server").segment(
+            deepest, head=split.labels == "server", device=devices
+        )
         self.bank = attach(
             self.segment.blocks,
             ranks.lora.targets,
@@ -49,6 +51,8 @@ class ServerBlocks:
             ranks.gain,
             self.segment.device_of,
         )
+        if training.checkpoint_blocks:
+            checkpoint_blocks(self.segment.blocks, self.bank.recorded)
         self._dtype = torch.promote_types(model.dtype, torch.float32)
         self.cuts: dict[str, int] = {}
         """k of every client."""

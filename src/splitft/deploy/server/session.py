@@ -220,7 +220,9 @@ class ServerSession:
         steps, old_cuts = ({}, {}) if snapshot is None else (snapshot.steps, snapshot.state.cuts)
         absent_cuts = {name: cut for name, cut in old_cuts.items() if name not in party.cuts}
         limits = {name: SiteLimits.of(config, one) for name, one in registered.items()}
-        setup = FederationSetup(party.server, terms.ranks, config.deploy, party.manifest, limits)
+        setup = FederationSetup(
+            party.server, terms.ranks, config.deploy, party.manifest, party.tensors, limits
+        )
         federation = RemoteFederation(self.inbox, setup, state, steps, listener)
 
         def save(state: RunState) -> None:
@@ -270,6 +272,7 @@ class ServerSession:
                     clients=party.facts,
                     machines=party.schedule.machines(),
                     base=_digests(party),
+                    devices="server on " + " and ".join(map(str, self._terms.devices.server)),
                 )
             )
             for message in (*party.schedule.left_out, *party.schedule.misfits):

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from splitft.config import RunConfig
-from splitft.deploy.manifest import manifest_of
+from splitft.deploy.manifest import manifest_of, tensors_of
 from splitft.deploy.run_terms import RunTerms, select_sites
 from splitft.errors import ScheduleError
 from splitft.geometry import Span
 from splitft.model.source import silence_transformers
-from splitft.protocol import BaseFile, Register
+from splitft.protocol import BaseFile, BaseTensor, Register
 from splitft.run.cut_schedule import CutSchedule
 from splitft.run.fleet import fleet_of
 from splitft.schedule.workload import Workload
@@ -38,6 +38,8 @@ class ServerParty:
     facts: tuple[ClientInfo, ...]
     manifest: tuple[BaseFile, ...]
     """Files of the base model on this machine."""
+    tensors: tuple[BaseTensor, ...]
+    """Tensors of the base model on this machine."""
     left_out: dict[str, str]
     """Registered sites for which there is no cut, and why."""
 
@@ -49,9 +51,10 @@ def open_server(terms: RunTerms, registered: Mapping[str, Register]) -> ServerPa
     """
     with silence_transformers():
         plan, left_out = _plan_together(terms, registered)
-        manifest = manifest_of(terms.model)
+        manifest, tensors = manifest_of(terms.model), tensors_of(terms.model)
         deepest = Span(min(plan.cuts.values()), terms.model.shape.blocks)
-        server = Server(terms.model, deepest, terms.ranks, plan.config.split, plan.config.training)
+        split, training = plan.config.split, plan.config.training
+        server = Server(terms.model, deepest, terms.ranks, split, training, terms.devices.server)
     facts = tuple(
         ClientInfo(
             name=name,
@@ -64,7 +67,7 @@ def open_server(terms: RunTerms, registered: Mapping[str, Register]) -> ServerPa
         for name, one in registered.items()
         if name in plan.cuts
     )
-    return ServerParty(server, plan.schedule, plan.cuts, facts, manifest, left_out)
+    return ServerParty(server, plan.schedule, plan.cuts, facts, manifest, tensors, left_out)
 
 
 @dataclass(frozen=True)

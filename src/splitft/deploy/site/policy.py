@@ -14,15 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from splitft.config import RunConfig, commented, load_spec
-from splitft.deploy.manifest import ParameterNames, needed, verify
+from splitft.deploy.manifest import ParameterNames, needed, verify, verify_tensors
 from splitft.deploy.site.limits import OrderLimits
 from splitft.deploy.tokenizer_files import verify_tokenizer
 from splitft.errors import ForbiddenError
 from splitft.model import Model
 from splitft.plugins import load_approved
-from splitft.protocol.control import BaseFile
+from splitft.protocol.control import BaseFile, BaseTensor
 from splitft.schedule.profile import GB
-from splitft.specs import DataSpec, SharesSpec, SiteSpec
+from splitft.specs import DataSpec, DevicesSpec, SharesSpec, SiteSpec
 from splitft.specs.data import EMBEDDED
 
 SITE_FILE = "site.yaml"
@@ -85,12 +85,17 @@ def at_site(config: RunConfig, site: SiteSpec) -> RunConfig:
     if site.model.folder is not None:
         model = model.model_copy(update={"name": site.model.folder})
     if site.text.source is not None:
-        limits = data.model_dump(include={"max_tokens", "max_examples", "holdout", "eval_examples"})
+        limits = data.model_dump(
+            include={"max_tokens", "max_examples", "holdout", "eval_examples", "eval_part"}
+        )
         data = DataSpec.model_validate({**site.text.model_dump(), **limits})
         clients = clients.model_copy(update={"shares": SharesSpec(by="iid")})
     if site.machine.device is not None:
         schedule = schedule.model_copy(update={"devices": site.machine.device})
-    return config.model_copy(update={"model": model, "data": data, "clients": clients, "schedule": schedule})
+    return config.model_copy(update={
+        "model": model, "data": data, "clients": clients, "schedule": schedule,
+        "devices": DevicesSpec.everywhere(site.machine.runs_on),
+    })  # fmt: skip
 
 
 class SitePolicy:
@@ -110,11 +115,12 @@ class SitePolicy:
         """What the server may ask for in this session."""
         self._names = ParameterNames.of(model, head=head)
         self._manifest: Sequence[BaseFile] = ()
+        self._tensors: Sequence[BaseTensor] = ()
         self._verified: set[str] = set()
 
-    def check_join(self, cut: int, manifest: Sequence[BaseFile]) -> None:
+    def check_join(self, cut: int, manifest: Sequence[BaseFile], tensors: Sequence[BaseTensor] = ()) -> None:
         """Check before the client is made, with the server's manifest. Raises ForbiddenError."""
-        self._manifest, self._verified = manifest, set()
+        self._manifest, self._tensors, self._verified = manifest, tensors, set()
         verify_tokenizer(self._model, manifest)
         self.check_move(cut)
 
@@ -126,9 +132,12 @@ class SitePolicy:
                 f"cut {cut} was asked for; this site takes part from {least} on (bounds.min_cut)"
             )
         self.check_memory(cut)
-        files = [file for file in needed(self._model, self._names, cut) if file not in self._verified]
-        verify(self._model, files, self._manifest, self._site.model.trusted)
-        self._verified.update(files)
+        trusted, names = self._site.model.trusted, self._names.at(cut)
+        new = [name for name in names if name not in self._verified]
+        by_file = verify_tensors(self._model, new, self._tensors, trusted)
+        files = [file for file in needed(self._model, by_file) if file not in self._verified]
+        verify(self._model, files, self._manifest, trusted)
+        self._verified.update(new, files)
 
     def check_memory(self, cut: int) -> None:
         """Raise ForbiddenError for a cut that needs more memory than the site gives."""

@@ -22,7 +22,7 @@ from splitft.run.setup import defence_of, public_text
 from splitft.schedule.memory import client_memory
 from splitft.schedule.profile import GB, Device
 from splitft.schedule.workload import Workload
-from splitft.specs import SiteSpec
+from splitft.specs import DevicesSpec, SiteSpec
 from splitft.training import Client
 from splitft.training.client import ClientSetup
 
@@ -65,6 +65,8 @@ def open_site(
         if site.text.source is not None:
             config, index = select_sites(config, (name,)), 0
         config = at_site(config, site)
+    else:  # a site computes where it chooses, not where the run's simulation would
+        config = config.model_copy(update={"devices": DevicesSpec()})
     site = site or SiteSpec()
     limits = OrderLimits(site.limits, config.training, ledger)
     limits.check_day()
@@ -100,7 +102,13 @@ def open_site(
             public = public_text(config, inputs.model, site.bounds)
             defence = defence_of(config, name, public, site=site.bounds, secret=True)
             setup = ClientSetup(
-                terms.ranks, config.training, own.stream, own.held_out, config.split.labels, defence
+                terms.ranks,
+                config.training,
+                own.stream,
+                own.held_out,
+                config.split.labels,
+                defence,
+                device=terms.devices.of_client(0),
             )
             return Client(name, inputs.model, cut, setup)
 
