@@ -12,10 +12,11 @@ import difflib
 import json
 import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,11 +24,12 @@ from splitft.errors import ModelError
 from splitft.geometry import ModelShape, Span
 from splitft.model.anatomy import locate, shape_of
 from splitft.model.embedded import EMBEDDED, embedded_model
-from splitft.model.loading import Checkpoint, in_folder, on_hub
+from splitft.model.precision import CPU, DTYPES, resolve
+from splitft.model.quantized_layers import quantize_layers, saved_kind, saved_parts
+from splitft.model.quantized_weights import library
 from splitft.model.segment import Segment
+from splitft.model.weights import Checkpoint, in_folder, on_hub
 from splitft.specs import ModelSpec
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Model:
     """A pretrained model, from which segments are loaded."""
 
     spec: ModelSpec
-    """The user's specification."""
+    """The user's specification, with a type instead of `auto`."""
     path: str
     """Folder or hub id that transformers and peft understand."""
     config: Any
@@ -50,10 +52,40 @@ class Model:
         """Data type of frozen weights and hidden states."""
         return DTYPES[self.spec.dtype]
 
-    def segment(self, span: Span, *, embedding: bool = False, head: bool = False) -> Segment:
-        """Load one span, with the embedding or the head if they are held there."""
+    @property
+    def quantized(self) -> str | None:
+        """How the blocks' linear weights are held, a name in QUANTIZERS; None for numbers of `dtype`."""
+        given = self.spec.quantize
+        return saved_kind(self.path, self.config) or (None if given == "none" else given)
+
+    def at(self, party: Literal["clients", "server"]) -> Model:
+        """Return the model as the segments of one side hold it (`model.quantize_at`)."""
+        if self.spec.quantize_at in ("both", party):
+            return self
+        return replace(self, spec=self.spec.model_copy(update={"quantize": "none", "quantize_at": "both"}))
+
+    def segment(
+        self,
+        span: Span,
+        *,
+        embedding: bool = False,
+        head: bool = False,
+        device: torch.device | Sequence[torch.device] = CPU,
+    ) -> Segment:
+        """Load one span to a device, or divided among several, with the embedding or the head."""
+        skeleton, kind, rows = self.skeleton(), self.quantized, self.spec.embedding == "int8"
+        if kind or rows:
+            saved = saved_kind(self.path, self.config)
+            fits = partial(saved_parts, self.checkpoint) if saved else lambda name: True
+            skeleton = quantize_layers(skeleton, kind, rows, fits)
         return Segment(
-            self.skeleton(), self.checkpoint, span, embedding=embedding, head=head, dtype=self.dtype
+            skeleton,
+            self.checkpoint,
+            span,
+            embedding=embedding,
+            head=head,
+            dtype=self.dtype,
+            devices=(device,) if isinstance(device, torch.device) else device,
         )
 
     def skeleton(self) -> Any:
@@ -76,21 +108,33 @@ class Model:
             raise ModelError(f"{self.path} has no usable tokenizer: {_first_line(error)}") from error
 
 
-def open_model(spec: ModelSpec) -> Model:
+def open_model(spec: ModelSpec, devices: Sequence[torch.device] = (CPU,)) -> Model:
     """Find a model by alias, folder or hub id, and check that its family can be split.
 
-    Raises ModelError for an unknown name, a family that cannot be split, and quantised weights.
+    `dtype: auto` becomes the type that the devices of this process compute fastest (`model.precision`).
+    Raises ModelError for an unknown name, a family that cannot be split, weights that are quantized otherwise
+    than by `model.quantize`, and without bitsandbytes if any are to be.
     """
+    spec = resolve(spec, devices)
     path = str(embedded_model(spec.name)) if spec.name in EMBEDDED else spec.name
     config = _configuration(path)
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"{path} has quantised weights; give the original model")
+    _check_quantized(spec, saved_kind(path, config), path)
     skeleton = _on_meta(config, DTYPES[spec.dtype], spec.attention)
     locate(skeleton)
     prefixes = (f"{skeleton.base_model_prefix}.",)
     folder = Path(path)
     checkpoint = in_folder(folder, prefixes) if folder.is_dir() else on_hub(path, prefixes)
     return Model(spec, path, config, shape_of(config), checkpoint)
+
+
+def _check_quantized(spec: ModelSpec, saved: str | None, path: str) -> None:
+    if saved and (spec.quantize not in ("none", saved) or spec.quantize_at != "both"):
+        raise ModelError(
+            f"model.quantize: {path} has {saved} weights already, for all parties; set quantize to none, and "
+            "quantize_at to both"
+        )
+    if saved or spec.quantize != "none" or spec.embedding != "full":
+        library()
 
 
 @contextlib.contextmanager
@@ -146,6 +190,7 @@ def _on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
 
     family = getattr(config, "model_type", "?")
     own = copy.deepcopy(config)  # each skeleton changes its configuration to the blocks it has mounted
+    own.quantization_config = None
     for attempt in dict.fromkeys((attention, "eager")):  # some families, such as gemma2, have eager only
         try:
             with torch.device("meta"):
