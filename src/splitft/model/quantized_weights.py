@@ -70,7 +70,7 @@ class FourBit:
         flat = flat if flat.dtype.itemsize < 8 else flat.float()
         parts = [
             library().quantize_4bit(part, blocksize=BLOCK, quant_type=self.levels)
-            for part in flat.split(CHUNK)
+            for part in torch.split(flat, CHUNK)
         ]
         scales = torch.cat([state.absmax for _, state in parts])
         return joined(scales, torch.cat([numbers.view(-1) for numbers, _ in parts]))
@@ -81,15 +81,20 @@ class FourBit:
         (out, inputs), (start, stop, _) = shape, rows.indices(shape[0])
         scales, numbers = parted(held, -(-out * inputs // BLOCK))
         first, last = start * inputs, stop * inputs
+        # bitsandbytes' CPU kernel takes wrong scales if rows end within blocks: give it rows that do not
+        blocks, left = divmod(last - first, BLOCK)
+        whole = (
+            (stop - start, inputs) if inputs % BLOCK == 0 else (1, last - first) if left else (blocks, BLOCK)
+        )
         made = torch.ops.bitsandbytes.dequantize_4bit.default(
             numbers[first // 2 : (last + 1) // 2],
             scales[first // BLOCK : -(-last // BLOCK)],
             BLOCK,
             self.levels,
-            (stop - start, inputs),
+            whole,
             dtype if dtype.itemsize < 8 else torch.float32,  # bitsandbytes leaves float64 unfilled
         )
-        weights: torch.Tensor = made.to(dtype)
+        weights: torch.Tensor = made.view(stop - start, inputs).to(dtype)
         return weights
 
     def slices(self, shape: Shape) -> Iterator[slice]:
@@ -104,7 +109,7 @@ class EightBit:
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the bytes of a matrix (out, in), quantized from float16 as in bitsandbytes."""
         found = []
-        for part in weight.split(max(1, CHUNK // weight.shape[1])):
+        for part in torch.split(weight, max(1, CHUNK // weight.shape[1])):
             numbers, scales, _ = library().int8_vectorwise_quant(part.to(torch.float16))
             found.append((scales, numbers.masked_fill_(scales[:, None] == 0, 0)))  # 0 / 0 is any number
         return joined(torch.cat([scales for scales, _ in found]), torch.cat([one for _, one in found]))
@@ -169,7 +174,7 @@ def product(
     x: torch.Tensor, held: torch.Tensor, bias: torch.Tensor | None, kind: Quantizer, shape: Shape
 ) -> torch.Tensor:
     """Return x W~^T + bias with gradients of x alone: (..., in) -> (..., out)."""
-    y: torch.Tensor = _Product.apply(x, held, bias, kind, shape)
+    y: torch.Tensor = _Product.apply(x, held, bias, kind, shape)  # type: ignore[no-untyped-call]
     return y
 
 
