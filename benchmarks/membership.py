@@ -67,7 +67,7 @@ def judged(config: RunConfig, run: splitft.Run, most: int) -> tuple[Membership, 
     """Run both attacks on a finished run; also return the mean losses of members and others."""
     model = open_model(config.model)
     members, others = (sample(texts, most, config.seed) for texts in members_and_others(config))
-    whole = with_adapter(run.adapter_dir, model.path, model.dtype)
+    whole = with_adapter(run.adapter_dir, model)
     known, unknown = losses(whole, members), losses(whole, others)
     with whole.disable_adapter():
         base_known, base_unknown = losses(whole, members), losses(whole, others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,9 +186,9 @@ def test_any_ranks_of_a_dozen_blocks_come_out_right(tmp_path_factory, ranks):
 def test_a_folder_without_an_adapter_or_a_base_that_is_gone_are_said_to_be_so(trained, tmp_path):
     model, _, adapter, _ = trained("llama")
     with pytest.raises(RunError, match="holds no adapter; it is written when a run has finished a round"):
-        with_adapter(tmp_path, model.path, torch.float32)
+        with_adapter(tmp_path, model)
     with pytest.raises(ModelError, match="gone cannot be loaded"):
-        with_adapter(adapter, str(tmp_path / "gone"), torch.float32)
+        with_adapter(adapter, replace(model, path=str(tmp_path / "gone")))
 
 
 def test_a_run_is_exported_in_the_process_that_trained_it(tmp_path, tiny_llama):

@@ -21,9 +21,11 @@ from torch import nn
 
 from splitft.adapters import AdapterState, Factors
 from splitft.adapters.dora import whole_magnitudes
-from splitft.adapters.targets import is_linear, is_transposed, oriented
-from splitft.errors import DamagedError, ModelError, RunError
+from splitft.adapters.targets import is_linear, is_transposed
+from splitft.errors import DamagedError, RunError
 from splitft.model import Model
+from splitft.model.quantized_layers import layer_weight
+from splitft.model.whole import compute_as_in_training, load_whole
 from splitft.seals import SUMS, changed_files
 
 WEIGHTS_PREFIX = "base_model.model."
@@ -77,13 +79,12 @@ def write_peft(state: AdapterState, model: Model, scale: float, folder: Path, rs
     return folder
 
 
-def with_adapter(adapter: Path, base: str, dtype: torch.dtype) -> Any:
-    """Load the whole base model with a PEFT folder on it.
+def with_adapter(adapter: Path, model: Model, full: bool = False) -> Any:
+    """Load the whole base model with a PEFT folder on it, quantized as in the run unless `full`.
 
     Raises RunError if the folder has no adapter, or one that is not as it was written.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     if not (adapter / "adapter_config.json").is_file():
         raise RunError(
@@ -91,11 +92,7 @@ def with_adapter(adapter: Path, base: str, dtype: torch.dtype) -> Any:
             "(without federation, each client has its own in the run folder's personal/)"
         )
     check_whole(adapter)
-    try:
-        whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    except OSError as error:
-        raise ModelError(f"the base model {base} cannot be loaded: {error}") from error
-    return PeftModel.from_pretrained(whole, str(adapter)).eval()
+    return compute_as_in_training(PeftModel.from_pretrained(load_whole(model, full), str(adapter)).eval())
 
 
 def check_whole(adapter: Path) -> None:
@@ -109,8 +106,8 @@ def check_whole(adapter: Path) -> None:
 
 
 def write_merged(adapter: Path, model: Model, folder: Path) -> Path:
-    """Fold the adapter into the base weights and write a whole checkpoint with its tokenizer."""
-    merged = with_adapter(adapter, model.path, model.dtype).merge_and_unload()
+    """Fold the adapter into the full base weights and write a whole checkpoint with its tokenizer."""
+    merged = with_adapter(adapter, model, full=True).merge_and_unload()
     merged.save_pretrained(str(folder))
     model.tokenizer().save_pretrained(str(folder))
     return folder
@@ -119,10 +116,10 @@ def write_merged(adapter: Path, model: Model, folder: Path) -> Path:
 def _base_weights(
     layers: Mapping[str, Factors], model: Model, modules: Mapping[str, nn.Module]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights (out, in) of the layers that have magnitudes, in the model's type."""
+    """Yield the weights (out, in) of the layers that have magnitudes, as numbers of the model's type."""
+    kind = model.quantized if model.spec.quantize_at == "both" else None
     for name in (name for name, factors in layers.items() if factors.magnitude is not None):
-        weight = model.checkpoint.read([f"{name}.weight"])[f"{name}.weight"].to(model.dtype)
-        yield name, oriented(modules[name], weight)
+        yield name, layer_weight(model.checkpoint, f"{name}.weight", modules[name], kind, model.dtype)
 
 
 def _shortest_names(state: AdapterState, layers: dict[str, Any], modules: dict[str, nn.Module]) -> list[str]:

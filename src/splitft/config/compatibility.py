@@ -120,6 +120,13 @@ BETWEEN_SECTIONS = (
     Requirement(("clients.cuts", "schedule.controller"),
         lambda c: c.clients.cuts == "auto" and c.schedule.controller == "fixed",
         "found auto, but the fixed controller does not choose cuts; give numbers"),
+    Requirement(("model.quantize_at", "schedule.controller"),
+        lambda c: c.model.quantize_at != "both" and c.schedule.adaptive,
+        "found {c.model.quantize_at}, but controller {c.schedule.controller} moves blocks between the sides, "
+        "and a block that is quantized on one side alone changes as it moves; give both, or controller fixed"),
+    Requirement(("model.quantize_at", "model.quantize"),
+        lambda c: c.model.quantize_at != "both" and c.model.quantize == "none",
+        "found {c.model.quantize_at}, but nothing is quantized; give both, or model.quantize nf4 or int8"),
     Requirement(("deploy.sites", "clients.count"), lambda c: _wrong_length(c, c.deploy.sites),
         "found {found} names for {c.clients.count} clients; give one a client"),
     Requirement(("deploy.min_clients", "clients.count"), lambda c: c.deploy.min_clients > c.clients.count,

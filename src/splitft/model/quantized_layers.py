@@ -135,14 +135,33 @@ def read_bytes(checkpoint: Checkpoint, name: str, form: QuantizedForm) -> torch.
         {key.removeprefix(f"{name}."): one for key, one in found.items()}, device=torch.device("cpu")
     )
     _check_kind(name, state.quant_type, state.blocksize, form)
+    return state_bytes(state, weight)
+
+
+def state_bytes(state: Any, weight: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a weight of 4 bits from bitsandbytes' QuantState and packed numbers."""
     scales = state.absmax
     if state.nested:  # QLoRA's second quantization: scales in 8 bits
         scales = library().dequantize_blockwise(scales, state.state2) + state.offset
     return joined(scales, weight)
 
 
+def layer_weight(
+    checkpoint: Checkpoint, name: str, layer: Any, kind: str | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the weight (out, in) of a skeleton's layer as numbers of a type, quantized first to a `kind`."""
+    transposed = not isinstance(layer, nn.Linear)
+    if kind is None:
+        weight = checkpoint.read([name])[name].to(dtype)
+        return weight.T if transposed else weight
+    form = QuantizedForm(kind, transposed, torch.device("cpu"))
+    width_out, width_in = reversed(layer.weight.shape) if transposed else layer.weight.shape
+    held = form.hold(read_bytes(checkpoint, name, form))
+    return QUANTIZERS[kind].full(held, (width_out, width_in), dtype, slice(None))
+
+
 def saved_parts(checkpoint: Checkpoint, name: str) -> list[str]:
-    """Return the names of the tensors that belong to a weight that is quantized in the checkpoint."""
+    """Return the names of the tensors that belong to a weight, if it is quantized in the checkpoint."""
     four_bit = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
     suffixes = (*four_bit, *(f"quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")))
     names = (f"{name.removesuffix('weight')}SCB", *(f"{name}.{suffix}" for suffix in suffixes))

@@ -42,7 +42,7 @@ class ClientBlocks:
         """Load the client's blocks of the model to a device. Raises ModelError if that is impossible."""
         self.name, self.plan = name, plan
         self._ranks, self._defence = ranks, defence
-        self.segment: Segment = model.segment(
+        self.segment: Segment = model.at("clients").segment(
             plan.client, embedding=True, head=plan.labels == "client", device=device
         )
         self.bank = attach(
