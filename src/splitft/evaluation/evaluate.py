@@ -87,7 +87,7 @@ def evaluate(
         text = _TaskText(config, model, request)
         tasks = request.tasks or suitable_tasks(text.examples, tokenizer)
         texts = {task: text.windows if TASKS[task].windows else text.examples for task in tasks}
-        whole = with_adapter(adapter, model.path, model.dtype)
+        whole = with_adapter(adapter, model)
         # one entry for each task
         entries = []
         for task, examples in texts.items():

@@ -55,8 +55,13 @@ class Model:
     @property
     def quantized(self) -> str | None:
         """How the blocks' linear weights are held, a name in QUANTIZERS; None for numbers of `dtype`."""
-        given = self.spec.quantize
-        return saved_kind(self.path, self.config) or (None if given == "none" else given)
+        given = None if self.spec.quantize == "none" else self.spec.quantize
+        return saved_kind(self.path, self.config) or given
+
+    @property
+    def quantized_on_disk(self) -> bool:
+        """Whether the checkpoint itself is quantized."""
+        return saved_kind(self.path, self.config) is not None
 
     def at(self, party: Literal["clients", "server"]) -> Model:
         """Return the model as the segments of one side hold it (`model.quantize_at`)."""
@@ -75,8 +80,7 @@ class Model:
         """Load one span to a device, or divided among several, with the embedding or the head."""
         skeleton, kind, rows = self.skeleton(), self.quantized, self.spec.embedding == "int8"
         if kind or rows:
-            saved = saved_kind(self.path, self.config)
-            fits = partial(saved_parts, self.checkpoint) if saved else lambda name: True
+            fits = partial(saved_parts, self.checkpoint) if self.quantized_on_disk else lambda name: True
             skeleton = quantize_layers(skeleton, kind, rows, fits)
         return Segment(
             skeleton,

@@ -141,7 +141,7 @@ def generate(folder: Path | str, prompt: str, *, max_new_tokens: int = 60, adapt
     with silence_transformers():
         model = open_model(run.config.model)
         tokenizer = model.tokenizer()
-        whole = with_adapter(run.adapter_dir, model.path, model.dtype)
+        whole = with_adapter(run.adapter_dir, model)
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         if not inputs["input_ids"].shape[1]:
             raise RunError("the prompt is empty; give some words to continue")

@@ -68,10 +68,22 @@ class ModelSpec(Spec):
 
     name: str = "smollm2-135m"
     """Alias of an embedded model, a folder in Hugging Face format, or a hub id."""
-    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
-    """Type of the frozen weights and of the hidden states; adapters are float32 at least."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
+    """Type of the frozen weights and of the hidden states; adapters are float32 at least. `auto` is what the
+    device computes fastest: bfloat16 if it has instructions for it, else float32, or float16 on older GPUs;
+    the first line of a run says which, and its folder keeps it."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation of transformers."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Quantization of the blocks' linear weights as they are read, by bitsandbytes (extra `quant`): `nf4` takes
+    4.5 bits a weight, `int8` 8. Norms and biases keep `dtype`, in which all products are computed. A checkpoint
+    that bitsandbytes has quantized is read as it is; leave `none` then."""
+    quantize_at: Literal["both", "clients", "server"] = "both"
+    """Parties whose blocks are quantized. On one side alone, a block is another block where it runs on the
+    other side: cuts must be fixed, and clients with unequal cuts train on unequal models."""
+    embedding: Literal["full", "int8"] = "full"
+    """Rows of the embedding and of the output matrix: `int8` holds them in 8 bits with a scale for each row,
+    which halves what even the shallowest client holds (extra `quant`)."""
 
 
 class DataSpec(Spec):
