@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers.utils import logging
 
+import accelerator
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 pytest_plugins = ["fault_record"]
@@ -24,6 +26,37 @@ settings.register_profile(
     "house", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("house")
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--fake-device", action="store_true", help="compute on a fake device in every run that may choose"
+    )
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Skip tests of a real accelerator where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _chosen_device(request) -> Iterator[None]:
+    """With `--fake-device`, what `devices: auto` finds."""
+    if not request.config.getoption("--fake-device"):
+        yield
+        return
+    with accelerator.enabled():
+        yield
+
+
+@pytest.fixture
+def fake_devices() -> Iterator[accelerator.Record]:
+    """Two devices beside the CPU, `acc:0` and `acc:1`, and the record of what they do."""
+    with accelerator.enabled() as record:
+        yield record
 
 
 class TinyFolders(dict):
