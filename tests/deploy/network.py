@@ -19,7 +19,7 @@ from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.policy import SitePolicy
 from splitft.deploy.site.session import Connection, SiteSession
 from splitft.errors import DeployError
-from splitft.protocol import BaseFile, Register
+from splitft.protocol import BaseFile, BaseTensor, MessageSerializer, Register
 from splitft.protocol.frame import open_frame
 from splitft.run.setup import RunSetup
 from splitft.specs import DeploySpec
@@ -79,12 +79,15 @@ def deployed(
     impostors: Mapping[str, Callable[[Inbox, RunSetup], None]] | None = None,
     policies: Mapping[str, SitePolicy] | None = None,
     manifest: tuple[BaseFile, ...] = (),
+    tensors: tuple[BaseTensor, ...] = (),
     controller: Callable[[int, Mapping[str, int]], Mapping[str, int]] = lambda number, cuts: cuts,
     kept: Path | None = None,
+    serializers: Mapping[str, MessageSerializer] | None = None,
 ) -> Outcome:
     """All rounds over a network of threads; `transports` wrap a site's own, `impostors` play a site by hand.
 
-    `controller` chooses cuts; sites keep what they need in folders of `kept`.
+    `controller` chooses cuts; sites keep what they need in folders of `kept`; `serializers` are those of sites
+    that compute in another type than the server.
     """
     transports, impostors = transports or {}, impostors or {}
     names = [client.name for client in prepared.clients]
@@ -97,7 +100,8 @@ def deployed(
             transport = transports.get(client.name, lambda own: own)(Direct(client.name, inbox.answer))
             training = prepared.config.training
             connection = Connection(
-                transport, KEY, prepared.serializer, LIMIT, patience_s=30, heartbeat_s=0.3,
+                transport, KEY, (serializers or {}).get(client.name, prepared.serializer), LIMIT,
+                patience_s=30, heartbeat_s=0.3,
                 in_flight=min(training.in_flight, training.micro_batches),
             )  # fmt: skip
             session = SiteSession(
@@ -112,7 +116,7 @@ def deployed(
     while any(inbox.silence_s(name) > 1e9 for name in names) and time.monotonic() < until:
         inbox.take(0, 0.01)
     state = prepared.initial()
-    setup = FederationSetup(prepared.server, prepared.ranks, spec, manifest)
+    setup = FederationSetup(prepared.server, prepared.ranks, spec, manifest, tensors)
     federation = RemoteFederation(inbox, setup, state, {}, outcome.events.append)
     try:
         schedule = Scripted(prepared.cut_schedule, controller)

@@ -5,17 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from splitft.deploy.manifest import ParameterNames, manifest_of, needed, verify
+from model.weights.hub_server import running, visit
+from splitft.deploy.manifest import (
+    MOST_TENSORS,
+    ParameterNames,
+    manifest_of,
+    needed,
+    tensors_of,
+    verify,
+    verify_tensors,
+)
 from splitft.deploy.site.policy import SitePolicy
 from splitft.deploy.tokenizer_files import verify_tokenizer
 from splitft.errors import ForbiddenError
 from splitft.geometry import Span
 from splitft.model import open_model
-from splitft.specs import ModelSpec, SiteSpec
+from splitft.model.weights import on_hub
+from splitft.model.weights.table import table_of
+from splitft.protocol import Join, MessageSerializer
+from splitft.protocol.control import BaseTensor
+from splitft.specs import ModelSpec, SiteSpec, WireSpec
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +45,11 @@ def sharded(tmp_path_factory, tiny_llama):
 
 
 def files_at(model, cut: int) -> tuple[str, ...]:
-    return needed(model, ParameterNames.of(model, head=True), cut)
+    return needed(model, names_at(model, cut))
+
+
+def names_at(model, cut: int) -> list[str]:
+    return ParameterNames.of(model, head=True).at(cut)
 
 
 def copied(model, to):
@@ -128,6 +148,119 @@ def test_a_file_that_the_server_does_not_have_is_named(sharded):
     names = files_at(sharded, 1)
     with pytest.raises(ForbiddenError, match=names[0]):
         verify(sharded, names, manifest_of(sharded)[1:], None)
+
+
+# --- tensor by tensor -----------------------------------------------------------------------------
+
+
+def site_with(model, folder, names):
+    """A site that has these tensors alone, in one file of its own."""
+    folder.mkdir()
+    for file in Path(model.path).iterdir():
+        if not file.name.startswith("model"):
+            shutil.copy(file, folder)
+    save_file(model.checkpoint.read(names), folder / "model.safetensors")
+    return open_model(ModelSpec(name=str(folder), dtype="float32"))
+
+
+def test_a_tensors_digest_is_that_of_its_type_shape_and_bytes(sharded):
+    found = {one.name: one for one in tensors_of(sharded)}
+    whole = sharded.checkpoint.read(names_at(sharded, 4))
+    assert set(found) == set(whole)
+    for name, tensor in whole.items():
+        data = tensor.numpy().tobytes()
+        said = f"F32 {list(tensor.shape)}\n".encode()
+        assert (found[name].size, found[name].sha256) == (len(data), hashlib.sha256(said + data).hexdigest())
+
+
+def test_a_site_that_holds_some_tensors_in_files_of_its_own_checks_them(sharded, tmp_path):
+    own = site_with(sharded, tmp_path / "own", names_at(sharded, 2))
+    policy = SitePolicy(SiteSpec(), own, head=True)
+    policy.check_join(2, manifest_of(sharded), tensors_of(sharded))
+    with pytest.raises(ForbiddenError, match=r"does not have model\.safetensors"):
+        policy.check_join(2, manifest_of(sharded))  # a server of an earlier version
+
+
+@pytest.mark.hostile(
+    "a tensor of the base model differs in one bit", "the site declines and names the tensor"
+)
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_tensor_that_differs_in_one_bit_is_named_by_whoever_needs_it(sharded, tmp_path, cut):
+    own = copied(sharded, tmp_path / "own")
+    bent = "model.layers.1.mlp.up_proj.weight"
+    path = Path(own.path) / own.checkpoint.files([bent])[0]
+    place, data = table_of(path)[bent], bytearray(path.read_bytes())
+    data[place.start + place.size // 2] ^= 1
+    path.write_bytes(data)
+    policy = SitePolicy(SiteSpec(), own, head=True)
+    if cut == 1:  # the block is the server's
+        policy.check_join(cut, manifest_of(sharded), tensors_of(sharded))
+        with pytest.raises(
+            ForbiddenError, match=rf"tensor {bent} of the base model here is not the server's"
+        ):
+            policy.check_move(2)
+    else:
+        with pytest.raises(
+            ForbiddenError, match=rf"tensor {bent} of the base model here is not the server's"
+        ):
+            policy.check_join(cut, manifest_of(sharded), tensors_of(sharded))
+
+
+def test_a_site_that_reads_parts_of_a_hub_model_checks_them_without_the_rest(sharded, tmp_path, monkeypatch):
+    with running("owner/tiny", Path(sharded.path)) as hub:
+        visit(hub, tmp_path, monkeypatch)
+        own = replace(sharded, checkpoint=on_hub("owner/tiny", sharded.checkpoint.prefixes))
+        policy, files = SitePolicy(SiteSpec(), own, head=True), set(files_at(sharded, 1))
+        policy.check_join(1, manifest_of(sharded), tensors_of(sharded))
+        assert {file for file in hub.asked if file.endswith(".safetensors")} < files
+        downloaded = tmp_path / "hub-cache" / "models--owner--tiny"
+        assert not list(downloaded.rglob("*.safetensors"))
+        assert manifest_of(own) == manifest_of(sharded)  # published by the hub, with nothing downloaded whole
+        assert not list(downloaded.rglob("*.safetensors"))
+        policy.check_join(1, manifest_of(sharded))  # a server of an earlier version: file by file
+        assert {path.name for path in downloaded.rglob("*.safetensors")} == files - {"config.json"}
+        hub.sent.clear()
+        assert own.checkpoint.read(names_at(own, 1)).keys() == set(names_at(own, 1))
+        assert not hub.sent
+
+
+def test_equal_bytes_of_another_type_or_shape_are_another_tensor(sharded, tmp_path):
+    names = names_at(sharded, 1)
+    name = next(one for one in names if one.endswith("q_proj.weight"))  # 32 by 32
+    tensor = sharded.checkpoint.read([name])[name]
+    for number, other in enumerate((tensor.view(16, 64), tensor.view(torch.int32))):
+        folder = tmp_path / str(number)
+        own = site_with(sharded, folder, names)
+        save_file({**own.checkpoint.read(names), name: other}, folder / "model.safetensors")
+        with pytest.raises(ForbiddenError, match=f"tensor {name} .* is not the server's"):
+            verify_tensors(own, names, tensors_of(sharded), None)
+
+
+def test_a_site_may_trust_tensors_or_files(sharded):
+    tensors, names = tensors_of(sharded), names_at(sharded, 1)
+    by_name = {one.name: one.sha256 for one in tensors}
+    assert verify_tensors(sharded, names, tensors, by_name) == []
+    assert verify_tensors(sharded, names, tensors, None) == []
+    assert verify_tensors(sharded, names, tensors, {"model.safetensors": "0" * 64}) == names  # file by file
+    with pytest.raises(ForbiddenError, match=rf"{names[0]} .* trusts 000000000000... there"):
+        verify_tensors(sharded, names, tensors, {**by_name, names[0]: "0" * 64})
+    policy = SitePolicy(SiteSpec.model_validate({"model": {"trusted": by_name}}), sharded, head=True)
+    with pytest.raises(ForbiddenError, match=r"config\.json .* does not list it"):
+        policy.check_join(1, manifest_of(sharded), tensors)
+
+
+def test_a_model_of_very_many_tensors_is_compared_by_file(sharded, monkeypatch):
+    monkeypatch.setattr("splitft.deploy.manifest.MOST_TENSORS", 3)
+    assert tensors_of(sharded) == ()
+
+
+def test_the_most_tensors_that_a_manifest_lists_fit_into_a_message():
+    name = "model.layers.{}.block_sparse_moe.experts.127.up_proj.weight"
+    tensors = tuple(BaseTensor(name.format(number), 2**40, "f" * 64) for number in range(MOST_TENSORS))
+    join = Join(round=1, cut=1, steps=0, tensors=tensors)
+    serializer = MessageSerializer(32, torch.float32, torch.float32, WireSpec(hidden="fp32", gradient="fp32"))
+    assert serializer.from_bytes(serializer.to_bytes(join)).tensors == tensors
+    assert "tensors" not in serializer.pack(Join(round=1, cut=1, steps=0)).fields  # as before there were any
 
 
 # --- the tokenizer --------------------------------------------------------------------------------

@@ -1,16 +1,19 @@
-"""Check that site and server have the same frozen base model, file by file.
+"""Check that site and server have the same frozen base model, tensor by tensor or file by file.
 
-    server: manifest_of(model) --Join--> site: verify(model, files, manifest, trusted) before a tensor is read
+    server: manifest_of, tensors_of --Join--> site: verify_tensors, verify before it loads a tensor
 
-A site hashes only the files that its blocks need, and those of the head if it holds it: of a sharded
-checkpoint, a few. The configuration counts too, since the same weights with another rotary base are another
-model. It is compared by its content, not byte by byte, since every version of transformers writes its own
-number into it. The manifest has the tokenizer's files too (`tokenizer_files`).
+A site hashes only the tensors that its blocks need, and those of the head if it holds it, in whatever files
+they are. So it can check what it holds without the rest of the files. Where the server lists no tensors (an
+earlier version, or too many of them), and where a site trusts whole files only, files are compared. The
+configuration counts too, since the same weights with another rotary base are another model. It is compared by
+its content, not byte by byte, since every version of transformers writes its own number into it. The manifest
+has the tokenizer's files too (`tokenizer_files`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +23,19 @@ from splitft.errors import ForbiddenError, ModelError
 from splitft.model import Model
 from splitft.model.anatomy import locate
 from splitft.model.identity import CONFIG, config_content
-from splitft.protocol.control import BaseFile
+from splitft.model.quantized_layers import saved_parts
+from splitft.model.weights.digests import kept_digest
+from splitft.protocol.control import BaseFile, BaseTensor
+
+MOST_TENSORS = 4096
+"""Tensors that fit into the header of a message; of a model with more, the files are compared."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ParameterNames:
-    """Names of the parameters that a client reads."""
+    """Names of the parameters, and of the buffers that checkpoints contain, that a client reads."""
 
     shared: tuple[str, ...]
     """At every cut: embedding, and the head if the client holds it."""
@@ -37,10 +47,13 @@ class ParameterNames:
         """Read the names off the model's skeleton."""
         skeleton = model.skeleton()
         anatomy = locate(skeleton)
-        names = {id(parameter): name for name, parameter in skeleton.named_parameters()}
+        names: dict[int, str] = {}
+        for name, tensor in skeleton.state_dict(keep_vars=True).items():
+            names.setdefault(id(tensor), name)  # a tied output matrix is the embedding
 
         def within(modules: Iterable[Any]) -> tuple[str, ...]:
-            return tuple(names[id(parameter)] for module in modules for parameter in module.parameters())
+            held = (one for module in modules for one in module.state_dict(keep_vars=True).values())
+            return tuple(dict.fromkeys(names[id(tensor)] for tensor in held))
 
         blocks = tuple(within([block]) for block in anatomy.block_list())
         elsewhere = {name for block in blocks for name in block}
@@ -55,27 +68,67 @@ class ParameterNames:
 
 
 def manifest_of(model: Model) -> tuple[BaseFile, ...]:
-    """Return every file of the base model and its tokenizer on this machine, with size and hash."""
-    files = needed(model, ParameterNames.of(model, head=True), model.shape.blocks)
+    """Return every file of the base model and its tokenizer, with size and hash.
+
+    Of a model that is read from the hub in parts, they are those that the hub publishes.
+    """
+    files = needed(model, ParameterNames.of(model, head=True).at(model.shape.blocks))
     return (*(describe(model, file) for file in files), *tokenizer_files(model))
 
 
-def needed(model: Model, names: ParameterNames, cut: int) -> tuple[str, ...]:
-    """Return the files that a client with this cut reads."""
-    return (*model.checkpoint.files(names.at(cut)), CONFIG)
+def tensors_of(model: Model) -> tuple[BaseTensor, ...]:
+    """Return every tensor of the base model with size and hash, read for that purpose; none if too many."""
+    names = _with_parts(model, ParameterNames.of(model, head=True).at(model.shape.blocks))
+    if len(names) > MOST_TENSORS:
+        logger.info("%s has %d tensors, too many for a manifest: sites compare files", model.path, len(names))
+        return ()
+    found = model.checkpoint.digests(names)
+    return tuple(BaseTensor(name, size, sha256) for name, (size, sha256) in found.items())
+
+
+def needed(model: Model, names: Iterable[str]) -> tuple[str, ...]:
+    """Return the files that contain these tensors, and the configuration."""
+    return (*model.checkpoint.files(_with_parts(model, names)), CONFIG)
 
 
 def describe(model: Model, name: str) -> BaseFile:
     """Return size and hash of one file of the base model. Raises ModelError if it is missing."""
+    if name != CONFIG:
+        size, digest = model.checkpoint.shard(name).whole()
+        return BaseFile(name=name, size=size, sha256=digest)
     path = model.checkpoint.fetch(name)
     if path is None:
         raise ModelError(f"{model.path} has no {name}, which the model needs")
-    if name == CONFIG:
-        data = config_content(path)
-        return BaseFile(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return BaseFile(name=name, size=path.stat().st_size, sha256=digest)
+    data = config_content(path)
+    return BaseFile(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def verify_tensors(
+    model: Model,
+    names: Iterable[str],
+    manifest: Sequence[BaseTensor],
+    trusted: Mapping[str, str] | None,
+) -> list[str]:
+    """Compare tensors with the server's. Returns those that have to be compared by file.
+
+    These are tensors that the server does not list, and those that `trusted` does not name. Raises
+    ForbiddenError for a tensor that is not the server's, or that the site does not trust.
+    """
+    on_server = {one.name: one for one in manifest}
+    names = [name for name in _with_parts(model, names) if name in model.checkpoint]
+    alone = [name for name in names if name in on_server and (trusted is None or name in trusted)]
+    if trusted is not None:
+        for name in alone:
+            _require_trust(name, on_server[name].sha256, trusted)
+    for name, (size, digest) in model.checkpoint.digests(alone).items():
+        expected = on_server[name]
+        if (size, digest) != (expected.size, expected.sha256):
+            raise ForbiddenError(
+                f"tensor {name} of the base model here is not the server's: {size} bytes with SHA-256 "
+                f"{digest[:12]}..., {expected.size} bytes with {expected.sha256[:12]}... there; get the same "
+                "model on both sides"
+            )
+    return [name for name in names if name not in set(alone)]
 
 
 def verify(
@@ -84,7 +137,10 @@ def verify(
     manifest: Sequence[BaseFile],
     trusted: Mapping[str, str] | None,
 ) -> None:
-    """Raise ForbiddenError for a file that is not the server's, or that the site does not trust."""
+    """Raise ForbiddenError for a file that is not the server's, or that the site does not trust.
+
+    A file of which this machine has only parts is downloaded whole.
+    """
     on_server = {one.name: one for one in manifest}
     for name in names:
         if name not in on_server:
@@ -93,16 +149,34 @@ def verify(
                 "sides must have the model in the same files"
             )
         expected = on_server[name]
-        if trusted is not None and trusted.get(name) != expected.sha256:
-            known = f"trusts {trusted[name][:12]}... there" if name in trusted else "does not list it"
-            raise ForbiddenError(
-                f"the server has {name} with SHA-256 {expected.sha256[:12]}..., and this site {known} "
-                "(model.trusted); check where the file comes from, and add it if it is right"
-            )
-        own = describe(model, name)
+        if trusted is not None:
+            _require_trust(name, expected.sha256, trusted)
+        own = _whole(model, name)
         if own != expected:
             raise ForbiddenError(
                 f"{name} of the base model here is not the server's: {own.size} bytes with SHA-256 "
                 f"{own.sha256[:12]}..., {expected.size} bytes with {expected.sha256[:12]}... "
                 "there; get the same model on both sides"
             )
+
+
+def _require_trust(name: str, sha256: str, trusted: Mapping[str, str]) -> None:
+    if trusted.get(name) != sha256:
+        known = f"trusts {trusted[name][:12]}... there" if name in trusted else "does not list it"
+        raise ForbiddenError(
+            f"the server has {name} with SHA-256 {sha256[:12]}..., and this site {known} "
+            "(model.trusted); check where the file comes from, and add it if it is right"
+        )
+
+
+def _whole(model: Model, name: str) -> BaseFile:
+    """Describe a file by its bytes on this machine."""
+    path = None if name == CONFIG else model.checkpoint.fetch(name)
+    if path is None:
+        return describe(model, name)
+    return BaseFile(name=name, size=path.stat().st_size, sha256=kept_digest(path))
+
+
+def _with_parts(model: Model, names: Iterable[str]) -> list[str]:
+    """Return tensors with the scales of those that are quantized in the checkpoint."""
+    return [one for name in names for one in (name, *saved_parts(model.checkpoint, name))]

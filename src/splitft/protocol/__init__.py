@@ -2,6 +2,7 @@
 
 from splitft.protocol.control import (
     BaseFile,
+    BaseTensor,
     Declined,
     EndSession,
     Evaluate,
@@ -36,6 +37,7 @@ __all__ = [
     "Activations",
     "AdapterUpload",
     "BaseFile",
+    "BaseTensor",
     "CutGradient",
     "Declined",
     "EndSession",

@@ -63,6 +63,17 @@ class BaseFile(NamedTuple):
     """Hash of the file; for a configuration, of its settings of the model."""
 
 
+class BaseTensor(NamedTuple):
+    """One tensor of the frozen base model."""
+
+    name: Annotated[str, Field(max_length=256)]
+    """The model's own name, whatever file it is in."""
+    size: Count
+    """Bytes."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Hash of its type, shape and bytes."""
+
+
 class Join(Message):
     """Server to client: state of the run, to begin or resume."""
 
@@ -77,7 +88,10 @@ class Join(Message):
     """Updates that aggregation has folded into the base of these blocks."""
     manifest: tuple[BaseFile, ...] = ()
     """Files of the server's base model; the site loads no file that differs."""
+    tensors: tuple[BaseTensor, ...] = ()
+    """Tensors of the server's base model, so that a site can check those that it holds without the others."""
     ROLES = {"adapters": "adapter", "folded": "adapter"}
+    LEFT_OUT = frozenset({"tensors"})
 
 
 class Next(Message):

@@ -12,7 +12,7 @@ from deploy.network import deployed
 from laws.federations import federation, write_text
 from runs import invoke, settings
 from splitft.config import from_mapping
-from splitft.deploy.manifest import manifest_of
+from splitft.deploy.manifest import manifest_of, tensors_of
 from splitft.deploy.run_terms import load_run_terms
 from splitft.deploy.server.registration import unfit
 from splitft.deploy.server.setup import open_server
@@ -246,3 +246,21 @@ def test_a_base_model_that_is_not_the_servers_is_never_loaded(tiny_llama, text):
     )
     assert wrong.error is not None
     assert "is not the server's" in wrong.reasons("client-1")
+
+
+@pytest.mark.hostile(
+    "a tensor that is not the server's", "it is never loaded; sites that do not need it go on"
+)
+def test_a_site_declines_over_a_tensor_that_it_needs_and_no_other(tiny_llama, text):
+    prepared = federation(tiny_llama, text, CUTS, training={"rounds": 1, "steps": 2})
+    names = [client.name for client in prepared.clients]
+    policies = {name: SitePolicy(SiteSpec(), prepared.model, head=True) for name in names}
+    tensors = tuple(
+        one._replace(sha256="0" * 64) if one.name == "model.layers.2.mlp.up_proj.weight" else one
+        for one in tensors_of(prepared.model)
+    )
+    outcome = deployed(prepared, policies=policies, manifest=manifest_of(prepared.model), tensors=tensors)
+    assert outcome.error is None
+    assert outcome.states("client-3") == ["declined"]  # the others' cuts are 1 and 2
+    assert "tensor model.layers.2.mlp.up_proj.weight" in outcome.reasons("client-3")
+    assert outcome.participants() == [("client-1", "client-2")]

@@ -19,6 +19,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from huggingface_hub import constants
+
+from splitft.model.weights import ranges
+
 TOKEN = "hf_of_this_test"
 
 
@@ -97,6 +101,17 @@ def running(repo: str, folder: Path) -> Iterator[LocalHub]:
         for server in servers:
             server.shutdown()
             server.server_close()
+
+
+def visit(hub: LocalHub, folder: Path, monkeypatch) -> None:
+    """Make this process a client of the hub, with empty caches in `folder`."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub-cache"))
+    monkeypatch.setattr(ranges, "PAUSE_S", 0.0)
+    monkeypatch.setenv("SPLITFT_CACHE", str(folder / "splitft-cache"))
 
 
 class _Handler(BaseHTTPRequestHandler):

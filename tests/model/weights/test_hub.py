@@ -13,12 +13,12 @@ import sys
 import threading
 from pathlib import Path
 
-import huggingface_hub.constants as constants
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from model.weights.hub_server import TOKEN, LocalHub, running
+from model.weights.hub_server import TOKEN, LocalHub, running, visit
 from splitft.errors import ModelError
 from splitft.model.weights import hub as hub_module
 from splitft.model.weights import on_hub, ranges
@@ -51,13 +51,7 @@ def large_checkpoint(folder: Path, seed: int = 0) -> Path:
 def hub(tmp_path, monkeypatch):
     """The hub, with empty caches on this side."""
     with running(REPO, large_checkpoint(tmp_path / "published")) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setattr(ranges, "PAUSE_S", 0.0)
-        monkeypatch.setenv("SPLITFT_CACHE", str(tmp_path / "splitft-cache"))
+        visit(hub, tmp_path, monkeypatch)
         yield hub
 
 

@@ -26,6 +26,7 @@ from splitft.geometry import Span
 from splitft.protocol import (
     AdapterUpload,
     BaseFile,
+    BaseTensor,
     Evaluate,
     Evaluation,
     GlobalAdapters,
@@ -52,6 +53,8 @@ class FederationSetup:
     spec: DeploySpec
     manifest: tuple[BaseFile, ...] = ()
     """Files of the base model on the server."""
+    tensors: tuple[BaseTensor, ...] = ()
+    """Tensors of the base model on the server."""
     limits: Mapping[str, SiteLimits] = field(default_factory=dict)
     """The most text that each site may send, by its registration."""
 
@@ -184,6 +187,7 @@ class RemoteFederation:
                 adapters=adapters if number else AdapterState(),
                 folded=self._state.folded.within(span),
                 manifest=self._setup.manifest,
+                tensors=self._setup.tensors,
             ),
         )
         self._liveness.stale.discard(site)

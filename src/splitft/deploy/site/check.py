@@ -8,7 +8,7 @@ words of the file what was found. Nothing is trained, and nothing leaves the mac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -24,6 +24,7 @@ from splitft.deploy.tokenizer_files import tokenizer_files
 from splitft.errors import DeployError, SplitftError
 from splitft.model import Model, open_model
 from splitft.model.source import silence_transformers
+from splitft.model.weights.checkpoint import LocalShard
 from splitft.protocol import BaseFile
 from splitft.run.fleet import workload_of
 from splitft.run.inputs import gather
@@ -184,22 +185,37 @@ def _counted(data: DataSpec, model: Model | None) -> Iterator[SiteFinding]:
 
 
 def _files(site: SiteSpec, model: Model, names: ParameterNames, cut: int) -> Iterator[SiteFinding]:
-    """Read the files of the base model and the tokenizer, and compare them with those that are trusted."""
-    files = yield from _tried(
-        "base model", lambda: [describe(model, one) for one in needed(model, names, cut)]
-    )
+    """Read the base model at a cut and the tokenizer, and compare what is read with what is trusted."""
+    read = names.at(cut)
+    files = yield from _tried("base model", lambda: [describe(model, one) for one in needed(model, read)])
     if files is None:
         return
     size, trusted = sum(one.size for one in files), site.model.trusted
     shown = f"{len(files)} files of {size / 1e6:,.1f} MB for cut {cut}: {_hashes(files)}"
     yield SiteFinding("base model", f"{model.path}, {model.shape.blocks} blocks; {shown}")
-    for one in files if trusted is not None else ():
-        if (trusted or {}).get(one.name) != one.sha256:
-            yield SiteFinding("base model", f"{one.name} ({one.sha256}) is not in model.trusted", "declines")
+    if trusted is not None:
+        yield from _untrusted(model, read, files, trusted)
     tokenizer = yield from _tried("tokenizer", lambda: (len(model.tokenizer()), tokenizer_files(model)))
     if tokenizer is not None:
         entries, parts = tokenizer
         yield SiteFinding("tokenizer", f"{entries:,} tokens; {_hashes(parts)}")
+
+
+def _untrusted(
+    model: Model, read: list[str], files: list[BaseFile], trusted: Mapping[str, str]
+) -> Iterator[SiteFinding]:
+    """List files that are not trusted; their tensors if some are trusted by name or only they are here."""
+    for file in files:
+        if trusted.get(file.name) == file.sha256:
+            continue
+        tensors = [name for name in read if model.checkpoint.files([name]) == [file.name]]
+        parts = tensors and not isinstance(model.checkpoint.shard(file.name), LocalShard)
+        found = {file.name: file.sha256}
+        if parts or any(name in trusted for name in tensors):
+            found = {name: digest for name, (_, digest) in model.checkpoint.digests(tensors).items()}
+        for name, digest in found.items():
+            if trusted.get(name) != digest:
+                yield SiteFinding("base model", f"{name} ({digest}) is not in model.trusted", "declines")
 
 
 def _hashes(files: list[BaseFile] | tuple[BaseFile, ...]) -> str:

@@ -265,7 +265,7 @@ class SiteSession:
     def _join(self, order: Join) -> None:
         """Take over the run's state, with this site's own moments."""
         if self._policy is not None:
-            self._policy.check_join(order.cut, order.manifest)
+            self._policy.check_join(order.cut, order.manifest, order.tensors)
         self._store.check_text(order.round)
         if self._client is None:
             self._client = self._open_client(order.cut)
