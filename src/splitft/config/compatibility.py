@@ -123,7 +123,7 @@ BETWEEN_SECTIONS = (
     Requirement(("model.quantize_at", "schedule.controller"),
         lambda c: c.model.quantize_at != "both" and c.schedule.adaptive,
         "found {c.model.quantize_at}, but controller {c.schedule.controller} moves blocks between the sides, "
-        "and a block that is quantized on one side alone changes as it moves; give both, or controller fixed"),
+        "and a block that is quantized on one side alone changes as it moves; give both, or the fixed one"),
     Requirement(("model.quantize_at", "model.quantize"),
         lambda c: c.model.quantize_at != "both" and c.model.quantize == "none",
         "found {c.model.quantize_at}, but nothing is quantized; give both, or model.quantize nf4 or int8"),

@@ -22,7 +22,17 @@ from torch.nn import functional
 
 from splitft.errors import ModelError
 from splitft.model.anatomy import locate
-from splitft.model.quantized_weights import BLOCK, QUANTIZERS, EightBit, Shape, joined, library, product
+from splitft.model.precision import CPU
+from splitft.model.quantized_weights import (
+    BLOCK,
+    QUANTIZERS,
+    SLICE,
+    EightBit,
+    Shape,
+    joined,
+    library,
+    product,
+)
 from splitft.model.weights import Checkpoint
 
 
@@ -119,6 +129,26 @@ def quantize_layers(
     return causal_lm
 
 
+def bytes_a_weight(module: nn.Module, full: float) -> float:
+    """Return the mean bytes of a weight of a skeleton's module, of which those in full take `full`."""
+    held = count = 0.0
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            count += parameter.numel()
+            if form := quantized_form(part, name, CPU):
+                shape = tuple(reversed(parameter.shape)) if form.transposed else tuple(parameter.shape)
+                held += QUANTIZERS[form.kind].nbytes((shape[0], shape[1]))
+            else:
+                held += parameter.numel() * full
+    return held / max(1.0, count)
+
+
+def largest_made(module: nn.Module) -> int:
+    """Return the most weights that a skeleton's module makes from their bits at one time."""
+    sizes = (part.weight.numel() for part in module.modules() if isinstance(part, QuantizedLinear))
+    return min(SLICE, max(sizes, default=0))
+
+
 def read_bytes(checkpoint: Checkpoint, name: str, form: QuantizedForm) -> torch.Tensor:
     """Return a tensor as the checkpoint has it, or its bytes if it is quantized there.
 
@@ -132,7 +162,7 @@ def read_bytes(checkpoint: Checkpoint, name: str, form: QuantizedForm) -> torch.
         _check_kind(name, "int8", BLOCK, form)
         return joined(found.pop(f"{name.removesuffix('weight')}SCB"), weight)
     state = library().QuantState.from_dict(
-        {key.removeprefix(f"{name}."): one for key, one in found.items()}, device=torch.device("cpu")
+        {key.removeprefix(f"{name}."): one for key, one in found.items()}, device=CPU
     )
     _check_kind(name, state.quant_type, state.blocksize, form)
     return state_bytes(state, weight)
@@ -154,7 +184,7 @@ def layer_weight(
     if kind is None:
         weight = checkpoint.read([name])[name].to(dtype)
         return weight.T if transposed else weight
-    form = QuantizedForm(kind, transposed, torch.device("cpu"))
+    form = QuantizedForm(kind, transposed, CPU)
     width_out, width_in = reversed(layer.weight.shape) if transposed else layer.weight.shape
     held = form.hold(read_bytes(checkpoint, name, form))
     return QUANTIZERS[kind].full(held, (width_out, width_in), dtype, slice(None))

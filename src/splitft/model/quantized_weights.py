@@ -56,6 +56,10 @@ class Quantizer(Protocol):
         """Yield the rows of a matrix, about SLICE weights at a time."""
         ...
 
+    def nbytes(self, shape: Shape) -> int:
+        """Return the number of bytes of a matrix."""
+        ...
+
 
 @dataclass(frozen=True)
 class FourBit:
@@ -101,6 +105,11 @@ class FourBit:
         """Yield multiples of 64 rows, which are whole blocks at any width."""
         yield from _slices(shape, BLOCK)
 
+    def nbytes(self, shape: Shape) -> int:
+        """Return the number of bytes of a matrix: 4.5 bits a weight."""
+        count = shape[0] * shape[1]
+        return 4 * -(-count // BLOCK) + -(-count // 2)
+
 
 @dataclass(frozen=True)
 class EightBit:
@@ -127,6 +136,10 @@ class EightBit:
     def slices(self, shape: Shape) -> Iterator[slice]:
         """Yield as many rows as have about SLICE weights."""
         yield from _slices(shape, 1)
+
+    def nbytes(self, shape: Shape) -> int:
+        """Return the number of bytes of a matrix."""
+        return 4 * shape[0] + shape[0] * shape[1]
 
 
 def joined(scales: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -199,6 +212,3 @@ def library() -> Any:
 
 QUANTIZERS: Mapping[str, Quantizer] = {"nf4": FourBit("nf4"), "fp4": FourBit("fp4"), "int8": EightBit()}
 """Every way to hold a matrix, by name; fp4 is read from checkpoints that have it, not made."""
-
-BITS = {"nf4": 4 + 32 / BLOCK, "fp4": 4 + 32 / BLOCK, "int8": 8.0}
-"""Bits of a weight, by the same name; the scales of int8 are below a hundredth of them."""
