@@ -86,8 +86,8 @@ def deployed(
 ) -> Outcome:
     """All rounds over a network of threads; `transports` wrap a site's own, `impostors` play a site by hand.
 
-    `controller` chooses cuts; sites keep what they need in folders of `kept`; `serializers` are those of sites
-    that compute in another type than the server.
+    `controller` chooses cuts; sites keep what they need in folders of `kept`; `serializers` are those of
+    sites that compute in another type than the server.
     """
     transports, impostors = transports or {}, impostors or {}
     names = [client.name for client in prepared.clients]

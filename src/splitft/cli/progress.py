@@ -113,7 +113,9 @@ class Progress(_Display):
         self._count(event)
         match event:
             case RunStarted():
-                about = f"{event.method}: {event.model}, {event.blocks} blocks, {len(event.clients)} clients"
+                model = f"{event.model} in {event.precision}" if event.precision else event.model
+                about = f"{event.method}: {model}, {event.blocks} blocks, {len(event.clients)} clients"
+                about += f"; {event.devices}" if event.devices else ""
                 self.say(" ".join([f"{about}. {event.privacy}", *event.defences]))
             case RunResumed():
                 self.say(f"continuing with round {event.round}")

@@ -1,6 +1,6 @@
-"""Compute attention in float32 when training in bfloat16 on a CPU.
+"""Compute attention in float32 when training in 16 bits on a CPU.
 
-    q, k, v (B, H, T, d) in bfloat16 -> float32 -> transformers' sdpa -> bfloat16
+    q, k, v (B, H, T, d) in bfloat16 or float16 -> float32 -> transformers' sdpa -> back
 
 The backward pass of torch's fused attention is slow in bfloat16 on CPUs: three times slower than in float32
 for the short batches of fine-tuning, a sixth of a whole step (`benchmarks/step_overhead.py`). Without a
@@ -30,7 +30,7 @@ def _attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
     dtype = query.dtype
-    if dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad:
+    if dtype in (torch.bfloat16, torch.float16) and query.device.type == "cpu" and query.requires_grad:
         query, key, value = query.float(), key.float(), value.float()
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
     out: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]

@@ -37,6 +37,8 @@ DTYPES = {
     "float64": torch.float64,
 }
 AUTO = "auto"
+AUTO_TYPES = frozenset({torch.bfloat16, torch.float32})
+"""Types of hidden states and gradients under AUTO: a segment in float16 takes and returns float32."""
 CPU = torch.device("cpu")
 
 SECONDS = 0.05

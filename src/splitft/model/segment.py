@@ -33,6 +33,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from splitft.errors import GeometryError, ModelError
 from splitft.geometry import ModelShape, Span
+from splitft.half_precision import HALF, Pass, keep_in_range, within
 from splitft.model.anatomy import Anatomy, locate, shape_of
 from splitft.model.devices import CPU, divide_blocks
 from splitft.model.loading import FrozenModule, fill_buffers
@@ -110,6 +111,13 @@ class Segment:
         self._fill_shared_parts(names)
         self._check_that_only_blocks_act()
         self.resize(span)
+        if dtype == HALF:
+            keep_in_range(self.blocks, [self._tail])
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices, in the order of their blocks."""
+        return self._devices
 
     def device_of(self, block: int) -> torch.device:
         """Return the device that a block is on, or would be if it were held."""
@@ -156,9 +164,13 @@ class Segment:
         ranges = list(self._ranges(through, tokens))
         if cache is not None and len(ranges) > 1:
             raise GeometryError("generation with a cache needs all blocks on one device")
-        for device, part in ranges:
-            x = self._run_on_one(x.to(device), part, cache)
-        return x
+        if not ranges:
+            return x
+        with within(Pass() if self.dtype == HALF else None) as half:
+            x = x if half is None or tokens else half.enter(x)
+            for device, part in ranges:
+                x = self._run_on_one(x.to(device), part, cache)
+            return x if half is None else half.leave(x, last=True)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits (M, V) of hidden states after the last block, at any positions (M, D)."""
@@ -166,12 +178,15 @@ class Segment:
             raise GeometryError("a segment without the head has no logits")
         holder, name = self._trunk_place
         setattr(holder, name, self._tail)
+        half = Pass() if self.dtype == HALF else None
+        rows = hidden.to(self.device)
+        rows = rows if half is None else half.enter(rows)
         try:  # M sequences of one token
-            output = self._lm(inputs_embeds=hidden.to(self.device).unsqueeze(1), use_cache=False)
+            output = self._lm(inputs_embeds=rows.unsqueeze(1), use_cache=False)
         finally:
             setattr(holder, name, self._anatomy.trunk)
-        logits: torch.Tensor = output.logits
-        return logits.squeeze(1)
+        logits: torch.Tensor = output.logits.squeeze(1)
+        return logits if half is None else half.leave(logits, last=True)
 
     def parameter_count(self) -> int:
         """Return the number of frozen parameters in memory, each counted once."""

@@ -49,8 +49,13 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Data type of frozen weights and hidden states."""
+        """Data type of frozen weights, in which blocks compute."""
         return DTYPES[self.spec.dtype]
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Data type of hidden states and gradients outside a segment (`half_precision`)."""
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
 
     @property
     def quantized(self) -> str | None:
@@ -62,6 +67,13 @@ class Model:
     def quantized_on_disk(self) -> bool:
         """Whether the checkpoint itself is quantized."""
         return saved_kind(self.path, self.config) is not None
+
+    @property
+    def quantizes(self) -> tuple[str, ...]:
+        """Kinds to which segments quantize tensors of the checkpoint when they read them."""
+        blocks = self.spec.quantize if self.spec.quantize != "none" and not self.quantized_on_disk else None
+        rows = "int8" if self.spec.embedding == "int8" else None
+        return tuple(sorted({kind for kind in (blocks, rows) if kind}))
 
     def at(self, party: Literal["clients", "server"]) -> Model:
         """Return the model as the segments of one side hold it (`model.quantize_at`)."""
@@ -78,12 +90,8 @@ class Model:
         device: torch.device | Sequence[torch.device] = CPU,
     ) -> Segment:
         """Load one span to a device, or divided among several, with the embedding or the head."""
-        skeleton, kind, rows = self.skeleton(), self.quantized, self.spec.embedding == "int8"
-        if kind or rows:
-            fits = partial(saved_parts, self.checkpoint) if self.quantized_on_disk else lambda name: True
-            skeleton = quantize_layers(skeleton, kind, rows, fits)
         return Segment(
-            skeleton,
+            self.held_skeleton(),
             self.checkpoint,
             span,
             embedding=embedding,
@@ -95,6 +103,14 @@ class Model:
     def skeleton(self) -> Any:
         """Build the whole model on the meta device: names and shapes, no weights."""
         return _on_meta(self.config, self.dtype, self.spec.attention)
+
+    def held_skeleton(self) -> Any:
+        """Build the same with the layers that segments have, some of which hold weights in fewer bits."""
+        skeleton, kind, rows = self.skeleton(), self.quantized, self.spec.embedding == "int8"
+        if not kind and not rows:
+            return skeleton
+        fits = partial(saved_parts, self.checkpoint) if self.quantized_on_disk else lambda name: True
+        return quantize_layers(skeleton, kind, rows, fits)
 
     def block_names(self) -> list[str]:
         """Return the full name of each block, such as `model.layers.0`."""

@@ -42,12 +42,12 @@ _MOMENT = re.compile(r"(0|[1-9]\d{0,5})\.[\w.]+\.[ABM]\.\w+", re.ASCII)
 
 @dataclass(frozen=True)
 class Agreement:
-    """The terms of a run, equal on client and server before the first message."""
+    """The terms of a run, known on client and server before the first message; equal but for `dtype`."""
 
     width: int
     """D, the width of the model."""
     dtype: torch.dtype
-    """Type that hidden states and gradients are computed in."""
+    """Type that this side computes hidden states and gradients in."""
     adapter_dtype: torch.dtype
     """Type of LoRA factors."""
     wire: WireSpec
@@ -56,6 +56,9 @@ class Agreement:
     """Whether token ids may be sent at all (`labels: server`)."""
     most_rows: int = 2**20
     """Most real tokens of a batch."""
+    other_types: frozenset[torch.dtype] = frozenset()
+    """Types besides `dtype` that the other side may compute hidden states and gradients in
+    (`model.dtype: auto`); the frame says which, and this side decodes to its own."""
     feedback: bool = False
     """Whether a client adds the rounding error of its last upload of factors to the next."""
 
@@ -113,7 +116,7 @@ class Agreement:
                 f"({_versions(header)})"
             )
         # type and shape
-        types = {self.type_of(role)}
+        types = {self.type_of(role), *(self.other_types if role in ("hidden", "gradient") else ())}
         if field == "moments":
             if not _MOMENT.fullmatch(key):
                 raise ProtocolError(f"{kind}: {key!r} is not the name of an optimizer's moment")

@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 
 from splitft.adapters import AdapterState
-from splitft.codecs import CodecContext, Encoded
+from splitft.codecs import CodecContext, Encoded, TensorEntry
 from splitft.errors import AdapterError, ProtocolError
 from splitft.protocol.adapter_deltas import Origin
 from splitft.protocol.agreement import RAW, Agreement, as_stored
@@ -126,7 +126,7 @@ class MessageSerializer(Agreement):
         """Return the message with shapes instead of numbers, checked against terms and its own rules."""
         kind = self.validate_header(header, state)
         shapes = {
-            name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+            name: torch.empty(entry.shape, dtype=self._own_type(entry), device="meta")
             for name, entry in header.entries.items()
         }
         try:
@@ -168,6 +168,11 @@ class MessageSerializer(Agreement):
         encoded = self.codec_of(role).encode(tensor.reshape(as_stored(role, codec, shape)), context)
         return replace(encoded, dtype=self.type_of(role), shape=shape)
 
+    def _own_type(self, sent: Encoded | TensorEntry) -> torch.dtype:
+        """Return the type of a tensor on this side: the sender's, unless each side may have its own."""
+        role: Role = sent.role  # type: ignore[assignment]  # validated in the header
+        return self.type_of(role) if sent.dtype in self.other_types and role != "adapter" else sent.dtype
+
     def _decoded(self, kind: str, name: str, encoded: Encoded, context: CodecContext) -> torch.Tensor:
         """Return the numbers of a tensor. Raises ProtocolError unless all of them are finite."""
         if encoded.codec == RAW:
@@ -175,7 +180,7 @@ class MessageSerializer(Agreement):
         else:
             role: Role = encoded.role  # type: ignore[assignment]  # validated in the header
             stored = replace(encoded, shape=as_stored(role, encoded.codec, encoded.shape))
-            decoded = self.codec_of(role).decode(stored, encoded.dtype, context)
+            decoded = self.codec_of(role).decode(stored, self._own_type(encoded), context)
             tensor = decoded.reshape(encoded.shape)
         scales = [part for part in encoded.parts.values() if part is not tensor and part.is_floating_point()]
         for one in (tensor, *scales):

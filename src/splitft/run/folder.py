@@ -19,6 +19,8 @@ from splitft.config import RunConfig, dump, load
 from splitft.errors import RunError
 from splitft.files import whole_folder, write_whole
 from splitft.model import Model, open_model
+from splitft.model.devices import take_devices
+from splitft.model.precision import AUTO, resolve
 from splitft.model.source import silence_transformers
 from splitft.names import file_safe, is_file_safe
 from splitft.peft_folder import check_whole, with_adapter, write_merged, write_peft
@@ -104,6 +106,14 @@ def find_snapshot(folder: Path, config: RunConfig, resume: bool) -> Snapshot | N
     return None
 
 
+def fix_dtype(config: RunConfig, folder: Path, resume: bool) -> RunConfig:
+    """Replace `model.dtype: auto` by the type of the run to resume, or else by this machine's fastest."""
+    written = folder / "config.yaml"
+    known = resume and config.model.dtype == AUTO and written.is_file()
+    model = config.model.model_copy(update={"dtype": load(written).model.dtype}) if known else config.model
+    return config.model_copy(update={"model": resolve(model, take_devices(config.devices).every)})
+
+
 def open_log(folder: Path, config: RunConfig, snapshot: Snapshot | None) -> EventLog:
     """Make the run folder, or open it again, and open its log.
 
@@ -180,6 +190,8 @@ def _check_same(old: RunConfig, new: RunConfig, folder: Path) -> None:
         flat["plugins"] = [plugin["sha256"][:12] for plugin in flat["plugins"]]
         del flat["trackers"]
     may_differ = {"training.rounds", *moved_keys(folder)}
+    if after["model.dtype"] == AUTO:  # each party of a deployed run has its own
+        may_differ.add("model.dtype")
     changed = [key for key in after if before[key] != after[key] and key not in may_differ]
     if before["training.rounds"] != after["training.rounds"] and new.training.schedule != "constant":
         changed.append("training.rounds")

@@ -169,7 +169,8 @@ def _json_cache(folder: str, kind: type[T]) -> KeyedCache[T]:
 def _fleet_facts(config: RunConfig) -> tuple[object, ...]:
     """Return everything that a fleet depends on."""
     sources = [Path(config.model.name), Path(config.model.name) / "config.json"]
-    sources += sorted((cache_folder() / "calibrations").glob("*.json"))
+    for measured in ("calibrations", "precision"):
+        sources += sorted((cache_folder() / measured).glob("*.json"))
     stamps = [(path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None for path in sources]
     text = file_digest(Path(config.data.source))
     return config.model_dump_json(), text, stamps, _code_stamps("*/*.py"), platform.node()

@@ -22,6 +22,7 @@ from splitft.errors import ConfigError
 from splitft.geometry import Span
 from splitft.model import Model
 from splitft.model.devices import RunDevices
+from splitft.model.precision import AUTO, AUTO_TYPES
 from splitft.privacy.accounting import accountant_missing
 from splitft.privacy.defence import Defence
 from splitft.privacy.noise import Noise
@@ -138,10 +139,14 @@ def prepare(config: RunConfig, inputs: RunInputs | None = None) -> RunSetup:
 
 
 def serializer_of(config: RunConfig, model: Model) -> MessageSerializer:
-    """Return the serializer of a run; client and server make equal ones from the same configuration."""
+    """Return the serializer of a run; client and server make equal ones from the same configuration.
+
+    With `model.dtype: auto`, which only a deployed run has here, each computes in a type of its own.
+    """
     return MessageSerializer(
         width=model.shape.width,
-        dtype=model.dtype,
+        dtype=model.hidden_dtype,
+        other_types=AUTO_TYPES if config.model.dtype == AUTO else frozenset(),
         adapter_dtype=torch.promote_types(model.dtype, torch.float32),
         wire=config.wire,
         labels_travel=config.split.labels == "server",

@@ -20,11 +20,12 @@ from splitft.data.tokens import Tokenised
 from splitft.errors import RunError
 from splitft.geometry import Span
 from splitft.model.identity import tokenizer_digest, weight_digests
+from splitft.model.precision import describe
 from splitft.model.source import silence_transformers
 from splitft.privacy.defence import promises
 from splitft.privacy.known_leakage import audited_sentence
 from splitft.protocol.channel import Tap
-from splitft.run.folder import Run, find_snapshot, is_finished, open_log, put_adapter
+from splitft.run.folder import Run, find_snapshot, fix_dtype, is_finished, open_log, put_adapter
 from splitft.run.lock import hold
 from splitft.run.same_inputs import check_inputs
 from splitft.run.setup import RunSetup, prepare
@@ -62,14 +63,13 @@ def train(
 
     Raises RunError if `out` holds a run already (or, with `resume`, another one), and what `prepare` raises.
     """
-    config = config if isinstance(config, RunConfig) else load(config, overrides)
-    run = Run(Path(out))
+    run, config = Run(Path(out)), config if isinstance(config, RunConfig) else load(config, overrides)
+    config = fix_dtype(config, run.folder, resume)
     snapshot = find_snapshot(run.folder, config, resume)
     if snapshot is not None and snapshot.state.round >= config.training.rounds and is_finished(run.folder):
         return run
     with hold(run.folder, "splitft train"):
-        # another process may have trained into it meanwhile
-        snapshot = find_snapshot(run.folder, config, resume)
+        snapshot = find_snapshot(run.folder, config, resume)  # another process may have trained meanwhile
         return _train(run, config, snapshot, listeners, tap)
 
 
@@ -110,8 +110,10 @@ def _train(
         def save(state: RunState) -> None:
             path = save_snapshot(run.folder, _snapshot(prepared, state, simulation))
             _write_adapters(prepared, state, run)
-            listener(CheckpointSaved(round=state.round, path=str(path.relative_to(run.folder))))
-            summary.write()
+            try:
+                listener(CheckpointSaved(round=state.round, path=str(path.relative_to(run.folder))))
+            finally:  # a listener may end the training here
+                summary.write()
 
         prepared.trainer(simulation, listener, save).train(state)
         listener(RunDone(rounds=config.training.rounds))
@@ -198,7 +200,7 @@ def _audited(prepared: RunSetup) -> str:
 
 def _begin(prepared: RunSetup, listener: Listener, base: Mapping[str, str], tokenizer: str) -> RunState:
     """Report how a new run begins, and return its state before round 1."""
-    config, width = prepared.config, prepared.model.shape.width
+    config, model, fleet = prepared.config, prepared.model, prepared.cut_schedule.fleet
     longest = max(map(len, prepared.text.examples))
     listener(
         RunStarted(
@@ -206,17 +208,19 @@ def _begin(prepared: RunSetup, listener: Listener, base: Mapping[str, str], toke
             method=config.method,
             seed=config.seed,
             model=config.model.name,
-            blocks=prepared.model.shape.blocks,
+            blocks=model.shape.blocks,
             rounds=config.training.rounds,
             steps=config.training.steps,
             labels=config.split.labels,
             received=received(config),
-            defences=run_promises(config, prepared.cut_schedule.fleet, prepared.facts, width, longest),
+            defences=run_promises(config, fleet, prepared.facts, model.shape.width, longest),
             audited=_audited(prepared),
             clients=prepared.facts,
             machines=prepared.cut_schedule.machines(),
             base=base,
             tokenizer=tokenizer,
+            devices=str(prepared.devices),
+            precision=describe(model.spec.dtype, prepared.devices.every),
         )
     )
     for choice in prepared.chosen:

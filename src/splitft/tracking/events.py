@@ -66,6 +66,10 @@ class RunStarted(Stamped):
     """SHA-256 of the files of the frozen base model, to resume with the same; empty if unknown."""
     tokenizer: str = ""
     """Digest of the tokenizer, likewise."""
+    devices: str = ""
+    """The devices that compute, in words; empty in earlier versions."""
+    precision: str = ""
+    """Type of the frozen weights and hidden states, and the reason for it; empty in earlier versions."""
 
     @property
     def privacy(self) -> str:
