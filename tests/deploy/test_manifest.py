@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from model.weights.hub_server import running, visit
+from quantized import needs_bitsandbytes
 from splitft.deploy.manifest import (
     MOST_TENSORS,
     ParameterNames,
@@ -26,9 +27,9 @@ from splitft.deploy.site.policy import SitePolicy
 from splitft.deploy.tokenizer_files import verify_tokenizer
 from splitft.errors import ForbiddenError
 from splitft.geometry import Span
-from splitft.model import open_model
+from splitft.model import open_model, quantized_weights
 from splitft.model.weights import on_hub
-from splitft.model.weights.table import table_of
+from splitft.model.weights.tensor_table import table_of
 from splitft.protocol import Join, MessageSerializer
 from splitft.protocol.control import BaseTensor
 from splitft.specs import ModelSpec, SiteSpec, WireSpec
@@ -340,3 +341,17 @@ def test_a_server_without_a_tokenizer_is_not_compared(two_models, caplog):
         (Path(server.path) / name).unlink(missing_ok=True)
     verify_tokenizer(site, manifest_of(server))
     assert "no tokenizer to compare" in caplog.text
+
+
+@needs_bitsandbytes
+def test_a_site_whose_bitsandbytes_rounds_otherwise_would_hold_another_base(sharded, monkeypatch):
+    spec = sharded.spec.model_copy(update={"quantize": "nf4", "embedding": "int8"})
+    model = open_model(spec)
+    manifest, names = tensors_of(model), names_at(model, 2)
+    assert {one.name for one in manifest if ":" in one.name} == {"quantizer:nf4", "quantizer:int8"}
+    assert verify_tensors(model, names, manifest, None) == []
+    monkeypatch.setattr(quantized_weights, "BLOCK", 128)
+    with pytest.raises(ForbiddenError, match="nf4 weights are rounded otherwise here than on the server"):
+        verify_tensors(model, names, manifest, None)
+    assert verify_tensors(sharded, names, manifest, None) == []  # full weights need no quantizer
+    assert not any(":" in one.name for one in tensors_of(sharded))

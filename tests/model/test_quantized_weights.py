@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quantized import needs_bitsandbytes
 from splitft.model import quantized_weights
-from splitft.model.quantized_weights import QUANTIZERS, joined, parted, product
+from splitft.model.quantized_weights import QUANTIZERS, fingerprint, joined, parted, product
 
 pytestmark = needs_bitsandbytes
 
@@ -152,3 +152,15 @@ def test_bytes_are_told_apart_again():
     found, rest = parted(joined(scales, numbers), 2)
     assert torch.equal(found, scales)
     assert torch.equal(rest.view(2, 2), numbers)
+
+
+def test_the_fingerprint_is_the_same_on_every_machine():
+    """As computed with bitsandbytes 0.50.2; another version that rounds otherwise makes another base."""
+    assert fingerprint("nf4") == (
+        36864,
+        "c0d0f813a958ce991eb9f95eea73ed5be404c0d7ea405cccb0fbcf6063a73db0",
+    )
+    assert fingerprint("int8") == (
+        65792,
+        "15ebb9c0ba6ad25c1feec84ca28cec08625ccb356604c4aa40ac132e2f18ea7d",
+    )

@@ -8,6 +8,9 @@ earlier version, or too many of them), and where a site trusts whole files only,
 configuration counts too, since the same weights with another rotary base are another model. It is compared by
 its content, not byte by byte, since every version of transformers writes its own number into it. The manifest
 has the tokenizer's files too (`tokenizer_files`).
+
+A base that is quantized when it is read is the same on both sides if the tensors are, and the quantizers. So
+the list of tensors has an entry for each quantizer: what a fixed tensor becomes.
 """
 
 from __future__ import annotations
@@ -24,11 +27,15 @@ from splitft.model import Model
 from splitft.model.anatomy import locate
 from splitft.model.identity import CONFIG, config_content
 from splitft.model.quantized_layers import saved_parts
+from splitft.model.quantized_weights import fingerprint
 from splitft.model.weights.digests import kept_digest
 from splitft.protocol.control import BaseFile, BaseTensor
 
 MOST_TENSORS = 4096
 """Tensors that fit into the header of a message; of a model with more, the files are compared."""
+
+QUANTIZER = "quantizer:"
+"""Begin of the names of entries for ways to quantize; no tensor has a colon in its name."""
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +89,7 @@ def tensors_of(model: Model) -> tuple[BaseTensor, ...]:
     if len(names) > MOST_TENSORS:
         logger.info("%s has %d tensors, too many for a manifest: sites compare files", model.path, len(names))
         return ()
-    found = model.checkpoint.digests(names)
+    found = model.checkpoint.digests(names) | _quantizers(model)
     return tuple(BaseTensor(name, size, sha256) for name, (size, sha256) in found.items())
 
 
@@ -115,6 +122,7 @@ def verify_tensors(
     ForbiddenError for a tensor that is not the server's, or that the site does not trust.
     """
     on_server = {one.name: one for one in manifest}
+    _verify_quantizers(model, on_server)
     names = [name for name in _with_parts(model, names) if name in model.checkpoint]
     alone = [name for name in names if name in on_server and (trusted is None or name in trusted)]
     if trusted is not None:
@@ -129,6 +137,21 @@ def verify_tensors(
                 "model on both sides"
             )
     return [name for name in names if name not in set(alone)]
+
+
+def _verify_quantizers(model: Model, on_server: Mapping[str, BaseTensor]) -> None:
+    """Raise ForbiddenError if equal tensors would become other bytes here than on the server."""
+    for name, (_, digest) in _quantizers(model.at("clients")).items():
+        if name in on_server and on_server[name].sha256 != digest:
+            raise ForbiddenError(
+                f"{name.removeprefix(QUANTIZER)} weights are rounded otherwise here than on the server, and the "
+                "base models would differ: install the same version of bitsandbytes on both sides"
+            )
+
+
+def _quantizers(model: Model) -> dict[str, tuple[int, str]]:
+    """Return what stands for the quantized bytes of every tensor: what a fixed tensor becomes."""
+    return {f"{QUANTIZER}{kind}": fingerprint(kind) for kind in model.quantizes}
 
 
 def verify(

@@ -19,6 +19,7 @@ NF4: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314. int8 by rows: https
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -189,6 +190,20 @@ def product(
     """Return x W~^T + bias with gradients of x alone: (..., in) -> (..., out)."""
     y: torch.Tensor = _Product.apply(x, held, bias, kind, shape)  # type: ignore[no-untyped-call]
     return y
+
+
+def fingerprint(kind: str) -> tuple[int, str]:
+    """Return bytes and SHA-256 of what a fixed matrix becomes when it is quantized.
+
+    Parties with the same tensors and the same fingerprint hold the same bytes. The matrix is made of whole
+    numbers and one division, which are the same on every machine: drawn numbers are not.
+    """
+    shape = (64, 1024)
+    count = torch.arange(shape[0] * shape[1], dtype=torch.int64)
+    mixed = (count * 2654435761 + (count >> 7) * 40503) % 2**32 - 2**31
+    matrix = mixed.float().view(shape) / (torch.arange(1, shape[0] + 1, dtype=torch.float32)[:, None] * 2**31)
+    held = QUANTIZERS[kind].quantize(matrix)
+    return held.numel(), hashlib.sha256(held.numpy()).hexdigest()
 
 
 def _slices(shape: Shape, multiple: int) -> Iterator[slice]:
