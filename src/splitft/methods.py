@@ -145,7 +145,7 @@ METHODS: Registry[Method] = Registry("method", "splitft.methods", {
         fixes={**_SPLIT,
             **_ONE_RANK,
             **_FACTORS, "split.server_adapters": Fixed("shared", "has one server's copy for all clients")},
-        defaults={**_PLAIN, "training.optimizer_state": "keep"},
+        defaults=_PLAIN,
         one_cut=True,
     ),
     "splitft-fixed": Method(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -12,12 +13,13 @@ from splitft.compare.comparison_page import (
     comparison_page,
     comparison_table,
     metric_table,
+    paired_sentence,
     target_sentence,
 )
 from splitft.errors import RunError
 from splitft.report.cost_charts import loss_against_costs, loss_with_bands
 from splitft.tracking.comparability import differences
-from splitft.tracking.history import Point, first_below, loss_history
+from splitft.tracking.history import Point, first_below, loss_history, mean_loss_on_the_way
 from splitft.tracking.summary import summarise
 from tracking.story import story
 
@@ -33,8 +35,8 @@ def test_a_history_adds_up_what_was_sent_and_how_long_it_took():
     # steps: 21 bytes a labelled token, 80 tokens in round 1 and 40 in round 2; adapters 3300 and 7000 bytes
     assert loss_history(story()) == [
         Point(0, 4.0, 0, 0.0),
-        Point(1, 3.5, 12.0, (80 * 21 + 3300) / 1e6),
-        Point(2, 3.0, 20.0, (120 * 21 + 10300) / 1e6),
+        Point(1, 3.5, 12.0, (80 * 21 + 3300) / 1e6, 8),
+        Point(2, 3.0, 20.0, (120 * 21 + 10300) / 1e6, 12),
     ]
     untimed = [event for event in story() if event.event != "RoundTimed"]
     assert {point.simulated_s for point in loss_history(untimed)} == {None}
@@ -142,3 +144,38 @@ def test_what_the_models_can_do_has_a_table_of_its_own():
     assert "<h2>Tasks</h2>" in comparison_page(compare_runs(runs), "")
     assert metric_table(compare_runs(runs[2:])) is None
     assert "<h2>Tasks</h2>" not in comparison_page(compare_runs(runs[2:]), "")
+
+
+def test_no_run_has_a_target_after_its_first_round_unless_all_are_so_good():
+    runs = [trained("a", 0, [4, 3.1, 2]), trained("b", 0, [4, 3.4, 2.5])]
+    data = compare_runs(runs)
+    assert data["targets"] == pytest.approx([2.5 + 0.6 * 2 / 3, 2.5 + 0.6 / 3, 2.5])
+    a, b = (method["to_targets"] for method in data["methods"])
+    assert [goal["simulated_s"] for goal in a] == [[20.0]] * 3
+    assert [goal["reached"] for goal in b] == [1, 1, 1]
+    assert compare_runs([trained("a", 0, [4, 3, 3.2]), trained("b", 0, [4, 3, 3.1])])["targets"] == [3]
+
+
+def test_the_mean_loss_on_the_way_is_the_area_under_the_line():
+    points = trained("a", 0, [4, 3, 2]).history  # 10 s and 5 MB a round
+    by_time = partial(mean_loss_on_the_way, points, lambda point: point.simulated_s)
+    assert by_time(20.0) == pytest.approx(3.0)
+    assert by_time(10.0) == pytest.approx(3.5)
+    assert by_time(5.0) == pytest.approx(3.75)
+    assert by_time(40.0) == pytest.approx(2.5), "after the last evaluation it stays"
+    assert math.isnan(
+        mean_loss_on_the_way([replace(one, simulated_s=None) for one in points], lambda p: None, 1)
+    )
+
+
+def test_several_seeds_are_compared_in_pairs():
+    losses = {"a": (2.0, 2.2, 2.1), "b": (2.3, 2.4, 2.5)}
+    runs = [
+        trained(name, seed, [4, 3, loss]) for name, all_ in losses.items() for seed, loss in enumerate(all_)
+    ]
+    (pair,) = compare_runs(runs)["paired"]
+    assert pair["difference"] == pytest.approx(0.3)
+    # t = mean / (sd / sqrt(3)) of 0.3, 0.2, 0.4 = 0.3 / (0.1 / 1.732) = 5.196; two degrees of freedom
+    assert pair["p"] == pytest.approx(0.0351, abs=1e-4)
+    assert "b +0.3000 (p 0.035)" in paired_sentence(compare_runs(runs))
+    assert compare_runs(runs[:2] + runs[3:5])["paired"][0]["p"] is None, "two seeds are too few"

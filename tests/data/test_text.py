@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitft.data.text import Batch, BatchStream, Example, eval_batches, held_out
+from splitft.data.text import Batch, BatchStream, Example, eval_batches, evaluation_part, held_out
 from splitft.errors import DataError
 
 
@@ -166,12 +166,22 @@ def test_the_held_out_part_is_drawn_from_everywhere_and_by_seed_and_client():
     assert first_ones != sorted(first_ones)  # a limit on evaluation takes a sample, not the beginning
 
 
-@given(_examples(), st.integers(1, 9), BUDGETS, st.none() | st.integers(1, 50))
-def test_evaluation_covers_the_first_examples_up_to_the_limit_once(examples, batch_size, budget, limit):
-    batches = eval_batches(examples, batch_size, budget, limit)
-    assert _examples_in(batches) == Counter(example.tokens for example in examples[:limit])
+@given(_examples(), st.integers(1, 9), BUDGETS)
+def test_evaluation_covers_every_example_once(examples, batch_size, budget):
+    batches = eval_batches(examples, batch_size, budget)
+    assert _examples_in(batches) == Counter(example.tokens for example in examples)
     longest = [max(batch.lengths) for batch in batches]
     assert longest == sorted(longest)
+
+
+@given(st.lists(st.integers(), min_size=2, max_size=9), st.none() | st.integers(1, 9))
+def test_the_halves_of_the_held_out_text_have_nothing_in_common_and_are_all_of_it(numbers, most):
+    held = _of_lengths(*[3] * len(numbers))
+    first, second = (evaluation_part(held, half, None) for half in ("first-half", "second-half"))
+    assert [*first, *second] == list(held)
+    assert 0 <= len(first) - len(second) <= 1
+    assert list(evaluation_part(held, "all", most)) == list(held)[:most]
+    assert list(evaluation_part(held, "second-half", most)) == list(second)[:most]
 
 
 @pytest.mark.parametrize(("tokens", "labelled_from"), [((), 1), ((1,), 1), ((1, 2), 0), ((1, 2), 2)])
@@ -185,6 +195,10 @@ def test_too_little_text_is_named():
         BatchStream([], 4, client=3)
     with pytest.raises(DataError, match=r"client 3 has 1 example\(s\), but needs 2"):
         held_out(_of_lengths(5), 0.1, seed=0, client=3)
+    with pytest.raises(
+        DataError, match=r"second half of 1 held-out example\(s\) is empty; raise data.holdout"
+    ):
+        evaluation_part(_of_lengths(5), "second-half", None)
     with pytest.raises(DataError, match="no held-out examples"):
         eval_batches([], 4)
     with pytest.raises(DataError, match="at least one example"):

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ from splitft.errors import ConfigError
 
 if TYPE_CHECKING:
     from splitft.cli.progress import ProgressBars
-    from splitft.compare.compare import ComparisonRow
+    from splitft.compare.rows import ComparisonRow
     from splitft.tracking.events import Event
 
 Overrides = Annotated[
@@ -122,42 +123,70 @@ def compare(
         typer.Option(help="Held-out loss to reach.", show_default="the lowest that all runs reach"),
     ] = None,
     tasks: Annotated[str, typer.Option(help="Evaluate every model on e2e, gsm8k, or both.")] = "",
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=A,B,...",
+            help="Let every method choose the best of these values, on held-out text that the figures do not "
+            "use; several times for several keys.",
+        ),
+    ] = None,
+    until_seconds: Annotated[
+        float | None, typer.Option(help="Compare all after this time on the simulated clock.")
+    ] = None,
+    until_examples: Annotated[
+        int | None, typer.Option(help="Compare all after this many examples of all clients.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train several methods on the same text and seeds, and compare them.
 
     Runs that are finished in --out are not trained again; after Ctrl-C, the same command continues.
+    With --tune training.lr=3e-4,1e-3,3e-3 every method has its own best learning rate.
     """
     from splitft.cli.progress import ProgressBars
+    from splitft.compare.budget import Budget
     from splitft.compare.compare import compare as train_and_compare
-    from splitft.compare.compare import plan_runs
-    from splitft.compare.comparison_page import NOTE, comparison_table, metric_table, target_sentence
+    from splitft.compare.compare import plan_runs, plan_tuning, tune_methods
+    from splitft.compare.comparison_page import comparison_lines, comparison_tables
 
     out = out or Path("runs") / f"compare-{file.stem}"
-    rows = plan_runs(file, _listed(methods), _seeds(seeds), out, overrides or [])
-    screen = console(stderr=as_json)
+    budget, names, given = Budget(None, until_seconds, until_examples), _listed(methods), overrides or []
+    rows = plan_runs(file, names, _seeds(seeds), out, given)
+    candidates = plan_tuning(file, names, rows[0].seed, out, given, tune) if tune else {}
+    screen, choices = console(stderr=as_json), None
+    planned = [one.row for tried in candidates.values() if len(tried) > 1 for one in tried]
     try:
         with ProgressBars(screen) as bars:
+            if candidates:
+                choices = tune_methods(candidates, budget, _RowProgress(planned, bars))
+                rows = plan_runs(file, names, _seeds(seeds), out, given, choices)
+            rows = planned = [replace(row, budget=budget) for row in rows]
             data = train_and_compare(
                 rows,
                 out,
                 target=target,
                 tasks=_listed(tasks),
+                choices=choices,
                 listener=_RowProgress(rows, bars),
                 progress=bars,
             )
     except KeyboardInterrupt:
-        done = sum(row.finished for row in rows)
+        done = sum(row.finished for row in planned)
         ours = sys.argv[1:2] == ["compare"]
         command = shlex.join(["splitft", *sys.argv[1:]]) if ours else "the same command"
-        end(f"stopped; {done} of {len(rows)} runs are safe in {out}. Continue with: {command}", INTERRUPTED)
+        end(
+            f"stopped; {done} of {len(planned)} runs are safe in {out}. Continue with: {command}", INTERRUPTED
+        )
     if as_json:
         typer.echo(json.dumps(data, indent=2))
         return
-    for table in filter(None, (comparison_table(data), metric_table(data))):
+    for table in comparison_tables(data):
         screen.print()
         screen.print(table.to_rich())
-    screen.print(f"\n{target_sentence(data)} {NOTE}", highlight=False, markup=False)
+    screen.print()
+    for line in comparison_lines(data):
+        screen.print(line, highlight=False, markup=False)
     say(screen, f"Report   {out / 'compare.html'}")
 
 

@@ -1,77 +1,83 @@
 """Train one configuration under several methods and seeds, each run in its own folder, and compare them.
 
-    FILE, methods, seeds --plan_runs--> [ComparisonRow, ...] --compare--> compare.json, compare.html
+FILE, methods, seeds --plan_runs--> [ComparisonRow, ...] --compare--> compare.json, compare.html
+              └--tune_methods--> values of each method ---^
 
-    OUT/  compare.html  compare.json  runs/  splitft-seed0-1f0c9a27/  fedlora-seed0-8b63d5e1/  ...
-
-A run's folder is named after a hash of its resolved configuration and our version: a finished run is not
-trained again, one that stopped continues from its last round, and another configuration has another folder.
+OUT/  compare.html  compare.json  runs/  splitft-seed0-1f0c9a27/  fedlora-seed0-8b63d5e1/  ...
+                                  tuning/  splitft-seed0-77ab01c2/  ...
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from splitft.compare.budget import Budget, train_within
 from splitft.compare.comparison import Trained, compare_runs, refuse_different_data, server_reads
 from splitft.compare.comparison_page import comparison_page
-from splitft.config import RunConfig, dump, load
+from splitft.compare.rows import ComparisonRow, RowListener, plan_row
+from splitft.compare.tuning import FINAL_PART, Candidate, Choice, choose, parse_grid, plan_candidates
+from splitft.config import dump, load
 from splitft.errors import ConfigError, MethodError, RunError, SplitftError
 from splitft.evaluation.evaluate import HELD_OUT, EvaluationRequest, check_tasks, evaluate
 from splitft.files import write_whole
 from splitft.methods import METHODS
 from splitft.report.page import write_page
-from splitft.run.folder import Run, is_finished
-from splitft.run.train import train
+from splitft.run.folder import Run
 from splitft.tracking.evaluations import METRICS, read_evaluations
-from splitft.tracking.events import Event, RunStarted
-from splitft.tracking.history import loss_history
+from splitft.tracking.events import RunStarted
 from splitft.tracking.log import read_events, settled
-from splitft.version import __version__
 
-
-@dataclass(frozen=True)
-class ComparisonRow:
-    """One run of a comparison."""
-
-    method: str
-    seed: int
-    config: RunConfig
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        """Its name in progress and messages."""
-        return f"{self.method}, seed {self.seed}"
-
-    @property
-    def finished(self) -> bool:
-        """True if it is trained already."""
-        return (self.folder / "events.jsonl").is_file() and is_finished(self.folder)
-
-
-RowListener = Callable[[ComparisonRow, Event], None]
-"""Receives the events of every run."""
 EvaluationProgress = Callable[[str, int, int], None]
 """Receives the name of an evaluation, the number of examples done, and of all."""
 
 
+def plan_tuning(
+    file: Path, methods: Sequence[str], seed: int, out: Path, overrides: Sequence[str], tune: Sequence[str]
+) -> dict[str, list[Candidate]]:
+    """Return the candidates of every method, for `tune` such as `training.lr=1e-4,1e-3`; write nothing.
+
+    Raises MethodError and ConfigError.
+    """
+    load(file, overrides)
+    grid, found, faults = parse_grid(tune), dict[str, list[Candidate]](), list[str]()
+    for name in method_names(methods):
+        try:
+            found[name] = plan_candidates(file, name, seed, out, overrides, grid)
+        except ConfigError as error:
+            faults += [f"{name}: {line}" for line in str(error).splitlines()]
+    if faults:
+        raise MethodError("\n".join(dict.fromkeys(faults)))
+    return found
+
+
+def tune_methods(
+    candidates: Mapping[str, Sequence[Candidate]], budget: Budget, listener: RowListener
+) -> dict[str, Choice]:
+    """Train the candidates of every method as far as needed; return what is chosen for each."""
+    return {name: choose(tried, budget, listener) for name, tried in candidates.items()}
+
+
 def plan_runs(
-    file: Path, methods: Sequence[str], seeds: Sequence[int], out: Path, overrides: Sequence[str] = ()
+    file: Path,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    overrides: Sequence[str] = (),
+    choices: Mapping[str, Choice] | None = None,
 ) -> list[ComparisonRow]:
     """Return every run of the comparison, seed by seed, with its configuration checked; write nothing.
 
-    `methods` are names, or `all` alone. Raises MethodError for a method that does not exist or cannot run as
+    `methods` are names, or `all` alone; with `choices`, each has its chosen values, and is evaluated on
+    the first half of the held-out text. Raises MethodError for a method that does not exist or cannot run as
     configured, and ConfigError.
     """
     load(file, overrides)  # report the file's own faults once, not once for each method; load its plug-ins
-    methods = list(METHODS) if list(methods) == ["all"] else methods
-    _check_methods(methods)
+    methods = method_names(methods)
     if not seeds:
         raise ConfigError(
             "the list of seeds is empty; give their number (--seeds 3), or a list (--seeds 0,7)"
@@ -79,16 +85,21 @@ def plan_runs(
     rows, faults = [], []
     for seed in seeds:
         for name in methods:
+            chosen = [*choices[name].overrides, FINAL_PART] if choices else []
             try:
-                config = load(file, [*overrides, f"method={name}", f"seed={seed}"])
+                rows.append(plan_row(file, name, seed, out / "runs", [*overrides, *chosen]))
             except ConfigError as error:
                 faults += [f"{name}: {line}" for line in str(error).splitlines()]
-                continue
-            folder = out / "runs" / f"{name}-seed{seed}-{_digest(config)}"
-            rows.append(ComparisonRow(config.method, seed, config, folder))
     if faults:
         raise MethodError("\n".join(dict.fromkeys(faults)))
     return rows
+
+
+def method_names(methods: Sequence[str]) -> list[str]:
+    """Return the methods, all of them for `all`. Raises MethodError unless each exists and is named once."""
+    methods = list(METHODS) if list(methods) == ["all"] else list(methods)
+    _check_methods(methods)
+    return methods
 
 
 def _check_methods(methods: Sequence[str]) -> None:
@@ -111,6 +122,7 @@ def compare(
     *,
     target: float | None = None,
     tasks: Sequence[str] = (),
+    choices: Mapping[str, Choice] | None = None,
     listener: RowListener = lambda row, event: None,
     progress: EvaluationProgress = lambda name, done, total: None,
 ) -> dict[str, Any]:
@@ -129,6 +141,7 @@ def compare(
         metrics = [_task_metrics(row, tasks, progress) for row in rows]
         runs = [replace(run, metrics=one) for run, one in zip(runs, metrics, strict=True)]
     data = compare_runs(runs, target)
+    data["tuning"] = [choice.as_data() for choice in (choices or {}).values()]
     write_whole(out / "compare.json", json.dumps(data, indent=2, allow_nan=False) + "\n")
     write_page(out / "compare.html", comparison_page(data, dump(rows[0].config)))
     return data
@@ -159,31 +172,23 @@ def _task_metrics(row: ComparisonRow, tasks: Sequence[str], progress: Evaluation
 
 
 def _trained(row: ComparisonRow, listener: RowListener) -> Trained:
-    """Return a finished run; train it first, or continue it, unless it is finished."""
+    """Return a run that is trained as far as it is needed; train it first, or continue it."""
     folder = row.folder
+    try:
+        history = train_within(row.config, folder, row.budget, [lambda event: listener(row, event)])
+    except SplitftError as error:
+        raise type(error)(f"{row.name}: {error}") from error
     if not row.finished:
-        resume = (folder / "config.yaml").is_file()
-        for draft in () if resume else folder.glob("*.draft"):  # of a process killed before the run began
-            draft.unlink()
-        try:
-            train(row.config, folder, resume=resume, listeners=[lambda event: listener(row, event)])
-        except SplitftError as error:
-            raise type(error)(f"{row.name}: {error}") from error
+        raise RunError(f"{folder} did not finish; run the same command again to continue")
     events = settled(read_events(folder / "events.jsonl"))
     summary = Run(folder).summary
-    if not summary.get("finished"):
-        raise RunError(f"{folder} did not finish; run the same command again to continue")
     started = next(event for event in events if isinstance(event, RunStarted))
     return Trained(
         method=row.method,
         seed=row.seed,
         folder=str(folder),
         summary=summary,
-        history=loss_history(events),
+        history=history,
         server_reads=server_reads(summary, started.received),
         about=f"{METHODS[row.method].difference} {METHODS[row.method].source}",
     )
-
-
-def _digest(config: RunConfig) -> str:
-    return hashlib.sha256(f"{__version__}\n{dump(config)}".encode()).hexdigest()[:8]

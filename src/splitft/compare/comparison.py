@@ -10,18 +10,25 @@ the configuration. A target is reached at the first evaluation with that loss or
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from splitft.errors import RunError
 from splitft.tracking.comparability import differences
 from splitft.tracking.evaluations import METRICS
-from splitft.tracking.history import Point, first_below
+from splitft.tracking.history import Point, first_below, mean_loss_on_the_way
 
 CLIENT_LEGS = ("client_forward", "head", "client_backward")
 """Legs in which a client computes."""
 SERVER = "server"
+LEAST_SEEDS = 3
+"""Fewest seeds for a paired test."""
+COSTS: Mapping[str, Callable[[Point], float | None]] = {
+    "simulated_s": lambda point: point.simulated_s,
+    "mb": lambda point: point.mb,
+}
+"""Costs over which the mean loss on the way is taken, up to the least that any run spent in all."""
 READS = {"text": "all the text", "nothing": "nothing", "adapters": "adapters"}
 """What a server reads that gets no hidden states, by `RunStarted.received`."""
 
@@ -69,12 +76,16 @@ def compare_runs(runs: Sequence[Trained], target: float | None = None) -> dict[s
                 f"lower training.lr, or leave {run.method} out"
             )
     reached, why = (target, "as given") if target is not None else common_target(runs)
+    goals = targets(runs, reached)
     methods = dict.fromkeys(run.method for run in runs)
+    ends = {key: min(cost(run.history[-1]) or 0.0 for run in runs) for key, cost in COSTS.items()}
     return {
         "target": reached,
         "target_is": why,
         "seeds": sorted({run.seed for run in runs}),
-        "methods": [_method([run for run in runs if run.method == name], reached) for name in methods],
+        "targets": goals,
+        "methods": [_method([run for run in runs if run.method == name], goals, ends) for name in methods],
+        "paired": _paired(runs, list(methods)),
         "runs": [
             {
                 "method": run.method,
@@ -106,8 +117,42 @@ def common_target(runs: Sequence[Trained]) -> tuple[float, str]:
     return loss, f"the lowest that every run reaches: the best of {method}, seed {seed}{weak}"
 
 
-def _method(runs: Sequence[Trained], target: float) -> dict[str, Any]:
-    """Return the figures of one method, one number for each seed."""
+def targets(runs: Sequence[Trained], lowest: float) -> list[float]:
+    """Return losses to reach, from the highest: `lowest`, and two between it and what any run has at first.
+
+    No run reaches one of them with its first evaluation after training began, unless `lowest` is so high.
+    """
+    first = min(run.history[1].loss for run in runs)
+    return [lowest + (first - lowest) * part for part in (2 / 3, 1 / 3, 0.0)] if lowest < first else [lowest]
+
+
+def _paired(runs: Sequence[Trained], methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the difference of each method's final loss from the first method's, seed by seed.
+
+    p is that of the paired t-test, two-sided; None with fewer than three seeds, or without any spread.
+    """
+    from scipy.stats import ttest_rel  # here, because it takes a while to import
+
+    last = {(run.method, run.seed): run.history[-1].loss for run in runs}
+    seeds = sorted({run.seed for run in runs})
+    found = []
+    for method in methods[1:]:
+        both = [seed for seed in seeds if (method, seed) in last and (methods[0], seed) in last]
+        if not both:
+            continue
+        pairs = [(last[method, seed], last[methods[0], seed]) for seed in both]
+        differences = [one - other for one, other in pairs]
+        p = None
+        if len(pairs) >= LEAST_SEEDS and len(set(differences)) > 1:
+            p = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+        mean = sum(differences) / len(differences)
+        found.append({"method": method, "against": methods[0], "difference": mean, "p": p})
+    return found
+
+
+def _method(runs: Sequence[Trained], goals: Sequence[float], ends: Mapping[str, float]) -> dict[str, Any]:
+    """Return the figures of one method, one number for each seed; the last of the goals is the target."""
+    target = goals[-1]
     last = [run.history[-1].loss for run in runs]
     reached = [point for run in runs if (point := first_below(run.history, target)) is not None]
     return {
@@ -120,6 +165,12 @@ def _method(runs: Sequence[Trained], target: float) -> dict[str, Any]:
         "reached": len(reached),
         "simulated_s_to_target": [point.simulated_s for point in reached if point.simulated_s is not None],
         "mb_to_target": [point.mb for point in reached],
+        "to_targets": [_reached(runs, goal) for goal in goals],
+        "mean_loss": {
+            key: [_finite(mean_loss_on_the_way(run.history, cost, ends[key])) for run in runs]
+            for key, cost in COSTS.items()
+        },
+        "examples": [run.history[-1].examples for run in runs],
         "simulated_s": [run.history[-1].simulated_s for run in runs],
         "mb": [run.history[-1].mb for run in runs],
         "client_memory_gb": [_most_memory(run.summary) for run in runs],
@@ -132,6 +183,21 @@ def _method(runs: Sequence[Trained], target: float) -> dict[str, Any]:
             if any(key in run.metrics for run in runs)
         },
     }
+
+
+def _reached(runs: Sequence[Trained], target: float) -> dict[str, Any]:
+    """Return the costs of the runs that reach a loss, when they first do."""
+    points = [point for run in runs if (point := first_below(run.history, target)) is not None]
+    return {
+        "loss": target,
+        "reached": len(points),
+        "simulated_s": [point.simulated_s for point in points if point.simulated_s is not None],
+        "mb": [point.mb for point in points],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _most_memory(summary: Mapping[str, Any]) -> float | None:

@@ -30,6 +30,12 @@ NOTE = (
     "the server."
 )
 
+TARGETS_NOTE = (
+    "s and MB to each of several losses, none of which any run has after its first round, unless the target "
+    "is so high; behind them, if not all, the number of seeds that reach it. Mean loss by s and by MB: the "
+    "area under the loss, divided by its width, up to the least that any run spent in all."
+)
+
 
 def comparison_table(data: Mapping[str, Any]) -> Table:
     """Return one row for each method, in the order in which they were asked for."""
@@ -52,6 +58,52 @@ def comparison_table(data: Mapping[str, Any]) -> Table:
     return Table(HEADINGS, rows, "lrrrrrrrl", gap=1, wrap=(len(HEADINGS) - 1,))
 
 
+def target_table(data: Mapping[str, Any]) -> Table:
+    """Return what each method spends to come down to each of several losses, and its mean loss on the way."""
+    goals = [f"{goal:.3f}" for goal in data["targets"]]
+    headings = ("method", *(f"s to\n{goal}" for goal in goals), *(f"MB to\n{goal}" for goal in goals),
+                "mean loss\nby s", "mean loss\nby MB")  # fmt: skip
+    rows = []
+    for one in data["methods"]:
+        costs = [
+            _mean(goal[key], "{:,.1f}")
+            + ("" if goal["reached"] == len(one["seeds"]) else f" ({goal['reached']})")
+            for key in ("simulated_s", "mb")
+            for goal in one["to_targets"]
+        ]
+        means = [_mean(one["mean_loss"][key], "{:.3f}") for key in ("simulated_s", "mb")]
+        rows.append((one["method"], *costs, *means))
+    return Table(headings, rows, gap=1)
+
+
+def tuning_table(data: Mapping[str, Any]) -> Table | None:
+    """Return what was tried and chosen for each method; None without tuning."""
+    rows = []
+    for choice in data.get("tuning", ()):
+        tried = [
+            f"{_values(one['values'])}: " + (one["failed"] or f"{one['loss']:.4f} after {one['rounds']}")
+            for one in choice["tried"]
+        ]
+        rows.append((choice["method"], _values(choice["chosen"]) or "nothing to choose", "; ".join(tried)))
+    return Table(("method", "chosen", "loss of each after rounds"), rows, "lll") if rows else None
+
+
+def paired_sentence(data: Mapping[str, Any]) -> str:
+    """Return the differences of the methods from the first one, in a sentence; empty if there is one."""
+    parts = []
+    for one in data["paired"]:
+        p = "" if one["p"] is None else f" (p {one['p']:.2g})"
+        parts.append(f"{one['method']} {one['difference']:+.4f}{p}")
+    if not parts:
+        return ""
+    tested = " by a paired t-test over seeds" if any(one["p"] is not None for one in data["paired"]) else ""
+    return f"Loss against {data['paired'][0]['against']}{tested}: {', '.join(parts)}."
+
+
+def _values(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in values.items())
+
+
 def metric_table(data: Mapping[str, Any]) -> Table | None:
     """Return the task metrics of the methods' models, one row each; None where none was measured."""
     keys = [key for key in METRICS if any(key in one["metrics"] for one in data["methods"])]
@@ -65,6 +117,27 @@ def metric_table(data: Mapping[str, Any]) -> Table | None:
 def target_sentence(data: Mapping[str, Any]) -> str:
     """Describe the target in one sentence."""
     return f"Target: held-out loss {data['target']:.4f}, {data['target_is']}."
+
+
+def comparison_tables(data: Mapping[str, Any]) -> list[Table]:
+    """Return all tables, as a terminal shows them."""
+    tables = (tuning_table(data), comparison_table(data), target_table(data), metric_table(data))
+    return [table for table in tables if table is not None]
+
+
+def comparison_lines(data: Mapping[str, Any]) -> list[str]:
+    """Return what is said below the tables."""
+    return [line for line in (f"{target_sentence(data)} {NOTE}", TARGETS_NOTE, paired_sentence(data),
+                              *edge_sentences(data)) if line]  # fmt: skip
+
+
+def edge_sentences(data: Mapping[str, Any]) -> list[str]:
+    """Return a warning for each method whose best value is the least or greatest of those that were tried."""
+    return [
+        f"{one['method']}: the best {key} is at the edge of what was tried; give values beyond it"
+        for one in data.get("tuning", ())
+        for key in one["at_edge"]
+    ]
 
 
 def comparison_page(data: Mapping[str, Any], config: str) -> str:
@@ -83,6 +156,10 @@ def comparison_page(data: Mapping[str, Any], config: str) -> str:
         methods=data["methods"],
         table=comparison_table(data),
         note=f"{target_sentence(data)} {NOTE}",
+        targets=target_table(data),
+        targets_note=f"{TARGETS_NOTE} {paired_sentence(data)}".strip(),
+        edges=" ".join(f"{line}." for line in edge_sentences(data)),
+        tuning=tuning_table(data),
         metrics=metric_table(data),
         charts=[chart for chart in loss_with_bands(histories, data["target"]) if chart.data],
         runs=Table(("method", "seed", "loss after", "folder"), runs, "lrrl", wrap=(3,)),

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -158,6 +159,23 @@ def held_out(
     return training, tuple(examples[i] for i in drawn)
 
 
+def evaluation_part(
+    held: Sequence[Example], part: Literal["all", "first-half", "second-half"], most: int | None
+) -> Sequence[Example]:
+    """Return the first `most` examples of all held-out ones or of one half; the first half is never smaller.
+
+    Raises DataError if there are none.
+    """
+    middle = -(-len(held) // 2)
+    chosen = {"all": held, "first-half": held[:middle], "second-half": held[middle:]}[part]
+    if not chosen:
+        raise DataError(
+            f"the {part.replace('-', ' ')} of {len(held)} held-out example(s) is empty; raise data.holdout, "
+            "give more text, or fewer clients"
+        )
+    return chosen[:most]
+
+
 @dataclass(frozen=True)
 class BatchSize:
     """The size of one batch."""
@@ -241,10 +259,9 @@ def eval_batches(
     examples: Sequence[Example],
     batch_size: int,
     batch_tokens: int | None = None,
-    limit: int | None = None,
 ) -> list[Batch]:
-    """Batch the first `limit` examples (None for all), sorted by length; each example once."""
-    chosen = sorted(examples[:limit], key=len)
+    """Batch examples, sorted by length; each once."""
+    chosen = sorted(examples, key=len)
     if not chosen:
         raise DataError("there are no held-out examples to evaluate on; give more text or fewer clients")
     lengths = np.array([len(example) for example in chosen])

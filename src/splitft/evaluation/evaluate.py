@@ -21,7 +21,7 @@ from typing import Any
 
 from splitft.config import RunConfig, from_mapping
 from splitft.data.corpora import read_records
-from splitft.data.text import Example, held_out
+from splitft.data.text import Example, evaluation_part, held_out
 from splitft.data.tokens import tokenise
 from splitft.errors import ConfigError, RunError
 from splitft.evaluation.likelihood import windows
@@ -168,7 +168,8 @@ class _TaskText:
         for index, (name, part) in enumerate(zip(divided.names, divided.parts, strict=True)):
             if self._request.client in (None, name):
                 own = [divided.text.examples[place] for place in part]
-                found += held_out(own, data.holdout, seed, index)[1][: data.eval_examples]
+                held = held_out(own, data.holdout, seed, index)[1]
+                found += evaluation_part(held, data.eval_part, data.eval_examples)
         return tuple(found)
 
     @cached_property

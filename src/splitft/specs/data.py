@@ -75,9 +75,9 @@ class ModelSpec(Spec):
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation of transformers."""
     quantize: Literal["none", "nf4", "int8"] = "none"
-    """Quantization of the blocks' linear weights as they are read, by bitsandbytes (extra `quant`): `nf4` takes
-    4.5 bits a weight, `int8` 8. Norms and biases keep `dtype`, in which all products are computed. A checkpoint
-    that bitsandbytes has quantized is read as it is; leave `none` then."""
+    """Quantization of the blocks' linear weights as they are read, by bitsandbytes (extra `quant`): `nf4`
+    takes 4.5 bits a weight, `int8` 8. Norms and biases keep `dtype`, in which all products are computed. A
+    checkpoint that bitsandbytes has quantized is read as it is; leave `none` then."""
     quantize_at: Literal["both", "clients", "server"] = "both"
     """Parties whose blocks are quantized. On one side alone, a block is another block where it runs on the
     other side: cuts must be fixed, and clients with unequal cuts train on unequal models."""
@@ -112,6 +112,9 @@ class DataSpec(Spec):
     """Share of each client's examples kept for evaluation; at least one example."""
     eval_examples: int | None = Field(32, ge=1)
     """Most held-out examples to evaluate on for each client; null for all."""
+    eval_part: Literal["all", "first-half", "second-half"] = "all"
+    """Held-out examples to evaluate on. `compare --tune` chooses on the second half and measures on the
+    first, so that no figure is of text that a choice was made on."""
 
     @model_validator(mode="after")
     def _prompt_and_completion_come_together(self) -> DataSpec:
