@@ -10,6 +10,7 @@ and the whole fleet, which depends on everything. The keys contain hashes of the
 from __future__ import annotations
 
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +35,9 @@ if TYPE_CHECKING:  # a plan from the cache opens no model
     from splitft.model import Model
 
 T = TypeVar("T")
+
+DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+"""Environment variables that decide which devices and instructions torch finds."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,13 @@ def fleet_for(config: RunConfig) -> Fleet:
     if cacheable and (found := cache.find(_fleet_facts(config))) is not None:
         return found
     from splitft.model import open_model
+    from splitft.model.devices import take_devices
     from splitft.run.fleet import fleet_of
     from splitft.run.inputs import check_cuts, pooled_config, ranks_of
 
     effective = pooled_config(config)
     with silence_transformers():
-        model = open_model(config.model)
+        model = open_model(config.model, take_devices(config.devices).every)
         check_cuts(effective, model.shape.blocks)
         work = _workloads(config, model)
         ranks = ranks_of(effective, model.shape.blocks, list(work))
@@ -173,7 +178,8 @@ def _fleet_facts(config: RunConfig) -> tuple[object, ...]:
         sources += sorted((cache_folder() / measured).glob("*.json"))
     stamps = [(path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None for path in sources]
     text = file_digest(Path(config.data.source))
-    return config.model_dump_json(), text, stamps, _code_stamps("*/*.py"), platform.node()
+    machine = platform.node(), [os.environ.get(name) for name in DEVICE_VARIABLES]
+    return config.model_dump_json(), text, stamps, _code_stamps("*/*.py"), machine
 
 
 def _count_facts(config: RunConfig, model: Model) -> tuple[object, ...]:

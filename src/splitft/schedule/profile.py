@@ -34,6 +34,12 @@ def _check(
         raise ScheduleError(f"{what} is {value:g}; it must be a number {fits}")
 
 
+ALLOCATOR_SLACK = 1.3
+"""Memory of activations over their bytes, as measured with glibc's allocator on a CPU."""
+RUNTIME_BYTES = 64 * 2.0**20
+"""Memory of a process when it begins to compute, as measured with torch on a CPU."""
+
+
 @dataclass(frozen=True)
 class Device:
     """The speed of a machine for one model, in seconds a token; LoRA and the optimizer step included."""
@@ -52,6 +58,10 @@ class Device:
     """Source of the numbers, in words."""
     block_overhead_s: float = 0.0
     """Fixed seconds of a block's forward pass, and of its backward pass, for any number of tokens."""
+    allocator_slack: float = ALLOCATOR_SLACK
+    """Memory of activations over their bytes, since an allocator leaves holes."""
+    runtime_bytes: float = RUNTIME_BYTES
+    """Memory of threads and of the workspace of kernels, before anything is trained."""
 
     def block_forward_s(self, padded_tokens: float) -> float:
         """Return the seconds of one block's forward pass over a batch."""
@@ -66,6 +76,8 @@ class Device:
             _check(f"device {self.name!r}: {field}", getattr(self, field), above=0)
         _check(f"device {self.name!r}: block_overhead_s", self.block_overhead_s, least=0)
         _check(f"device {self.name!r}: memory_bytes", self.memory_bytes, above=0, infinite_fits=True)
+        _check(f"device {self.name!r}: allocator_slack", self.allocator_slack, least=1)
+        _check(f"device {self.name!r}: runtime_bytes", self.runtime_bytes, least=0)
 
     def scaled(self, speed: float) -> Device:
         """Return a machine that is `speed` times as fast."""

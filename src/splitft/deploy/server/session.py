@@ -30,6 +30,7 @@ from splitft.deploy.server.setup import ServerParty, open_server
 from splitft.deploy.server.status import RunStatus
 from splitft.deploy.server.steady_schedule import SteadySchedule
 from splitft.errors import PausedError, SplitftError
+from splitft.model.precision import describe
 from splitft.model.source import silence_transformers
 from splitft.privacy.accounting import accountant_missing
 from splitft.protocol import Register
@@ -272,6 +273,7 @@ class ServerSession:
                     clients=party.facts,
                     machines=party.schedule.machines(),
                     base=_digests(party),
+                    precision=describe(self._terms.model.spec.dtype, self._terms.devices.server),
                     devices="server on " + " and ".join(map(str, self._terms.devices.server)),
                 )
             )
