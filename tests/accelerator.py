@@ -9,13 +9,15 @@ in the order in which they were launched. It cannot show whether a real device h
 streams, or its rounding. Losses differ from the CPU's in the last digits, since torch takes another attention
 path for a device that it does not know.
 
-`register` cannot be undone in a process; `enabled` makes the devices available, so that `auto` finds them.
+Importing this registers the devices for the whole process; `enabled` makes them available, so that `auto`
+finds them.
 The registration of backends in Python is experimental in torch 2.13.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import types
 from collections import Counter
 from collections.abc import Iterator
@@ -64,6 +66,8 @@ class Record:
 _records: list[Record] = []
 _available = False
 _libraries: list[torch.library.Library] = []
+_working = threading.local()
+"""Device of the function that runs in a thread; the C++ parts of torch make tensors for it, such as masks."""
 
 
 class _Wrapped(torch.Tensor):
@@ -95,8 +99,13 @@ class _Wrapped(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            return (_to if func is torch.Tensor.to else func)(*args, **(kwargs or {}))
+        before = getattr(_working, "device", None)
+        _working.device = next((x.place for x in args if isinstance(x, _Wrapped)), before)
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return (_to if func is torch.Tensor.to else func)(*args, **(kwargs or {}))
+        finally:
+            _working.device = before
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -190,8 +199,12 @@ def _copy(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _common_place(name: str, tensors: list[torch.Tensor]) -> torch.device:
-    """Return the device of the wrapped operands. Raises RuntimeError, as torch does, for one elsewhere."""
-    devices = {x.place for x in tensors if isinstance(x, _Wrapped)}
+    """Return the device of the wrapped operands. Raises RuntimeError, as torch does, for one elsewhere.
+
+    Numbers of no dimension fit everywhere: gradients of some operators make them, on `acc:0`.
+    """
+    wrapped = [x for x in tensors if isinstance(x, _Wrapped)]
+    devices = {x.place for x in wrapped if x.dim()} or {x.place for x in wrapped[:1]}
     plain = [x for x in tensors if not isinstance(x, _Wrapped) and x.dim()]
     if len(devices) > 1 or (plain and not name.startswith("aten::index")):
         found = ", ".join(sorted({str(x.device) for x in (*tensors, *plain)}))
@@ -250,10 +263,8 @@ def _factories() -> Iterator[tuple[str, Any]]:
             yield full[6:], operator
 
 
-def register() -> None:
+def _register() -> None:
     """Make the devices known to torch, once in a process."""
-    if _libraries:
-        return
     module = types.ModuleType(f"torch.{NAME}")
     module.is_available = lambda: _available  # type: ignore[attr-defined]
     module.is_initialized = lambda: True  # type: ignore[attr-defined]
@@ -272,7 +283,7 @@ def register() -> None:
 
     def factory(operator: Any) -> Any:
         def make(*args: Any, **options: Any) -> _Wrapped:
-            device = _with_index(options.get("device") or NAME)
+            device = getattr(_working, "device", None) or _with_index(options.get("device") or NAME)
             made = operator(*args, **{**options, "device": torch.device("cpu"), "pin_memory": None})
             return _Wrapped(made, device)
 
@@ -294,12 +305,16 @@ def register() -> None:
 def enabled() -> Iterator[Record]:
     """Make the devices available, and record what they do."""
     global _available
-    register()
     record, before = Record(), _available
     _available = True
     _records.append(record)
     try:
-        yield record
+        with torch.autograd.set_multithreading_enabled(False):  # an error in a backward pass is raised here
+            yield record
     finally:
         _available = before
         _records.remove(record)
+
+
+_register()
+FIRST, SECOND = (torch.device(NAME, index) for index in range(COUNT))

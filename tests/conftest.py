@@ -9,13 +9,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from transformers.utils import logging
 
-import accelerator
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 pytest_plugins = ["fault_record"]
@@ -48,13 +48,17 @@ def _chosen_device(request) -> Iterator[None]:
     if not request.config.getoption("--fake-device"):
         yield
         return
+    import accelerator
+
     with accelerator.enabled():
         yield
 
 
 @pytest.fixture
-def fake_devices() -> Iterator[accelerator.Record]:
-    """Two devices beside the CPU, `acc:0` and `acc:1`, and the record of what they do."""
+def fake_devices() -> Iterator[Any]:
+    """Two devices beside the CPU, `acc:0` and `acc:1`; the `accelerator.Record` of what they do."""
+    import accelerator  # it registers them in this process
+
     with accelerator.enabled() as record:
         yield record
 

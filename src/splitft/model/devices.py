@@ -86,6 +86,18 @@ def divide_blocks(span: Span, devices: Sequence[torch.device]) -> dict[int, torc
     return {block: devices[place * len(devices) // len(span)] for place, block in enumerate(span)}
 
 
+def device_memory(device: torch.device) -> float | None:
+    """Return the bytes of a device's own memory; None if it has none, or does not say."""
+    if device.type == "cpu":
+        return None
+    module = torch.get_device_module(device)
+    if device.type == "mps":  # the part of the machine's memory that Metal recommends to use
+        return float(module.recommended_max_memory())
+    properties = getattr(module, "get_device_properties", None)
+    total = getattr(properties(device), "total_memory", None) if properties else None
+    return None if total is None else float(total)
+
+
 def synchronize(devices: Iterable[torch.device]) -> None:
     """Wait until these devices have done all that they were told, so that a clock can be read."""
     for device in devices:

@@ -62,8 +62,8 @@ class SiteModelSpec(Spec):
     """Folder of this machine with the run's model; null for the model that the run names (hub cache,
     alias)."""
     trusted: dict[str, Sha256] | None = None
-    """SHA-256 of each base-model file that this site trusts, by file name; null for those in the
-    server's manifest. Either way each file must equal the server's."""
+    """SHA-256 of each base-model file that this site trusts, by file name, or of each tensor, by its own
+    name; null for those in the server's manifest. Either way each must equal the server's."""
 
 
 class SiteAllowsSpec(Spec):

@@ -127,6 +127,13 @@ class Server:
         LastHidden (M, D) with labels on the clients; with labels here, the gradient or the loss at once.
         With `checked`, each message has passed `check`.
         """
+        return self.replies(self.launch(messages, checked))
+
+    def launch(self, messages: Sequence[Activations], checked: bool = False) -> Group:
+        """Begin `forward`: give the devices their work. `replies` waits for it.
+
+        Launch several groups before the first reply, and they fill a pipeline of several devices.
+        """
         training = messages[0].training
         for message in messages:
             expect(message, Activations, training=training)
@@ -142,6 +149,11 @@ class Server:
             for message in messages:
                 self._groups[message.client, message.micro_batch] = group
                 self._participant(message.client).begin(message)
+        return group
+
+    def replies(self, group: Group) -> dict[str, LastHidden | CutGradient | HeldOutLoss]:
+        """End `forward`: return a reply to each message of a launched group."""
+        training = next(iter(group.messages.values())).training
         if self._split.labels == "server":
             return dict(self._train_on_labels(group) if training else self._evaluate_labels(group))
         return {

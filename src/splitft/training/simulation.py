@@ -18,6 +18,7 @@ import torch
 
 from splitft.adapters import AdapterState
 from splitft.geometry import Span
+from splitft.model.devices import synchronize
 from splitft.protocol import (
     Activations,
     AdapterUpload,
@@ -59,6 +60,8 @@ class Simulation:
             name: Channel(name, terms if isinstance(terms, MessageSerializer) else terms[name], tap, seed)
             for name in self.clients
         }
+        segments = (server.segment, *(client.segment for client in clients))
+        self._devices = tuple(dict.fromkeys(device for one in segments for device in one.devices))
         self._counted: dict[str, list[Traffic]] = {name: [] for name in self.clients}
         self._seconds: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
 
@@ -195,9 +198,10 @@ class Simulation:
 
     @contextmanager
     def _timed(self, leg: str, names: Sequence[str]) -> Iterator[None]:
-        """Charge wall time in equal parts to these clients."""
+        """Charge wall time in equal parts to these clients, that of all work which a device was given."""
         began = time.perf_counter()
         yield
+        synchronize(self._devices)
         spent = (time.perf_counter() - began) / len(names)
         for name in names:
             self._seconds[name][leg] += spent

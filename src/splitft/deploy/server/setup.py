@@ -21,7 +21,7 @@ from splitft.protocol import BaseFile, BaseTensor, Register
 from splitft.run.cut_schedule import CutSchedule
 from splitft.run.fleet import fleet_of
 from splitft.schedule.workload import Workload
-from splitft.specs import DeviceSpec
+from splitft.specs import DeviceSpec, DevicesSpec
 from splitft.tracking.events import ClientInfo
 from splitft.training import Server
 
@@ -116,6 +116,8 @@ def _plan_together(terms: RunTerms, registered: Mapping[str, Register]) -> tuple
 def _plan(terms: RunTerms, registered: Mapping[str, Register]) -> _Plan:
     """Choose the first cuts of these sites. Raises ScheduleError if there are none."""
     config = _with_devices(select_sites(terms.config, tuple(registered)), registered)
+    here = DevicesSpec.everywhere(config.devices.server)  # where `measured` is measured
+    config = config.model_copy(update={"devices": here})
     work = [_workload(config, one) for one in registered.values()]
     fleet = fleet_of(config, terms.model, terms.ranks, tuple(registered), work)
     min_cuts = {name: one.min_cut for name, one in registered.items()}

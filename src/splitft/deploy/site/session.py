@@ -26,6 +26,7 @@ from splitft.deploy.run_terms import HEADER_BYTES
 from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.policy import SitePolicy
 from splitft.errors import DataError, ForbiddenError, ProtocolError, SplitftError, TransportError
+from splitft.model.devices import synchronize
 from splitft.protocol import (
     Activations,
     AdapterUpload,
@@ -304,6 +305,7 @@ class SiteSession:
         """Do one leg of a step, and add its seconds to those that the next step message reports."""
         began = time.perf_counter()
         result = work(*arguments)
+        synchronize(self._joined_client().segment.devices)
         self._seconds[leg] += time.perf_counter() - began
         return result
 
