@@ -12,8 +12,11 @@ aggregation error, ||mean(BA) - B A - folded|| / ||mean(BA)|| over all layers to
 A rule that withstands hostile members (`robust_aggregators`) is given them with equal weights, and how many
 of them to withstand; the error is still the distance from the weighted mean.
 
-No rule forms a D x D product: stacked factors B' (out, sum r), A' (sum r, in) are orthogonalised (QR),
-and all norms and singular values are those of a core of at most (sum r, sum r).
+No rule forms a D x D product of few clients: stacked factors B' (out, sum r), A' (sum r, in) are
+orthogonalised (QR), and all norms and singular values are those of a core of at most (sum r, sum r). Above a
+rank sum of `mean_product.MOST_STACKED`, the product is compressed instead, and its norms are estimates.
+
+A layer's factors are moved to the device one member at a time, as they are read; results return to the CPU.
 """
 
 from __future__ import annotations
@@ -24,13 +27,20 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from splitft.adapters.aggregators import Fresh, United, Weighted
-from splitft.adapters.factoring import in_frame, product_norm, stacked
+from splitft.adapters.aggregators import Fresh, United
+from splitft.adapters.factoring import in_frame
+from splitft.adapters.mean_product import mean_norm
+from splitft.adapters.members import LayerMembers, MembersWithout, Weighted
 from splitft.adapters.state import AdapterState, Factors, Key
 from splitft.errors import AdapterError, FailedRoundError
 from splitft.specs.rules import RULES, Rule, rules_where
 
 NOT_FINITE = "numbers that are not finite"
+WITHOUT_FLOAT64 = ("mps",)
+"""Types of device that lack float64, in which stacked factors are decomposed."""
+
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,8 @@ class Aggregated:
     error: float
     """||mean(BA) - B A - folded|| / ||mean(BA)|| over all layers; 0 if the mean is 0.
 
-    Layers whose B stayed with the clients are left out.
+    Layers whose B stayed with the clients are left out. Within about one per cent where many clients meet
+    (`mean_product.mean_norm`), else exact.
     """
     folded: AdapterState = field(default_factory=AdapterState)
     """Update that joins the frozen base, by layer, each at its own rank."""
@@ -59,29 +70,35 @@ def aggregate(
     ranks: Mapping[int, int],
     fresh: Fresh,
     byzantine: int | None = None,
+    device: torch.device = CPU,
 ) -> Aggregated:
     """Aggregate (weight, full set) of every participant to one set of the given ranks by block.
 
-    Weights are normalised to sum to 1. Raises AdapterError for unusable weights, sets that are not finite or
-    cover different layers, and a rule that does not fit their ranks, fails or returns unusable factors; its
-    kind FailedRoundError if the next round's factors may do. `byzantine` as in the configuration.
+    Weights are normalised to sum to 1. `byzantine` as in the configuration; `device` computes what a rule
+    does to a layer (`Rule.on_device`) and the error. Raises AdapterError for unusable weights, sets that are
+    not finite or cover different layers, and a rule that does not fit their ranks, fails or returns unusable
+    factors; its kind FailedRoundError if the next round's factors may do.
     """
     _check(members)
     total = sum(weight for weight, _ in members)
+    weighted = [(weight / total, state) for weight, state in members]
     chosen, hostile = _chosen(rule, members, total, byzantine)
+    device = device if device.type not in WITHOUT_FLOAT64 else CPU
     factors: dict[Key, Factors] = {}
     folded: dict[Key, Factors] = {}
     missed = mean = 0.0
     for key in members[0][1]:
-        weighted = [(weight / total, state[key]) for weight, state in members]
-        given = [(weight, state[key]) for weight, state in chosen]
+        on_device = LayerMembers(chosen, key, device)
+        given = on_device if RULES[rule].on_device else [(weight, state[key]) for weight, state in chosen]
         united = _united(rule, key, given, hostile, ranks[key[0]], fresh)
-        factors[key] = fit(key, united.factors, ranks[key[0]], rule, fresh)
-        if united.folded is not None:
-            folded[key] = united.folded
-        if all(one.names == "AB" for _, one in weighted):
-            distance, norm = _distance(weighted, United(factors[key], united.folded))
+        made = [fit(key, united.factors, ranks[key[0]], rule, fresh)]
+        made += [] if united.folded is None else [united.folded]
+        if all(state[key].names == "AB" for _, state in weighted):
+            layer = LayerMembers(weighted, key, device)
+            distance, norm = _distance(layer, [one.to(device) for one in made])
             missed, mean = missed + distance**2, mean + norm**2
+        factors[key], *rest = (one.to(CPU) for one in made)
+        folded.update((key, one) for one in rest)
     error = math.sqrt(missed / mean) if mean else 0.0
     return Aggregated(AdapterState(factors), error, AdapterState(folded))
 
@@ -197,7 +214,6 @@ def fit_all(state: AdapterState, ranks: Mapping[int, int], rule: str, fresh: Fre
     return AdapterState({key: fit(key, value, ranks[key[0]], rule, fresh) for key, value in state.items()})
 
 
-def _distance(members: Weighted, united: United) -> tuple[float, float]:
-    """Return (||mean(BA) - B A - folded||, ||mean(BA)||) in the Frobenius norm."""
-    result = [(-1.0, one) for one in (united.factors, united.folded) if one is not None]
-    return product_norm(stacked([*members, *result])), product_norm(stacked(members))
+def _distance(members: Weighted, made: Sequence[Factors]) -> tuple[float, float]:
+    """Return (||mean(BA) - sum of `made`||, ||mean(BA)||) in the Frobenius norm."""
+    return mean_norm(MembersWithout(members, made)), mean_norm(members)

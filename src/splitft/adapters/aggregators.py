@@ -14,21 +14,22 @@ reported is that of B A.
 
 `stack`, `exact`, `ffa` and `fedsa` keep the global factors at the full rank R. A client of lower rank trains
 their first rows and holds the others frozen, so that no lowered rank drops what other clients have learnt.
+
+Members are read one at a time, and means are summed up in place, so memory does not grow with their number;
+`adapters.mean_product` does the same for products. What is folded has the rank of all members together.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from splitft.adapters.factoring import in_frame, product_norm, refactored, stacked
+from splitft.adapters.mean_product import MOST_STACKED, MeanProduct, compressed, mean_norm, stacked_rank
+from splitft.adapters.members import MembersWithout, Weighted
 from splitft.adapters.state import Factors, Key, fresh_rows
 from splitft.errors import AdapterError
-
-Weighted = Sequence[tuple[float, Factors]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def average_factors(key: Key, members: Weighted, rank: int, fresh: Fresh) -> Uni
 
     The baseline; needs equal ranks.
     """
-    return United(_mean(members))
+    return United(_padded_mean(members))
 
 
 def zero_pad(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
@@ -79,10 +80,9 @@ def best_products(key: Key, members: Weighted, rank: int, fresh: Fresh) -> Unite
     """
     if not any(torch.count_nonzero(factors.B) for weight, factors in members if weight):
         # nothing learnt yet: keep the directions that A starts with
-        return United(_mean([(weight, _padded(factors, rank)) for weight, factors in members]))
-    B = torch.cat([math.sqrt(weight) * factors.B for weight, factors in members], 1)
-    A = torch.cat([math.sqrt(weight) * factors.A for weight, factors in members])
-    return United(in_frame(Factors(A, B, _mean_magnitude(members)), rank, _mean_rows(members, rank)))
+        return United(_padded_mean(members, rank))
+    whole = replace(compressed(members, rank), magnitude=_mean_magnitude(members))
+    return United(in_frame(whole, rank, _mean_rows(members, rank)))
 
 
 def stack_factors(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
@@ -92,7 +92,7 @@ def stack_factors(key: Key, members: Weighted, rank: int, fresh: Fresh) -> Unite
     """
     first = members[0][1]
     start = Factors(first.A[:0], first.B[:, :0])
-    return United(fresh.grown(key, start, rank), _folded(stacked(members), members))
+    return United(fresh.grown(key, start, rank), _folded(members, members))
 
 
 def average_with_residual(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
@@ -102,7 +102,7 @@ def average_with_residual(key: Key, members: Weighted, rank: int, fresh: Fresh) 
     sum r_i, and it is sent as factors of that rank. Unequal ranks are padded with zeros first.
     """
     mean = _padded_mean(members)
-    return United(mean, _folded(stacked([*members, (-1.0, mean)]), members))
+    return United(mean, _folded(MembersWithout(members, [mean]), members))
 
 
 def average_b(key: Key, members: Weighted, rank: int, fresh: Fresh) -> United:
@@ -150,38 +150,45 @@ def _mean_rows(members: Weighted, rank: int) -> torch.Tensor:
     return torch.where(weighted, total / torch.where(weighted, weights[:, None], 1.0), rows)
 
 
-def _padded_mean(members: Weighted) -> Factors:
-    largest = max(factors.rank for _, factors in members)
-    return _mean([(weight, _padded(factors, largest)) for weight, factors in members])
-
-
-def _mean(members: Weighted) -> Factors:
-    first_weight, first = members[0]
-    A, B = first_weight * first.A, first_weight * first.B
-    for weight, factors in members[1:]:
-        A, B = A + weight * factors.A, B + weight * factors.B
+def _padded_mean(members: Weighted, rank: int | None = None) -> Factors:
+    """Return sum w_i A_i and sum w_i B_i at a rank, by default the largest; missing rows count as zeros."""
+    rank = max(factors.rank for _, factors in members) if rank is None else rank
+    first = members[0][1]
+    A, B = first.A.new_zeros(rank, first.A.shape[1]), first.B.new_zeros(first.B.shape[0], rank)
+    for weight, factors in members:
+        shared = min(factors.rank, rank)
+        A[:shared] += weight * factors.A[:shared]
+        B[:, :shared] += weight * factors.B[:, :shared]
     return Factors(A, B, _mean_magnitude(members))
 
 
 def _mean_magnitude(members: Weighted) -> torch.Tensor | None:
     """Return sum w_i m_i of DoRA's magnitudes, as changes from those of the base; None for LoRA."""
-    terms = [weight * factors.magnitude for weight, factors in members if factors.magnitude is not None]
-    if not terms:
-        return None
-    if len(terms) < len(members):
+    total: torch.Tensor | None = None
+    with_magnitude = 0
+    for weight, factors in members:
+        if factors.magnitude is not None:
+            term = weight * factors.magnitude
+            total = term if total is None else total + term
+            with_magnitude += 1
+    if total is not None and with_magnitude < len(members):
         raise AdapterError("some adapter sets have magnitudes (DoRA) and others have none")
-    total = torch.zeros_like(terms[0])
-    for term in terms:
-        total = total + term
     return total
 
 
-def _folded(whole: Factors, members: Weighted) -> Factors | None:
-    """Return the product at its own rank; None if it is below the rounding of the members' mean.
+def _folded(parts: Weighted, members: Weighted) -> Factors | None:
+    """Return the product of `parts` at its own rank; None if it is below the rounding of the members' mean.
 
-    The rank is at most the sum of the members' ranks; directions that rounding adds beyond it are left out.
+    Up to `MOST_STACKED` the rank is at most the sum of the members' ranks; directions that rounding adds
+    beyond it are left out. Above, the stack itself is returned, of the full rank at most.
     """
-    dtype, most = members[0][1].A.dtype, sum(factors.rank for _, factors in members)
-    rounding = max(0.01 * torch.finfo(dtype).eps, 32 * torch.finfo(torch.float64).eps)
-    small = refactored(whole, most, dtype, floor=rounding * product_norm(stacked(members)))
+    dtype, most = members[0][1].A.dtype, stacked_rank(members)
+    eps = torch.finfo(dtype).eps
+    if stacked_rank(parts) > MOST_STACKED:
+        if mean_norm(parts) <= 32 * eps * mean_norm(members):
+            return None
+        whole = MeanProduct(parts).factors()
+        return Factors(whole.A.to(dtype), whole.B.to(dtype))
+    rounding = max(0.01 * eps, 32 * torch.finfo(torch.float64).eps)
+    small = refactored(stacked(parts), most, dtype, floor=rounding * product_norm(stacked(members)))
     return small if small.rank else None

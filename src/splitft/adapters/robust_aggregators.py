@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from splitft.adapters.aggregators import Fresh, United, Weighted, average_factors
+from splitft.adapters.aggregators import Fresh, United, average_factors
 from splitft.adapters.factoring import A_ROW_NORM, in_frame, stacked
+from splitft.adapters.members import Weighted
 from splitft.adapters.state import AdapterState, Factors, Key
 
 PASSES = 3

@@ -72,6 +72,8 @@ class Rule:
     """
     takes_hostile: bool = False
     """Whether `unite` has a fifth argument: the number of hostile members to withstand."""
+    on_device: bool = False
+    """Whether `unite` computes wherever the members' factors are; else it is given them on the CPU."""
     select: Callable[..., Any] | Lazy | None = None
     """(members, hostile) -> the members to unite: pairs of (weight, full set), chosen by all their layers."""
 
@@ -119,19 +121,31 @@ RULES: Registry[Rule] = Registry(
             keeps_axes=True,
             bounded=True,
             dora=True,
+            on_device=True,
         ),
         "zero-pad": Rule(
-            Lazy("splitft.adapters.aggregators:zero_pad"), keeps_axes=True, bounded=True, dora=True
+            Lazy("splitft.adapters.aggregators:zero_pad"),
+            keeps_axes=True,
+            bounded=True,
+            dora=True,
+            on_device=True,
         ),
-        "svd": Rule(Lazy("splitft.adapters.aggregators:best_products"), best_fit=True, dora=True),
+        "svd": Rule(
+            Lazy("splitft.adapters.aggregators:best_products"), best_fit=True, dora=True, on_device=True
+        ),
         "stack": Rule(
-            Lazy("splitft.adapters.aggregators:stack_factors"), down="", folds=True, full_rank=True
+            Lazy("splitft.adapters.aggregators:stack_factors"),
+            down="",
+            folds=True,
+            full_rank=True,
+            on_device=True,
         ),
         "exact": Rule(
             Lazy("splitft.adapters.aggregators:average_with_residual"),
             folds=True,
             full_rank=True,
             keeps_axes=True,
+            on_device=True,
         ),
         "ffa": Rule(
             Lazy("splitft.adapters.aggregators:average_b"),
@@ -141,6 +155,7 @@ RULES: Registry[Rule] = Registry(
             full_rank=True,
             keeps_axes=True,
             bounded=True,
+            on_device=True,
         ),
         "fedsa": Rule(
             Lazy("splitft.adapters.aggregators:average_a"),
@@ -148,6 +163,7 @@ RULES: Registry[Rule] = Registry(
             down="A",
             full_rank=True,
             keeps_axes=True,
+            on_device=True,
         ),
         "median": Rule(
             Lazy("splitft.adapters.robust_aggregators:coordinate_median"),

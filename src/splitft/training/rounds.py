@@ -118,7 +118,8 @@ class FederatedTrainer:
             if 2 * len(uploads) < len(participants):
                 raise FailedRoundError(f"{len(uploads)} of {len(participants)} clients finished it")
             sets = list(bound.sets.values())
-            result = aggregate(ranks.rule, sets, ranks.global_ranks(cuts), fresh, spec.byzantine)
+            where = self.server.blocks.segment.device
+            result = aggregate(ranks.rule, sets, ranks.global_ranks(cuts), fresh, spec.byzantine, where)
         except FailedRoundError as error:
             self._tell_done(number, list(uploads), 0.0, self.federation.traffic())
             return replace(state, round=number, cuts=cuts), list(uploads), str(error)
