@@ -14,7 +14,7 @@ from splitft.errors import ModelError
 from splitft.geometry import Span
 from splitft.model import open_model
 from splitft.model.weights import Checkpoint, in_folder, on_hub
-from splitft.model.weights.checkpoint import INDEX, WEIGHTS
+from splitft.model.weights.checkpoint_files import INDEX, WEIGHTS
 from splitft.specs import ModelSpec
 from tiny import tiny_model
 

@@ -109,3 +109,38 @@ def test_blocks_that_a_client_gives_up_leave_its_memory(real_model):
     assert deep - middle > 80  # 14 blocks of 6.75 MiB
     assert abs(middle_again - middle) < 10
     assert abs(shallow_again - shallow) < 10
+
+
+SHARED = """
+import gc, json, re, sys
+import torch
+from pathlib import Path
+from splitft.geometry import Span
+from splitft.model import open_model
+from splitft.specs import ModelSpec
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+torch.set_num_threads(1)
+model = open_model(ModelSpec(name=sys.argv[2], dtype="float32"))
+model.segment(Span(0, 0))  # modelling code is imported
+gc.collect()
+before, clients, found = resident(), [], {}
+for number in range(1, 9):
+    clients.append(model.segment(Span(0, 2), embedding=True, head=True))
+    with torch.no_grad():
+        clients[-1].logits(clients[-1].run(torch.arange(8)[None])[0])
+    found[number] = resident() - before
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+def test_eight_clients_of_the_real_model_need_the_memory_of_one(real_model):
+    command = [sys.executable, "-c", SHARED, "share", str(real_model)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(run.stdout.splitlines()[-1])
+    print(f"MiB of 1 to 8 clients: {run.stdout.splitlines()[-1]}")
+    assert found["1"] > 135  # embedding and two blocks in float32
+    assert found["8"] < 1.1 * found["1"]  # module objects included: about 1 MiB a client

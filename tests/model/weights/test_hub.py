@@ -22,7 +22,7 @@ from model.weights.hub_server import TOKEN, LocalHub, running, visit
 from splitft.errors import ModelError
 from splitft.model.weights import hub as hub_module
 from splitft.model.weights import on_hub, ranges
-from splitft.model.weights.checkpoint import INDEX, WEIGHTS
+from splitft.model.weights.checkpoint_files import INDEX, WEIGHTS
 
 REPO = "owner/large-model"
 ROWS, WIDTH = 96, 1024

@@ -22,9 +22,10 @@ from splitft.deploy.site.policy import at_site, refusals
 from splitft.deploy.site.setup import fixed_cut_of, memory_by_cut
 from splitft.deploy.tokenizer_files import tokenizer_files
 from splitft.errors import DeployError, SplitftError
-from splitft.model import Model, open_model
+from splitft.model import Model, open_model, precision
+from splitft.model.devices import take_devices
 from splitft.model.source import silence_transformers
-from splitft.model.weights.checkpoint import LocalShard
+from splitft.model.weights.checkpoint_files import LocalShard
 from splitft.protocol import BaseFile
 from splitft.run.fleet import workload_of
 from splitft.run.inputs import gather
@@ -99,9 +100,11 @@ def _in_run(site: SiteSpec, config: RunConfig, name: str | None) -> Iterator[Sit
     own = select_sites(config, (name or names[0],)) if site.text.source is not None else config
     index = 0 if site.text.source is not None else names.index(name or names[0])
     own = at_site(own, site)
-    model = yield from _tried("base model", lambda: open_model(own.model))
+    devices = take_devices(own.devices).every
+    model = yield from _tried("base model", lambda: open_model(own.model, devices))
     if model is None:
         return
+    yield SiteFinding("type", precision.describe(model.spec.dtype, devices))
     blocks = model.shape.blocks
     if name is not None:
         yield SiteFinding("cut", _cut_in_words(config, cut, blocks, site))

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from splitft.cache import KeyedCache, cache_folder
 from splitft.errors import ModelError
-from splitft.model.weights.table import TensorBytes, table_of
+from splitft.model.weights.tensor_table import TensorBytes, table_of
 
 CHUNK_BYTES = 2**20
 

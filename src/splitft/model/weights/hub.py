@@ -25,10 +25,10 @@ import torch
 
 from splitft.cache import KeyedCache, cache_folder
 from splitft.errors import ModelError
-from splitft.model.weights.checkpoint import INDEX, WEIGHTS, Checkpoint, LocalShard, Shard
+from splitft.model.weights.checkpoint_files import INDEX, WEIGHTS, Checkpoint, LocalShard, Shard
 from splitft.model.weights.parts import TensorFolder
 from splitft.model.weights.ranges import NoRanges, RemoteFile
-from splitft.model.weights.table import parse_header
+from splitft.model.weights.tensor_table import parse_header
 from splitft.names import file_safe_name
 
 CONFIG = "config.json"
@@ -89,13 +89,16 @@ class HubFiles:
 
         with _said(self.repo, name):
             try:
-                return Path(hf_hub_download(self.repo, name, revision=self._commit))
+                path = Path(hf_hub_download(self.repo, name, revision=self._commit))
             except LocalEntryNotFoundError:
                 if absent_offline or (name == INDEX and self._is_unsharded()):
                     return None
                 raise
             except EntryNotFoundError:
                 return None
+        if name in self._shards:  # whole from now on
+            self._shards[name] = LocalShard(path)
+        return path
 
     def open_shard(self, name: str) -> Shard | None:
         """Return a file with weights: whole, if it is in the hub's cache, or else its tensors by range.

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from splitft.errors import ModelError
 from splitft.model.weights.digests import CHUNK_BYTES, tensor_digests
-from splitft.model.weights.table import LENGTH_BYTES, TensorBytes
+from splitft.model.weights.tensor_table import LENGTH_BYTES, TensorBytes
 from splitft.names import file_safe
 
 TENSOR, DIGEST = "tensor", "sha256"
@@ -49,8 +49,11 @@ class TensorFolder:
 
     def load(self, key: str) -> torch.Tensor:
         """Return a tensor, in memory that is mapped from its file."""
-        with safe_open(self.path(key), framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(TENSOR)
+        try:
+            with safe_open(self.path(key), framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(TENSOR)
+        except (SafetensorError, OSError) as error:  # a type that this version of torch lacks
+            raise ModelError(f"tensor {key} of the model cannot be read: {error}") from error
         return tensor
 
     def digest(self, key: str) -> str | None:

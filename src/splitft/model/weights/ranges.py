@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from splitft.errors import ModelError
-from splitft.model.weights.table import LENGTH_BYTES, header_bytes
+from splitft.model.weights.tensor_table import LENGTH_BYTES, header_bytes
 
 FIRST_BYTES = 2**17
 """Read at first of a file; most headers are shorter."""

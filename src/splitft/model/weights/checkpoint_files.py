@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from splitft.errors import ModelError
 from splitft.model.weights.digests import file_state, kept_digest, tensor_digests
-from splitft.model.weights.table import table_of
+from splitft.model.weights.tensor_table import table_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
