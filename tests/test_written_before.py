@@ -35,8 +35,11 @@ def test_a_run_that_was_stopped_then_is_finished_now(tmp_path, monkeypatch, name
     wanted = load_file(Path(name) / "finished.safetensors")
     found = load_file(run.adapter_dir / "adapter_model.safetensors")
     assert found.keys() == wanted.keys()
-    for key, tensor in wanted.items():
-        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5)
+    for key, tensor in wanted.items():  # rounding decides the sign of a row of A and its column of B
+        torch.testing.assert_close(found[key].abs(), tensor.abs(), rtol=1e-3, atol=1e-5)
+    for key in (key for key in wanted if "lora_A" in key):
+        there, here = (held[key.replace("lora_A", "lora_B")] @ held[key] for held in (wanted, found))
+        torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-5)
     losses = json.loads((Path(name) / "finished.json").read_text(encoding="utf-8"))
     assert run.summary["eval_loss"] == pytest.approx(losses, rel=1e-4)
 
