@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from logging import getLogger
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,9 +160,13 @@ def _check_quantized(spec: ModelSpec, saved: str | None, path: str) -> None:
 
 @contextlib.contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Suppress the progress bars and warnings of transformers and tokenizers."""
+    """Suppress the progress bars and warnings of transformers and tokenizers.
+
+    Also bitsandbytes' advice to install a package, which peft makes it give in runs that do not use it.
+    """
     from transformers.utils import logging
 
+    getLogger("bitsandbytes").setLevel("ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
