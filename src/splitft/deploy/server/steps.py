@@ -20,8 +20,10 @@ from splitft.deploy.server.claims import HeldOutCount, SiteLimits, check_gradien
 from splitft.deploy.server.inbox import Inbox
 from splitft.errors import AdapterError, ProtocolError, SplitftError
 from splitft.geometry import Span
+from splitft.model.devices import synchronize
 from splitft.protocol import Activations, CutGradient, HeadGradient, HeldOutLoss, Message, Stop, expect
 from splitft.tracking.events import StepDone
+from splitft.training.batching import Group
 from splitft.training.ranks import RankPolicy
 from splitft.training.server import Server
 
@@ -130,24 +132,44 @@ class StepService:
             self._leave_out(arrival, unusable(arrival.site, type(message).__name__, error))
 
     def _forward(self, arrivals: Mapping[str, Arrival], messages: list[Activations]) -> None:
-        for group in self._server.groups(messages):
-            self._forward_group(arrivals, group)
+        """Run batches in groups; with several devices launch all first, so that each device has work."""
+        groups = self._server.groups(messages)
+        together = len(groups) if len(self._server.segment.devices) > 1 else 1
+        for start in range(0, len(groups), together):
+            launched = [
+                one for group in groups[start : start + together] for one in self._launch(arrivals, group)
+            ]
+            for group, seconds in launched:
+                self._reply(arrivals, group, seconds)
 
-    def _forward_group(self, arrivals: Mapping[str, Arrival], group: list[Activations]) -> None:
-        """Run one group; if that fails, each of its batches by itself, to find the one at fault."""
+    def _launch(
+        self, arrivals: Mapping[str, Arrival], messages: list[Activations]
+    ) -> list[tuple[Group, float]]:
+        """Launch one group; if that fails, each of its batches by itself, to find the one at fault.
+
+        Return what was launched, with the seconds it took.
+        """
         began = time.monotonic()
         try:
-            replies = self._server.forward(group, checked=True)
+            group = self._server.launch(messages, checked=True)
         except Exception as error:  # whatever the batches have caused is their senders' fault
-            if len(group) == 1 or any(message.labels is not None for message in group):
-                self._blame(arrivals, group, error)
-            else:
-                for message in group:
-                    self._forward_group(arrivals, [message])
+            if len(messages) > 1:
+                return [one for message in messages for one in self._launch(arrivals, [message])]
+            self._blame(arrivals, messages, error)
+            return []
+        return [(group, time.monotonic() - began)]
+
+    def _reply(self, arrivals: Mapping[str, Arrival], group: Group, seconds: float) -> None:
+        """Answer the batches of a launched group."""
+        began = time.monotonic()
+        try:
+            replies = self._server.replies(group)
+        except Exception as error:
+            self._blame(arrivals, list(group.messages.values()), error)
             return
-        share = (time.monotonic() - began) / len(group)
-        for message in group:
-            site, reply = message.client, replies[message.client]
+        share = (seconds + time.monotonic() - began) / len(replies)
+        for site, message in group.messages.items():
+            reply = replies[site]
             if self._on_step is None:
                 self._count_held_out(message, reply)
             else:
@@ -168,6 +190,7 @@ class StepService:
             began = time.monotonic()
             try:
                 replies = self._server.backward(group, checked=True)
+                synchronize(self._server.segment.devices)
             except Exception as error:  # whatever the gradients have caused is their senders' fault
                 self._blame(arrivals, group, error)
                 continue
