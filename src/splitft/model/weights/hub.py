@@ -230,7 +230,7 @@ class RangedShard:
         ):
             runs = self._runs([key for key in keys if not self._kept.holds(key)])
             size = sum(self._table[key].size for run in runs for key in run)
-            with tqdm(total=size, unit="B", unit_scale=True, desc=self._remote.name) as bar:
+            with tqdm(total=size, unit="B", unit_scale=True, desc=self._remote.name, leave=False) as bar:
                 try:
                     for _ in pool.map(lambda run: self._receive(run, bar, stopped), runs):
                         pass
