@@ -39,6 +39,7 @@ def configuration(
 ) -> dict[str, Any]:
     """Return the configuration of one run."""
     return {
+        "model": {"dtype": "bfloat16"},
         "data": {**data, "max_tokens": 64, "max_examples": 400, "eval_examples": 6},
         "clients": {"count": len(CUTS), "cuts": list(CUTS), "shares": {"by": "length", "alpha": 0.5}},
         "lora": {"alpha": 32, **lora},

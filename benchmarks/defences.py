@@ -240,6 +240,7 @@ def main() -> None:
     rounds, steps = (1, 1) if chosen.quick else (3, 4)
     depth = replace(AUDITED, texts=1) if chosen.quick else AUDITED
     base: Sections = {
+        "model": {"dtype": "bfloat16"},
         "data": {**text, "max_examples": 160, "holdout": 0.2, "eval_examples": 2 if chosen.quick else 8},
         "clients": {"count": 4, "cuts": CUT, "shares": {"by": "iid"}},
         "training": {"rounds": rounds, "steps": steps, "batch_size": 4, "lr": 2e-3},

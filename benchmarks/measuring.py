@@ -168,6 +168,8 @@ def _cpu() -> str:
     facts = dict(map(str.strip, line.partition(":")[::2]) for line in lines if ":" in line)
     wide = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
     family = f"family {facts.get('cpu family', '?')} model {facts.get('model', '?')}"
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")  # plays a processor without some instructions
+    wide = [f"but limited to {limit}"] if limit else wide
     return f"{facts.get('model name', 'unknown')}, {family}{''.join(f', {flag}' for flag in wide)}"
 
 

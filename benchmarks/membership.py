@@ -192,6 +192,7 @@ def configuration(
 ) -> RunConfig:
     """Return the configuration of one method's run."""
     return from_mapping({
+        "model": {"dtype": "bfloat16"},
         "data": {**text, "max_examples": examples, "holdout": 0.5, "eval_examples": 2},
         "training": {"rounds": rounds, "steps": steps, "batch_size": BATCH, "lr": 2e-3},
         "seed": seed,

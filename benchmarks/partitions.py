@@ -119,6 +119,7 @@ def config_of(text: Text, kind: Kind, method: str, seed: int, quick: bool) -> Ru
     sample = {"max_tokens": 96, "max_examples": 1000, "eval_examples": 1}
     changes = METHODS[method]
     return from_mapping({
+        "model": {"dtype": "bfloat16"},
         "data": {"source": str(text.pool), **text.columns, **sample},
         "clients": {"count": 4, "cuts": 5, "shares": division},
         "lora": {"rank": 8, "alpha": 16, **changes["lora"]},

@@ -63,7 +63,12 @@ def noisy(noise: float, cut: int = DEFAULT_CUT) -> Setting:
 def configuration(data: Path, seed: int) -> dict[str, Any]:
     """Return the configuration on E2E's pairs, or on the embedded text without them."""
     text = {"source": str(data), "prompt": "mr", "completion": "ref"} if data.is_file() else {}
-    return {"data": {**text, "max_tokens": 64}, "clients": {"count": 1, "cuts": DEFAULT_CUT}, "seed": seed}
+    return {
+        "model": {"dtype": "bfloat16"},
+        "data": {**text, "max_tokens": 64},
+        "clients": {"count": 1, "cuts": DEFAULT_CUT},
+        "seed": seed,
+    }
 
 
 def part(config: RunConfig, depth: Depth, public: str | None, setting: Setting) -> Part:

@@ -52,6 +52,7 @@ def configuration(
     """Return the configuration of a run of 10 clients; `changes` are keys of its schedule, and `cuts`."""
     text = {"source": str(data), "prompt": "mr", "completion": "ref"} if data.is_file() else {}
     return from_mapping({
+        "model": {"dtype": "bfloat16"},
         "data": {**text, "max_tokens": 96, "max_examples": 1200, "eval_examples": 8},
         "clients": {"count": 10, "cuts": changes.pop("cuts", 2), "shares": {"by": "length", "alpha": alpha}},
         "lora": {"rank": 16, "rank_at_cut": rank_at_cut},

@@ -179,11 +179,12 @@ def read_text(
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared/data/e2e/devset.csv")
+    parser.add_argument("--dtype", default="auto", help="type of the frozen weights, as in model.dtype")
     parser.add_argument("--steps", type=int, default=16, help="measured steps of each variant")
     chosen = parser.parse_args()
     steps = 3 if chosen.quick else chosen.steps
     begin(chosen.seed, chosen.threads)
-    model = open_model(ModelSpec())
+    model = open_model(ModelSpec(dtype=chosen.dtype))
     stream, what = read_text(model, chosen.data, chosen.seed)
     trains = {name: plain_step(model, stream, loss_of) for name, loss_of in PLAIN.items()}
     trains |= split_steps(model, stream, chosen.seed)
