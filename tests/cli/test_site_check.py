@@ -47,6 +47,7 @@ def test_a_file_that_fits_is_told_all_that_a_run_would_use(place, tiny_llama):
     assert done.exit_code == 0, done.output
     assert "would take part" in done.stdout
     assert lines(done, "cut")[0].startswith("ok cut 3 of 4 blocks (clients.cuts)")
+    assert lines(done, "type")[0].startswith("ok type float32 (")
     assert "36 examples to train on, 4 to evaluate on" in done.stdout
     assert file_digest(tiny_llama / "model.safetensors")[:8] in done.stdout
     assert "tokens; tokenizer.json" in done.stdout

@@ -115,7 +115,7 @@ def evaluate(
                         "overrides": list(request.overrides),
                         "max_new_tokens": request.max_new_tokens,
                         "max_tokens": config.data.max_tokens,
-                        "dtype": config.model.dtype,
+                        "dtype": model.spec.dtype,
                     },
                     "seconds": round(time.monotonic() - began, 1),
                     "samples": list(result.samples),

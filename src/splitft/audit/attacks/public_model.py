@@ -67,7 +67,7 @@ class PublicModel:
                 self.segment.run(first, Span(0, self.cut), cache)
             before = max((cut for cut in self._tables if cut < self.cut), default=0)
             tokens = torch.arange(self.shape.vocab)
-            entering = self._tables[before].to(self.model.dtype) if before else tokens
+            entering = self._tables[before].to(self.model.hidden_dtype) if before else tokens
             owners = torch.zeros_like(tokens)
             self._tables[self.cut] = self._alone(entering[:, None], owners, cache, before)
         return self._tables[self.cut]
