@@ -36,7 +36,7 @@ def test_a_run_that_was_stopped_then_is_finished_now(tmp_path, monkeypatch, name
     found = load_file(run.adapter_dir / "adapter_model.safetensors")
     assert found.keys() == wanted.keys()
     for key, tensor in wanted.items():  # rounding decides the sign of a row of A and its column of B
-        torch.testing.assert_close(found[key].abs(), tensor.abs(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[key].abs(), tensor.abs(), rtol=1e-3, atol=1e-4)
     for key in (key for key in wanted if "lora_A" in key):
         there, here = (held[key.replace("lora_A", "lora_B")] @ held[key] for held in (wanted, found))
         torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-5)
