@@ -4,7 +4,7 @@ from splitft.adapters.aggregate import Aggregated, aggregate, fit, fit_all
 from splitft.adapters.aggregators import Fresh, United
 from splitft.adapters.bank import AdapterBank, attach
 from splitft.adapters.factoring import add_folded, with_folded
-from splitft.adapters.optimizer import LocalOptimizer, Moments, moments_within
+from splitft.adapters.optimizer import LocalOptimizer, Moments, moments_within, step_together
 from splitft.adapters.state import AdapterState, Factors, initial_state
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "fit_all",
     "initial_state",
     "moments_within",
+    "step_together",
     "with_folded",
 ]

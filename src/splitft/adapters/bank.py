@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from splitft.adapters.lora import CPU, LoraLayer, Routing, Rows, SlotFactors
 from splitft.adapters.state import AdapterState, Factors, Key
 from splitft.adapters.targets import chosen_layers, layer_sizes, weight_of
 from splitft.errors import AdapterError
+from splitft.half_precision import current_pass, within
 
 
 class AdapterBank:
@@ -69,7 +70,7 @@ class AdapterBank:
             device = self._device_of(key[0])
             A, B = (f.detach().to(device, self._dtype, copy=True) for f in (factors.A, factors.B))
             gain = self._gain(factors.rank) if factors.rank else 1.0
-            B = B if gain == 1 else B / gain
+            B = (B if gain == 1 else B / gain).mT.contiguous().mT  # as `SlotFactors` keeps it
             change = factors.magnitude
             if change is not None:
                 change = nn.Parameter(change.detach().to(device, self._dtype, copy=True))
@@ -89,7 +90,7 @@ class AdapterBank:
             if (one := layer.slots.get(slot)) is not None:
                 A, B = one.all_rows() if with_rest else one.trained()
                 parts = (A, B) if one.magnitude is None else (A, B, one.magnitude)
-                factors[key] = Factors(*(part.detach().to(CPU, copy=True) for part in parts))
+                factors[key] = Factors(*(part.detach().to(CPU, copy=True).contiguous() for part in parts))
         return AdapterState(factors)
 
     @torch.no_grad()
@@ -130,6 +131,7 @@ class AdapterBank:
         """Remove a slot."""
         for layer in self._layers.values():
             layer.slots.pop(slot, None)
+            layer.forget_stack()
 
     def parameters(self, slot: str) -> dict[tuple[int, str, str], nn.Parameter]:
         """Return a slot's trainable tensors by (block, target, "A", "B" or "M")."""
@@ -151,6 +153,45 @@ class AdapterBank:
             yield
         finally:
             self._routing.rows = before
+
+    def recorded(self, block: int) -> Recorded:
+        """Return a context in which the layers of a block run as now, to compute it again (checkpointing)."""
+        layers = [layer for (index, _), layer in self._layers.items() if index == block]
+        return Recorded(self, self._routing.rows, layers)
+
+
+class Recorded:
+    """A context in which layers run as when it was made: for the same rows, with the factors of that time.
+
+    A client may have left meanwhile, and its slot with it, while the others of its batch go on.
+    """
+
+    def __init__(self, bank: AdapterBank, rows: Rows, layers: Sequence[LoraLayer]) -> None:
+        self._bank, self._rows, self._pass = bank, rows, current_pass()
+        slots = [slot for slot, _ in rows if slot is not None]
+        self._then = [(layer, {slot: layer.slots[slot] for slot in slots}) for layer in layers]
+        self._versions = self._current_versions()
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        if self._versions != self._current_versions():
+            raise AdapterError("factors were stepped between a forward pass and its backward pass")
+        stack = ExitStack()
+        stack.enter_context(self._bank.routed(self._rows))
+        stack.enter_context(within(self._pass))
+        for layer, then in self._then:
+            stack.callback(setattr, layer, "slots", layer.slots)
+            layer.slots = then
+        self._entered.append(stack)
+
+    def __exit__(self, *raised: object) -> None:
+        self._entered.pop().close()
+
+    def _current_versions(self) -> list[int]:
+        """Return a number for each factor that rises with each change in place."""
+        return [
+            factor._version for _, then in self._then for one in then.values() for factor in (one.A, one.B)
+        ]
 
 
 def attach(

@@ -4,8 +4,9 @@
        rows of client a --- A_a, B_a --- scale --- + ---^
        rows of client b --- A_b, B_b --- scale --- + ---^
 
-The base product is computed once for all rows; the rows of each client then get its own small product, so
-every client has the result that it would have alone. A `slot` is one named set of factors: a client's, or one
+The base product is computed once for all rows; the rows of each client then get its own small product, all
+clients' together where their factors allow it (`grouped.py`), so every client has the result that it would
+have alone. A `slot` is one named set of factors: a client's, or one
 shared by all. Besides the factors that it trains, a slot may hold frozen rows (the *rest* of factors of a
 higher rank than its own) and the update that aggregation has *folded* into the base.
 
@@ -19,15 +20,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from splitft.adapters.dora import rescaled
+from splitft.adapters.grouped import FactorStack, Part, changes, product_kind, row_layout, update_together
 from splitft.adapters.state import Factors
+from splitft.adapters.targets import layer_sizes
 from splitft.errors import AdapterError
+from splitft.half_precision import HALF, current_pass
 
 CPU = torch.device("cpu")
 
@@ -49,7 +53,7 @@ class SlotFactors:
     A: nn.Parameter
     """(R, in)."""
     B: nn.Parameter
-    """(out, R)."""
+    """(out, R), in memory like its transpose."""
     rest: Factors | None = None
     """Frozen rows of A and columns of B beside those that are trained."""
     folded: Factors | None = None
@@ -58,6 +62,11 @@ class SlotFactors:
     """Scale of A and B over that of `rest` and `folded` (rsLoRA)."""
     magnitude: nn.Parameter | None = None
     """(1, out): change of the magnitudes of the weight's rows (DoRA)."""
+    _transposed: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    """Views of B and of that of `rest`, (R, out)."""
+
+    def __post_init__(self) -> None:
+        self.parts(1.0)  # makes the views
 
     def trained(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and B in the scale of the other factors."""
@@ -70,6 +79,24 @@ class SlotFactors:
             return A, B
         return torch.cat([A, self.rest.A]), torch.cat([B, self.rest.B], 1)
 
+    def parts(self, scale: float) -> list[Part]:
+        """Return the factors as a stack takes them: those that are trained, and the frozen rows."""
+        parts = [Part(self.A, self._transpose("B", self.B), scale * self.gain, (self.A, self.B))]
+        if self.rest is not None:
+            parts.append(Part(self.rest.A, self._transpose("rest", self.rest.B), scale))
+        return parts
+
+    def changes(self) -> tuple[int, ...]:
+        """Return numbers of which one rises when A or B is changed in place."""
+        return (*changes(self.A), *changes(self.B))
+
+    def _transpose(self, name: str, B: torch.Tensor) -> torch.Tensor:
+        """Return a view of B that is made once, not in every step."""
+        view = self._transposed.get(name)
+        if view is None or view.data_ptr() != B.data_ptr() or view.device != B.device:
+            view = self._transposed[name] = B.detach().mT
+        return view
+
 
 class LoraLayer(nn.Module):
     """A frozen linear layer with factors by slot."""
@@ -80,26 +107,37 @@ class LoraLayer(nn.Module):
         self.scale = scale
         self.slots: dict[str, SlotFactors] = {}
         self._routing = routing
+        self._stacked: tuple[list[object], list[SlotFactors | None], FactorStack] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, in) -> (B, T, out)."""
         y: torch.Tensor = self.base(x)
+        half = current_pass() if x.dtype == HALF else None
+        if half is None:
+            return self._updated(x, y)
+        return half.enter(self._updated(half.leave(x), half.leave(y)))
+
+    def _updated(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return the output with the update of each row's owner."""
         rows = self._routing.rows
         counts = self._counts(x)
         # one owner
         if len(rows) == 1:
             slot = rows[0][0]
             return y if slot is None else self._adapted(x, y, self.slots[slot])
-        # several owners of equal shapes: one batched product
-        slots = [self.slots[slot] for slot, _ in rows if slot is not None]
-        if len(slots) == len(rows) and len(set(counts)) == 1 and _can_be_batched(slots):
-            y = y + self._batched_product(x, slots).view_as(y)
-            return self._with_folded(x, y, slots[0])
-        # any other batch: one product for each owner
-        parts = zip(rows, torch.split(x, counts), torch.split(y, counts), strict=True)
-        return torch.cat(
-            [y_ if slot is None else self._adapted(x_, y_, self.slots[slot]) for (slot, _), x_, y_ in parts]
-        )
+        # several owners: their products in one
+        owners = [None if slot is None else self.slots[slot] for slot, _ in rows]
+        update = self._update_together(x, owners, counts)
+        if update is not None:
+            y = y + update.view_as(y)
+            return self._with_folded(x, y, next(one for one in owners if one is not None))
+        # owners that do not go together: one product for each
+        parts = zip(owners, torch.split(x, counts), torch.split(y, counts), strict=True)
+        return torch.cat([y_ if one is None else self._adapted(x_, y_, one) for one, x_, y_ in parts])
+
+    def forget_stack(self) -> None:
+        """Drop the stacked factors, which are kept from the last pass of several owners."""
+        self._stacked = None
 
     def update_norm(self, slot: str) -> float:
         """Return an upper bound of the Frobenius norm of a slot's update of the weight."""
@@ -110,13 +148,30 @@ class LoraLayer(nn.Module):
         change = 0.0 if one.magnitude is None else float(one.magnitude.detach().to(CPU, torch.float64).norm())
         return self.scale * norm + change
 
-    def _batched_product(self, x: torch.Tensor, slots: Sequence[SlotFactors]) -> torch.Tensor:
-        """Return the small products of clients with equally many rows and equal ranks."""
-        factors = [one.all_rows() for one in slots]
-        A = torch.stack([A for A, _ in factors]).to(x.dtype)  # (clients, R, in)
-        B = (torch.stack([B for _, B in factors]) * self.scale).to(x.dtype)  # (clients, out, R)
-        small = torch.bmm(x.reshape(len(factors), -1, x.shape[-1]), A.mT)
-        return torch.bmm(small, B.mT)
+    def _update_together(
+        self, x: torch.Tensor, owners: Sequence[SlotFactors | None], counts: Sequence[int]
+    ) -> torch.Tensor | None:
+        """Return the update of all owners' rows from one product, or None if they do not go together."""
+        if not _go_together(owners):
+            return None
+        per_count = math.prod(x.shape[1:-1])  # 1 if (B, T) is flattened, else T
+        tokens = [count * per_count for count in counts]
+        kind = product_kind(tokens, layer_sizes(self.base), x)
+        if kind is None:
+            return None
+        layout = row_layout(tuple(tokens), kind, x.device)
+        return update_together(x.reshape(-1, x.shape[-1]), self._stack(owners, x), layout)
+
+    def _stack(self, owners: Sequence[SlotFactors | None], x: torch.Tensor) -> FactorStack:
+        """Return the stacked factors, those of the last pass if nothing has changed."""
+        state: list[object] = [x.dtype, x.device]
+        state += [None if one is None else (id(one), *one.changes()) for one in owners]
+        kept = self._stacked
+        if kept is None or kept[0] != state:
+            parts = [[] if one is None else one.parts(self.scale) for one in owners]
+            # the owners are kept, too: an id is theirs as long as they are
+            kept = self._stacked = state, list(owners), FactorStack(parts, x)
+        return kept[2]
 
     def _adapted(self, x: torch.Tensor, y: torch.Tensor, slot: SlotFactors) -> torch.Tensor:
         A, B = slot.all_rows()
@@ -149,8 +204,12 @@ def _product_norm(A: torch.Tensor, B: torch.Tensor) -> float:
     return math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum()), 0.0))
 
 
-def _can_be_batched(slots: Sequence[SlotFactors]) -> bool:
-    """Return whether the products can be one: equal ranks, the same folded update, no magnitudes."""
-    ranks = {one.A.shape[0] + (one.rest.rank if one.rest else 0) for one in slots}
-    plain = all(one.magnitude is None and one.folded is slots[0].folded for one in slots)
-    return plain and len(ranks) == 1
+def _go_together(owners: Sequence[SlotFactors | None]) -> bool:
+    """Return whether the products can be one: no owner twice, the same folded update, no magnitudes."""
+    adapted = [one for one in owners if one is not None]
+    if not adapted or len({id(one) for one in adapted}) < len(adapted):
+        return False
+    folded = adapted[0].folded
+    if folded is not None and len(adapted) < len(owners):
+        return False
+    return all(one.magnitude is None and one.folded is folded for one in adapted)

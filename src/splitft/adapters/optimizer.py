@@ -19,12 +19,13 @@ AdamW: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
+from splitft.adapters.grouped import note_change
 from splitft.errors import AdapterError
 from splitft.geometry import Span
 from splitft.specs import TrainingSpec
@@ -33,6 +34,8 @@ ParameterKey = tuple[int, str, str]
 """(block, target, "A", "B" or "M")."""
 Moments = dict[str, torch.Tensor]
 """Flat names -> tensors: `7.self_attn.q_proj.A.exp_avg`; empty for an optimizer without state."""
+_Update = tuple[torch.Tensor, torch.Tensor, Moments]
+"""A parameter, its gradient and its state."""
 
 LR_SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -62,57 +65,53 @@ class LocalOptimizer:
         round: int = 1,
     ) -> None:
         """Begin a round (from 1); `lr_ratio` is the learning rate of B over that of A (LoRA+)."""
-        self._parameters, self._spec = dict(parameters), spec
+        self._parameters, self._spec, self._lr_ratio = dict(parameters), spec, lr_ratio
         self._steps = (round - 1) * spec.steps
-        tensors: list[Any] = list(self._parameters.values())
-        if lr_ratio != 1 and tensors:
-            parts = {part: [p for key, p in self._parameters.items() if key[2] == part] for part in "ABM"}
-            rates = {"A": spec.lr, "B": spec.lr * lr_ratio, "M": spec.lr}
-            tensors = [{"params": group, "lr": rates[part]} for part, group in parts.items() if group]
-        options: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay}
-        self._optimizer: torch.optim.Optimizer | None = None
-        if tensors:  # none where a client's blocks have no target layers
-            if spec.optimizer == "adamw":
-                self._optimizer = torch.optim.AdamW(tensors, fused=True, **options)
-            else:
-                self._optimizer = torch.optim.SGD(tensors, **options)
-        groups = self._optimizer.param_groups if self._optimizer else []
-        self._base_lrs = [group["lr"] for group in groups]
+        self._state: dict[ParameterKey, Moments] = {}
         if moments:
             self._restore(moments)
 
     def step(self, divide_by: float = 1) -> None:
         """Apply the gradients, divided by `divide_by`, and clear them."""
-        if self._optimizer is None:
-            return
-        if divide_by != 1:
-            for parameter in self._parameters.values():
-                if parameter.grad is not None:
-                    parameter.grad.div_(divide_by)
-        factor = lr_factor(self._spec, self._steps)
-        for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = lr * factor
-        self._optimizer.step()
-        self._steps += 1
-        self.forget()
+        step_together([self], divide_by)
 
     def forget(self) -> None:
         """Clear the gradients without applying them."""
-        if self._optimizer is not None:
-            self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def moments(self) -> Moments:
         """Return a copy of the optimizer's state, on the CPU."""
-        flat: Moments = {}
+        return {
+            ".".join(map(str, (*key, name))): value.detach().to("cpu", copy=True).contiguous()
+            for key, state in self._state.items()
+            for name, value in state.items()
+        }
+
+    def updates(self) -> Iterator[tuple[float, _Update]]:
+        """Yield the tensors of each parameter that has a gradient, with its learning rate; count a step."""
+        factor = lr_factor(self._spec, self._steps)
+        self._steps += 1
         for key, parameter in self._parameters.items():
-            state = self._optimizer.state.get(parameter, {}) if self._optimizer else {}
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    flat[".".join(map(str, (*key, name)))] = value.detach().to("cpu", copy=True)
-        return flat
+            if parameter.grad is None:
+                continue
+            gradient = _in_layout_of(parameter, parameter.grad)
+            if self._spec.optimizer == "adamw" and key not in self._state:
+                self._state[key] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+            lr = self._spec.lr * (self._lr_ratio if key[2] == "B" else 1.0) * factor
+            yield lr, (parameter, gradient, self._state.get(key, {}))
+
+    @property
+    def spec(self) -> TrainingSpec:
+        """Kind of optimizer, and its weight decay."""
+        return self._spec
 
     def _restore(self, moments: Moments) -> None:
-        if self._optimizer is None:
+        if self._spec.optimizer != "adamw":
             return
         by_parameter: dict[str, Moments] = {}
         for name, value in moments.items():
@@ -122,9 +121,85 @@ class LocalOptimizer:
             state = by_parameter.get(".".join(map(str, key)), {})
             # all of a parameter's state or none: after a change of rank its moments have another shape
             if state and all(value.dim() == 0 or value.shape == parameter.shape for value in state.values()):
-                self._optimizer.state[parameter] = {
-                    field: value.detach().to(parameter.device, copy=True) for field, value in state.items()
+                self._state[key] = {
+                    field: _in_layout_of(parameter, value.detach().to(parameter.device, copy=True))
+                    for field, value in state.items()
                 }
+
+
+@torch.no_grad()
+def step_together(optimizers: Sequence[LocalOptimizer], divide_by: float = 1) -> None:
+    """Apply the gradients of several slots, divided by `divide_by`, and clear them.
+
+    One call of the multi-tensor kernel for all slots of the same learning rate: 64 slots take as many calls
+    as one. Each tensor is updated by itself, so that the numbers are those of one slot after the other.
+    """
+    alike: dict[tuple[str, float, float], list[_Update]] = {}
+    for optimizer in optimizers:
+        spec = optimizer.spec
+        for lr, update in optimizer.updates():
+            alike.setdefault((spec.optimizer, spec.weight_decay, lr), []).append(update)
+    for (kind, weight_decay, lr), updates in alike.items():
+        parameters, gradients, states = (list(column) for column in zip(*updates, strict=True))
+        if divide_by != 1:
+            torch._foreach_div_(gradients, divide_by)
+        STEPS[kind](parameters, gradients, states, lr, weight_decay)
+        for parameter in parameters:
+            note_change(parameter)
+    for optimizer in optimizers:
+        optimizer.forget()
+
+
+def _adamw(
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    states: list[Moments],
+    lr: float,
+    weight_decay: float,
+) -> None:
+    exp_avgs, exp_avg_sqs, steps = (
+        [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
+    )
+    adamw(
+        parameters,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        fused=True,
+        amsgrad=False,
+        beta1=0.9,
+        beta2=0.999,
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=1e-8,
+        maximize=False,
+    )
+
+
+def _sgd(
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    states: list[Moments],
+    lr: float,
+    weight_decay: float,
+) -> None:
+    if weight_decay:
+        torch._foreach_add_(gradients, parameters, alpha=weight_decay)
+    torch._foreach_add_(parameters, gradients, alpha=-lr)
+
+
+STEPS = {"adamw": _adamw, "sgd": _sgd}
+"""Update of lists of parameters at one learning rate, by `training.optimizer`."""
+
+
+def _in_layout_of(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with the strides of its parameter: the fused kernel reads storage in order."""
+    contiguous = value.is_contiguous() and parameter.is_contiguous()
+    if value.dim() == 0 or contiguous or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def moments_within(moments: Moments, blocks: Span | Iterable[int]) -> Moments:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from splitft.adapters import AdapterState, LocalOptimizer, attach, moments_within
+from splitft.adapters import AdapterState, LocalOptimizer, attach, moments_within, step_together
 from splitft.geometry import Plan, Span
 from splitft.model import CPU, Model, Segment, checkpoint_blocks
 from splitft.specs import SplitSpec, TrainingSpec
@@ -106,8 +106,7 @@ class ServerBlocks:
     def step(self, weights: Mapping[str, int]) -> None:
         """Step the optimizers of clients that have completed a step, given the weights of their losses."""
         if self._split.server_adapters == "per-client":
-            for client in weights:
-                self._optimizers[client].step()
+            step_together([self._optimizers[client] for client in weights])
         elif self._split.server_adapters == "shared-in-turn":
             if weights:
                 self._optimizers[SHARED].step()
