@@ -106,14 +106,17 @@ def timed(model: Model, stream: BatchStream, batch: int, rounds: int, steps: int
     return list(found.items())
 
 
-def peak(cut: int, batch: int, data: Path, seed: int) -> dict[str, float]:
-    """Return the predicted and the measured peak MiB of a client that runs three steps in this process."""
+def peak(cut: int, batch: int, data: Path, seed: int, again: bool) -> dict[str, float]:
+    """Return the predicted and the measured peak MiB of a client that runs three steps in this process.
+
+    With `again`, blocks are computed again in the backward pass (`training.checkpoint_blocks`).
+    """
     import peft  # noqa: F401  # as the processes of client_memory do
 
     begin(seed, None)
     model = open_model(ModelSpec())
     model.skeleton()
-    training = TrainingSpec(batch_size=batch)
+    training = TrainingSpec(batch_size=batch, checkpoint_blocks=again)
     ranks = RankPolicy(LORA, model.shape.blocks, "svd", seed)
     sizes = exact_sizes(model, ranks)
     stream, _ = read_text(model, data, seed, batch)
@@ -130,13 +133,13 @@ def peak(cut: int, batch: int, data: Path, seed: int) -> dict[str, float]:
     measured = status("VmHWM") - before
     device = Device("any", 1.0, 1.0, 1.0, float("inf"))
     client_profile = ClientProfile("c", device, LINK, workload(stream, range(3)))
-    costs = SharedCosts(sizes, ServerProfile(device), LORA)
+    costs = SharedCosts(sizes, ServerProfile(device), LORA, checkpoint_blocks=again)
     return {"predicted": client_memory(costs, client_profile, cut).total / 2**20, "measured": measured}
 
 
-def _in_a_process(cut: int, batch: int, chosen: object) -> dict[str, float]:
+def _in_a_process(cut: int, batch: int, chosen: object, again: bool = False) -> dict[str, float]:
     command = [sys.executable, __file__, "--seed", str(chosen.seed), "--data", str(chosen.data)]
-    command += ["--peak", str(cut), str(batch)]
+    command += ["--peak", str(cut), str(batch), str(int(again))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -151,10 +154,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared/data/e2e/devset.csv")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4, help="measured steps of each cut in a round")
-    parser.add_argument("--peak", type=int, nargs=2, help="measure memory at this cut and batch, as JSON")
+    parser.add_argument(
+        "--peak",
+        type=int,
+        nargs=3,
+        help="measure memory at this cut and batch, 1 to compute blocks again; as JSON",
+    )
     chosen = parser.parse_args()
     if chosen.peak:
-        print(json.dumps(peak(*chosen.peak, chosen.data, chosen.seed)))
+        cut, batch, again = chosen.peak
+        print(json.dumps(peak(cut, batch, chosen.data, chosen.seed, bool(again))))
         return
     rounds, steps = (1, 2) if chosen.quick else (chosen.rounds, chosen.steps)
     begin(chosen.seed, chosen.threads)

@@ -22,27 +22,28 @@ class LiveMemory(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak, self.synchronisations = 0, 0
-        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._given: set[int] = set()
+        self._known: dict[int, tuple[StorageWeakRef, int]] = {}  # by address; 0 bytes for those from before
 
     @property
     def live(self) -> int:
         """Bytes that are in memory now."""
-        self._known = {place: one for place, one in self._known.items() if not one[0].expired()}
+        self._forget_freed()
         return sum(nbytes for _, nbytes in self._known.values())
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.synchronisations += function is torch.ops.aten._local_scalar_dense.default
-        self._given |= {place for place, _, _ in _storages((args, kwargs))} - self._known.keys()
+        self._forget_freed()  # their addresses may be used again
+        for storage in _storages((args, kwargs)):
+            self._known.setdefault(storage._cdata, (StorageWeakRef(storage), 0))
         out = function(*args, **(kwargs or {}))
-        for place, storage, nbytes in _storages(out):
-            if place not in self._given:
-                self._known[place] = StorageWeakRef(storage), nbytes
+        for storage in _storages(out):
+            self._known.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
         self.peak = max(self.peak, self.live)
         return out
 
+    def _forget_freed(self) -> None:
+        self._known = {place: one for place, one in self._known.items() if not one[0].expired()}
 
-def _storages(values: Any) -> list[tuple[int, torch.UntypedStorage, int]]:
-    tensors = [one for one in tree_leaves(values) if isinstance(one, torch.Tensor)]
-    storages = [one.untyped_storage() for one in tensors]
-    return [(one._cdata, one, one.nbytes()) for one in storages if one.nbytes()]
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [one.untyped_storage() for one in tree_leaves(values) if isinstance(one, torch.Tensor)]

@@ -45,6 +45,18 @@ def test_a_step_leg_by_leg():
     }
 
 
+@pytest.mark.parametrize("labels", ["client", "server"])
+def test_blocks_that_are_computed_again_take_their_forward_pass_twice(labels):
+    kept, again = (
+        {leg.name: leg for leg in step_legs(costs(labels=labels, checkpoint_blocks=one), client(), cut=2)}
+        for one in (False, True)
+    )
+    at_server = "server_backward" if labels == "client" else "server_step"
+    assert again["client_backward"].seconds - kept["client_backward"].seconds == 2 * 16 * 1.0
+    assert again[at_server].seconds - kept[at_server].seconds == 4 * 16 * 0.5
+    assert {name for name in kept if again[name] != kept[name]} == {"client_backward", at_server}
+
+
 def test_with_labels_on_the_server_there_is_one_visit_and_the_text_travels():
     legs = {leg.name: leg for leg in step_legs(costs(labels="server"), client(), cut=2)}
     assert list(legs) == ["client_forward", "up_hidden", "server_step", "down_gradient", "client_backward"]

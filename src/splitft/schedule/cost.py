@@ -12,6 +12,8 @@
       client_backward   client   k blocks
     and once a round: adapters_down, before the first step, and adapters_up, after the last.
 
+With `training.checkpoint_blocks` a backward pass includes another forward pass of its blocks.
+
 N real tokens and M labelled ones a step, D width, L blocks, k the cut. Machines compute padded tokens, links
 carry real ones. The time of waiting for the server depends on the other clients' cuts: `clock` simulates it.
 A link carries one message at a time, and each message takes the latency once.
@@ -24,6 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from splitft.geometry import check_cut
+from splitft.schedule.profile import Device
 from splitft.schedule.workload import ClientProfile, SharedCosts
 
 Place = Literal["client", "up", "down", "server"]
@@ -78,7 +81,7 @@ def step_legs(costs: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg,
     padded, rows, labelled_rows = work.padded_tokens, work.tokens * D, work.labelled_tokens * D
     # the client's processor: its blocks, head and codecs
     forward_s = cut * device.block_forward_s(padded)
-    backward_s = cut * device.block_backward_s(padded)
+    backward_s = cut * _backward_s(costs, device, padded)
     head_s = work.labelled_tokens * device.head_s_per_token
     if cut == L:
         return Leg("client_forward", forward_s), Leg("head", head_s), Leg("client_backward", backward_s)
@@ -90,7 +93,7 @@ def step_legs(costs: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg,
     # the server: the other blocks, with labels there also the head
     server = costs.server.device
     server_forward_s = (L - cut) * server.block_forward_s(padded)
-    server_backward_s = (L - cut) * server.block_backward_s(padded)
+    server_backward_s = (L - cut) * _backward_s(costs, server, padded)
     if costs.labels == "server":
         server_s = server_forward_s + work.labelled_tokens * server.head_s_per_token + server_backward_s
         server_step = Leg("server_step", server_s + rows * (decode_hidden_s + encode_grad_s), tokens=padded)
@@ -109,6 +112,12 @@ def step_legs(costs: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg,
         down_gradient,
         backward,
     )
+
+
+def _backward_s(costs: SharedCosts, device: Device, padded_tokens: float) -> float:
+    """Return the seconds of one block's backward pass, with its forward pass if that is computed again."""
+    again_s = device.block_forward_s(padded_tokens) if costs.checkpoint_blocks else 0.0
+    return again_s + device.block_backward_s(padded_tokens)
 
 
 def adapter_legs(costs: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg, Leg]:

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from splitft.errors import ScheduleError
 from splitft.schedule.cost import move_seconds, round_seconds, total_by_place
-from splitft.schedule.memory import client_memory, server_memory, server_weights_bytes
+from splitft.schedule.memory import client_memory, server_memory, server_shared_bytes
 from splitft.schedule.workload import ClientProfile, SharedCosts
 
 
@@ -129,7 +129,8 @@ class CutProblem:
     server_memory_bytes: float = math.inf
     """Memory that training may use at the server."""
     server_weights_bytes: tuple[float, ...] = ()
-    """Frozen weights at the server by the shallowest cut of all, from 0; empty to ignore them."""
+    """Frozen weights and working memory at the server by the shallowest cut of all, from 0; empty to ignore
+    them."""
     gamma: float = 1.0
     """Step size of `paper`: blocks that the client farthest from the mean moves."""
     client_blocks: int | None = None
@@ -215,7 +216,7 @@ def problem_of(
         ),
         rounds_left=rounds_left,
         server_memory_bytes=costs.server.device.memory_bytes,
-        server_weights_bytes=tuple(server_weights_bytes(costs, max(1, cut)) for cut in range(L + 1)),
+        server_weights_bytes=tuple(server_shared_bytes(costs, clients, max(1, cut)) for cut in range(L + 1)),
     )
 
 

@@ -99,6 +99,20 @@ class AdapterTraffic:
 
 
 @dataclass(frozen=True)
+class QuantizedBytes:
+    """Bytes of frozen weights that are held in fewer bits than they compute in."""
+
+    client_block: float
+    """Of a weight of a client's blocks, on average; norms and biases are in full."""
+    server_block: float
+    """Of a weight of the server's blocks."""
+    rows: float
+    """Of a weight of the embedding and the output matrix."""
+    made: float
+    """Of the largest matrix that is made from its bits, to be used and freed."""
+
+
+@dataclass(frozen=True)
 class SharedCosts:
     """The terms of the cost model that all clients share."""
 
@@ -114,12 +128,16 @@ class SharedCosts:
     """Side of the labels, and so of the head and the loss."""
     weight_bytes: int = 2
     """Bytes of a frozen weight and of a kept activation: 2 for bfloat16, 4 for float32."""
+    quantized: QuantizedBytes | None = None
+    """Bytes of frozen weights, if some are quantized."""
     moments: int = 2
     """Optimizer moments of a parameter: 2 for AdamW, 0 for SGD."""
     micro_batches: int = 1
     """Micro-batches of a step, at most one for each sequence."""
     in_flight: int = 1
     """Micro-batches in progress at once."""
+    checkpoint_blocks: bool = False
+    """Whether blocks keep only their inputs, and are computed again in the backward pass."""
     adapter_traffic: AdapterTraffic = field(default_factory=AdapterTraffic)
     """The part of the adapters that is sent."""
     federated: bool = True
@@ -131,11 +149,11 @@ class SharedCosts:
         """Return the number of micro-batches of a step with this workload, each at least a sequence."""
         return max(1, min(self.micro_batches, int(workload.sequences + 1e-9)))
 
-    def share_in_flight(self, workload: Workload) -> float:
-        """Return the share of a batch whose activations are kept at once: its largest micro-batches."""
+    def share_in_flight(self, workload: Workload, at_once: int | None = None) -> float:
+        """Return the share of a batch in its largest micro-batches: `at_once` of them, or all in flight."""
         parts, sequences = self.parts(workload), max(1, int(workload.sequences + 1e-9))
         sizes = [sequences // parts + (part < sequences % parts) for part in range(parts)]
-        return sum(sizes[: self.in_flight]) / sequences
+        return sum(sizes[: self.in_flight if at_once is None else at_once]) / sequences
 
     def ranks(self, cut: int, rank: int | None = None) -> tuple[int, ...]:
         """Return the LoRA rank of each block for a client with this cut; `rank` is its own, if it has one."""
