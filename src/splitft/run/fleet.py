@@ -20,12 +20,21 @@ from splitft.config import RunConfig
 from splitft.data.text import BatchStream
 from splitft.model import Model
 from splitft.model.anatomy import locate
+from splitft.model.devices import RunDevices, take_devices
+from splitft.model.quantized_layers import bytes_a_weight, largest_made
 from splitft.run.calibration import measured
 from splitft.schedule.codec_cost import WireBytes, codec_seconds
 from splitft.schedule.presets import device_preset, link_preset
 from splitft.schedule.profile import GB, MBIT_PER_S, Device, Link, ServerProfile
 from splitft.schedule.sizes import ModelSizes, sizes_of
-from splitft.schedule.workload import AdapterTraffic, ClientProfile, Fleet, SharedCosts, Workload
+from splitft.schedule.workload import (
+    AdapterTraffic,
+    ClientProfile,
+    Fleet,
+    QuantizedBytes,
+    SharedCosts,
+    Workload,
+)
 from splitft.specs import DeviceSpec, LinkSpec, WireSpec
 from splitft.specs.wire import AUTO
 from splitft.training.ranks import RankPolicy
@@ -41,7 +50,7 @@ class _Machines:
     config: RunConfig
 
     def device(self, name: str, given: str | DeviceSpec) -> Device:
-        """Return a machine under its owner's name."""
+        """Return a machine under its owner's name, which is "server" or a client's."""
         if isinstance(given, DeviceSpec):
             return Device(
                 name=name,
@@ -52,7 +61,9 @@ class _Machines:
                 block_overhead_s=given.block_overhead_ms / 1e3,
             )
         if given == "measured":
-            return replace(self._measured, name=name)
+            devices = self._devices.server if name == "server" else self._devices.clients
+            found = measured(self.model, self.ranks, self.config.training, devices[0])
+            return replace(found, name=name)
         return replace(device_preset(given, self.sizes, self.config.data.max_tokens), name=name)
 
     def link(self, name: str, given: str | LinkSpec) -> Link:
@@ -63,8 +74,8 @@ class _Machines:
         return replace(link_preset(given), name=name)
 
     @cached_property
-    def _measured(self) -> Device:
-        return measured(self.model, self.ranks, self.config.training)
+    def _devices(self) -> RunDevices:
+        return take_devices(self.config.devices)
 
 
 def fleet_of(
@@ -97,12 +108,30 @@ def fleet_of(
         federated=config.aggregate.federated,
         handed_on=config.training.order == "in-turn",
         weight_bytes=model.dtype.itemsize,
+        quantized=quantized_bytes(model),
         moments=2 if config.training.optimizer == "adamw" else 0,
         micro_batches=config.training.micro_batches,
         in_flight=config.training.in_flight,
+        checkpoint_blocks=config.training.checkpoint_blocks,
         adapter_traffic=_adapter_traffic(config, model, ranks),
     )  # fmt: skip
     return Fleet(costs, clients, schedule.changes)
+
+
+def quantized_bytes(model: Model) -> QuantizedBytes | None:
+    """Return the bytes of frozen weights, counted on the skeleton; None if nothing is quantized."""
+    client, server = model.at("clients"), model.at("server")
+    if model.spec.embedding == "full" and not client.quantized and not server.quantized:
+        return None
+    full = float(model.dtype.itemsize)
+    skeletons = [side.held_skeleton() for side in (client, server)]
+    of_blocks = [bytes_a_weight(locate(skeleton).block_list()[0], full) for skeleton in skeletons]
+    return QuantizedBytes(
+        client_block=of_blocks[0],
+        server_block=of_blocks[1],
+        rows=bytes_a_weight(locate(skeletons[0]).embedding, full),
+        made=max(map(largest_made, skeletons)) * full,
+    )
 
 
 def _adapter_traffic(config: RunConfig, model: Model, ranks: RankPolicy) -> AdapterTraffic:

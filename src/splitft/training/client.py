@@ -23,7 +23,7 @@ from splitft.adapters import AdapterState, LocalOptimizer, Moments, moments_with
 from splitft.data.text import Batch, BatchStream
 from splitft.errors import ProtocolError
 from splitft.geometry import Plan, Side
-from splitft.model import CPU, Model, loss_and_gradient
+from splitft.model import CPU, Model, checkpoint_blocks, loss_and_gradient, pick
 from splitft.privacy.defence import Defence
 from splitft.privacy.noise import Noise
 from splitft.protocol import (
@@ -80,6 +80,8 @@ class Client:
         plan = Plan(cut, model.shape.blocks, setup.labels)
         self.blocks = ClientBlocks(name, model, plan, setup.ranks, self._defence, setup.device)
         self.segment = self.blocks.segment
+        if setup.training.checkpoint_blocks:
+            checkpoint_blocks(self.segment.blocks, self.blocks.bank.recorded)
         self.held_out = HeldOutEvaluator(self.blocks, setup.held_out, self._defence, setup.numbered)
         self._moments: Moments = {}
         self._optimizer: LocalOptimizer | None = None
@@ -179,7 +181,7 @@ class Client:
         optimizer, totals = self._in_round(), StepTotals()
         for micro_batch, batch in self._split_step():
             with torch.enable_grad():
-                last = self.blocks.run(batch)[batch.positions()]  # (M, D)
+                last = pick(self.blocks.run(batch), batch.labelled)  # (M, D)
             loss, gradient = self._graded(micro_batch, batch, last.detach())
             totals.add(micro_batch, loss)
             if last.requires_grad:
