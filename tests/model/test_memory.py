@@ -32,7 +32,7 @@ def peak():
 torch.set_num_threads(1)
 what, folder = sys.argv[1:]
 tokens = torch.arange(100, 132).view(1, 32)
-model = open_model(ModelSpec(name=folder))
+model = open_model(ModelSpec(name=folder, dtype="bfloat16"))
 model.segment(Span(0, 0))  # modelling code is imported
 before = peak()
 if what == "whole":
@@ -68,7 +68,7 @@ def test_a_client_with_two_blocks_needs_a_fraction_of_the_models_memory(real_mod
 
 @torch.no_grad()
 def test_the_real_model_split_says_what_it_says_whole(real_model):
-    model = open_model(ModelSpec(name="smollm2-135m"))
+    model = open_model(ModelSpec(name="smollm2-135m", dtype="bfloat16"))
     tokens = torch.tensor([model.tokenizer()("The capital of France is").input_ids])
     client, server = model.segment(Span(0, 2), embedding=True, head=True), model.segment(Span(2, 30))
     logits = client.logits(server.run(client.run(tokens))[0])
@@ -89,7 +89,8 @@ def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 torch.set_num_threads(1)
-segment = open_model(ModelSpec(name=sys.argv[2])).segment(Span(0, 2), embedding=True, head=True)
+model = open_model(ModelSpec(name=sys.argv[2], dtype="bfloat16"))
+segment = model.segment(Span(0, 2), embedding=True, head=True)
 found = []
 for cut in (2, 15, 29, 15, 2):
     segment.resize(Span(0, cut))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -36,6 +38,28 @@ def test_a_damaged_cache_is_measured_again(measure, tmp_path):
     (file,) = tmp_path.glob("calibrations/*.json")
     file.write_text("{", encoding="utf-8")
     assert measure().block_forward_s_per_token > 0
+
+
+def test_a_processor_with_other_instructions_is_measured_anew(measure, tmp_path, monkeypatch):
+    measure()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    measure()
+    assert len(list(tmp_path.glob("calibrations/*.json"))) == 2
+
+
+def test_the_memory_of_an_accelerator_is_learnt_from_its_counters(monkeypatch):
+    """2 GB of tensors in 2.2 GB, and 0.5 GB of the device that the allocator does not hold."""
+    counters = {
+        "max_memory_allocated": 2e9, "max_memory_reserved": 2.2e9, "memory_reserved": 1e9,
+        "mem_get_info": (8.5e9, 10e9),
+    }  # fmt: skip
+    module = SimpleNamespace(**{name: lambda device, value=value: value for name, value in counters.items()})
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    found = calibration._memory_constants(torch.device("cuda:0"))
+    assert found == {"allocator_slack": pytest.approx(1.1), "runtime_bytes": 0.5e9}
+    del module.mem_get_info  # a device that does not tell, such as mps, has the constants of a CPU
+    assert calibration._memory_constants(torch.device("mps:0")) == {}
+    assert calibration._memory_constants(torch.device("cpu")) == {}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float32", 0.1)])
