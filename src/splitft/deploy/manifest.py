@@ -144,8 +144,8 @@ def _verify_quantizers(model: Model, on_server: Mapping[str, BaseTensor]) -> Non
     for name, (_, digest) in _quantizers(model.at("clients")).items():
         if name in on_server and on_server[name].sha256 != digest:
             raise ForbiddenError(
-                f"{name.removeprefix(QUANTIZER)} weights are rounded otherwise here than on the server, and the "
-                "base models would differ: install the same version of bitsandbytes on both sides"
+                f"{name.removeprefix(QUANTIZER)} weights are rounded otherwise here than on the server, so "
+                "the base models would differ: install the same version of bitsandbytes on both sides"
             )
 
 
