@@ -134,7 +134,7 @@ class StepService:
     def _forward(self, arrivals: Mapping[str, Arrival], messages: list[Activations]) -> None:
         """Run batches in groups; with several devices launch all first, so that each device has work."""
         groups = self._server.groups(messages)
-        together = len(groups) if len(self._server.segment.devices) > 1 else 1
+        together = max(1, len(groups)) if len(self._server.segment.devices) > 1 else 1
         for start in range(0, len(groups), together):
             launched = [
                 one for group in groups[start : start + together] for one in self._launch(arrivals, group)
