@@ -46,6 +46,11 @@ def test_in_a_pipe_a_run_tells_what_matters_in_plain_lines():
     ]
 
 
+def test_the_first_line_says_the_type_and_why():
+    why = "float32 (this processor has no bfloat16 instructions)"
+    assert lines([started(precision=why)])[0].startswith(f"splitft: tiny in {why}, 6 blocks, 2 clients")
+
+
 def test_in_a_pipe_lines_of_progress_keep_a_distance():
     events = [started(), *(step(t, 1, t, ANN, 2.0, 10) for t in range(12))]
     assert [line[:20] for line in lines(events)[1:]] == [
