@@ -34,6 +34,7 @@ class FrozenModule:
             kept = _present(part._buffers) - part._non_persistent_buffers_set
             self.buffers.update((f"{path}.{name}", (part, name)) for name in kept)
         self._empty = {name: getattr(*place) for name, place in self.places.items()}
+        self._wanted = dict[str, WantedWeight]()  # what is held, by name; empty on the meta device
 
     def fill(self, checkpoint: Checkpoint, dtype: torch.dtype, owner: Any, device: torch.device) -> int:
         """Read the tensors to `device`, and compute the buffers that checkpoints lack.
@@ -61,6 +62,7 @@ class FrozenModule:
             for name, place in self.places.items()
         }
         held = WEIGHTS.take(wanted, read)
+        self._wanted = wanted
         for name, (part, attribute) in self.places.items():
             part._parameters[attribute] = held[name]
         saved = {name: place for name, place in self.buffers.items() if name in checkpoint}
@@ -80,6 +82,8 @@ class FrozenModule:
 
     def free(self) -> None:
         """Put the parameters of the meta device back; memory that no other segment holds is free."""
+        WEIGHTS.give_up({one: getattr(*self.places[name]) for name, one in self._wanted.items()})
+        self._wanted = {}
         for name, (part, attribute) in self.places.items():
             part._parameters[attribute] = self._empty[name]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,6 +90,10 @@ class QuantizedForm:
         if tensor.dim() == 2:
             tensor = QUANTIZERS[self.kind].quantize(tensor.T if self.transposed else tensor)
         return nn.Parameter(tensor.to(self.device), requires_grad=False)
+
+    def on(self, device: torch.device) -> QuantizedForm:
+        """Return the same form on another device."""
+        return replace(self, device=device)
 
 
 def quantized_form(module: nn.Module, name: str, device: torch.device) -> QuantizedForm | None:

@@ -7,7 +7,8 @@
 N simulated clients hold the same embedding, head and blocks. Frozen weights are never written, so they can
 share them: the store hands out one parameter to all that ask for the same tensor of the same file, in the
 same form (type and device, or a quantized form). The store's own references are weak: when the last segment
-frees a tensor, its memory is free. Nobody may change a parameter that the store has handed out, nor move its
+frees a tensor, its memory is free. Of weights on accelerators, those lately given up stay on the host for a
+while (`lately_held`). Nobody may change a parameter that the store has handed out, nor move its
 module with `.to`; a tensor that was written in place all the same is found when somebody takes it again.
 """
 
@@ -16,13 +17,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from splitft.errors import ModelError
+from splitft.model.weights.lately_held import CPU, LatelyHeld, host_budget_bytes
 
 Reader = Callable[[list[str]], dict[str, torch.Tensor]]
 """Reads tensors by name, as they are in the checkpoint."""
@@ -32,7 +34,10 @@ class WeightForm(Protocol):
     """Form in which a tensor is held; hashable, and equal forms hold a tensor in the same way."""
 
     def hold(self, tensor: torch.Tensor) -> nn.Parameter:
-        """Return a tensor of the checkpoint in this form, frozen."""
+        """Return a tensor of the checkpoint, or a copy of one held in this form, in this form, frozen."""
+
+    def on(self, device: torch.device) -> WeightForm:
+        """Return the same form on another device."""
 
     def __hash__(self) -> int: ...
 
@@ -48,6 +53,10 @@ class PlainWeight:
         """Return the tensor in this type on this device; without a copy if it is there already."""
         return nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
 
+    def on(self, device: torch.device) -> PlainWeight:
+        """Return this type on another device."""
+        return replace(self, device=device)
+
 
 @dataclass(frozen=True)
 class WantedWeight:
@@ -62,7 +71,9 @@ class WantedWeight:
 class WeightStore:
     """The frozen parameters of a process, by origin, shape and form."""
 
-    def __init__(self) -> None:
+    def __init__(self, lately_held: LatelyHeld | None = None) -> None:
+        """Begin empty; `lately_held` has the host copies, none by default."""
+        self.lately_held = lately_held or LatelyHeld(0)
         self._held: dict[WantedWeight, _Held] = {}
         self._lock = threading.RLock()
 
@@ -75,12 +86,21 @@ class WeightStore:
         with self._lock, torch.inference_mode(False):  # inference tensors could not be used in training
             found = {name: self._find(name, one) for name, one in wanted.items()}
             missing = [name for name, parameter in found.items() if parameter is None]
-            tensors = read(missing) if missing else {}
+            copies = {name: self.lately_held.find(_on_any_device(wanted[name])) for name in missing}
+            tensors = {name: copy for name, copy in copies.items() if copy is not None}
+            if unread := [name for name in missing if name not in tensors]:
+                tensors |= read(unread)
             taken = {name: parameter for name, parameter in found.items() if parameter is not None}
             for name in missing:
                 taken[name] = parameter = wanted[name].form.hold(tensors.pop(name))
                 self._held[wanted[name]] = _Held(parameter, self._forget, wanted[name])
         return taken
+
+    def give_up(self, held: Mapping[WantedWeight, nn.Parameter]) -> None:
+        """Note that a segment gives these parameters up; copies of them may stay on the host."""
+        with self._lock:
+            for wanted, parameter in held.items():
+                self.lately_held.keep(_on_any_device(wanted), parameter)
 
     def __len__(self) -> int:
         """Return the number of parameters that somebody holds."""
@@ -126,5 +146,10 @@ class _Held(weakref.ref[nn.Parameter]):
         """Keep what `__new__` has set."""
 
 
-WEIGHTS = WeightStore()
+def _on_any_device(wanted: WantedWeight) -> WantedWeight:
+    """Return the name of a weight's host copy, which is the same for all devices that it was on."""
+    return replace(wanted, form=wanted.form.on(CPU))
+
+
+WEIGHTS = WeightStore(LatelyHeld(host_budget_bytes()))
 """The store of this process."""
