@@ -98,6 +98,13 @@ class Batch:
         """Return the batch with its tokens on a device."""
         return replace(self, tokens=self.tokens.to(device))
 
+    @property
+    def labelled(self) -> tuple[tuple[int, int], ...]:
+        """Positions [first, stop) that carry loss, for each sequence."""
+        return tuple(
+            (first - 1, length - 1) for first, length in zip(self.labelled_from, self.lengths, strict=True)
+        )
+
     def positions(self) -> tuple[Tensor, Tensor]:
         """Return rows and columns (N,), (N,) of the N positions that carry loss, row by row.
 
@@ -112,8 +119,9 @@ class Batch:
 
     def targets(self) -> Tensor:
         """Return the token ids (N,) that the labelled positions predict, in the order of `positions`."""
-        rows, columns = self.positions()
-        return self.tokens[rows, columns + 1]
+        return torch.cat(
+            [row[first + 1 : stop + 1] for row, (first, stop) in zip(self.tokens, self.labelled, strict=True)]
+        )
 
     def divided(self, parts: int) -> tuple[Batch, ...]:
         """Divide it into this many batches of about equal size, at most one for each sequence.

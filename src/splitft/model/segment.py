@@ -6,8 +6,8 @@
 The model class is built on the meta device, where it needs no memory. The parts that a segment holds are read
 from the checkpoint. To run a span, its blocks are mounted in the trunk's block list and the trunk's own
 forward is called, with hidden states instead of embeddings and with neutral replacements of the parts that
-are elsewhere (position table, final norm). For the head, the model's own forward is called with the final norm
-in the trunk's place. So rotary angles, masks, scalings and soft caps are the family's.
+are elsewhere (position table, final norm). For the head, the model's own forward is called with the final
+norm in the trunk's place. So rotary angles, masks, scalings and soft caps are the family's.
 
 On several devices the held blocks are divided in contiguous ranges, and a pass goes from one to the next. The
 embedding and the head are on the last.
@@ -207,6 +207,9 @@ class Segment:
         """Run blocks of one device."""
         tokens = not x.is_floating_point()
         self._mount(through, enters=tokens)
+        if len(self._devices) > 1:  # a copy from another device would wait for that device's work
+            for part, name, buffer in self._buffers_on[x.device]:
+                part._buffers[name] = buffer
         inputs = {"input_ids": x} if tokens else {"inputs_embeds": x}
         kept = {"use_cache": True, "past_key_values": cache} if cache is not None else {"use_cache": False}
         hidden: torch.Tensor = self._anatomy.trunk(**inputs, **kept)[0]
@@ -256,9 +259,15 @@ class Segment:
         if self.holds_head and self.shape.tied:
             anatomy.head._parameters["weight"] = anatomy.embedding._parameters["weight"]
         block_parts = {id(part) for block in self.blocks for part in block.modules()}
+        shared: list[tuple[nn.Module, str, torch.Tensor]] = []
         for part in self._lm.modules():  # modules without parameters: rotary angles
             if id(part) not in block_parts and not part._parameters:
                 fill_buffers(part, self._lm, self.device)
+                shared += [(part, name, one) for name, one in part._buffers.items() if one is not None]
+        self._buffers_on = {
+            device: [(part, name, buffer.to(device)) for part, name, buffer in shared]
+            for device in self._devices
+        }
 
     def _mount(self, through: Span, *, enters: bool) -> None:
         """Make the trunk's forward run exactly these blocks, with only the parts in use."""

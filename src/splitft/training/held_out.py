@@ -14,7 +14,7 @@ import torch
 
 from splitft.data.text import Batch
 from splitft.errors import ProtocolError
-from splitft.model import loss_and_gradient, summed_loss, token_losses
+from splitft.model import loss_and_gradient, pick, summed_loss, token_losses
 from splitft.privacy.defence import Defence
 from splitft.privacy.held_out_loss import bounded_sum
 from splitft.protocol import Activations, Evaluation, HeldOutLoss, LastHidden, Message, expect
@@ -57,7 +57,7 @@ class HeldOutEvaluator:
     def alone(self, index: int) -> None:
         """Add the loss of one batch, at a client that holds the whole model."""
         batch = self._batch(index)
-        self._measure(self._blocks.run(batch)[batch.positions()], batch)
+        self._measure(pick(self._blocks.run(batch), batch.labelled), batch)
 
     def head(self, message: Message) -> None:
         """Add the loss of the batch in flight."""

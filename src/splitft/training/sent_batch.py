@@ -53,15 +53,13 @@ class SentBatch:
     def activations(self, blocks: ClientBlocks, *, training: bool, numbered: bool) -> Activations:
         """Return the message to the server: never tokens, and labels only if the server computes the loss."""
         batch, micro_batch = self.batch, self.micro_batch
-        starts = [first - 1 for first in batch.labelled_from]
-        stops = [length - 1 for length in batch.lengths]
         return Activations(
             client=blocks.name,
             round=micro_batch.round,
             step=micro_batch.step,
             training=training,
             lengths=batch.lengths,
-            labelled=tuple(zip(starts, stops, strict=True)),
+            labelled=batch.labelled,
             examples=batch.numbers if numbered else (),
             micro_batch=micro_batch.number,
             micro_batches=micro_batch.of,
