@@ -17,7 +17,11 @@ PYTHON ?= $(firstword $(foreach name,$(NAMES),$(shell \
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
-.PHONY: demo test check bench faults setup clean
+# All laws, rules, codecs and resumes on a torch device made of Python: what mixes devices fails there.
+ON_DEVICE := tests/laws tests/adapters tests/codecs tests/training tests/privacy tests/model tests/run \
+	tests/test_rules_end_to_end.py tests/test_resume.py tests/test_labels_stay_home.py tests/deploy/server
+
+.PHONY: demo test check check-device check-gpu bench faults setup clean
 
 demo: $(READY)
 	@$(BIN)/splitft demo
@@ -31,6 +35,13 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(PYTEST)
+
+check-device: $(READY)
+	$(PYTEST) --fake-device $(ON_DEVICE)
+
+# On a machine with a CUDA device; elsewhere these tests are skipped.
+check-gpu: $(READY)
+	$(BIN)/pytest -m gpu
 
 bench: $(READY)
 	@for question in $(wildcard benchmarks/*.py); do echo "== $$question"; $(BIN)/python $$question || exit 1; done

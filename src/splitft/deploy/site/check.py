@@ -23,7 +23,7 @@ from splitft.deploy.site.setup import fixed_cut_of, memory_by_cut
 from splitft.deploy.tokenizer_files import tokenizer_files
 from splitft.errors import DeployError, SplitftError
 from splitft.model import Model, open_model, precision
-from splitft.model.devices import take_devices
+from splitft.model.devices import find_device, take_devices
 from splitft.model.source import silence_transformers
 from splitft.model.weights.checkpoint_files import LocalShard
 from splitft.protocol import BaseFile
@@ -62,6 +62,7 @@ def check_site(site: SiteSpec, config: RunConfig | None, name: str | None) -> li
 def _alone(site: SiteSpec) -> Iterator[SiteFinding]:
     """Look at a site's file without a run."""
     yield from _source(site, "python-docs")
+    yield from _device(site)
     model = None
     if site.model.folder is None:
         yield SiteFinding(
@@ -93,6 +94,7 @@ def _in_run(site: SiteSpec, config: RunConfig, name: str | None) -> Iterator[Sit
     if not found:
         yield SiteFinding("run", "asks for nothing that the file forbids")
     yield from _source(site, config.data.source)
+    yield from _device(site)
     if name is None:
         listed = ", ".join(names)
         yield SiteFinding("cut", f"not known: give --name, one of {listed}", "note")
@@ -149,6 +151,14 @@ def _tried(subject: str, look: Callable[[], T]) -> Generator[SiteFinding, None, 
     except SplitftError as error:
         yield SiteFinding(subject, str(error), "declines")
         return None
+
+
+def _device(site: SiteSpec) -> Iterator[SiteFinding]:
+    """Say what the site computes on."""
+    name = site.machine.runs_on
+    device = yield from _tried("device", lambda: find_device(name, "machine.runs_on"))
+    if device is not None:
+        yield SiteFinding("device", f"computes on {device} (machine.runs_on: {name})")
 
 
 def _source(site: SiteSpec, source: str) -> Iterator[SiteFinding]:

@@ -14,6 +14,7 @@ from splitft.deploy.run_terms import MAX_DEVICE_NUMBER, RunTerms, load_run_terms
 from splitft.deploy.site.limits import OrderLimits, WorkLedger
 from splitft.deploy.site.policy import SitePolicy, at_site, refusals
 from splitft.errors import DeployError, ForbiddenError
+from splitft.model.devices import find_device
 from splitft.model.source import silence_transformers
 from splitft.protocol import Register
 from splitft.run.fleet import fleet_of, workload_of
@@ -62,6 +63,7 @@ def open_site(
     if site is not None:
         if found := refusals(site, config, fixed_cut):
             raise ForbiddenError("; ".join(found))
+        find_device(site.machine.runs_on, "machine.runs_on")  # raises ConfigError
         if site.text.source is not None:
             config, index = select_sites(config, (name,)), 0
         config = at_site(config, site)
