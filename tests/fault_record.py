@@ -5,18 +5,29 @@
 
 With the environment variable SPLITFT_FAULTS=FILE, every marked test adds one JSON line to the file. `{name}`
 is a parameter of the test, `{id}` all of them. A test that measures how long the run stood still says so with
-`record_property("recovery_s", seconds)`.
+`record_property("recovery_s", stood_still_s(events))`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from splitft.tracking.events import Event, StepDone
+
 KINDS = ("fault", "hostile")
+
+
+class _Parameters(dict):
+    """Parameters of a test by name; one that it does not have keeps its braces."""
+
+    def __missing__(self, key: str) -> str:
+        return f"{{{key}}}"
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -31,7 +42,7 @@ def pytest_runtest_makereport(item, call):
     parameters = _parameters(item)
     for kind in KINDS:
         for mark in item.iter_markers(kind):
-            what, result = (str(text).format(**parameters) for text in mark.args)
+            what, result = (str(text).format_map(_Parameters(parameters)) for text in mark.args)
             row = {
                 "kind": kind,
                 "what": what,
@@ -43,6 +54,12 @@ def pytest_runtest_makereport(item, call):
             }
             with Path(file).open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def stood_still_s(events: Iterable[Event]) -> float:
+    """The longest time between two steps of a run, of any client: how long it stood still."""
+    times = [event.t for event in events if isinstance(event, StepDone)]
+    return max(later - earlier for earlier, later in pairwise(times))
 
 
 def _parameters(item) -> dict[str, str]:

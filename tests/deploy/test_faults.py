@@ -13,6 +13,7 @@ import tempfile
 import psutil
 import pytest
 
+from fault_record import stood_still_s
 from runs import settings_file
 from splitft.config import load
 from splitft.deploy.flare import poc
@@ -69,8 +70,9 @@ def of(events, kind: str) -> list:
 @pytest.mark.fault(
     "kill -9 of the session's process on the server", "the round is trained once more; nothing else changes"
 )
-def test_a_job_process_that_is_killed_costs_its_round_once_more_and_nothing_else(run):
+def test_a_job_process_that_is_killed_costs_its_round_once_more_and_nothing_else(run, record_property):
     ended, events = run(lambda folder: kill(folder, "client.worker_process", "kits/client-2"), 2)
+    record_property("recovery_s", stood_still_s(events))
     assert [session.sites for session in of(events, "SessionStarted")] == [EVERYONE, EVERYONE]
     assert [event.participants for event in of(events, "RoundDone")] == [EVERYONE] * 6
     steps = [event.step for event in of(events, "StepDone") if event.client == "client-2"]
@@ -79,8 +81,9 @@ def test_a_job_process_that_is_killed_costs_its_round_once_more_and_nothing_else
 
 
 @pytest.mark.fault("kill -9 of all processes of a site", "the others go on; it is back in the next session")
-def test_a_site_that_is_killed_as_a_whole_is_back_in_the_next_session(run):
+def test_a_site_that_is_killed_as_a_whole_is_back_in_the_next_session(run, record_property):
     ended, events = run(lambda folder: kill(folder, "kits/client-2"), 2)
+    record_property("recovery_s", stood_still_s(events))
     lost, sessions = of(events, "SiteChanged"), of(events, "SessionStarted")
     assert [(event.site, event.state) for event in lost] == [("client-2", "lost")]
     participants = [event.participants for event in of(events, "RoundDone")]
@@ -93,8 +96,9 @@ def test_a_site_that_is_killed_as_a_whole_is_back_in_the_next_session(run):
 
 
 @pytest.mark.fault("kill -9 of all processes of the server", "the run goes on after the last finished round")
-def test_a_run_survives_the_death_of_the_whole_server(run):
+def test_a_run_survives_the_death_of_the_whole_server(run, record_property):
     ended, events = run(lambda folder: kill(folder, "kits/localhost"), 3)
+    record_property("recovery_s", stood_still_s(events))
     assert len(of(events, "SessionStarted")) == 2
     assert [event.round for event in of(events, "RoundDone")] == [1, 2, 3, 4, 5, 6]
     assert [event.participants for event in of(events, "RoundDone")][-1] == EVERYONE

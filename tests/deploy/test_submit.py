@@ -14,6 +14,7 @@ import time
 import pytest
 
 from deploy.local_federation import SITES, local_federation
+from fault_record import stood_still_s
 from splitft.tracking.log import read_events, settled
 
 pytest.importorskip("nvflare")
@@ -58,7 +59,7 @@ KILLS = {
     "kill -9 during `deploy submit`: {kill}",
     "it goes on after the last finished round; `submit` follows to the end",
 )
-def test_a_submitted_run_survives_the_death_of(federation, kill):
+def test_a_submitted_run_survives_the_death_of(federation, kill, record_property):
     number, kinds = KILLS[kill]
     name = f"run-{list(KILLS).index(kill)}"
     submit = federation.submit(name)
@@ -67,6 +68,7 @@ def test_a_submitted_run_survives_the_death_of(federation, kill):
     assert len(victims) == len(kinds)
     federation.signal(signal.SIGKILL, victims)
     said = finished(federation, name, submit)
+    record_property("recovery_s", stood_still_s(federation.events(name, "StepDone")))
     assert "session 1 ended: its job died" in said
     assert "session 2: north, south" in said
     ended = federation.events(name, "RoundDone")
@@ -116,7 +118,7 @@ def test_abort_ends_the_running_session_and_the_submit_that_follows_it(federatio
     "the server's processes are stopped for longer than silence_s",
     "no site is blamed; the same session goes on",
 )
-def test_a_server_that_was_stopped_for_a_while_blames_no_site(federation):
+def test_a_server_that_was_stopped_for_a_while_blames_no_site(federation, record_property):
     submit = federation.submit("paused-server")
     federation.until_step("paused-server", 2)
     everything = federation.processes("localhost", False) + federation.processes("localhost", True)
@@ -124,6 +126,7 @@ def test_a_server_that_was_stopped_for_a_while_blames_no_site(federation):
     time.sleep(25)  # deploy.silence_s is 10
     federation.signal(signal.SIGCONT, everything)
     finished(federation, "paused-server", submit)
+    record_property("recovery_s", stood_still_s(federation.events("paused-server", "StepDone")))
     assert not federation.events("paused-server", "SiteChanged")
     assert len(federation.events("paused-server", "SessionStarted")) == 1
 

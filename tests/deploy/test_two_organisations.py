@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from deploy.machines import machines, possible
+from fault_record import stood_still_s
 from laws.federations import write_text
 from runs import COMMAND, settings, started
 from splitft.tracking.log import read_events, settled
@@ -107,7 +108,9 @@ def organisations(tmp_path_factory, tiny_llama):
 
 
 @pytest.mark.fault("a site's network is down for 20 s", "no step is lost, no event")
-def test_a_cable_that_is_pulled_for_20_s_costs_no_step_and_all_is_as_the_page_says(organisations):
+def test_a_cable_that_is_pulled_for_20_s_costs_no_step_and_all_is_as_the_page_says(
+    organisations, record_property
+):
     us = organisations
     submit = us.start("hub", "deploy", "submit", "run.yaml", "--kit", SUBMITTER, "--out", "runs/first")
     now = us.until(lambda now: all(site["steps"] > 20 for site in now.get("sites", [{"steps": 0}])))
@@ -129,6 +132,7 @@ def test_a_cable_that_is_pulled_for_20_s_costs_no_step_and_all_is_as_the_page_sa
         assert [event.step for event in steps] == list(range(3 * TRAINING["steps"]))
     gaps = [after.t - before.t for before, after in pairwise(steps)]
     assert CUT_S - 2 < max(gaps) < CUT_S + 15
+    record_property("recovery_s", max(gaps) - CUT_S)
     own = us.run("hub", "deploy", "logs", "--kit", SUBMITTER, "--party", "north")
     assert own.startswith("north: (")  # why it is not here: a site's log stays with it
     assert list((us.folder / "north" / "north").glob("*/log.txt"))
@@ -137,7 +141,7 @@ def test_a_cable_that_is_pulled_for_20_s_costs_no_step_and_all_is_as_the_page_sa
 
 
 @pytest.mark.fault("`deploy stop`, then a second `submit`", "it goes on after the last finished round")
-def test_a_run_that_is_stopped_goes_on_where_it_was_with_the_next_submit(organisations):
+def test_a_run_that_is_stopped_goes_on_where_it_was_with_the_next_submit(organisations, record_property):
     us = organisations
     words = ("deploy", "submit", "run.yaml", "training.rounds=4", "--kit", SUBMITTER, "--out", "runs/second")
     submit = us.start("hub", *words)
@@ -151,3 +155,4 @@ def test_a_run_that_is_stopped_goes_on_where_it_was_with_the_next_submit(organis
     assert [event.round for event in events if event.event == "RoundDone"][-1] == 4
     steps = [event.step for event in settled(events) if event.event == "StepDone" and event.client == "north"]
     assert steps == list(range(4 * TRAINING["steps"]))
+    record_property("recovery_s", stood_still_s(settled(events)))
