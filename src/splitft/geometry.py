@@ -77,6 +77,18 @@ class ModelShape:
     """Whether the output matrix is the embedding."""
     max_positions: int
     """Longest supported sequence, in tokens."""
+    head_width: int | None = None
+    """Width of an attention head where it is not `width` / `heads` (Qwen3)."""
+
+    @property
+    def query_width(self) -> int:
+        """Width of all heads' queries together."""
+        return self.heads * (self.head_width or self.width // self.heads)
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all keys, and of all values."""
+        return self.kv_heads * (self.head_width or self.width // self.heads)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,9 @@ def test_asking_again_counts_nothing_anew_until_something_changes(settings, tmp_
     monkeypatch.setenv("SPLITFT_CACHE", str(tmp_path / "cache"))
     first = plan(from_mapping(settings))
     calls = []
-    monkeypatch.setattr(inputs, "gather", lambda config: calls.append(config) or pytest.fail("counted anew"))
+    monkeypatch.setattr(
+        inputs, "gather", lambda config, weights: calls.append(config) or pytest.fail("counted anew")
+    )
     assert plan(from_mapping(settings)) == first
     changed = {**settings, "seed": 1}
     with pytest.raises(pytest.fail.Exception):
@@ -103,7 +105,7 @@ def counting(tmp_path, monkeypatch):
     """Plans with a cache of their own; what is in the list was counted from the text."""
     monkeypatch.setenv("SPLITFT_CACHE", str(tmp_path / "cache"))
     calls, gather = [], inputs.gather
-    monkeypatch.setattr(inputs, "gather", lambda config: calls.append(config) or gather(config))
+    monkeypatch.setattr(inputs, "gather", lambda config, weights: calls.append(config) or gather(config))
     return calls
 
 

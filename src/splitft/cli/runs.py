@@ -40,6 +40,8 @@ def plan(
         screen.print(table.to_rich())
         screen.print()
     screen.print(choice_table(data).to_rich())
+    if data["assumption"]:
+        say(screen, "", f"Assumed  {data['assumption']}")
 
 
 @verb

@@ -106,6 +106,7 @@ def shape_of(config: Any) -> ModelShape:
         )
     width = int(config.hidden_size)
     heads = int(config.num_attention_heads)
+    head_width = _number(config, ("head_dim",), width // heads)
     inner = _number(config, ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"), 4 * width)
     return ModelShape(
         family=str(config.model_type),
@@ -117,6 +118,7 @@ def shape_of(config: Any) -> ModelShape:
         kv_heads=_number(config, ("num_key_value_heads",), heads),
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         max_positions=_number(config, ("max_position_embeddings", "n_positions"), 2**31),
+        head_width=None if head_width == width // heads else head_width,
     )
 
 

@@ -129,8 +129,10 @@ class Model:
             raise ModelError(f"{self.path} has no usable tokenizer: {_first_line(error)}") from error
 
 
-def open_model(spec: ModelSpec, devices: Sequence[torch.device] = (CPU,)) -> Model:
+def open_model(spec: ModelSpec, devices: Sequence[torch.device] = (CPU,), weights: bool = True) -> Model:
     """Find a model by alias, folder or hub id, and check that its family can be split.
+
+    Without `weights` a folder needs none, and no segment can be loaded: for its sizes alone.
 
     `dtype: auto` becomes the type that the devices of this process compute fastest (`model.precision`).
     Raises ModelError for an unknown name, a family that cannot be split, weights that are quantized otherwise
@@ -144,7 +146,8 @@ def open_model(spec: ModelSpec, devices: Sequence[torch.device] = (CPU,)) -> Mod
     locate(skeleton)
     prefixes = (f"{skeleton.base_model_prefix}.",)
     folder = Path(path)
-    checkpoint = in_folder(folder, prefixes) if folder.is_dir() else on_hub(path, prefixes)
+    required = weights or saved_kind(path, config) is not None  # which layers are quantized is written there
+    checkpoint = in_folder(folder, prefixes, required) if folder.is_dir() else on_hub(path, prefixes)
     return Model(spec, path, config, shape_of(config), checkpoint)
 
 

@@ -132,14 +132,14 @@ def shares(config: RunConfig) -> SharesReport:
     )
 
 
-def gather(config: RunConfig) -> RunInputs:
-    """Open the model, read the text and divide it.
+def gather(config: RunConfig, weights: bool = True) -> RunInputs:
+    """Open the model, read the text and divide it; `weights` as in `open_model`.
 
     Raises a SplitftError that names the key to change if the configuration does not fit the model or text.
     """
     config = pooled_config(config)
     devices = take_devices(config.devices)
-    model = open_model(config.model, devices.every)
+    model = open_model(config.model, devices.every, weights)
     check_cuts(config, model.shape.blocks)
     divided = divide_text(config, model)
     _check_length(divided.text, model)

@@ -4,7 +4,8 @@
 
 Reading and tokenising text takes seconds, and users plan again and again with other machines, links or cuts.
 So two results are kept in the user's cache folder: batch sizes, which depend on text, tokenizer and division,
-and the whole fleet, which depends on everything. The keys contain hashes of the files' content.
+and the whole fleet, which depends on everything. The keys contain hashes of the files' content. A model whose
+weights or tokenizer are elsewhere is planned too (`run.paper_plan`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from splitft.config import RunConfig
 from splitft.errors import ScheduleError
 from splitft.model.source import silence_transformers
 from splitft.run.cut_schedule import CutSchedule
+from splitft.run.paper_plan import assumed_work, assumption, lacks_tokenizer, needs_weights
 from splitft.schedule.clock import client_round, simulate_round
 from splitft.schedule.controllers import CONTROLLERS
 from splitft.schedule.cost import LEGS, round_bytes, round_seconds
@@ -90,6 +92,8 @@ class RunPlan:
     blocks: int
     clients: tuple[ClientPlan, ...]
     choices: tuple[Choice, ...]
+    assumption: str = ""
+    """What is assumed instead of counted, in words; "" for nothing."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -115,7 +119,7 @@ def plan(config: RunConfig) -> RunPlan:
         for client in fleet.clients
     )
     choices = tuple(_choice(config, fleet, controller) for controller in CONTROLLERS)
-    return RunPlan(config.model.name, blocks, clients, choices)
+    return RunPlan(config.model.name, blocks, clients, choices, assumption(config))
 
 
 def fleet_for(config: RunConfig) -> Fleet:
@@ -130,7 +134,7 @@ def fleet_for(config: RunConfig) -> Fleet:
 
     effective = pooled_config(config)
     with silence_transformers():
-        model = open_model(config.model, take_devices(config.devices).every)
+        model = open_model(config.model, take_devices(config.devices).every, needs_weights(config))
         check_cuts(effective, model.shape.blocks)
         work = _workloads(config, model)
         ranks = ranks_of(effective, model.shape.blocks, list(work))
@@ -143,7 +147,7 @@ def fleet_for(config: RunConfig) -> Fleet:
 
 def _has_known_text(config: RunConfig) -> bool:
     """Return whether name or file identify the text; the rows of a plug-in's source may change."""
-    return config.data.source_name in (None, *EMBEDDED)
+    return config.data.source_name in (None, *EMBEDDED) and not lacks_tokenizer(config)
 
 
 def _workloads(config: RunConfig, model: Model) -> dict[str, Workload]:
@@ -152,10 +156,12 @@ def _workloads(config: RunConfig, model: Model) -> dict[str, Workload]:
     from splitft.run.fleet import workload_of
 
     def count() -> dict[str, Workload]:
-        gathered = inputs.gather(config)
+        gathered = inputs.gather(config, needs_weights(config))
         return {client.name: workload_of(gathered.config, client.stream) for client in gathered.clients}
 
     cache = _json_cache("counts", dict[str, Workload])
+    if lacks_tokenizer(config):
+        return assumed_work(config)
     found = cache.cached(_count_facts(config, model), count) if _has_known_text(config) else count()
     steps = inputs.pooled_config(config).training.steps
     return {name: replace(workload, steps=steps) for name, workload in found.items()}

@@ -55,6 +55,8 @@ class ModelSizes:
     the weights."""
     kept_wide_elements_per_token: int = 0
     """Those that it keeps in float32 for any type of weights: inputs of norms, and attention's."""
+    attention_width: int | None = None
+    """Width of all heads' queries together where it is not D."""
     magnitudes: int = 0
     """Outputs of a block's adapted layers, each of which has a magnitude with DoRA; 0 without."""
 
@@ -62,7 +64,7 @@ class ModelSizes:
         for field in fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in MAY_BE_ZERO else 1
-            if field.name != "tied" and value < least:
+            if field.name not in ("tied", "attention_width") and value < least:
                 raise ScheduleError(f"{field.name} is {value}; a model has at least {least}")
 
     @property
@@ -73,10 +75,11 @@ class ModelSizes:
     def block_flops_per_token(self, context_tokens: float) -> float:
         """Return the FLOPs of a block's forward pass (and of its backward pass) for one token of a sequence.
 
-        2 for each parameter, and 4 D for each of the context_tokens / 2 positions that a causal token sees on
-        average (scores and their sum; Kaplan et al. 2020, arXiv 2001.08361, table 1).
+        2 for each parameter, and 4 D (the width of all queries, where it is another) for each of the
+        context_tokens / 2 positions that a causal token sees on average (scores and their sum; Kaplan et al.
+        2020, arXiv 2001.08361, table 1).
         """
-        return 2.0 * self.block_parameters + 4.0 * self.width * context_tokens / 2
+        return 2.0 * self.block_parameters + 4.0 * (self.attention_width or self.width) * context_tokens / 2
 
     def head_flops_per_token(self) -> float:
         """Return the FLOPs of the output matrix for a labelled token: forward, and gradient of its input."""
@@ -90,14 +93,15 @@ class ModelSizes:
 def sizes_of(shape: ModelShape, targets: Targets = "attention") -> ModelSizes:
     """Derive the sizes of a model from its shape.
 
-    Kept activations: results of two norms and attention's output (3 D) and those of the feed-forward layer
+    Kept activations: results of two norms (2 D), attention's output (D, or the width of all queries) and
+    those of the feed-forward layer
     (3 I with a gate, 2 I without); in float32 the inputs of two norms (2 D), and attention's queries, keys,
     values and result (`model.attention`).
     """
     D, I = shape.width, shape.inner  # noqa: E741
-    kv_width = D * shape.kv_heads // shape.heads
+    q_width, kv_width = shape.query_width, shape.kv_width
     mlp_matrices = 2 if shape.family in PLAIN_MLP else 3
-    attention = [(D, D), (D, kv_width), (D, kv_width), (D, D)]  # q, k, v, o: (inputs, outputs)
+    attention = [(D, q_width), (D, kv_width), (D, kv_width), (q_width, D)]  # q, k, v, o: (inputs, outputs)
     layers = attention + [(D, I)] * mlp_matrices
     adapted = attention if targets == "attention" else layers
     return ModelSizes(
@@ -109,6 +113,7 @@ def sizes_of(shape: ModelShape, targets: Targets = "attention") -> ModelSizes:
         head_parameters=D if shape.tied else D + D * shape.vocab,
         tied=shape.tied,
         adapter_parameters_per_rank=sum(inputs + outputs for inputs, outputs in adapted),
-        kept_elements_per_token=3 * D + mlp_matrices * I,
-        kept_wide_elements_per_token=2 * D + 2 * D + 2 * kv_width,
+        kept_elements_per_token=2 * D + q_width + mlp_matrices * I,
+        kept_wide_elements_per_token=2 * D + 2 * q_width + 2 * kv_width,
+        attention_width=None if q_width == D else q_width,
     )

@@ -100,6 +100,8 @@ class Checkpoint:
     """Prefixes of names that checkpoints may omit, such as `transformer.` for gpt2."""
     open_shard: Callable[[str], Shard | None] | None = None
     """File name -> shard, of which only parts need be on this machine; None for whole files from `fetch`."""
+    required: bool = True
+    """Whether it is an error that there are no weights; else there are no tensors."""
     _file_of: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -111,6 +113,8 @@ class Checkpoint:
                 raise ModelError(f"{index} does not map tensors to shards: {error!r}") from error
             return
         shard = self._find(WEIGHTS)
+        if shard is None and not self.required:
+            return
         if shard is None:
             raise ModelError(
                 f"{self.source}: no {WEIGHTS} or {INDEX}; splitft reads safetensors only "
@@ -192,14 +196,14 @@ class Checkpoint:
         return next((key for key in (name, *bare, *longer, *older) if key in self._file_of), None)
 
 
-def in_folder(folder: Path, prefixes: tuple[str, ...] = ()) -> Checkpoint:
-    """Return the checkpoint in a local folder."""
+def in_folder(folder: Path, prefixes: tuple[str, ...] = (), required: bool = True) -> Checkpoint:
+    """Return the checkpoint in a local folder; without weights, if they are not `required`, an empty one."""
 
     def fetch(name: str) -> Path | None:
         path = folder / name
         return path if path.is_file() else None
 
-    return Checkpoint(str(folder), fetch, prefixes)
+    return Checkpoint(str(folder), fetch, prefixes, required=required)
 
 
 def _opened(path: Path) -> Any:
