@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from accelerator import FIRST
 from quantized import KINDS, needs_bitsandbytes, quantized_whole
 from splitft.adapters import attach
 from splitft.adapters.targets import weight_of
@@ -228,3 +229,21 @@ def test_the_weight_of_an_adapted_layer_is_known_as_numbers(folder_of):
     layer, other = (one._layers[0, "mlp.c_fc"].base for one in (bank, full))
     assert weight_of(layer).shape == weight_of(other).shape == (128, 64)
     assert float((weight_of(layer) - weight_of(other)).norm() / weight_of(other).norm()) < 0.12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_device_the_bits_are_the_same_and_no_weight_goes_back(folder_of, fake_devices, kind):
+    model = _model(folder_of("llama"), quantize=kind, embedding="int8")
+    results = []
+    for device in (torch.device("cpu"), FIRST):
+        segment = model.segment(Span(0, BLOCKS), embedding=True, head=True, device=device)
+        fake_devices.copies.clear()
+        entered = segment.run(TOKENS, Span(0, 0)).detach().requires_grad_()
+        logits = segment.logits(segment.run(entered).flatten(0, 1))
+        (gradient,) = torch.autograd.grad(logits.square().sum(), entered)
+        assert fake_devices.copies["from"] == 0
+        weight = segment.blocks[0].self_attn.q_proj.weight
+        results.append([one.detach().cpu() for one in (logits, gradient, weight)])
+    for found, expected in zip(results[1][:2], results[0][:2], strict=True):
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
+    assert torch.equal(results[1][2], results[0][2])
