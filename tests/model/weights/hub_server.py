@@ -10,6 +10,7 @@ never change; a missing file is a 404 with a code. What goes out is recorded; co
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import socket
 import threading
@@ -55,6 +56,8 @@ class LocalHub:
     asked: list[str] = field(default_factory=list)
     """Files that were asked for, at the hub."""
     sent: list[Sent] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    """Addresses that it does not know."""
     leaked: list[str] = field(default_factory=list)
     """Tokens that came to the content server."""
     stalled: threading.Event = field(default_factory=threading.Event)
@@ -139,9 +142,13 @@ class _Hub(_Handler):
         if hub.private and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.answer(401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
             return
+        if match := re.match(rf"/api/models/{re.escape(hub.repo)}/tree/([^/?]+)(/[^?]*)?", self.path):
+            self._tree(match[1], match[2])
+            return
         match = re.fullmatch(rf"/{re.escape(hub.repo)}/resolve/([^/]+)/(.+)", self.path)
         found = hub.folder(match[1]) if match else None
         if match is None or found is None:
+            hub.unknown.append(self.path)
             self.answer(404, {"X-Error-Code": "RevisionNotFound" if match else "RepoNotFound"})
             return
         (commit, folder), file = found, match[2]
@@ -161,6 +168,18 @@ class _Hub(_Handler):
             self.answer(
                 200, {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Content-Length": len(data)}, data
             )
+
+    def _tree(self, revision: str, folder: str | None) -> None:
+        """List the files of a commit; there are no folders in it."""
+        found = self.hub.folder(revision)
+        if found is None or folder:
+            self.answer(404, {"X-Error-Code": "EntryNotFound"})
+            return
+        entries = [
+            {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0" * 40}
+            for path in found[1].iterdir()
+        ]
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
 
     do_HEAD = do_GET  # noqa: N815
 

@@ -140,6 +140,7 @@ on_hub(sys.argv[1]).read(sys.argv[2:])
 """
 
 
+@pytest.mark.fault("a process is killed while it downloads weights", "the next goes on at the byte")
 def test_a_killed_process_is_continued_by_the_next(hub, tmp_path):
     on_hub(REPO).read(["block.1.b"])
     hub.sent.clear()
@@ -304,3 +305,26 @@ def test_a_client_with_two_blocks_of_a_hub_model_reads_their_shards_alone(tmp_pa
     segment = open_model(ModelSpec(name=str(tiny_llama), dtype="float32")).segment(Span(0, 2), embedding=True)
     with torch.no_grad():
         assert torch.equal(torch.load(out), segment.run(torch.arange(1, 9)[None]))
+
+
+@pytest.mark.slow
+def test_a_run_of_a_hub_model_downloads_no_shard_whole_and_goes_on_without_a_connection(tmp_path):
+    from runs import COMMAND, settings_file
+    from tiny import tiny_model, tiny_tokenizer
+
+    folder = tiny_tokenizer(tiny_model(tmp_path / "sharded", "llama", sharded=True))
+    file = settings_file(tmp_path, folder, model={"name": "owner/tiny"}, training={"rounds": 1, "steps": 1})
+    command = [*COMMAND, "train", str(file), "--out", str(tmp_path / "out")]
+    home = tmp_path / "home"
+    with running("owner/tiny", folder) as hub:
+        places = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(home),
+            "SPLITFT_CACHE": str(tmp_path / "c"),
+        }
+        subprocess.run(command, env={**places, "HF_HUB_OFFLINE": "0"}, check=True, timeout=300)
+        assert not list(home.rglob("*.safetensors"))
+    resumed = [*command, "--resume", "training.rounds=2"]
+    subprocess.run(resumed, env={**places, "HF_HUB_OFFLINE": "1"}, check=True, timeout=300)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["rounds"] == 2
