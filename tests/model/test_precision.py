@@ -66,6 +66,13 @@ def test_a_processor_is_measured_once(processor):
     assert "2.5 times" in native_precision(CPU).reason
 
 
+def test_a_cache_that_cannot_be_written_only_costs_time(processor, tmp_path):
+    measured = processor(None, 2.0)
+    (tmp_path / "cache").write_text("a file in the folder's place")
+    assert native_precision(CPU) == native_precision(CPU)
+    assert len(measured) == 2
+
+
 def test_a_damaged_measurement_is_made_again(processor, tmp_path):
     processor(None, 2.0)
     native_precision(CPU)

@@ -113,7 +113,12 @@ def measured_gain() -> float:
     cache: KeyedCache[float] = KeyedCache(
         cache_folder() / "precision", dump=lambda gain: json.dumps(gain).encode(), load=_positive
     )
-    return cache.cached(_facts(), _measure)
+    facts = _facts()
+    if (gain := cache.find(facts)) is None:
+        gain = _measure()
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+            cache.put(facts, gain)
+    return gain
 
 
 def _on_cpu() -> Precision:
@@ -194,7 +199,7 @@ def device_facts(device: torch.device) -> tuple[object, ...]:
 
 
 def _capabilities() -> Mapping[str, Any]:
-    """Return what torch knows of the processor; nothing before torch 2.13."""
+    """Return what torch knows of the processor; nothing in versions of torch that do not tell."""
     known: Callable[[], Mapping[str, Any]] | None = getattr(torch.cpu, "get_capabilities", None)
     return known() if known is not None else {}
 
