@@ -203,7 +203,7 @@ def fingerprint(kind: str) -> tuple[int, str]:
     mixed = (count * 2654435761 + (count >> 7) * 40503) % 2**32 - 2**31
     matrix = mixed.float().view(shape) / (torch.arange(1, shape[0] + 1, dtype=torch.float32)[:, None] * 2**31)
     held = QUANTIZERS[kind].quantize(matrix)
-    return held.numel(), hashlib.sha256(held.numpy()).hexdigest()
+    return held.numel(), hashlib.sha256(held.numpy().tobytes()).hexdigest()
 
 
 def _slices(shape: Shape, multiple: int) -> Iterator[slice]:
