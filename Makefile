@@ -39,7 +39,7 @@ check: $(READY)
 check-device: $(READY)
 	$(PYTEST) --fake-device $(ON_DEVICE)
 
-# On a machine with a CUDA device; elsewhere these tests are skipped.
+# On a machine with an accelerator; elsewhere these tests are skipped.
 check-gpu: $(READY)
 	$(BIN)/pytest -m gpu
 

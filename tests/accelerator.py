@@ -7,7 +7,8 @@ It shows what a CPU hides: an operand on another device raises as on CUDA (excep
 and CPU indices), every copy between devices and every wait for a number is counted, and operators are logged
 in the order in which they were launched. It cannot show whether a real device has a kernel, races between its
 streams, or its rounding. Losses differ from the CPU's in the last digits, since torch takes another attention
-path for a device that it does not know.
+path for a device that it does not know. Blocks that a backward pass computes again (checkpointing) run on
+`acc:0` only.
 
 Importing this registers the devices for the whole process; `enabled` makes them available, so that `auto`
 finds them.
@@ -50,10 +51,8 @@ class Record:
     """Copies by direction: `to`, `from`, `across`."""
     waits: int = 0
     """Numbers that were read from a device."""
-    synchronized: int = 0
-    """Calls of `synchronize`."""
     log: list[tuple[str, str]] = field(default_factory=list)
-    """(device, operator or `to`, `from`, `across`, `wait`) in order."""
+    """(device, operator or `to`, `from`, `across`, `wait`, `synchronize`) in order."""
 
     def note(self, device: torch.device, what: str) -> None:
         """Add a line to the log, and count copies and waits."""
@@ -242,8 +241,7 @@ def _crossing(source: torch.device, target: torch.device) -> None:
 
 
 def _synchronize(device: object = None) -> None:
-    for record in _records:
-        record.synchronized += 1
+    _note(_with_index(device or NAME), "synchronize")
 
 
 def _factories() -> Iterator[tuple[str, Any]]:

@@ -34,12 +34,12 @@ def pytest_addoption(parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(items) -> None:
+def pytest_collection_modifyitems(config, items) -> None:
     """Skip tests of a real accelerator where there is none."""
-    if not torch.cuda.is_available():
+    if not torch.accelerator.is_available() and not config.getoption("--fake-device"):
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
 
 
 @pytest.fixture(scope="session", autouse=True)
