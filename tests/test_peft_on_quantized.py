@@ -16,6 +16,8 @@ from splitft.geometry import Span
 from splitft.model import Model, open_model
 from splitft.peft_folder import with_adapter, write_merged, write_peft
 from splitft.specs import ModelSpec
+from splitft.tracking.events import RunStarted
+from splitft.tracking.log import read_events
 from tiny import tiny_model, tiny_tokenizer
 
 pytestmark = needs_bitsandbytes
@@ -110,6 +112,8 @@ def test_a_run_on_a_quantized_base_is_trained_evaluated_and_used(wide, tmp_path)
         tmp_path, wide["llama"], model={"quantize": "nf4", "embedding": "int8"}, training={"rounds": 2}
     )
     run = splitft.train(file, tmp_path / "run")
+    begun = next(event for event in read_events(run.folder / "events.jsonl") if isinstance(event, RunStarted))
+    assert begun.precision.endswith(", blocks in nf4, rows of embedding and head in int8")
     losses = run.summary["eval_loss"]
     assert losses[-1] < losses[0]
     assert splitft.generate(run.folder, "ward dose", max_new_tokens=3)

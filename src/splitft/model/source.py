@@ -70,6 +70,16 @@ class Model:
         return saved_kind(self.path, self.config) is not None
 
     @property
+    def rounding(self) -> str:
+        """Which weights are quantized, in words that can follow the type; empty if none are."""
+        side, kind = self.spec.quantize_at, self.quantized
+        blocks = f", blocks in {kind}" if kind else ""
+        if kind and side != "both":
+            whose = {"clients": "clients'", "server": "server's"}[side]
+            blocks = f", the {whose} blocks in {kind}: clients with unequal cuts train on unequal models"
+        return blocks + (", rows of embedding and head in int8" if self.spec.embedding == "int8" else "")
+
+    @property
     def quantizes(self) -> tuple[str, ...]:
         """Kinds to which segments quantize tensors of the checkpoint when they read them."""
         blocks = self.spec.quantize if self.spec.quantize != "none" and not self.quantized_on_disk else None

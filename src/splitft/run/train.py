@@ -220,7 +220,7 @@ def _begin(prepared: RunSetup, listener: Listener, base: Mapping[str, str], toke
             base=base,
             tokenizer=tokenizer,
             devices=str(prepared.devices),
-            precision=describe(model.spec.dtype, prepared.devices.every),
+            precision=describe(model.spec.dtype, prepared.devices.every) + model.rounding,
         )
     )
     for choice in prepared.chosen:
