@@ -20,7 +20,7 @@ from splitft.compare.budget import Budget, train_within
 from splitft.compare.comparison import Trained, compare_runs, refuse_different_data, server_reads
 from splitft.compare.comparison_page import comparison_page
 from splitft.compare.rows import ComparisonRow, RowListener, plan_row
-from splitft.compare.tuning import FINAL_PART, Candidate, Choice, choose, parse_grid, plan_candidates
+from splitft.compare.tuning import FINAL_PART, Candidate, TunedValues, choose, parse_grid, plan_candidates
 from splitft.config import dump, load
 from splitft.errors import ConfigError, MethodError, RunError, SplitftError
 from splitft.evaluation.evaluate import HELD_OUT, EvaluationRequest, check_tasks, evaluate
@@ -57,7 +57,7 @@ def plan_tuning(
 
 def tune_methods(
     candidates: Mapping[str, Sequence[Candidate]], budget: Budget, listener: RowListener
-) -> dict[str, Choice]:
+) -> dict[str, TunedValues]:
     """Train the candidates of every method as far as needed; return what is chosen for each."""
     return {name: choose(tried, budget, listener) for name, tried in candidates.items()}
 
@@ -68,7 +68,7 @@ def plan_runs(
     seeds: Sequence[int],
     out: Path,
     overrides: Sequence[str] = (),
-    choices: Mapping[str, Choice] | None = None,
+    choices: Mapping[str, TunedValues] | None = None,
 ) -> list[ComparisonRow]:
     """Return every run of the comparison, seed by seed, with its configuration checked; write nothing.
 
@@ -122,7 +122,7 @@ def compare(
     *,
     target: float | None = None,
     tasks: Sequence[str] = (),
-    choices: Mapping[str, Choice] | None = None,
+    choices: Mapping[str, TunedValues] | None = None,
     listener: RowListener = lambda row, event: None,
     progress: EvaluationProgress = lambda name, done, total: None,
 ) -> dict[str, Any]:

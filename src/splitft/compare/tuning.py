@@ -60,7 +60,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TunedValues:
     """The values chosen for one method."""
 
     method: str
@@ -141,7 +141,7 @@ def plan_candidates(
     return found
 
 
-def choose(candidates: Sequence[Candidate], budget: Budget, listener: RowListener) -> Choice:
+def choose(candidates: Sequence[Candidate], budget: Budget, listener: RowListener) -> TunedValues:
     """Train the candidates of one method rung by rung, and return the best.
 
     Candidates that are trained already, here or by an earlier command, are not trained again. Raises
@@ -149,7 +149,7 @@ def choose(candidates: Sequence[Candidate], budget: Budget, listener: RowListene
     """
     method, rounds = candidates[0].row.method, candidates[0].row.config.training.rounds
     if len(candidates) == 1:  # the method leaves nothing to choose
-        return Choice(method, candidates[0].values)
+        return TunedValues(method, candidates[0].values)
     alive = list(candidates)
     for upto, kept in rungs(len(candidates), rounds):
         for one in alive:
@@ -160,7 +160,7 @@ def choose(candidates: Sequence[Candidate], budget: Budget, listener: RowListene
             raise RunError(
                 f"{method}: no candidate could be trained ({reasons}); give other values to --tune"
             )
-    return Choice(method, alive[0].values, tuple(candidates))
+    return TunedValues(method, alive[0].values, tuple(candidates))
 
 
 def _train(one: Candidate, budget: Budget, listener: RowListener) -> None:
