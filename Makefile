@@ -21,7 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 ON_DEVICE := tests/laws tests/adapters tests/codecs tests/training tests/privacy tests/model tests/run \
 	tests/test_rules_end_to_end.py tests/test_resume.py tests/test_labels_stay_home.py tests/deploy/server
 
-.PHONY: demo test check check-device check-gpu bench faults setup clean
+.PHONY: demo test check check-device check-gpu bench bench-gpu faults setup clean
 
 demo: $(READY)
 	@$(BIN)/splitft demo
@@ -43,8 +43,12 @@ check-device: $(READY)
 check-gpu: $(READY)
 	$(BIN)/pytest -m gpu
 
+# benchmarks/gpu.py needs a CUDA device: make bench-gpu.
 bench: $(READY)
-	@for question in $(wildcard benchmarks/*.py); do echo "== $$question"; $(BIN)/python $$question || exit 1; done
+	@for question in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$question"; $(BIN)/python $$question || exit 1; done
+
+bench-gpu: $(READY)
+	@$(BIN)/python benchmarks/gpu.py
 
 faults: $(READY)
 	@$(BIN)/python benchmarks/faults.py

@@ -28,11 +28,12 @@ BATCHES = {"small": (1, 32), "medium": (2, 64), "large": (4, 128)}
 """(sequences, tokens of each sequence) of one client."""
 PAYS = 1.05
 """Throughput ratio from which grouping counts as a gain."""
+CPU = torch.device("cpu")
 NEARLY = 0.98
 """A group is large enough from this share of the highest throughput."""
 
 
-def server_for(model: Model, clients: Sequence[str], seed: int) -> Server:
+def server_for(model: Model, clients: Sequence[str], seed: int, device: torch.device = CPU) -> Server:
     """Return a server in its first round with these clients, each with its own factors."""
     blocks, training = model.shape.blocks, TrainingSpec(steps=10**6)
     server = Server(
@@ -41,6 +42,7 @@ def server_for(model: Model, clients: Sequence[str], seed: int) -> Server:
         RankPolicy(LoraSpec(), blocks, "svd", seed),
         SplitSpec(),
         training,
+        (device,),
     )
     server.place(dict.fromkeys(clients, CUT))
     server.start(1, clients, server.initial())

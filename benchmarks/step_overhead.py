@@ -13,7 +13,7 @@ to the plain step with all of them. Goal: at most 1.0 times the plain step, at a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from splitft.training.ranks import RankPolicy
 CUTS = (2, 15)
 LORA = LoraSpec(rank=16, rank_at_cut=None, alpha=32)
 TRAINING = TrainingSpec(batch_size=8, lr=5e-4, steps=10**6)
+CPU, WIRE = torch.device("cpu"), WireSpec()
 GOAL = 1.0
 """Seconds of a split step over seconds of a plain step."""
 
@@ -43,31 +44,32 @@ Step = Callable[[], float]
 """Train on the next batch and return its loss."""
 
 
-def split_steps(model: Model, stream: BatchStream, seed: int) -> dict[str, Step]:
+def split_steps(
+    model: Model,
+    stream: BatchStream,
+    seed: int,
+    cuts: Sequence[int] = CUTS,
+    device: torch.device = CPU,
+    wire: WireSpec = WIRE,
+) -> dict[str, Step]:
     """Return a split step for each cut; messages are encoded to bytes, and labels are on the client."""
-    blocks, names = model.shape.blocks, {f"cut {cut}": cut for cut in CUTS}
+    blocks, names = model.shape.blocks, {f"cut {cut}": cut for cut in cuts}
     ranks = RankPolicy(LORA, blocks, "svd", seed)
-    terms = MessageSerializer(model.shape.width, model.dtype, torch.float32, WireSpec())
-    server = Server(model, Span(min(CUTS), blocks), ranks, SplitSpec(), TRAINING)
+    terms = MessageSerializer(model.shape.width, model.dtype, torch.float32, wire)
+    server = Server(model, Span(min(cuts), blocks), ranks, SplitSpec(), TRAINING, (device,))
     server.place(names)
     server.start(1, list(names), server.initial())
     return {
-        f"split, {name}": _split_step(name, cut, model, stream, ranks, terms, server)
+        f"split, {name}": _split_step(
+            Client(name, model, cut, ClientSetup(ranks, TRAINING, stream, device=device)), terms, server
+        )
         for name, cut in names.items()
     }
 
 
-def _split_step(
-    name: str,
-    cut: int,
-    model: Model,
-    stream: BatchStream,
-    ranks: RankPolicy,
-    terms: MessageSerializer,
-    server: Server,
-) -> Step:
-    client = Client(name, model, cut, ClientSetup(ranks, TRAINING, stream))
-    client.start(RoundStart(round=1, cut=cut))
+def _split_step(client: Client, terms: MessageSerializer, server: Server) -> Step:
+    name = client.name
+    client.start(RoundStart(round=1, cut=len(client.segment.span)))
     line = Channel(name, terms)
 
     def step() -> float:
@@ -80,12 +82,17 @@ def _split_step(
     return step
 
 
-def plain_step(model: Model, stream: BatchStream, loss_of: Callable[[Any, Batch], torch.Tensor]) -> Step:
+def plain_step(
+    model: Model,
+    stream: BatchStream,
+    loss_of: Callable[[Any, Batch], torch.Tensor],
+    device: torch.device = CPU,
+) -> Step:
     """Return a step of transformers + peft on the whole model."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    whole = AutoModelForCausalLM.from_pretrained(model.path, dtype=model.dtype)
+    whole = AutoModelForCausalLM.from_pretrained(model.path, dtype=model.dtype).to(device)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     whole = get_peft_model(whole, LoraConfig(r=LORA.rank, lora_alpha=int(LORA.alpha), target_modules=targets))
     optimizer = torch.optim.AdamW(
@@ -95,7 +102,7 @@ def plain_step(model: Model, stream: BatchStream, loss_of: Callable[[Any, Batch]
 
     def step() -> float:
         nonlocal done
-        loss = loss_of(whole, stream.batch(done))
+        loss = loss_of(whole, stream.batch(done).to(device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -161,7 +168,9 @@ def _loss(whole: Any, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def _mask(batch: Batch) -> torch.Tensor:
-    return (torch.arange(batch.tokens.shape[1]) < torch.tensor(batch.lengths)[:, None]).long()
+    device = batch.tokens.device
+    lengths = torch.tensor(batch.lengths, device=device)[:, None]
+    return (torch.arange(batch.tokens.shape[1], device=device) < lengths).long()
 
 
 def read_text(
