@@ -133,6 +133,20 @@ class AdapterBank:
             layer.slots.pop(slot, None)
             layer.forget_stack()
 
+    def park(self, slot: str) -> None:
+        """Move a slot's factors to the host. They can be taken from there, but take part in no pass."""
+        self._move(slot, lambda block: CPU)
+
+    def recall(self, slot: str) -> None:
+        """Move a slot's factors back to the devices of their blocks."""
+        self._move(slot, self._device_of)
+
+    def _move(self, slot: str, device_of: Callable[[int], torch.device]) -> None:
+        for (block, _), layer in self._layers.items():
+            if (one := layer.slots.get(slot)) is not None:
+                layer.slots[slot] = one.to(device_of(block))
+                layer.forget_stack()
+
     def parameters(self, slot: str) -> dict[tuple[int, str, str], nn.Parameter]:
         """Return a slot's trainable tensors by (block, target, "A", "B" or "M")."""
         found: dict[tuple[int, str, str], nn.Parameter] = {}
@@ -187,11 +201,9 @@ class Recorded:
     def __exit__(self, *raised: object) -> None:
         self._entered.pop().close()
 
-    def _current_versions(self) -> list[int]:
-        """Return a number for each factor that rises with each change in place."""
-        return [
-            factor._version for _, then in self._then for one in then.values() for factor in (one.A, one.B)
-        ]
+    def _current_versions(self) -> list[tuple[int, ...]]:
+        """Return numbers of which one rises with each change of a factor in place."""
+        return [one.changes() for _, then in self._then for one in then.values()]
 
 
 def attach(

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -29,7 +29,6 @@ from torch.nn import functional
 from splitft.adapters.dora import rescaled
 from splitft.adapters.grouped import FactorStack, Part, changes, product_kind, row_layout, update_together
 from splitft.adapters.state import Factors
-from splitft.adapters.targets import layer_sizes
 from splitft.errors import AdapterError
 from splitft.half_precision import HALF, current_pass
 
@@ -62,11 +61,12 @@ class SlotFactors:
     """Scale of A and B over that of `rest` and `folded` (rsLoRA)."""
     magnitude: nn.Parameter | None = None
     """(1, out): change of the magnitudes of the weight's rows (DoRA)."""
-    _transposed: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
-    """Views of B and of that of `rest`, (R, out)."""
+    transposed: tuple[torch.Tensor, ...] = field(init=False, repr=False)
+    """Views (R, out) of B and of that of `rest`, made once, not in every step."""
 
     def __post_init__(self) -> None:
-        self.parts(1.0)  # makes the views
+        frozen = () if self.rest is None else (self.rest.B,)
+        object.__setattr__(self, "transposed", tuple(B.detach().mT for B in (self.B, *frozen)))
 
     def trained(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and B in the scale of the other factors."""
@@ -81,21 +81,24 @@ class SlotFactors:
 
     def parts(self, scale: float) -> list[Part]:
         """Return the factors as a stack takes them: those that are trained, and the frozen rows."""
-        parts = [Part(self.A, self._transpose("B", self.B), scale * self.gain, (self.A, self.B))]
+        parts = [Part(self.A, self.transposed[0], scale * self.gain, (self.A, self.B))]
         if self.rest is not None:
-            parts.append(Part(self.rest.A, self._transpose("rest", self.rest.B), scale))
+            parts.append(Part(self.rest.A, self.transposed[1], scale))
         return parts
+
+    def to(self, device: torch.device) -> SlotFactors:
+        """Return the factors on a device, as new parameters; what was folded stays where it is."""
+        return replace(
+            self,
+            A=_moved(self.A, device),
+            B=_moved(self.B, device),
+            rest=None if self.rest is None else self.rest.to(device),
+            magnitude=None if self.magnitude is None else _moved(self.magnitude, device),
+        )
 
     def changes(self) -> tuple[int, ...]:
         """Return numbers of which one rises when A or B is changed in place."""
         return (*changes(self.A), *changes(self.B))
-
-    def _transpose(self, name: str, B: torch.Tensor) -> torch.Tensor:
-        """Return a view of B that is made once, not in every step."""
-        view = self._transposed.get(name)
-        if view is None or view.data_ptr() != B.data_ptr() or view.device != B.device:
-            view = self._transposed[name] = B.detach().mT
-        return view
 
 
 class LoraLayer(nn.Module):
@@ -127,7 +130,7 @@ class LoraLayer(nn.Module):
             return y if slot is None else self._adapted(x, y, self.slots[slot])
         # several owners: their products in one
         owners = [None if slot is None else self.slots[slot] for slot, _ in rows]
-        update = self._update_together(x, owners, counts)
+        update = self._update_together(x, y.shape[-1], owners, counts)
         if update is not None:
             y = y + update.view_as(y)
             return self._with_folded(x, y, next(one for one in owners if one is not None))
@@ -149,14 +152,14 @@ class LoraLayer(nn.Module):
         return self.scale * norm + change
 
     def _update_together(
-        self, x: torch.Tensor, owners: Sequence[SlotFactors | None], counts: Sequence[int]
+        self, x: torch.Tensor, out: int, owners: Sequence[SlotFactors | None], counts: Sequence[int]
     ) -> torch.Tensor | None:
-        """Return the update of all owners' rows from one product, or None if they do not go together."""
+        """Return the update (N, out) from one product; None if the owners do not go together."""
         if not _go_together(owners):
             return None
         per_count = math.prod(x.shape[1:-1])  # 1 if (B, T) is flattened, else T
         tokens = [count * per_count for count in counts]
-        kind = product_kind(tokens, layer_sizes(self.base), x)
+        kind = product_kind(tokens, (x.shape[-1], out), x)
         if kind is None:
             return None
         layout = row_layout(tuple(tokens), kind, x.device)
@@ -196,6 +199,10 @@ class LoraLayer(nn.Module):
         if sequences != x.shape[0]:
             raise AdapterError(f"a batch of {x.shape[0]} sequences is routed as {sequences}")
         return counts
+
+
+def _moved(factor: nn.Parameter, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(factor.detach().to(device), requires_grad=factor.requires_grad)
 
 
 def _product_norm(A: torch.Tensor, B: torch.Tensor) -> float:

@@ -80,6 +80,18 @@ class LocalOptimizer:
         for parameter in self._parameters.values():
             parameter.grad = None
 
+    @property
+    def moments_per_number(self) -> int:
+        """Numbers that it keeps for each number that it trains."""
+        return 2 if self._spec.optimizer == "adamw" else 0
+
+    def follow(self, parameters: Mapping[ParameterKey, nn.Parameter]) -> None:
+        """Go on with the same parameters that have moved to another device; moments move along."""
+        self._parameters = dict(parameters)
+        for key, state in self._state.items():
+            device = self._parameters[key].device
+            self._state[key] = {name: value.to(device) for name, value in state.items()}
+
     def moments(self) -> Moments:
         """Return a copy of the optimizer's state, on the CPU."""
         return {

@@ -36,6 +36,7 @@ from splitft.specs import DataSpec, PrivacySpec, SiteBoundsSpec, WireSpec
 from splitft.specs.rules import RULES
 from splitft.tracking.events import ClientInfo, Listener, WireChosen
 from splitft.training import Client, ClientSetup, FederatedTrainer, RunState, Server, Simulation
+from splitft.training.parking import parking_on
 from splitft.training.ranks import RankPolicy
 from splitft.training.rounds import Federation, Schedule
 
@@ -106,6 +107,7 @@ def prepare(config: RunConfig, inputs: RunInputs | None = None) -> RunSetup:
     texts = [client for client in inputs.clients if client.name in cuts]
     public = public_text(config, model)
     defended = config.model_copy(update={"privacy": privacy_of(config, model.shape.blocks)})
+    parkings = {device: parking_on([device]) for device in inputs.devices.clients}
     clients = tuple(
         Client(
             one.name,
@@ -120,6 +122,7 @@ def prepare(config: RunConfig, inputs: RunInputs | None = None) -> RunSetup:
                 defence_of(defended, one.name, public),
                 config.wire.needs_example_ids,
                 inputs.devices.of_client(index),
+                parkings[inputs.devices.of_client(index)],
             ),
         )
         for index, one in enumerate(texts)

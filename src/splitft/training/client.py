@@ -40,9 +40,10 @@ from splitft.protocol import (
     expect,
 )
 from splitft.specs import PrivacySpec, TrainingSpec
-from splitft.training.client_blocks import ClientBlocks
+from splitft.training.client_blocks import SLOT, ClientBlocks
 from splitft.training.held_out import HeldOutEvaluator
 from splitft.training.micro_batch import MicroBatch, StepTotals, check_finite
+from splitft.training.parking import Parking
 from splitft.training.ranks import RankPolicy
 from splitft.training.sent_batch import SentBatch, split_batch
 
@@ -65,6 +66,8 @@ class ClientSetup:
     """Whether activations carry the numbers of their examples, for codecs that compare epochs."""
     device: torch.device = CPU
     """Device of the blocks, the head, the factors and their optimizer; messages are on the CPU."""
+    parking: Parking | None = None
+    """Room for factors and moments that several clients share on the device; without bound by default."""
 
 
 class Client:
@@ -83,6 +86,7 @@ class Client:
         if setup.training.checkpoint_blocks:
             checkpoint_blocks(self.segment.blocks, self.blocks.bank.recorded)
         self.held_out = HeldOutEvaluator(self.blocks, setup.held_out, self._defence, setup.numbered)
+        self._parking = setup.parking or Parking()
         self._moments: Moments = {}
         self._optimizer: LocalOptimizer | None = None
         self._unsent: list[tuple[MicroBatch, Batch]] = []  # micro-batches of the current step still to send
@@ -116,6 +120,7 @@ class Client:
         self._end_step()
         parameters, ratio = self.blocks.train(message.round), self.setup.ranks.lora.lr_ratio
         self._optimizer = LocalOptimizer(parameters, self._training, self._moments, ratio, message.round)
+        self._parking.add(self.name, self.blocks.bank, SLOT, self._optimizer)
         return RoundReady(client=self.name, round=message.round, moments=given_up, own=own)
 
     @property
@@ -131,6 +136,7 @@ class Client:
         self._in_round()
         if not self._sent and not self._unsent:
             self._unsent = self._split_step()
+            self._parking.work([self.name])
         if not self._unsent:
             raise ProtocolError(f"{self.name}: all of step {self.steps} is underway; its gradient is due")
         micro_batch, batch = self._unsent[0]
@@ -174,11 +180,13 @@ class Client:
         del self._sent[sent.micro_batch.number]
         if not self._sent and not self._unsent:
             optimizer.step()
+            self._parking.rest(self.name)
             self.steps += 1
 
     def step_alone(self) -> StepTotals:
         """Take one step of a client that holds the whole model. Raises RunError if the loss is not finite."""
         optimizer, totals = self._in_round(), StepTotals()
+        self._parking.work([self.name])
         for micro_batch, batch in self._split_step():
             with torch.enable_grad():
                 last = pick(self.blocks.run(batch), batch.labelled)  # (M, D)
@@ -187,6 +195,7 @@ class Client:
             if last.requires_grad:
                 torch.autograd.backward([last], [micro_batch.weighted(gradient).to(last.dtype)])
         optimizer.step()
+        self._parking.rest(self.name)
         self.steps += 1
         self._tokens += totals.tokens
         return totals
@@ -240,12 +249,7 @@ class Client:
         self._end_step()
 
     def restore(
-        self,
-        cut: int,
-        known: AdapterState,
-        steps: int,
-        moments: Moments,
-        folded: AdapterState | None = None,
+        self, cut: int, known: AdapterState, steps: int, moments: Moments, folded: AdapterState | None = None
     ) -> None:
         """Restore a checkpoint; `known` are all factors of the client's blocks, private ones included."""
         self.blocks.restore(cut, known, folded or AdapterState())
@@ -275,8 +279,9 @@ class Client:
         return split_batch(batch, self._training.micro_batches, self._round, self.steps)
 
     def _end_step(self) -> None:
-        """Forget the current step."""
+        """Forget the current step, and leave the parking until the next round."""
         self._unsent, self._sent = [], {}
+        self._parking.remove(self.name)
 
     def _in_round(self) -> LocalOptimizer:
         if self._optimizer is None:

@@ -143,6 +143,8 @@ class Server:
             raise ProtocolError("a client sends two batches at once")
         blocks = self.blocks
         slot = blocks.slot if training else blocks.evaluation_slot
+        if training:
+            blocks.parking.work(message.client for message in messages)
         with torch.set_grad_enabled(training):
             group = forward_together(self.segment, blocks.bank, blocks.cuts, slot, messages, training)
         if training:

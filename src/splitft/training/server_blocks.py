@@ -20,6 +20,7 @@ from splitft.geometry import Plan, Span
 from splitft.model import CPU, Model, Segment, checkpoint_blocks
 from splitft.specs import SplitSpec, TrainingSpec
 from splitft.training.client_record import ClientStates
+from splitft.training.parking import parking_on
 from splitft.training.ranks import RankPolicy
 
 GLOBAL, SHARED = "=global", "=shared"
@@ -59,6 +60,8 @@ class ServerBlocks:
         self._participants: dict[str, int] = {}  # those of the round, with their cuts
         self._optimizers: dict[str, LocalOptimizer] = {}  # by slot
         self._finished: dict[str, int] = {}  # shared factors: weights of completed steps
+        self.parking = parking_on(self.segment.devices)
+        """Room for the factors and moments of the participants on the devices."""
         self.client_states = ClientStates(per_client=not self.shared)
         """State of clients across rounds."""
 
@@ -102,11 +105,14 @@ class ServerBlocks:
             self._optimizers[slot] = LocalOptimizer(
                 self.bank.parameters(slot), self._training, moments, self._ranks.lora.lr_ratio, number
             )
+            self.parking.add(slot, self.bank, slot, self._optimizers[slot])
 
     def step(self, weights: Mapping[str, int]) -> None:
         """Step the optimizers of clients that have completed a step, given the weights of their losses."""
         if self._split.server_adapters == "per-client":
             step_together([self._optimizers[client] for client in weights])
+            for client in weights:
+                self.parking.rest(client)
         elif self._split.server_adapters == "shared-in-turn":
             if weights:
                 self._optimizers[SHARED].step()
@@ -130,6 +136,7 @@ class ServerBlocks:
             if self._ranks.keeps_own:
                 self.client_states.own[slot] = self.bank.take(slot, with_rest=True).select("B")
             self.bank.drop(slot)
+        self.parking.clear()
         self._optimizers, self._participants = {}, {}
 
     def install(self, state: AdapterState, folded: AdapterState | None) -> None:
@@ -145,12 +152,14 @@ class ServerBlocks:
         """Drop what the client's current step has added to the gradients of its own slot."""
         if client in self._optimizers:
             self._optimizers[client].forget()
+            self.parking.rest(client)
 
     def leave(self, client: str) -> None:
         """Drop a participant that takes no further part in the round, with its own slot."""
         self._participants.pop(client, None)
         if self._optimizers.pop(client, None) is not None:
             self.bank.drop(client)
+            self.parking.remove(client)
 
     def slot(self, client: str) -> str:
         """Return the slot that the client's rows train."""

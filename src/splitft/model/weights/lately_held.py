@@ -3,9 +3,9 @@
     segment gives up block 4   cuda:0 --copy--> host, within a budget; the longest unused goes first
     segment takes block 4      host   --copy--> cuda:0, without the model's files
 
-A controller that chooses cuts anew each round moves the same few blocks to and fro. To read them again takes a
-disk, or the network, and with a quantized base the quantization again. On the CPU nothing is kept: a cut that
-moves up there shall give memory free, and the operating system keeps files that were read.
+A controller that chooses cuts anew each round moves the same few blocks to and fro. To read them again takes
+a disk, or the network, and with a quantized base the quantization again. On the CPU nothing is kept: there a
+cut that moves up shall give memory free, and the operating system keeps files that were read.
 """
 
 from __future__ import annotations
