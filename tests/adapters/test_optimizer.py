@@ -11,7 +11,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from splitft.adapters import LocalOptimizer, moments_within
+from splitft.adapters import LocalOptimizer, moments_within, step_together
 from splitft.adapters.optimizer import LR_SHAPES, lr_factor
 from splitft.errors import AdapterError
 from splitft.geometry import Span
@@ -157,6 +157,44 @@ def test_gradients_of_several_clients_can_be_divided_by_their_number(spec):
     one.step(divide_by=3)
     other.step()
     _check_equal(summed, mean)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_slots_that_step_together_step_as_each_alone(spec):
+    """To the last bit, with moments of a client that is two steps ahead, at unequal learning rates."""
+    spec = spec.model_copy(update={"schedule": "linear", "rounds": 2, "steps": 4})
+    ways = []
+    for together in (True, False):
+        slots = [_parameters({1: rank}) for rank in (2, 3, 2)]
+        optimizers = [LocalOptimizer(slot, spec, lr_ratio=4.0) for slot in slots]
+        for step, chosen in enumerate(([0], [0, 1], [0, 1, 2], [1, 2])):
+            for number in chosen:
+                _backward(slots[number], step + number)
+            if together:
+                step_together([optimizers[number] for number in chosen])
+            else:
+                for number in chosen:
+                    optimizers[number].step()
+        ways.append([slot[key] for slot in slots for key in slot])
+        ways[-1] += [value for one in optimizers for value in one.moments().values()]
+    assert all(torch.equal(one, other) for one, other in zip(*ways, strict=True))
+
+
+def test_gradients_and_moments_may_lie_in_memory_unlike_the_factor():
+    """The fused kernel reads storage in order; the bank keeps B like its transpose."""
+    key = (0, "q", "B")
+    plain = {key: nn.Parameter(torch.randn(4, 3, generator=torch.manual_seed(1)))}
+    turned = {key: nn.Parameter(plain[key].detach().mT.contiguous().mT)}
+    optimizers = [LocalOptimizer(one, SPECS[0]) for one in (plain, turned)]
+    for step in range(4):
+        for number, parameters in enumerate((plain, turned)):
+            gradient = torch.randn(4, 3, generator=torch.manual_seed(step))
+            parameters[key].grad = gradient if step % 2 else gradient.mT.contiguous().mT
+            optimizers[number].step()
+            moments = optimizers[number].moments()
+            assert all(value.is_contiguous() for value in moments.values())
+            optimizers[number] = LocalOptimizer(parameters, SPECS[0], moments)
+    assert torch.equal(plain[key], turned[key])
 
 
 def test_sgd_has_no_moments_and_nobody_to_train_is_no_error():

@@ -11,9 +11,11 @@ Stacking copies the factors, so a stack is kept until one of its factors changes
 the gradients of both stacks, and every factor's `grad` becomes a view of them: with a node of autograd for
 each factor, 64 clients would cost 64 times the operations.
 
-Where `torch._grouped_mm` is one kernel (bfloat16 on CUDA 9.0 and 10.0) or one call (CPU), it is used; it asks
-for rows of a multiple of 16 bytes. On other devices the padded product is. LoRA of several requests in one
-product: Punica, Chen et al. 2023, https://arxiv.org/abs/2310.18547.
+Owners of equally many rows take the padded product, without padding. Others take `torch._grouped_mm` where it
+is one kernel (bfloat16 on CUDA 9.0 and 10.0) or one call (CPU); it asks for rows of a multiple of 16 bytes.
+Elsewhere rows are padded, but not on a CPU, where moving them takes longer than a loop
+(`benchmarks/grouped_lora.py`). LoRA of several requests in one product: Punica, Chen et al. 2023,
+https://arxiv.org/abs/2310.18547.
 
 Shapes: G owners, N rows, M rows of the largest owner, R rank.
 """
@@ -240,12 +242,13 @@ def product_kind(counts: Sequence[int], widths: Sequence[int], like: torch.Tenso
 
     `widths` are those of the layer, in and out; `like` has the type and device of the rows.
     """
+    padding = max(counts) * len(counts) / sum(counts)
+    if padding == 1:
+        return "padded"
     aligned = all(width * like.element_size() % ALIGNED_BYTES == 0 for width in widths)
     if aligned and grouped_mm_works(like.device, like.dtype):
         return "grouped"
-    padding = max(counts) * len(counts) / sum(counts)
-    most = 1.0 if like.device.type == "cpu" else MOST_PADDING
-    return "padded" if padding <= most else None
+    return "padded" if padding <= MOST_PADDING and like.device.type != "cpu" else None
 
 
 @functools.cache
