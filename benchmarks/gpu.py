@@ -38,7 +38,7 @@ from step_overhead import LORA, PLAIN, plain_step, split_steps
 
 MODELS: Mapping[str, Mapping[str, Any]] = {"1.1B": LLAMA_1B, "8B": LLAMA_8B}
 CLIENTS = (1, 8, 32, 64)
-BATCH = (2, 128)
+BATCH = (1, 128)
 """Sequences of one client, and their tokens."""
 WITHIN = {"float32": 1e-4, "bfloat16": 0.01}
 """Largest relative difference of a loss from the CPU's."""
@@ -151,11 +151,15 @@ def of_server(
         )
         rates = []
         for count in counts:
-            rates.append(server_rate(model, count, device, rounds, chosen.seed))
+            try:
+                rates.append(server_rate(model, count, device, rounds, chosen.seed))
+            except torch.OutOfMemoryError:
+                rates.append(float("nan"))
             free(device)
-        rows.append((name, "tokens a second", *(f"{rate:.0f}" for rate in rates)))
-        rows.append((name, "to one client", *(f"{rate / rates[0]:.2f}" for rate in rates)))
-        rows.append((name, "share of the peak", *(f"{4 * parameters * rate / peak:.2f}" for rate in rates)))
+        rows.append((name, "tokens a second", *(_cell(f"{rate:.0f}") for rate in rates)))
+        rows.append((name, "to one client", *(_cell(f"{rate / rates[0]:.2f}") for rate in rates)))
+        shares = (4 * parameters * rate / peak for rate in rates)
+        rows.append((name, "share of the peak", *(_cell(f"{share:.2f}") for share in shares)))
     head = ("model", f"{BATCH[0]} x {BATCH[1]} tokens a client", *(f"{count} at once" for count in counts))
     return table(head, rows), {"peak in bfloat16, measured": f"{peak / 1e12:.1f} TFLOP/s"}
 
@@ -186,6 +190,10 @@ def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _cell(number: str) -> str:
+    return "out of memory" if number == "nan" else number
 
 
 def _verdict(found: float, most: float, form: str) -> str:

@@ -126,7 +126,7 @@ def environment() -> dict[str, str]:
 
     load = os.getloadavg()[0]  # of all programs
     return {
-        "machine": f"{os.cpu_count()} cores {platform.machine()}, no GPU ({_cpu()}); "
+        "machine": f"{os.cpu_count()} cores {platform.machine()}, {_gpu()} ({_cpu()}); "
         f"{torch.get_num_threads()} threads, load {load:.1f} at the end",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, peft {peft.__version__}",
@@ -158,6 +158,12 @@ def begin(seed: int, threads: int | None) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _gpu() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 
 
 def _cpu() -> str:
