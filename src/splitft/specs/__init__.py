@@ -6,9 +6,9 @@ keys are errors, so that a typo is never silently ignored. No torch here.
 
 from splitft.specs.base import Spec, field_docs
 from splitft.specs.codecs import CodecChoice
+from splitft.specs.compute_devices import DevicesSpec
 from splitft.specs.data import ClientsSpec, DataSpec, ModelSpec, SharesSpec
 from splitft.specs.deploy import DeploySpec
-from splitft.specs.devices import DevicesSpec
 from splitft.specs.privacy import LabelsSpec, PrivacySpec, RowDefenceSpec, SiteBoundsSpec, UpdatesSpec
 from splitft.specs.schedule import ChangeSpec, DeviceName, DeviceSpec, LinkName, LinkSpec, ScheduleSpec
 from splitft.specs.site import (

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from splitft.specs.base import NameIn, Spec
 from splitft.specs.codecs import CODECS
-from splitft.specs.devices import ComputeDevice
+from splitft.specs.compute_devices import ComputeDevice
 from splitft.specs.privacy import SiteBoundsSpec
 from splitft.specs.schedule import DeviceName, DeviceSpec
 
