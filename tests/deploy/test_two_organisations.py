@@ -95,7 +95,7 @@ def organisations(tmp_path_factory, tiny_llama):
             )
             shutil.copy(folder / "hub/run.yaml", folder / name)
             said = us.run(name, "deploy", "site", f"{name}/local/site.yaml", "--check", "--run", "run.yaml")
-            assert "asks for nothing that it forbids" in said
+            assert "fits run.yaml: this site would take part" in said
         shutil.move(folder / "hub/kits" / SUBMITTER, folder / "hub" / SUBMITTER)
         services = [us.start("hub", "deploy", "start", f"kits/{SERVER}")]
         services += [us.start(name, "deploy", "start", name) for name in SITES]
