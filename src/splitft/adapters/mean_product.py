@@ -34,7 +34,7 @@ STACK = 256
 """Rank of the stacks that are added up to a matrix: products of low rank would be slow, one stack large."""
 EXTRA_COLUMNS = 16
 """Columns of a subspace beyond the wanted rank (Halko et al. recommend 5 to 10; more converge sooner)."""
-MOST_PASSES = 8
+MOST_PASSES = 4
 """Most rounds of subspace iteration."""
 STANDSTILL = 1e-5
 """Relative gain in captured energy below which subspace iteration ends."""
