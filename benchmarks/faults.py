@@ -12,6 +12,7 @@ status 1 if any outcome differs.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -72,12 +73,34 @@ def report(rows: Sequence[dict[str, object]]) -> str:
         as_expected = sum(row["outcome"] == "passed" for row in own)
         parts.append(f"{title}: {as_expected} of {len(own)} ended as they should.\n")
         parts.append("| what is done | what comes of it | recovery |\n|---|---|---|")
-        parts += [f"| {row['what']} | {_result(row)} | {_recovery(row)} |" for row in own]
+        parts += [_line(alike) for alike in _grouped(own)]
         parts.append("")
     skipped = sum(row["outcome"] == "skipped" for row in rows)
     seconds = sum(float(str(row["seconds"])) for row in rows)
     parts.append(f"{len(rows) - skipped} acts in {seconds / 60:.1f} minutes; {skipped} were skipped.")
     return "\n".join(parts)
+
+
+def _grouped(rows: Sequence[dict[str, object]]) -> list[list[dict[str, object]]]:
+    """Return rows of one test with one outcome together, unless they measured a recovery."""
+    groups: dict[tuple[object, ...], list[dict[str, object]]] = {}
+    for number, row in enumerate(rows):
+        measured = None if row["recovery_s"] is None else number
+        function = str(row["test"]).partition("[")[0]
+        groups.setdefault((function, row["result"], row["outcome"], measured), []).append(row)
+    return list(groups.values())
+
+
+def _line(rows: Sequence[dict[str, object]]) -> str:
+    """Return one line of the table: what is done is listed after the words that all have in common."""
+    listed = list(dict.fromkeys(str(row["what"]).replace("|", "\\|") for row in rows))
+    words = [one.split(" ") for one in listed]
+    alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
+    shared = len(list(alike)) if len(listed) > 1 else 0
+    what = " ".join([*words[0][:shared], "; ".join(" ".join(one[shared:]) for one in words)])
+    if len(listed) < len(rows):
+        what += f" ({len(rows)} kinds)"
+    return f"| {what} | {_result(rows[0])} | {_recovery(rows[0])} |"
 
 
 def _result(row: dict[str, object]) -> str:
