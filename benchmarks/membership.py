@@ -23,7 +23,8 @@ import splitft
 from measuring import REPOSITORY, Parts, begin, options, section, table
 from membership_attack import Membership, by_gain, by_loss, losses
 from splitft.config import RunConfig, from_mapping
-from splitft.data.text import Example, held_out
+from splitft.data.holdout import held_out
+from splitft.data.text import Example
 from splitft.model import open_model
 from splitft.peft_folder import with_adapter
 from splitft.run.inputs import divide_text

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitft.data.text import Batch, BatchStream, Example, eval_batches, evaluation_part, held_out
+from splitft.data.text import Batch, BatchStream, Example, eval_batches
 from splitft.errors import DataError
 
 
@@ -148,40 +148,12 @@ def _waste(batches: list[list[int]]) -> float:
     return padded / sum(sum(batch) for batch in batches) - 1
 
 
-@given(_examples(smallest=2), st.floats(0.01, 0.99), st.integers(0, 99), st.integers(0, 9))
-def test_holding_out_loses_and_repeats_nothing(examples, share, seed, client):
-    training, kept_out = held_out(examples, share, seed, client)
-    assert Counter(training) + Counter(kept_out) == Counter(examples)
-    assert len(training) >= 1
-    assert len(kept_out) >= 1
-    assert abs(len(kept_out) - share * len(examples)) <= 1
-    assert (training, kept_out) == held_out(examples, share, seed, client)
-
-
-def test_the_held_out_part_is_drawn_from_everywhere_and_by_seed_and_client():
-    examples = _of_lengths(*[5] * 100)
-    drawn = [held_out(examples, 0.2, seed, client)[1] for seed, client in [(0, 0), (1, 0), (0, 1)]]
-    assert len(set(drawn)) == 3
-    first_ones = [example.tokens[0] // 1000 for example in drawn[0][:5]]
-    assert first_ones != sorted(first_ones)  # a limit on evaluation takes a sample, not the beginning
-
-
 @given(_examples(), st.integers(1, 9), BUDGETS)
 def test_evaluation_covers_every_example_once(examples, batch_size, budget):
     batches = eval_batches(examples, batch_size, budget)
     assert _examples_in(batches) == Counter(example.tokens for example in examples)
     longest = [max(batch.lengths) for batch in batches]
     assert longest == sorted(longest)
-
-
-@given(st.lists(st.integers(), min_size=2, max_size=9), st.none() | st.integers(1, 9))
-def test_the_halves_of_the_held_out_text_have_nothing_in_common_and_are_all_of_it(numbers, most):
-    held = _of_lengths(*[3] * len(numbers))
-    first, second = (evaluation_part(held, half, None) for half in ("first-half", "second-half"))
-    assert [*first, *second] == list(held)
-    assert 0 <= len(first) - len(second) <= 1
-    assert list(evaluation_part(held, "all", most)) == list(held)[:most]
-    assert list(evaluation_part(held, "second-half", most)) == list(second)[:most]
 
 
 @pytest.mark.parametrize(("tokens", "labelled_from"), [((), 1), ((1,), 1), ((1, 2), 0), ((1, 2), 2)])
@@ -193,12 +165,6 @@ def test_an_example_without_a_labelled_token_cannot_exist(tokens, labelled_from)
 def test_too_little_text_is_named():
     with pytest.raises(DataError, match="client 3 has no examples"):
         BatchStream([], 4, client=3)
-    with pytest.raises(DataError, match=r"client 3 has 1 example\(s\), but needs 2"):
-        held_out(_of_lengths(5), 0.1, seed=0, client=3)
-    with pytest.raises(
-        DataError, match=r"second half of 1 held-out example\(s\) is empty; raise data.holdout"
-    ):
-        evaluation_part(_of_lengths(5), "second-half", None)
     with pytest.raises(DataError, match="no held-out examples"):
         eval_batches([], 4)
     with pytest.raises(DataError, match="at least one example"):

@@ -146,8 +146,8 @@ def compare(
     """
     from splitft.cli.progress import ProgressBars
     from splitft.compare.budget import Budget
+    from splitft.compare.compare import ComparisonOptions, plan_runs, plan_tuning, tune_methods
     from splitft.compare.compare import compare as train_and_compare
-    from splitft.compare.compare import plan_runs, plan_tuning, tune_methods
     from splitft.compare.comparison_page import comparison_lines, comparison_tables
 
     out = out or Path("runs") / f"compare-{file.stem}"
@@ -165,9 +165,7 @@ def compare(
             data = train_and_compare(
                 rows,
                 out,
-                target=target,
-                tasks=_listed(tasks),
-                choices=choices,
+                ComparisonOptions(target, _listed(tasks), choices or {}),
                 listener=_RowProgress(rows, bars),
                 progress=bars,
             )
@@ -219,7 +217,7 @@ class _RowProgress:
                 self._steps += 1
                 self._bars(name, min(self._steps, total), total)
             case Evaluated() if event.round == training.rounds:
-                left = sum(not other.finished for other in self._rows) - 1
+                left = sum(not other.finished for other in self._rows[self._rows.index(row) + 1 :])
                 self._bars.say(
                     f"{name}: held-out loss {event.loss:.3f} after round {event.round}; "
                     f"{left} run{'' if left == 1 else 's'} left"

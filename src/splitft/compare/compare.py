@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -116,22 +116,34 @@ def _check_methods(methods: Sequence[str]) -> None:
         raise MethodError(f"a method is named twice in {', '.join(methods)}; name each once")
 
 
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """What is compared beside losses and costs."""
+
+    target: float | None = None
+    """Held-out loss to reach; None for the lowest that all runs reach."""
+    tasks: Sequence[str] = ()
+    """Tasks that each run's model is evaluated on."""
+    choices: Mapping[str, TunedValues] = field(default_factory=dict)
+    """Values that were chosen for each method."""
+
+
 def compare(
     rows: Sequence[ComparisonRow],
     out: Path,
+    options: ComparisonOptions | None = None,
     *,
-    target: float | None = None,
-    tasks: Sequence[str] = (),
-    choices: Mapping[str, TunedValues] | None = None,
     listener: RowListener = lambda row, event: None,
     progress: EvaluationProgress = lambda name, done, total: None,
 ) -> dict[str, Any]:
     """Train the runs that are not finished, write `compare.json` and `compare.html`; return the comparison.
 
-    With `tasks`, each run's model is evaluated on its held-out text, unless `eval.json` has the result.
+    With tasks, each run's model is evaluated on its held-out text, unless `eval.json` has the result.
     Raises RunError if the runs had different text, and the errors of `train` and `evaluate`, with the run's
     name.
     """
+    options = options or ComparisonOptions()
+    tasks = options.tasks
     check_tasks(tasks)
     runs: list[Trained] = []
     for row in rows:
@@ -140,8 +152,8 @@ def compare(
     if tasks:
         metrics = [_task_metrics(row, tasks, progress) for row in rows]
         runs = [replace(run, metrics=one) for run, one in zip(runs, metrics, strict=True)]
-    data = compare_runs(runs, target)
-    data["tuning"] = [choice.as_data() for choice in (choices or {}).values()]
+    data = compare_runs(runs, options.target)
+    data["tuning"] = [choice.as_data() for choice in options.choices.values()]
     write_whole(out / "compare.json", json.dumps(data, indent=2, allow_nan=False) + "\n")
     write_page(out / "compare.html", comparison_page(data, dump(rows[0].config)))
     return data

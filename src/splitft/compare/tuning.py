@@ -153,7 +153,7 @@ def choose(candidates: Sequence[Candidate], budget: Budget, listener: RowListene
     alive = list(candidates)
     for upto, kept in rungs(len(candidates), rounds):
         for one in alive:
-            _train(one, replace(budget, rounds=upto), listener)
+            _train(one, budget if upto == rounds else replace(budget, rounds=upto), listener)
         alive = sorted((one for one in alive if not one.failed), key=lambda one: one.loss)[:kept]
         if not alive:
             reasons = "; ".join(f"{one.row.note}: {one.failed}" for one in candidates)

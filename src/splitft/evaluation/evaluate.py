@@ -21,7 +21,8 @@ from typing import Any
 
 from splitft.config import RunConfig, from_mapping
 from splitft.data.corpora import read_records
-from splitft.data.text import Example, evaluation_part, held_out
+from splitft.data.holdout import evaluation_part, held_out
+from splitft.data.text import Example
 from splitft.data.tokens import tokenise
 from splitft.errors import ConfigError, RunError
 from splitft.evaluation.likelihood import windows

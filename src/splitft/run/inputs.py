@@ -19,9 +19,10 @@ from typing import Any
 from splitft.config import RunConfig
 from splitft.data.corpora import read_records
 from splitft.data.fingerprint import fingerprint, fingerprint_of_batches
+from splitft.data.holdout import evaluation_part, held_out
 from splitft.data.partitions import PARTITIONS, Shares, divide, owners_of
 from splitft.data.share_statistics import ShareSummary, summarise_shares
-from splitft.data.text import Batch, BatchStream, Example, eval_batches, evaluation_part, held_out
+from splitft.data.text import Batch, BatchStream, Example, eval_batches
 from splitft.data.tokens import Tokenised, tokenise
 from splitft.errors import ConfigError, GeometryError
 from splitft.geometry import check_cut
