@@ -89,7 +89,10 @@ OPTIONS = {
     "shared factors": {"split": {"server_adapters": "shared"}},
     "shared in turn": {"split": {"server_adapters": "shared-in-turn"}},
     "micro-batches and kept moments": {"training": {**SHORT, "micro_batches": 2, "optimizer_state": "keep"}},
-    "one after the other": {"training": {**SHORT, "order": "in-turn"}},
+    "one after the other": {
+        "training": {**SHORT, "order": "in-turn"},
+        "split": {"server_adapters": "shared"},
+    },
     "blocks computed again": {"training": {**SHORT, "checkpoint_blocks": True}},
     "every linear layer": {"lora": {"targets": "all-linear"}},
     "noise": {"privacy": {"hidden": {"defence": "gaussian", "noise": 0.1}}},

@@ -59,7 +59,9 @@ RUNS = {
     "updates folded into the base": {"aggregate": {"rule": "exact"}, "wire": {"hidden": "int8"}},
     "another base each round": {"aggregate": {"rule": "stack"}},
     "norms of weight rows": {"lora": {"method": "dora"}},
-    "noise on hidden states": {"privacy": {"hidden": {"defence": "gaussian", "clip_norm": 1.0, "noise": 0.1}}},
+    "noise on hidden states": {
+        "privacy": {"hidden": {"defence": "gaussian", "clip_norm": 1.0, "noise": 0.1}}
+    },
     "a server with the head": {"split": {"labels": "server"}},
     "shared factors": {"split": {"server_adapters": "shared"}},
 }

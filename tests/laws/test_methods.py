@@ -169,7 +169,7 @@ def test_splitfed_v2_steps_the_servers_copy_client_by_client_in_random_order(pla
 
 
 def test_splitlora_steps_the_servers_copy_on_all_activations_together(played):
-    run = played("splitlora", clients={"cuts": CUT})
+    run = played("splitlora", clients={"cuts": CUT}, training={"optimizer_state": "keep"})
     _assert_equal(run.learnt(), oracle.all_at_once(run.whole, run.start, run.batches, LR, CUT))
 
 

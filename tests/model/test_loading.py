@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -52,7 +53,8 @@ def test_a_span_is_read_with_the_other_shards_gone(tmp_path, tiny_llama):
         _segment(folder, 3, 4)
 
 
-def test_no_tensor_is_read_but_those_of_the_span_and_none_twice(tiny_llama, monkeypatch):
+def test_no_tensor_is_read_but_those_of_the_span_and_none_twice(tmp_path, tiny_llama, monkeypatch):
+    tiny_llama = shutil.copytree(tiny_llama, tmp_path / "own")  # whose weights nobody else holds
     read, original = [], Checkpoint.read
 
     def recording(self, names):
