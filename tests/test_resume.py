@@ -14,7 +14,7 @@ from runs import StoppedError, adapter_bytes, settings, settings_file, started, 
 from splitft.config import from_mapping
 from splitft.errors import RunError
 from splitft.run import folder as run_folder
-from splitft.tracking.events import Evaluated, RoundDone, RunResumed, StepDone
+from splitft.tracking.events import Evaluated, RoundDone, RunResumed, StepDone, UpdatesBounded
 from splitft.tracking.log import read_events
 
 
@@ -86,6 +86,7 @@ VARIANTS = {
     },
     "changes of adapters in bf16": {"wire": {"adapter": "bf16", "in_process": "direct"}},
     "direct": {"wire": {"in_process": "direct"}},
+    "updates above the median scaled down": {"aggregate": {"norm_bound": 1.0}},
     "codecs that owe": {"wire": {"hidden": "int2", "gradient": "topk"}},
     "codecs that compare epochs": {"wire": {"hidden": "temporal", "gradient": "int4"}},
     "codecs that learn axes": {"wire": {"hidden": "principal", "gradient": "int8"}},
@@ -97,6 +98,8 @@ VARIANTS = {
 def test_every_way_of_training_resumes_bit_for_bit(tmp_path, config, sections):
     once = config(**sections)
     whole = splitft.train(once, tmp_path / "whole")
+    bounded = [one for one in read_events(whole.folder / "events.jsonl") if isinstance(one, UpdatesBounded)]
+    assert [one.round for one in bounded] == ([1, 2, 3] if "norm_bound" in str(sections) else [])
     with pytest.raises(StoppedError):
         splitft.train(once, tmp_path / "stopped", listeners=[stop_at(StepDone, round=2, count=2)])
     again = splitft.train(once, tmp_path / "stopped", resume=True)
