@@ -73,12 +73,13 @@ class FourBit:
         """Return the bytes of a matrix (out, in), quantized in parts that end with a block."""
         flat = weight.contiguous().view(-1)
         flat = flat if flat.dtype.itemsize < 8 else flat.float()
-        parts = [
-            library().quantize_4bit(part, blocksize=BLOCK, quant_type=self.levels)
-            for part in torch.split(flat, CHUNK)
-        ]
-        scales = torch.cat([state.absmax for _, state in parts])
-        return joined(scales, torch.cat([numbers.view(-1) for numbers, _ in parts]))
+        held = torch.empty(self.nbytes((1, flat.numel())), dtype=torch.uint8, device=flat.device)
+        scales, numbers = parted(held, -(-flat.numel() // BLOCK))
+        for number, part in enumerate(torch.split(flat, CHUNK)):
+            made, state = library().quantize_4bit(part, blocksize=BLOCK, quant_type=self.levels)
+            _write(scales, number * (CHUNK // BLOCK), state.absmax)
+            _write(numbers, number * (CHUNK // 2), made.view(-1).view(torch.uint8))
+        return held
 
     def full(self, held: torch.Tensor, shape: Shape, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         """Return the weights of some rows, which begin and end with a block, as numbers of a type."""
@@ -118,11 +119,14 @@ class EightBit:
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the bytes of a matrix (out, in), quantized from float16 as in bitsandbytes."""
-        found = []
-        for part in torch.split(weight, max(1, CHUNK // weight.shape[1])):
-            numbers, scales, _ = library().int8_vectorwise_quant(part.to(torch.float16))
-            found.append((scales, numbers.masked_fill_(scales[:, None] == 0, 0)))  # 0 / 0 is any number
-        return joined(torch.cat([scales for scales, _ in found]), torch.cat([one for _, one in found]))
+        shape, rows = (weight.shape[0], weight.shape[1]), max(1, CHUNK // weight.shape[1])
+        held = torch.empty(self.nbytes(shape), dtype=torch.uint8, device=weight.device)
+        scales, numbers = self.parts(held, shape)
+        for number, part in enumerate(torch.split(weight, rows)):
+            made, largest, _ = library().int8_vectorwise_quant(part.to(torch.float16))
+            _write(scales, number * rows, largest)
+            _write(numbers, number * rows, made.masked_fill_(largest[:, None] == 0, 0))  # 0 / 0 is any number
+        return held
 
     def full(self, held: torch.Tensor, shape: Shape, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         """Return the weights of some rows as numbers of a type."""
@@ -151,6 +155,10 @@ def joined(scales: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 def parted(held: torch.Tensor, scales: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return so many scales, and the bytes after them."""
     return held[: 4 * scales].view(torch.float32), held[4 * scales :]
+
+
+def _write(whole: torch.Tensor, start: int, part: torch.Tensor) -> None:
+    whole[start : start + len(part)] = part
 
 
 class _Product(torch.autograd.Function):
