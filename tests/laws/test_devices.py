@@ -92,6 +92,7 @@ OPTIONS = {
     "one after the other": {
         "training": {**SHORT, "order": "in-turn"},
         "split": {"server_adapters": "shared"},
+        "clients": {"count": 3, "cuts": 2},
     },
     "blocks computed again": {"training": {**SHORT, "checkpoint_blocks": True}},
     "every linear layer": {"lora": {"targets": "all-linear"}},
