@@ -51,7 +51,9 @@ def test_the_check_before_the_payload_sees_the_receivers_type():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "others"), [(torch.bfloat16, frozenset()), (torch.float64, TYPES)], ids=str
+    ("dtype", "others"),
+    [(torch.bfloat16, frozenset()), (torch.float64, TYPES)],
+    ids=["no other type", "a type of its own"],
 )
 def test_a_type_that_nobody_may_have_is_refused(dtype, others):
     message = LAST.model_copy(update={"hidden": LAST.hidden.to(dtype)})
