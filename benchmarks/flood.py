@@ -36,8 +36,9 @@ from splitft.deploy.requests import Direct, Envelope
 from splitft.deploy.run_terms import RunTerms, load_run_terms
 from splitft.deploy.server import quota
 from splitft.deploy.server.session import ServerSession
+from splitft.deploy.site.connection import Connection
 from splitft.deploy.site.optimizer_store import OptimizerStore
-from splitft.deploy.site.session import Connection, SiteSession
+from splitft.deploy.site.session import SiteSession
 from splitft.deploy.site.setup import open_site
 from splitft.errors import TransportError
 from splitft.protocol import Activations, Declined, Heartbeat

@@ -28,7 +28,7 @@ from splitft.tracking.events import (
 )
 from splitft.tracking.log import EventLog
 from splitft.tracking.summary import write_summary
-from splitft.tracking.summary_fold import SummaryWriter
+from splitft.tracking.summary_writer import SummaryWriter
 
 CLIENTS, STEPS = 5, 10
 EARLY, WINDOW = 10, 5

@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from transformers.utils import logging
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 pytest_plugins = ["fault_record"]
+
+if not torch.accelerator.is_available():
+    importlib.import_module("accelerator")  # torch counts devices once, before the first backward pass
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
@@ -57,7 +61,7 @@ def _chosen_device(request) -> Iterator[None]:
 @pytest.fixture
 def fake_devices() -> Iterator[Any]:
     """Two devices beside the CPU, `acc:0` and `acc:1`; the `accelerator.Record` of what they do."""
-    import accelerator  # it registers them in this process
+    import accelerator
 
     with accelerator.enabled() as record:
         yield record

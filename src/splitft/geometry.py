@@ -74,7 +74,7 @@ class ModelShape:
     kv_heads: int
     """Key and value heads; equal to `heads` without grouped-query attention."""
     tied: bool
-    """Whether the output matrix is the embedding."""
+    """True if the output matrix is the embedding."""
     max_positions: int
     """Longest supported sequence, in tokens."""
     head_width: int | None = None

@@ -5,24 +5,29 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from laws.federations import Scripted
+from splitft.config import RunConfig
 from splitft.deploy.requests import Direct, Envelope, Transport
+from splitft.deploy.run_terms import load_run_terms
 from splitft.deploy.server.federation import FederationSetup, RemoteFederation
 from splitft.deploy.server.inbox import Inbox
 from splitft.deploy.server.quota import InboxLimits
+from splitft.deploy.server.session import ServerSession
+from splitft.deploy.site.connection import Connection
 from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.policy import SitePolicy
-from splitft.deploy.site.session import Connection, SiteSession
+from splitft.deploy.site.session import SiteSession
+from splitft.deploy.site.setup import open_site
 from splitft.errors import DeployError
 from splitft.protocol import BaseFile, BaseTensor, MessageSerializer, Register
 from splitft.protocol.frame import open_frame
 from splitft.run.setup import RunSetup
-from splitft.specs import DeploySpec
+from splitft.specs import DeploySpec, SiteSpec
 from splitft.training import RunState
 
 KEY = bytes(range(16))
@@ -70,6 +75,41 @@ def registration(name: str) -> Register:
         client=name, train_examples=1, train_tokens=1, eval_examples=1, truncated=0,
         tokens_per_batch=1, labelled_per_batch=1, sequences_per_batch=1, padded_length=1,
     )  # fmt: skip
+
+
+def site_thread(
+    config: RunConfig,
+    name: str,
+    server: ServerSession,
+    key: bytes,
+    site: SiteSpec | None = None,
+    folder: Path | None = None,
+) -> threading.Thread:
+    """A site of a session as a job wires it, which takes part when the thread is started.
+
+    It keeps its moments in `folder`, if there is one.
+    """
+    terms = load_run_terms(config)
+    party = open_site(config, name) if site is None else open_site(config, name, site)
+    connection = Connection(
+        Direct(name, server.inbox.answer), key, terms.serializer, terms.frame_limit, patience_s=60
+    )
+    store = OptimizerStore(None) if folder is None else OptimizerStore(folder, party.text)
+    session = SiteSession(party.register, connection, party.open_client, store, party.policy)
+    return threading.Thread(target=session.run, daemon=True)
+
+
+def serve_with(server: ServerSession, threads: Sequence[threading.Thread]) -> None:
+    """Run a session to its end with these sites; it has to finish, and they have to leave."""
+    for thread in threads:
+        thread.start()
+    try:
+        assert server.serve().reason == "finished"
+    finally:
+        server.abort()
+        for thread in threads:
+            thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def deployed(

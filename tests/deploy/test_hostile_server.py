@@ -13,10 +13,11 @@ from laws.federations import federation, write_text
 from splitft.codecs import Encoded
 from splitft.deploy.manifest import manifest_of
 from splitft.deploy.requests import Envelope
+from splitft.deploy.site.connection import Connection
 from splitft.deploy.site.limits import OrderLimits
 from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.policy import SitePolicy
-from splitft.deploy.site.session import HURRIED_S, Connection, SiteSession
+from splitft.deploy.site.session import HURRIED_S, SiteSession
 from splitft.protocol.frame import Frame, open_frame
 from splitft.specs import SiteSpec
 

@@ -5,22 +5,18 @@ The devices are the fake ones of `accelerator`. `pytest --fake-device` runs any 
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 
 import pytest
 import torch
 
 import splitft
+from deploy.network import serve_with, site_thread
 from laws.federations import federation, largest_relative_difference, play, write_text
 from runs import StoppedError, adapter_bytes, settings, stop_at
 from splitft.config import from_mapping
-from splitft.deploy.requests import Direct
 from splitft.deploy.run_terms import load_run_terms
 from splitft.deploy.server.session import ServerSession
-from splitft.deploy.site.optimizer_store import OptimizerStore
-from splitft.deploy.site.session import Connection, SiteSession
-from splitft.deploy.site.setup import open_site
 from splitft.specs import SiteSpec
 from splitft.specs.rules import RULES
 from splitft.tracking.events import Evaluated, RunStarted, StepDone
@@ -268,23 +264,9 @@ def _deployed(model, text, folder, devices, sites):
     threads = []
     for name, device in zip(("client-1", "client-2"), sites, strict=True):
         own = write_text(folder.with_name(f"{folder.name}-{name}.jsonl"), seed=len(threads))
-        party = open_site(
-            config,
-            name,
-            SiteSpec.model_validate({"text": {"source": str(own)}, "machine": {"runs_on": device}}),
-        )
-        connection = Connection(
-            Direct(name, server.inbox.answer), key, terms.serializer, terms.frame_limit, patience_s=60
-        )
-        session = SiteSession(
-            party.register, connection, party.open_client, OptimizerStore(None), party.policy
-        )
-        threads.append(threading.Thread(target=session.run, daemon=True))
-    for thread in threads:
-        thread.start()
-    assert server.serve().reason == "finished"
-    for thread in threads:
-        thread.join(60)
+        site = SiteSpec.model_validate({"text": {"source": str(own)}, "machine": {"runs_on": device}})
+        threads.append(site_thread(config, name, server, key, site))
+    serve_with(server, threads)
     steps = [event for event in read_events(folder / "events.jsonl") if isinstance(event, StepDone)]
     assert len(steps) == 6
     ordered = sorted(steps, key=lambda event: (event.client, event.step))

@@ -17,7 +17,8 @@ from runs import StoppedError, adapter_bytes, settings, stop_at
 from splitft.config import from_mapping
 from splitft.errors import RunError
 from splitft.model import open_model, precision
-from splitft.model.precision import CPU, Precision, describe, fastest, native_precision
+from splitft.model.devices import CPU
+from splitft.model.precision import Precision, describe, fastest, native_precision
 from splitft.specs import ModelSpec
 from splitft.tracking.events import StepDone
 

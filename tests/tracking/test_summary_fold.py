@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitft.tracking import summary_fold
+from splitft.tracking import summary_writer
 from splitft.tracking.events import Evaluated, RoundDone, RunResumed, StepDone, Warned
 from splitft.tracking.log import EventLog, read_events
 from splitft.tracking.summary import summarise, write_summary
-from splitft.tracking.summary_fold import SummaryWriter
+from splitft.tracking.summary_writer import SummaryWriter
 from tracking.story import story
 
 
@@ -54,7 +54,7 @@ def test_processes_that_stop_anywhere_and_resume_sum_up_as_the_settled_events(tm
 
 def test_a_round_reads_no_file_again(tmp_path, monkeypatch):
     writer = _told(tmp_path, story()[:2])
-    monkeypatch.setattr(summary_fold, "read_events", lambda path: pytest.fail("the whole file is read"))
+    monkeypatch.setattr(summary_writer, "read_events", lambda path: pytest.fail("the whole file is read"))
     for event in story()[2:]:
         writer(event)
     assert writer.write()["rounds"] == sum(isinstance(event, RoundDone) for event in story())

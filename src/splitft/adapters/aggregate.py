@@ -31,16 +31,13 @@ from splitft.adapters.aggregators import Fresh, United
 from splitft.adapters.factoring import in_frame
 from splitft.adapters.mean_product import mean_norm
 from splitft.adapters.members import LayerMembers, MembersWithout, Weighted
-from splitft.adapters.state import AdapterState, Factors, Key
+from splitft.adapters.state import CPU, AdapterState, Factors, Key
 from splitft.errors import AdapterError, FailedRoundError
 from splitft.specs.rules import RULES, Rule, rules_where
 
 NOT_FINITE = "numbers that are not finite"
 WITHOUT_FLOAT64 = ("mps",)
 """Types of device that lack float64, in which stacked factors are decomposed."""
-
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)

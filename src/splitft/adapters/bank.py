@@ -15,8 +15,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from splitft.adapters.lora import CPU, LoraLayer, Routing, Rows, SlotFactors
-from splitft.adapters.state import AdapterState, Factors, Key
+from splitft.adapters.lora import LoraLayer, Routing, Rows, SlotFactors
+from splitft.adapters.state import CPU, AdapterState, Factors, Key
 from splitft.adapters.targets import chosen_layers, layer_sizes, weight_of
 from splitft.errors import AdapterError
 from splitft.half_precision import current_pass, within

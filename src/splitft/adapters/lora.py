@@ -6,9 +6,9 @@
 
 The base product is computed once for all rows; the rows of each client then get its own small product, all
 clients' together where their factors allow it (`grouped.py`), so every client has the result that it would
-have alone. A `slot` is one named set of factors: a client's, or one
-shared by all. Besides the factors that it trains, a slot may hold frozen rows (the *rest* of factors of a
-higher rank than its own) and the update that aggregation has *folded* into the base.
+have alone. A `slot` is one named set of factors: a client's, or one shared by all. Besides the factors that
+it trains, a slot may hold frozen rows (the *rest* of factors of a higher rank than its own) and the update
+that aggregation has *folded* into the base.
 
 The factors are kept in float32 (float64 over a float64 base), and the small products are computed in the type
 of the base, as in mixed precision training.
@@ -28,11 +28,9 @@ from torch.nn import functional
 
 from splitft.adapters.dora import rescaled
 from splitft.adapters.grouped import FactorStack, Part, changes, product_kind, row_layout, update_together
-from splitft.adapters.state import Factors
+from splitft.adapters.state import CPU, Factors
 from splitft.errors import AdapterError
 from splitft.half_precision import HALF, current_pass
-
-CPU = torch.device("cpu")
 
 Rows = Sequence[tuple[str | None, int]]
 """Owners of the rows of a batch, in order: (slot, sequences); slot None runs the base model."""

@@ -54,7 +54,7 @@ class MeanProduct:
 
     @property
     def full(self) -> bool:
-        """Whether the matrix has no more numbers than its stacked factors."""
+        """True if the matrix has no more numbers than its stacked factors."""
         numbers = self.outputs * self.inputs
         return self.stacked_rank * (self.outputs + self.inputs) >= numbers
 

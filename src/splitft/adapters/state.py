@@ -21,6 +21,7 @@ import torch
 from splitft.errors import AdapterError
 from splitft.geometry import Span
 
+CPU = torch.device("cpu")
 Key = tuple[int, str]
 """(absolute block, target path inside the block), such as (7, "self_attn.q_proj")."""
 

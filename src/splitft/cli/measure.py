@@ -128,7 +128,7 @@ def compare(
         typer.Option(
             metavar="KEY=A,B,...",
             help="Let every method choose the best of these values, on held-out text that the figures do not "
-            "use; several times for several keys.",
+            "use, with the first seed; several times for several keys.",
         ),
     ] = None,
     until_seconds: Annotated[

@@ -74,7 +74,7 @@ class CodecContext:
 
     @property
     def unbiased(self) -> bool:
-        """Whether rounding must be right on average: errors of gradients add up over steps."""
+        """True if rounding must be right on average: errors of gradients add up over steps."""
         return self.role == "gradient"
 
     def uniform(self, like: torch.Tensor) -> torch.Tensor:

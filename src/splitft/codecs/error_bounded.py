@@ -34,7 +34,7 @@ class Bounded:
     """A uniform quantizer with a step that the user gives, followed by zstandard."""
 
     kind: Literal["abs", "rel"] = "rel"
-    """Whether the bound is an absolute number, or a share of each row's root mean square."""
+    """Kind of the bound: an absolute number, or a share of each row's root mean square."""
     bound: float = 1e-2
     name: str = "bounded"
 

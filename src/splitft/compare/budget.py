@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from splitft.config import RunConfig
@@ -44,7 +44,7 @@ class Budget:
 
     @property
     def given(self) -> bool:
-        """Whether a cost other than rounds is bounded."""
+        """True if a cost other than rounds is bounded."""
         return self.seconds is not None or self.examples is not None
 
     def spent(self, point: Point) -> bool:
@@ -82,12 +82,11 @@ class BudgetListener:
         now = self._now
         match event:
             case StepDone():
-                self._now = Point(now.round, now.loss, now.simulated_s, now.mb, now.examples + event.examples)
+                self._now = replace(now, examples=now.examples + event.examples)
             case RoundTimed():
-                seconds = (now.simulated_s or 0.0) + event.seconds
-                self._now = Point(now.round, now.loss, seconds, now.mb, now.examples)
+                self._now = replace(now, simulated_s=(now.simulated_s or 0.0) + event.seconds)
             case CheckpointSaved():
-                self._now = Point(event.round, now.loss, now.simulated_s, now.mb, now.examples)
+                self._now = replace(now, round=event.round)
                 if self._budget.spent(self._now):
                     raise _BudgetSpentError
             case _:

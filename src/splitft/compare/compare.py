@@ -118,7 +118,7 @@ def _check_methods(methods: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class ComparisonOptions:
-    """What is compared beside losses and costs."""
+    """Options of a comparison: its target, tasks, and the values of each method."""
 
     target: float | None = None
     """Held-out loss to reach; None for the lowest that all runs reach."""

@@ -29,7 +29,7 @@ class ComparisonRow:
     budget: Budget = UNBOUNDED
     """How far it is trained."""
     note: str = ""
-    """What tells it from other runs of the method and seed."""
+    """A few words that tell it from other runs of the method and seed."""
 
     @property
     def name(self) -> str:

@@ -55,7 +55,7 @@ class Example:
     label: str | None = None
     """Value of the column that shares may be divided by, such as a topic or a site."""
     truncated: bool = False
-    """Whether its text was longer than max_tokens."""
+    """True if its text was longer than max_tokens."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.labelled_from < len(self.tokens):

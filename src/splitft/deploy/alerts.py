@@ -33,7 +33,7 @@ TROUBLES = {
     "doubted": "held-out losses of {site} were left out {times} times: they fit neither the others' nor its "
     "last; ask its owner",
 }
-"""What is said of a site's troubles while it takes part."""
+"""Sentences about a site's troubles while it takes part, by their kind."""
 
 Status = Mapping[str, Any]
 

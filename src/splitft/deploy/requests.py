@@ -156,7 +156,7 @@ class Pipeline:
 
     @property
     def full(self) -> bool:
-        """Whether every channel waits for a reply."""
+        """True if every channel waits for a reply."""
         return not self._free
 
     def send(self, frame: bytes) -> None:

@@ -54,12 +54,12 @@ class Ending:
 
     @property
     def finished(self) -> bool:
-        """Whether all rounds are trained."""
+        """True if all rounds are trained."""
         return self.reason == "finished"
 
     @property
     def stopped(self) -> bool:
-        """Whether the operator has stopped the run."""
+        """True if the operator has stopped the run."""
         return self.reason == "stopped"
 
 

@@ -28,6 +28,7 @@ import torch
 from torch.nn import functional
 
 from splitft.cache import KeyedCache, cache_folder
+from splitft.model.devices import CPU
 from splitft.specs import ModelSpec
 
 DTYPES = {
@@ -39,7 +40,6 @@ DTYPES = {
 AUTO = "auto"
 AUTO_TYPES = frozenset({torch.bfloat16, torch.float32})
 """Types of hidden states and gradients under AUTO: a segment in float16 takes and returns float32."""
-CPU = torch.device("cpu")
 
 SECONDS = 0.05
 """Time of a measurement."""

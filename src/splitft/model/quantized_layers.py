@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from splitft.errors import ModelError
 from splitft.model.anatomy import locate
-from splitft.model.precision import CPU
+from splitft.model.devices import CPU
 from splitft.model.quantized_weights import (
     BLOCK,
     QUANTIZERS,
@@ -82,7 +82,7 @@ class QuantizedForm:
     kind: str
     """A name in QUANTIZERS."""
     transposed: bool
-    """Whether the checkpoint has (in, out)."""
+    """True if the checkpoint has (in, out)."""
     device: torch.device
 
     def hold(self, tensor: torch.Tensor) -> nn.Parameter:

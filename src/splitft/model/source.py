@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from logging import getLogger
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +23,9 @@ import torch
 from splitft.errors import ModelError
 from splitft.geometry import ModelShape, Span
 from splitft.model.anatomy import locate, shape_of
+from splitft.model.devices import CPU
 from splitft.model.embedded import EMBEDDED, embedded_model
-from splitft.model.precision import CPU, DTYPES, resolve
+from splitft.model.precision import DTYPES, resolve
 from splitft.model.quantized_layers import quantize_layers, saved_kind, saved_parts
 from splitft.model.quantized_weights import library
 from splitft.model.segment import Segment
@@ -66,7 +66,7 @@ class Model:
 
     @property
     def quantized_on_disk(self) -> bool:
-        """Whether the checkpoint itself is quantized."""
+        """True if the checkpoint itself is quantized."""
         return saved_kind(self.path, self.config) is not None
 
     @property
@@ -173,13 +173,9 @@ def _check_quantized(spec: ModelSpec, saved: str | None, path: str) -> None:
 
 @contextlib.contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Suppress the progress bars and warnings of transformers and tokenizers.
-
-    Also bitsandbytes' advice to install a package, which peft makes it give in runs that do not use it.
-    """
+    """Suppress the progress bars and warnings of transformers and tokenizers."""
     from transformers.utils import logging
 
-    getLogger("bitsandbytes").setLevel("ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -48,7 +48,7 @@ class UpdateBounds:
 
     @property
     def bounding(self) -> bool:
-        """Whether updates are clipped."""
+        """True if updates are clipped."""
         return self._spec.clip_norm is not None
 
     def weight(self, tokens: int) -> float:

@@ -57,9 +57,9 @@ class DeltaState:
     """A client's factors that both ends of its connection hold."""
 
     exact: bool = True
-    """Whether the codec does not round; then only whole tensors are sent."""
+    """True if the codec does not round; then only whole tensors are sent."""
     feedback: bool = False
-    """Whether a client adds the rounding error of an upload to its next one."""
+    """True if a client adds the rounding error of an upload to its next one."""
     held: dict[str, torch.Tensor] = field(default_factory=dict)
     """Last factors sent each way, by `global/7.self_attn.q_proj.A` or `own/...`."""
     residuals: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -53,14 +53,14 @@ class Agreement:
     wire: WireSpec
     """Codecs by role."""
     labels_travel: bool = False
-    """Whether token ids may be sent at all (`labels: server`)."""
+    """True if token ids may be sent at all (`labels: server`)."""
     most_rows: int = 2**20
     """Most real tokens of a batch."""
     other_types: frozenset[torch.dtype] = frozenset()
     """Types besides `dtype` that the other side may compute hidden states and gradients in
     (`model.dtype: auto`); the frame says which, and this side decodes to its own."""
     feedback: bool = False
-    """Whether a client adds the rounding error of its last upload of factors to the next."""
+    """True if a client adds the rounding error of its last upload of factors to the next."""
 
     def codec(self, role: Role, field: str) -> str:
         """Return the name of the codec for a field of a message."""

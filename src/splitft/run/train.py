@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -22,26 +21,22 @@ from splitft.geometry import Span
 from splitft.model.identity import tokenizer_digest, weight_digests
 from splitft.model.precision import describe
 from splitft.model.source import silence_transformers
-from splitft.privacy.defence import promises
-from splitft.privacy.known_leakage import audited_sentence
 from splitft.protocol.channel import Tap
 from splitft.run.folder import Run, find_snapshot, fix_dtype, is_finished, open_log, put_adapter
 from splitft.run.lock import hold
+from splitft.run.promises import audited, received, run_promises
 from splitft.run.same_inputs import check_inputs
 from splitft.run.setup import RunSetup, prepare
-from splitft.schedule.workload import Fleet
 from splitft.tracking.events import (
     CheckpointSaved,
-    ClientInfo,
     Event,
     Listener,
-    Received,
     RunDone,
     RunResumed,
     RunStarted,
     Warned,
 )
-from splitft.tracking.summary_fold import SummaryWriter
+from splitft.tracking.summary_writer import SummaryWriter
 from splitft.tracking.trackers import open_trackers
 from splitft.training import RunState, Simulation
 from splitft.training.checkpoint import Snapshot, save_snapshot, what_is_safe
@@ -149,22 +144,6 @@ def _write_adapters(prepared: RunSetup, state: RunState, run: Run) -> None:
         put_adapter(with_folded(mine, state.folded), model, ranks, folders[client.name])
 
 
-def run_promises(
-    config: RunConfig, fleet: Fleet, facts: Sequence[ClientInfo], width: int, longest: int
-) -> tuple[str, ...]:
-    """Return the promises of the run's defences for the text that is sent most often.
-
-    A training text is sent once an epoch, a held-out one in every evaluation. `longest` is a text's length.
-    """
-    training, evaluations = config.training, config.training.rounds + 1
-    sequences = {one.name: one.workload.sequences for one in fleet.clients}
-    epochs = [
-        training.rounds * training.steps * sequences[one.name] / max(1, one.train_examples) for one in facts
-    ]
-    times_sent = max(evaluations, *map(math.ceil, epochs))
-    return tuple(promises(config.privacy, width, longest, times_sent, evaluations))
-
-
 def _global_adapter(prepared: RunSetup, state: RunState) -> AdapterState:
     """Return the adapter of the whole run, with the folded updates.
 
@@ -178,24 +157,6 @@ def _global_adapter(prepared: RunSetup, state: RunState) -> AdapterState:
         for key, factors in state.adapters.items()
     }
     return AdapterState(mean)
-
-
-def received(config: RunConfig) -> Received:
-    """Return the kind of data that the server receives, by where the blocks and the text are."""
-    if config.clients.pooled:
-        return "text"
-    if not config.aggregate.federated:
-        return "nothing"
-    return "adapters" if config.clients.cuts == "whole" else "hidden"
-
-
-def _audited(prepared: RunSetup) -> str:
-    """Return the audit's finding for the run's setting, or "" if no hidden states leave the clients."""
-    config = prepared.config
-    if received(config) != "hidden":
-        return ""
-    cut, codec = min(facts.cut for facts in prepared.facts), str(config.wire.hidden)
-    return audited_sentence(config.model.name, cut, codec, config.privacy, config.split.labels == "server")
 
 
 def _begin(prepared: RunSetup, listener: Listener, base: Mapping[str, str], tokenizer: str) -> RunState:
@@ -214,7 +175,7 @@ def _begin(prepared: RunSetup, listener: Listener, base: Mapping[str, str], toke
             labels=config.split.labels,
             received=received(config),
             defences=run_promises(config, fleet, prepared.facts, model.shape.width, longest),
-            audited=_audited(prepared),
+            audited=audited(prepared),
             clients=prepared.facts,
             machines=prepared.cut_schedule.machines(),
             base=base,

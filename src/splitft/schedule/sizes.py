@@ -47,7 +47,7 @@ class ModelSizes:
     head_parameters: int
     """Parameters of the head beside the embedding: with tied embeddings the final norm alone."""
     tied: bool
-    """Whether the head reads the embedding's matrix."""
+    """True if the head reads the embedding's matrix."""
     adapter_parameters_per_rank: int
     """Sum over a block's adapted layers of (inputs + outputs); times R, the parameters of its A and B."""
     kept_elements_per_token: int

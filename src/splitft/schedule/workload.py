@@ -93,7 +93,7 @@ class AdapterTraffic:
     down: float = 1.0
     """Share that it receives."""
     full_rank: bool = False
-    """Whether the factors that it receives have the full rank R in every block, also next to a cut."""
+    """True if the factors that it receives have the full rank R in every block, also next to a cut."""
     folded_members: int = 0
     """Participants whose ranks add up to that of the update folded into the base; 0 if none is folded."""
 
@@ -137,13 +137,13 @@ class SharedCosts:
     in_flight: int = 1
     """Micro-batches in progress at once."""
     checkpoint_blocks: bool = False
-    """Whether blocks keep only their inputs, and are computed again in the backward pass."""
+    """True if blocks keep only their inputs, and are computed again in the backward pass."""
     adapter_traffic: AdapterTraffic = field(default_factory=AdapterTraffic)
     """The part of the adapters that is sent."""
     federated: bool = True
-    """Whether adapters are sent at all."""
+    """True if adapters are sent at all."""
     handed_on: bool = False
-    """Whether optimizer moments are sent with them, from client to client."""
+    """True if optimizer moments are sent with them, from client to client."""
 
     def parts(self, workload: Workload) -> int:
         """Return the number of micro-batches of a step with this workload, each at least a sequence."""

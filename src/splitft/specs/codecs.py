@@ -27,7 +27,7 @@ class CodecOption:
     """A number above 0 that a user may give after the name of a codec."""
 
     fits: Callable[[float], bool] = lambda value: True
-    """Whether a number above 0 is allowed."""
+    """True if a number above 0 is allowed."""
     allowed: str = "a number above 0"
     """The allowed numbers in words, for error messages."""
 
@@ -49,7 +49,7 @@ class CodecKind:
     options: Mapping[str, CodecOption] = field(default_factory=dict)
     """Options by name."""
     exclusive: bool = False
-    """Whether a user may give at most one of the options."""
+    """True if a user may give at most one of the options."""
     roles: frozenset[CodecRole] = frozenset({"hidden", "gradient"})
     """Roles of the tensors that it may encode."""
     memory: Literal["none", "sender", "both"] = "none"
@@ -58,11 +58,11 @@ class CodecKind:
     learned: str | None = None
     """Name in the memory that appears once the codec has learned; before, it sends something larger."""
     needs_example_ids: bool = False
-    """Whether it compares a sequence with itself in the last epoch, and must know which one it is."""
+    """True if it compares a sequence with itself in the last epoch, and must know which one it is."""
     exact_bytes: int = 0
     """Widest floating-point type that passes unchanged, in bytes; 0 if the codec rounds."""
     flattens_adapters: bool = False
-    """Whether a LoRA factor, which is narrow, is encoded as one row of all its numbers."""
+    """True if a LoRA factor, which is narrow, is encoded as one row of all its numbers."""
     speeds: Mapping[CodecRole, Speed] = field(default_factory=dict)
     """Measured throughput by role; without one, encoding takes no time on the simulated clock."""
 

@@ -32,12 +32,12 @@ class Partition:
     description: str = "by {by}"
     """The division in words for reports; fields of SharesSpec stand in braces, such as {alpha:g}."""
     needs_column: bool = False
-    """Whether it needs `column`, whose values label the examples."""
+    """True if it needs `column`, whose values label the examples."""
     owns_text: bool = False
-    """Whether each client owns the text of one value of `column`: clients are named after the values, and no
+    """True if each client owns the text of one value of `column`: clients are named after the values, and no
     example is moved to fill a share."""
     by_length: bool = False
-    """Whether it divides by `classes` length classes, which then are the bins of the shares' histograms."""
+    """True if it divides by `classes` length classes, which then are the bins of the shares' histograms."""
 
 
 PARTITIONS: Registry[Partition] = Registry("partition", "splitft.partitions", {
@@ -165,7 +165,7 @@ class ClientsSpec(Spec):
     """Number of blocks on the client: one number for all clients; one for each; `auto`, if the controller
     chooses; or `whole` for all blocks (no split: only adapters are sent)."""
     pooled: bool = False
-    """Whether all clients' text is pooled on the server's machine, as an upper bound. One client then takes
+    """True if all clients' text is pooled on the server's machine, as an upper bound. One client then takes
     the steps of all, and is evaluated on the examples that each of them would hold out."""
     shares: SharesSpec = SharesSpec()
     """The division of the text among the clients."""

@@ -91,7 +91,7 @@ class PrivacySpec(Spec):
 
     @property
     def protects_labels(self) -> bool:
-        """Whether labels have an epsilon, so that no exact loss may leave a client."""
+        """True if labels have an epsilon, so that no exact loss may leave a client."""
         return self.gradient.noise > 0 or self.labels.defence != "none"
 
 

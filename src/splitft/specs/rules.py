@@ -49,31 +49,31 @@ class Rule:
     down: str = "AB"
     """Factors that it receives: those it sent, or none if all begin each round with fresh ones."""
     folds: bool = False
-    """Whether a part of the mean joins the frozen base, which travels down too."""
+    """True if a part of the mean joins the frozen base, which travels down too."""
     full_rank: bool = False
-    """Whether the global factors keep the full rank R whatever the cuts, lower ranks training a part."""
+    """True if the global factors keep the full rank R whatever the cuts, lower ranks training a part."""
     equal_ranks: bool = False
-    """Whether all members of a layer must have the same rank."""
+    """True if all members of a layer must have the same rank."""
     best_fit: bool = False
-    """Whether a lower rank gets the best approximation of B A, instead of the first rows of A."""
+    """True if a lower rank gets the best approximation of B A, instead of the first rows of A."""
     keeps_axes: bool = False
-    """Whether a number of a factor means the same from round to round.
+    """True if a number of a factor means the same from round to round.
 
     Moments of the local optimizer, and what rounding left out of an upload, are then kept across rounds.
     """
     bounded: bool = False
-    """Whether the result moves no further than the members' factors, so that clipping these bounds it."""
+    """True if the result moves no further than the members' factors, so that clipping these bounds it."""
     dora: bool = False
-    """Whether it averages DoRA's magnitudes beside A and B."""
+    """True if it averages DoRA's magnitudes beside A and B."""
     withstands: Callable[[int], int] | None = None
     """Most hostile members, of n, that cannot move the result away from the others' (its breakdown point).
 
     None if one member can move the result anywhere. A layer's `members` then have equal weights.
     """
     takes_hostile: bool = False
-    """Whether `unite` has a fifth argument: the number of hostile members to withstand."""
+    """True if `unite` has a fifth argument: the number of hostile members to withstand."""
     on_device: bool = False
-    """Whether `unite` computes wherever the members' factors are; else it is given them on the CPU."""
+    """True if `unite` computes wherever the members' factors are; else it is given them on the CPU."""
     select: Callable[..., Any] | Lazy | None = None
     """(members, hostile) -> the members to unite: pairs of (weight, full set), chosen by all their layers."""
 
@@ -89,17 +89,17 @@ class Rule:
 
     @property
     def keeps_own_b(self) -> bool:
-        """Whether a trained B stays with its client (FedSA-LoRA)."""
+        """True if a trained B stays with its client (FedSA-LoRA)."""
         return "B" in self.trains and "B" not in self.up
 
     @property
     def steps_on_server(self) -> bool:
-        """Whether a server optimizer fits: the next factors go on from the last and are all of the mean."""
+        """True if a server optimizer fits: the next factors go on from the last and are all of the mean."""
         return self.keeps_axes and not self.folds
 
     @property
     def deployable(self) -> bool:
-        """Whether it runs on real sites, which keep no factors of their own from one session to the next."""
+        """True if it runs on real sites, which keep no factors of their own from one session to the next."""
         return not self.keeps_own_b
 
 

@@ -19,7 +19,7 @@ class Controller:
     choose: Callable[..., Any]
     """(`schedule.problem.CutProblem`) -> `schedule.controllers.Decision`; a pure function."""
     adaptive: bool = True
-    """Whether it chooses cuts; otherwise they stay as given in clients.cuts."""
+    """True if it chooses cuts; otherwise they stay as given in clients.cuts."""
 
 
 CONTROLLERS: Registry[Controller] = Registry("controller", "splitft.controllers", {
@@ -99,12 +99,11 @@ class ScheduleSpec(Spec):
     gamma: int = Field(1, ge=1)
     """Step size of the controller `paper`, in blocks."""
     misfit: Literal["stop", "leave-out"] = "stop"
-    """Whether to stop the run, or leave the client out, if a client's memory is too small for the shallowest
-    cut."""
+    """If a client's memory is too small for the shallowest cut: `stop` the run, or leave the client out."""
     changes: tuple[ChangeSpec, ...] = ()
     """Scripted changes of conditions while training."""
 
     @property
     def adaptive(self) -> bool:
-        """Whether a controller chooses the cuts; otherwise they stay as given in clients.cuts."""
+        """True if a controller chooses the cuts; otherwise they stay as given in clients.cuts."""
         return CONTROLLERS[self.controller].adaptive

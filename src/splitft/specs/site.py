@@ -70,7 +70,7 @@ class SiteAllowsSpec(Spec):
     """The data that may leave, and in which codecs."""
 
     labels: bool = False
-    """Whether token ids may leave; with `split.labels: server` the server's operator can read the text."""
+    """True if token ids may leave; with `split.labels: server` the server's operator can read the text."""
     hidden: tuple[CodecName, ...] | None = None
     """Codecs in which hidden states may leave; null for any."""
     gradient: tuple[CodecName, ...] | None = None

@@ -91,8 +91,8 @@ class TrainingSpec(Spec):
     in_flight: int = Field(2, ge=1, le=MOST_IN_FLIGHT)
     """Most micro-batches in flight: sent, and not yet returned. More take memory, and change no result."""
     checkpoint_blocks: bool = False
-    """Whether blocks keep only their inputs for the backward pass, on both sides of the cut, and are computed
-    again in it: a small part of the activations, for a third more computing. Changes no result."""
+    """True if blocks keep only their inputs for the backward pass, on both sides of the cut, and are computed
+    again in it: a small part of the activations, for another forward pass. Changes no result."""
     lr: float = Field(5.0e-4, gt=0)
     """Learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -117,7 +117,7 @@ class AggregateSpec(Spec):
     """Aggregation of adapters of unequal cuts and ranks."""
 
     federated: bool = True
-    """Whether adapters are aggregated. If not, every client keeps its own and sends none."""
+    """True if adapters are aggregated. If not, every client keeps its own and sends none."""
     rule: Annotated[str, NameIn(RULES)] = "svd"
     """`factors` averages A and B; `zero-pad` does so after padding (HetLoRA); `svd` averages products
     (FlexLoRA); `stack` folds the mean product into the base and restarts the factors (FLoRA); `exact`

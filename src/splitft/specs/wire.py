@@ -77,10 +77,10 @@ class WireSpec(Spec):
 
     @property
     def chooses(self) -> bool:
-        """Whether a codec is still to be chosen."""
+        """True if a codec is still to be chosen."""
         return AUTO in (self.hidden, self.gradient)
 
     @property
     def needs_example_ids(self) -> bool:
-        """Whether clients must number the sequences whose hidden states they send."""
+        """True if clients must number the sequences whose hidden states they send."""
         return self.hidden != AUTO and kind_of(self.hidden).needs_example_ids

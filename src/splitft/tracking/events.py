@@ -6,30 +6,26 @@
 
 Rounds of training are numbered from 1; round 0 is the state before training, so that
 `Evaluated(round=0)` is the loss before and `Evaluated(round=r)` the loss after round r. The records inside
-events (`Traffic`, `ClientInfo`, `Bar`) are defined in `records.py` and can be imported from here too.
+events (`Traffic`, `ClientInfo`, `Bar`) are defined in `records.py`, and the events of a deployed run's
+sessions in `session_events.py`; both can be imported from here too.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from splitft.tracking.records import PRIVACY, StrictRecord
+from splitft.tracking.records import PRIVACY, Stamped
 from splitft.tracking.records import Bar as Bar
 from splitft.tracking.records import ClientInfo as ClientInfo
 from splitft.tracking.records import Received as Received
 from splitft.tracking.records import Role as Role
 from splitft.tracking.records import Traffic as Traffic
-
-
-class Stamped(StrictRecord):
-    """Base of all events."""
-
-    t: float = Field(default_factory=time.time)
-    """Unix time at which it happened, in seconds."""
+from splitft.tracking.session_events import SessionEnded as SessionEnded
+from splitft.tracking.session_events import SessionStarted as SessionStarted
+from splitft.tracking.session_events import SiteChanged as SiteChanged
 
 
 class RunStarted(Stamped):
@@ -267,61 +263,6 @@ class Warned(Stamped):
     event: Literal["Warned"] = "Warned"
     message: str
     """One sentence."""
-
-
-def _renamed(name: str) -> AfterValidator:
-    """Accept the name that earlier versions wrote, and replace it by today's."""
-    return AfterValidator(lambda _: name)
-
-
-class SessionStarted(Stamped):
-    """A deployed run starts or continues with the connected sites: one session of the run."""
-
-    event: Annotated[Literal["SessionStarted", "LinkStarted"], _renamed("SessionStarted")] = "SessionStarted"
-    round: int
-    """First round of the session."""
-    sites: tuple[str, ...]
-    """Connected sites."""
-    absent: tuple[str, ...] = ()
-    """Expected sites that are not connected."""
-    session: str = ""
-    """Id of the session, which is that of its FLARE job."""
-
-
-class SiteChanged(Stamped):
-    """A site of a deployed run was lost, refused or late, has failed or declined, or is back."""
-
-    event: Literal["SiteChanged"] = "SiteChanged"
-    round: int
-    """Round in which it happened; 0 before the first."""
-    site: str
-    state: Literal["lost", "refused", "failed", "late", "back", "declined"]
-    """`lost`: no heartbeat; `refused`: it sent an invalid message; `failed`: it reports that it could not do
-    what it was asked, such as with a full disk; `late`: only its finished steps count;
-    `declined`: its policy forbids what the run asks for."""
-    reason: str
-    """The cause, in words."""
-
-    @property
-    def message(self) -> str:
-        """The event in one sentence."""
-        verb = "has" if self.state in ("declined", "failed") else "is"
-        return f"round {self.round}: {self.site} {verb} {self.state}: {self.reason}"
-
-
-class SessionEnded(Stamped):
-    """A session of a deployed run has ended; the supervisor may start the next one."""
-
-    event: Annotated[Literal["SessionEnded", "LinkEnded"], _renamed("SessionEnded")] = "SessionEnded"
-    round: int
-    """Rounds finished."""
-    reason: Literal["finished", "back", "paused", "stopped", "failed"]
-    """`finished`: all rounds are trained; `back`: an absent site can join; `paused`: too few sites are left,
-    or the engine failed; `stopped`: an administrator has stopped the run; `failed`: a server error."""
-    detail: str = ""
-    """The reason in words."""
-    session: str = ""
-    """Id of the session, which is that of its FLARE job."""
 
 
 class RunDone(Stamped):

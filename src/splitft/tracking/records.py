@@ -3,16 +3,17 @@
     events.py    what happened, and when    RoundDone(traffic={client: Traffic}), RunStarted(clients=...)
     records.py   what it happened to        Traffic, ClientInfo, Bar
 
-A record has no time of its own. Other packages use these types too: the protocol counts bytes by `Role`, and
-the simulated clock draws its `Bar`s.
+A record has no time of its own; `Stamped`, the base of all events, adds it. Other packages use these types
+too: the protocol counts bytes by `Role`, and the simulated clock draws its `Bar`s.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Received = Literal["hidden", "adapters", "nothing", "text"]
 """Content that reaches the server: hidden states (and adapters), adapters alone, nothing, or all text."""
@@ -81,3 +82,10 @@ PRIVACY = {
     "text": "All text is in one place: whoever trains there can read it.",
 }
 """What the server can read, by the place of the labels, or by `Received` if that is not hidden states."""
+
+
+class Stamped(StrictRecord):
+    """Base of all events."""
+
+    t: float = Field(default_factory=time.time)
+    """Unix time at which it happened, in seconds."""

@@ -16,7 +16,8 @@ from typing import Any
 
 from splitft.tracking.events import Event
 from splitft.tracking.log import read_events, settled
-from splitft.tracking.summary_fold import SummaryFold, put_summary
+from splitft.tracking.summary_fold import SummaryFold
+from splitft.tracking.summary_writer import put_summary
 from splitft.tracking.table import Table
 
 

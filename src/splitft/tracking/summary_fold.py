@@ -5,21 +5,17 @@
     event --SummaryWriter--> SummaryFold --write(), after each round--> summary.json
 
 `add` takes settled events: those that a resumed run superseded cannot be taken back. The writer therefore
-folds the whole file once when a process of the run begins, and each event alone from then on. Values by round
-are a `Series`, which keeps its JSON text, so that earlier rounds are not spelled out again.
+folds the whole file once when a process of the run begins, and each event alone from then on.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args
 
-from splitft.files import write_whole
 from splitft.tracking.events import (
     ClientInfo,
     CutsChanged,
@@ -39,26 +35,9 @@ from splitft.tracking.events import (
     UpdatesBounded,
     Warned,
 )
-from splitft.tracking.log import read_events, settled
+from splitft.tracking.summary_text import Series
 
 Seconds = defaultdict[str, float]
-
-
-class Series(list[Any]):
-    """A list that grows by rounds, with its JSON text."""
-
-    def __init__(self, values: Iterable[Any] = (), text: str = "") -> None:
-        super().__init__(values)
-        self.text = text
-
-    def append(self, value: Any) -> None:
-        """Add a value."""
-        self.text += f"{', ' if self else ''}{json.dumps(value, allow_nan=False)}"
-        super().append(value)
-
-    def copy(self) -> Series:
-        """Return a list of its own."""
-        return Series(self, self.text)
 
 
 def _zero_bytes() -> dict[str, dict[str, int]]:
@@ -279,56 +258,6 @@ class SummaryFold:
             "bytes_up": own.bytes_up,
             "bytes_down": own.bytes_down,
         }
-
-
-class SummaryWriter:
-    """A listener that keeps the summary of a run folder; it comes after the folder's EventLog."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._fold: SummaryFold | None = None
-
-    def __call__(self, event: Event) -> None:
-        """Fold an event that is in the folder's events; the first one with all that came before it."""
-        if self._fold is None or isinstance(event, RunResumed):
-            self._fold = _fold_of(self._folder)
-        else:
-            self._fold.add(event)
-
-    def write(self) -> dict[str, Any]:
-        """Write `summary.json` and return the summary."""
-        if self._fold is None:
-            self._fold = _fold_of(self._folder)
-        return put_summary(self._fold.summary(), self._folder)
-
-
-def put_summary(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write a summary into a run folder, and return it: one line for each value and client."""
-    write_whole(folder / "summary.json", _json_text(summary) + "\n")
-    return summary
-
-
-def _fold_of(folder: Path) -> SummaryFold:
-    return SummaryFold(settled(read_events(folder / "events.jsonl")))
-
-
-def _json_text(summary: Mapping[str, Any]) -> str:
-    """Return JSON with a line for each value and client; a Series is not spelled out again."""
-    lines = []
-    for key, value in summary.items():
-        text = _value_text(value)
-        if key == "clients" and value:
-            text = "[\n    " + ",\n    ".join(map(_value_text, value)) + "\n  ]"
-        lines.append(f"  {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(lines) + "\n}" if lines else "{}"
-
-
-def _value_text(value: Any) -> str:
-    if isinstance(value, Series):
-        return f"[{value.text}]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)}: {_value_text(one)}" for key, one in value.items()) + "}"
-    return json.dumps(value, allow_nan=False)
 
 
 def _spent(event: PrivacySpent) -> dict[str, Any]:

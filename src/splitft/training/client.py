@@ -63,7 +63,7 @@ class ClientSetup:
     defence: Defence | None = None
     """Defences of the run and the site; none by default."""
     numbered: bool = False
-    """Whether activations carry the numbers of their examples, for codecs that compare epochs."""
+    """True if activations carry the numbers of their examples, for codecs that compare epochs."""
     device: torch.device = CPU
     """Device of the blocks, the head, the factors and their optimizer; messages are on the CPU."""
     parking: Parking | None = None
@@ -101,7 +101,7 @@ class Client:
 
     @property
     def whole(self) -> bool:
-        """Whether this client holds all blocks and the head, so that training needs no server."""
+        """True if this client holds all blocks and the head, so that training needs no server."""
         return self.plan.cut == self.plan.blocks and self.plan.labels == "client"
 
     # --- training ---------------------------------------------------------------------------------

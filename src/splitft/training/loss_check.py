@@ -19,6 +19,8 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 
+from splitft.protocol import Evaluation
+
 MOST_DEVIATIONS = 3.5
 """Robust standard deviations."""
 LEAST_SHARE = 0.5
@@ -29,6 +31,11 @@ LEAST_NATS = 1.0
 """Differences below this are ordinary, whatever their ratio."""
 EXPLODED_RATIO, EXPLODED_NATS = 2.0, 2.0
 """A loss above ratio * (loss before) + nats has exploded."""
+
+
+def reported_losses(results: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Return the mean held-out loss of each client, as it reports it."""
+    return {name: result.loss / max(1, result.tokens) for name, result in results.items()}
 
 
 def loss_outliers(losses: Mapping[str, float], before: Mapping[str, float]) -> dict[str, str]:

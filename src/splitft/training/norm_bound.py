@@ -63,7 +63,7 @@ class NormBound:
     """`aggregate.norm_bound`; None for no bound."""
     ranks: RankPolicy
     shared_server: bool
-    """Whether all clients share the server's adapters."""
+    """True if all clients share the server's adapters."""
 
     def apply(
         self,

@@ -58,7 +58,7 @@ class RankPolicy:
 
     @property
     def keeps_own(self) -> bool:
-        """Whether a trained factor stays with its client (FedSA-LoRA's B)."""
+        """True if a trained factor stays with its client (FedSA-LoRA's B)."""
         return self.sharing.keeps_own_b
 
     def initial(self) -> dict[int, int]:

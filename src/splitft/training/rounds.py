@@ -30,7 +30,7 @@ from splitft.privacy.noise import Noise
 from splitft.protocol import AdapterUpload, Evaluation, GlobalAdapters, RoundStart
 from splitft.specs import AggregateSpec, PrivacySpec, TrainingSpec
 from splitft.tracking.events import CutsChanged, Evaluated, Listener, RoundDone, RoundUndone, Traffic
-from splitft.training.loss_check import loss_outliers, round_failure
+from splitft.training.loss_check import loss_outliers, reported_losses, round_failure
 from splitft.training.norm_bound import NormBound
 from splitft.training.ranks import RankPolicy
 from splitft.training.run_state import Federation as Federation
@@ -255,7 +255,7 @@ class FederatedTrainer:
         self, state: RunState, results: Mapping[str, Evaluation], before: Mapping[str, float]
     ) -> RunState:
         """Add the held-out loss of every client to the state; `before` are the last ones."""
-        losses = _losses(results)
+        losses = reported_losses(results)
         outliers = {} if self.privacy.protects_labels else loss_outliers(losses, before)
         fitting = {name: result for name, result in results.items() if name not in outliers}
         tokens = sum(result.tokens for result in fitting.values())
@@ -275,7 +275,7 @@ class FederatedTrainer:
         """Describe how the loss of most clients has exploded in a round; "" if it has not."""
         if self.privacy.protects_labels or not self.aggregation.federated:
             return ""  # losses have noise; or nothing has been aggregated
-        return round_failure(_losses(results), before)
+        return round_failure(reported_losses(results), before)
 
     def _tell_done(
         self, number: int, participants: Sequence[str], error: float, traffic: dict[str, Traffic]
@@ -296,8 +296,3 @@ class FederatedTrainer:
     def _bounds(self) -> UpdateBounds:
         noise = Noise(self.ranks.seed, "=updates", self.secret)
         return UpdateBounds(self.privacy, self.ranks.rule, noise)
-
-
-def _losses(results: Mapping[str, Evaluation]) -> dict[str, float]:
-    """Return the mean held-out loss of each client, as it reports it."""
-    return {name: result.loss / max(1, result.tokens) for name, result in results.items()}

@@ -48,7 +48,7 @@ class SentBatch:
     hidden: torch.Tensor
     """(N, D) at the cut as it left, with its graph in training."""
     graded: bool = False
-    """Whether the client's head has computed the loss and its gradient."""
+    """True if the client's head has computed the loss and its gradient."""
 
     def activations(self, blocks: ClientBlocks, *, training: bool, numbered: bool) -> Activations:
         """Return the message to the server: never tokens, and labels only if the server computes the loss."""

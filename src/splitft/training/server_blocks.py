@@ -67,7 +67,7 @@ class ServerBlocks:
 
     @property
     def shared(self) -> bool:
-        """Whether all clients train one slot."""
+        """True if all clients train one slot."""
         return self._split.server_adapters != "per-client"
 
     def initial(self) -> AdapterState:

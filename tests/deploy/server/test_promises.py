@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 
+from deploy.network import serve_with, site_thread
 from laws.federations import write_text
 from splitft.cli.operate import _show
 from splitft.config import from_mapping
-from splitft.deploy.requests import Direct
 from splitft.deploy.run_terms import load_run_terms
 from splitft.deploy.server.session import ServerSession
 from splitft.deploy.server.status import RunStatus
-from splitft.deploy.site.optimizer_store import OptimizerStore
-from splitft.deploy.site.session import Connection, SiteSession
-from splitft.deploy.site.setup import open_site
 from splitft.run.folder import Run
 from splitft.tracking.events import StepDone
 from splitft.tracking.log import read_events
@@ -37,21 +32,7 @@ def finished(tiny_llama, tmp_path) -> Run:
     })  # fmt: skip
     terms = load_run_terms(config)
     server = ServerSession(terms, tmp_path / "run", ("client-1", "client-2"), KEY)
-    threads = []
-    for name in ("client-1", "client-2"):
-        party = open_site(config, name)
-        connection = Connection(
-            Direct(name, server.inbox.answer), KEY, terms.serializer, terms.frame_limit, patience_s=30
-        )
-        session = SiteSession(
-            party.register, connection, party.open_client, OptimizerStore(None), party.policy
-        )
-        threads.append(threading.Thread(target=session.run, daemon=True))
-    for thread in threads:
-        thread.start()
-    assert server.serve().reason == "finished"
-    for thread in threads:
-        thread.join(20)
+    serve_with(server, [site_thread(config, name, server, KEY) for name in ("client-1", "client-2")])
     return Run(tmp_path / "run")
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deploy.network import serve_with, site_thread
 from laws.federations import write_text
 from splitft.config import from_mapping
 from splitft.deploy.requests import Direct, RequestChannel
@@ -18,8 +19,6 @@ from splitft.deploy.server.registration import unfit
 from splitft.deploy.server.session import ServerSession
 from splitft.deploy.server.setup import open_server
 from splitft.deploy.server.steady_schedule import SteadySchedule
-from splitft.deploy.site.optimizer_store import OptimizerStore
-from splitft.deploy.site.session import Connection, SiteSession
 from splitft.deploy.site.setup import open_site
 from splitft.errors import ScheduleError
 from splitft.protocol import Activations, Declined, Register
@@ -203,7 +202,6 @@ def test_one_absurd_registration_stops_nobody_else(tiny_llama, tmp_path):
     config = configured(tmp_path, tiny_llama)
     terms = load_run_terms(config)
     server = ServerSession(terms, tmp_path / "run", NAMES, KEY)
-    threads = []
 
     def hostile():
         channel = RequestChannel(Direct("client-2", server.inbox.answer), KEY, 0, terms.frame_limit)
@@ -216,22 +214,8 @@ def test_one_absurd_registration_stops_nobody_else(tiny_llama, tmp_path):
         for message in (step, absurd, Declined(client="client-2", reason="no"), own, step):
             channel.ask(terms.serializer.to_bytes(message), 30)
 
-    threads.append(threading.Thread(target=hostile, daemon=True))
-    for name in ("client-1", "client-3"):
-        party = open_site(config, name)
-        connection = Connection(
-            Direct(name, server.inbox.answer), KEY, terms.serializer, terms.frame_limit, patience_s=30
-        )
-        session = SiteSession(
-            party.register, connection, party.open_client, OptimizerStore(None), party.policy
-        )
-        threads.append(threading.Thread(target=session.run, daemon=True))
-    for thread in threads:
-        thread.start()
-    assert server.serve().reason == "finished"
-    for thread in threads:
-        thread.join(20)
-        assert not thread.is_alive()
+    threads = [site_thread(config, name, server, KEY) for name in ("client-1", "client-3")]
+    serve_with(server, [threading.Thread(target=hostile, daemon=True), *threads])
     events = list(read_events(tmp_path / "run/events.jsonl"))
     changes = [event for event in events if event.event == "SiteChanged"]
     assert {(event.site, event.state) for event in changes} == {("client-2", "declined")}

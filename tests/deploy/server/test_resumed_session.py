@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 
 import pytest
 
+from deploy.network import serve_with, site_thread
 from laws.federations import write_text
 from splitft.config import from_mapping
-from splitft.deploy.requests import Direct
 from splitft.deploy.run_terms import load_run_terms
 from splitft.deploy.server.session import ServerSession
-from splitft.deploy.site.optimizer_store import OptimizerStore
-from splitft.deploy.site.session import Connection, SiteSession
-from splitft.deploy.site.setup import open_site
 from splitft.errors import RunError
 from splitft.tracking.events import RunResumed, SiteChanged, Warned
 from splitft.tracking.log import read_events, read_started
@@ -40,23 +36,8 @@ def _session(config, folder) -> ServerSession:
     """One session with both sites, as jobs wire them."""
     terms = load_run_terms(config)
     server = ServerSession(terms, folder / "run", SITES, KEY)
-    threads = []
-    for name in SITES:
-        party = open_site(config, name)
-        connection = Connection(
-            Direct(name, server.inbox.answer), KEY, terms.serializer, terms.frame_limit, patience_s=30
-        )
-        store = OptimizerStore(folder / "sites" / name, party.text)
-        session = SiteSession(party.register, connection, party.open_client, store, party.policy)
-        threads.append(threading.Thread(target=session.run, daemon=True))
-    for thread in threads:
-        thread.start()
-    try:
-        assert server.serve().reason == "finished"
-    finally:
-        server.abort()
-        for thread in threads:
-            thread.join(20)
+    sites = [site_thread(config, name, server, KEY, folder=folder / "sites" / name) for name in SITES]
+    serve_with(server, sites)
     return server
 
 

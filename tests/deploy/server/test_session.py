@@ -10,8 +10,9 @@ from splitft.config import from_mapping
 from splitft.deploy.requests import Direct
 from splitft.deploy.run_terms import load_run_terms
 from splitft.deploy.server.session import ServerSession
+from splitft.deploy.site.connection import Connection
 from splitft.deploy.site.optimizer_store import OptimizerStore
-from splitft.deploy.site.session import Connection, SiteSession
+from splitft.deploy.site.session import SiteSession
 from splitft.deploy.site.setup import open_site
 from splitft.tracking.events import CutsChanged, StepDone
 from splitft.tracking.log import read_events

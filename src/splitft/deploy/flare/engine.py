@@ -41,9 +41,9 @@ class FlareRun:
     out: Path
     """The run folder: the server's own if it is on this machine, or the copy of it."""
     fetch: bool
-    """Whether `out` is a copy, to be fetched after each session."""
+    """True if `out` is a copy, to be fetched after each session."""
     restart: bool = False
-    """Whether the first session begins the run anew."""
+    """True if the first session begins the run anew."""
 
 
 class FlareEngine:

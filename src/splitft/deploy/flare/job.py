@@ -37,11 +37,12 @@ from splitft.deploy.prometheus import status_file, status_written
 from splitft.deploy.run_terms import RunTerms, load_run_terms
 from splitft.deploy.server.run_folder import SessionRequest, UnusableError
 from splitft.deploy.server.session import ServerSession
+from splitft.deploy.site.connection import Connection, decline, reason_of
 from splitft.deploy.site.limits import WorkLedger
 from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.pause import refuse_paused
 from splitft.deploy.site.policy import SITE_FILE, load_site
-from splitft.deploy.site.session import Connection, SiteSession, decline, reason_of
+from splitft.deploy.site.session import SiteSession
 from splitft.deploy.site.setup import open_site
 from splitft.deploy.supervisor import Ending
 from splitft.errors import BusyError, ConfigError, SplitftError

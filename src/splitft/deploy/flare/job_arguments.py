@@ -51,7 +51,7 @@ class JobArguments:
     rounds: int = 0
     """Rounds that the run has finished at least."""
     restart: bool = False
-    """Whether the run begins anew, and what is in its folder is set aside."""
+    """True if the run begins anew, and what is in its folder is set aside."""
 
     @property
     def digest(self) -> str:

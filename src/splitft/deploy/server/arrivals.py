@@ -28,7 +28,7 @@ class Arrival:
     site: str
     message: Message
     stale: bool = False
-    """Whether it was sent before the site could know the run's state: a `Join` waits for it."""
+    """True if it was sent before the site could know the run's state: a `Join` waits for it."""
     answer: Future[Message] = field(default_factory=Future)
 
     def reply(self, message: Message) -> None:

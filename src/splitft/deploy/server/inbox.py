@@ -281,7 +281,7 @@ class Inbox:
 
     @property
     def closed(self) -> bool:
-        """Whether the session has ended."""
+        """True if the session has ended."""
         return self._end is not None
 
     @property

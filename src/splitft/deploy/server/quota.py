@@ -47,7 +47,7 @@ class InboxLimits:
     in_flight: int = MOST_IN_FLIGHT
     """Micro-batches at the server at once, each on a channel of its own."""
     example_ids: bool = False
-    """Whether the run's codecs need the numbers of examples; other runs must not send them."""
+    """True if the run's codecs need the numbers of examples; other runs must not send them."""
 
     @property
     def messages(self) -> int:

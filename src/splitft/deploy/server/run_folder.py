@@ -29,7 +29,7 @@ class SessionRequest:
     rounds: int = 0
     """Rounds that the run has finished at least."""
     restart: bool = False
-    """Whether the run begins anew, and what is in its folder is set aside."""
+    """True if the run begins anew, and what is in its folder is set aside."""
 
 
 PLAIN_REQUEST = SessionRequest()

@@ -22,6 +22,7 @@ from splitft.deploy.run_terms import RunTerms, site_names
 from splitft.deploy.server.claims import SiteLimits
 from splitft.deploy.server.federation import FederationSetup, RemoteFederation
 from splitft.deploy.server.inbox import Inbox
+from splitft.deploy.server.opening import begin
 from splitft.deploy.server.quota import InboxLimits
 from splitft.deploy.server.registration import await_registrations
 from splitft.deploy.server.run_folder import PLAIN_REQUEST, SessionRequest, check_kept, make_ready
@@ -30,31 +31,24 @@ from splitft.deploy.server.setup import ServerParty, open_server
 from splitft.deploy.server.status import RunStatus
 from splitft.deploy.server.steady_schedule import SteadySchedule
 from splitft.errors import PausedError, SplitftError
-from splitft.model.precision import describe
 from splitft.model.source import silence_transformers
-from splitft.privacy.accounting import accountant_missing
 from splitft.protocol import Register
 from splitft.run.folder import Run, find_snapshot, is_finished, open_log, put_adapter
 from splitft.run.lock import hold
-from splitft.run.same_inputs import check_inputs
-from splitft.run.train import run_promises, stopping
+from splitft.run.train import stopping
 from splitft.tracking.events import (
     CheckpointSaved,
     Event,
     Listener,
     RunDone,
-    RunResumed,
-    RunStarted,
     SessionEnded,
     SessionStarted,
     SiteChanged,
-    Warned,
 )
 from splitft.tracking.log import EventLog, read_events, settled
-from splitft.tracking.summary_fold import SummaryWriter
+from splitft.tracking.summary_writer import SummaryWriter
 from splitft.training import FederatedTrainer, RunState
 from splitft.training.checkpoint import Snapshot, save_snapshot
-from splitft.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +71,7 @@ class ServerSession:
         """Prepare a session with the `connected` sites; `folder` is the run's, for all sessions."""
         self._terms, self._folder, self._request = terms, folder, request
         self.began = False
-        """Whether it has come to training: an error after that need not come again."""
+        """True if it has come to training: an error after that need not come again."""
         everyone = site_names(terms.config)
         self._connected = tuple(name for name in everyone if name in connected)
         self.inbox = Inbox(
@@ -209,7 +203,7 @@ class ServerSession:
     ) -> RunState:
         """Train rounds with the sites that are present, and save each."""
         terms, config = self._terms, self._terms.config
-        state = self._begin(party, snapshot, listener)
+        state = begin(terms, party, self._folder, snapshot, listener)
         self._status.place(state.cuts)
         names = [name for name in registered if name in party.cuts]
         absent = tuple(name for name in site_names(config) if name not in names)
@@ -255,52 +249,6 @@ class ServerSession:
         )  # fmt: skip
         return trainer.train(state)
 
-    def _begin(self, party: ServerParty, snapshot: Snapshot | None, listener: Listener) -> RunState:
-        """Return the state from which these sites go on, and record how the run begins."""
-        config = self._terms.config
-        if snapshot is None:
-            listener(
-                RunStarted(
-                    version=__version__,
-                    method=config.method,
-                    seed=config.seed,
-                    model=config.model.name,
-                    blocks=self._terms.model.shape.blocks,
-                    rounds=config.training.rounds,
-                    steps=config.training.steps,
-                    labels=config.split.labels,
-                    defences=self._promises(party),
-                    clients=party.facts,
-                    machines=party.schedule.machines(),
-                    base=_digests(party),
-                    precision=describe(self._terms.model.spec.dtype, self._terms.devices.server),
-                    devices="server on " + " and ".join(map(str, self._terms.devices.server)),
-                )
-            )
-            for message in (*party.schedule.left_out, *party.schedule.misfits):
-                listener(Warned(message=message))
-            return RunState(0, party.cuts, party.server.initial())
-        check_inputs(self._folder, _digests(party))
-        listener(RunResumed(round=snapshot.state.round + 1))
-        for message in snapshot.passed_over:
-            logger.warning("%s", message)
-            listener(Warned(message=message))
-        old = snapshot.state
-        cuts = {name: old.cuts.get(name, cut) for name, cut in party.cuts.items()}
-        party.server.moments.update(snapshot.server_moments)
-        party.server.place(cuts)
-        party.server.install(old.adapters, old.folded)
-        losses = {name: loss for name, loss in old.losses.items() if name in cuts}
-        return replace(old, cuts=cuts, losses=losses)
-
-    def _promises(self, party: ServerParty) -> tuple[str, ...]:
-        """Return what the run's defences guarantee; the texts' lengths are not known here, their bound is."""
-        config, width = self._terms.config, self._terms.model.shape.width
-        noisy = config.privacy.hidden.noise or config.privacy.gradient.noise
-        if noisy and (missing := accountant_missing()):
-            return (f"Rows have noise, but no epsilon is stated: {missing}.",)
-        return run_promises(config, party.schedule.fleet, party.facts, width, config.data.max_tokens)
-
     def _finish(self, listener: Listener, rounds: int) -> SessionEnded:
         if not is_finished(self._folder):
             listener(RunDone(rounds=rounds))
@@ -320,8 +268,3 @@ class ServerSession:
         listener(ended)
         logger.info("the session ends after round %d: %s %s", rounds, reason, detail)
         return ended
-
-
-def _digests(party: ServerParty) -> dict[str, str]:
-    """Return the SHA-256 of the files of the base model on this machine."""
-    return {file.name: file.sha256 for file in party.manifest}

@@ -11,21 +11,16 @@ and waits for the run's state (`Join`) with the next round.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-import torch
-
-from splitft.deploy.requests import CHANNELS, Pipeline, RequestChannel, Transport
-from splitft.deploy.run_terms import HEADER_BYTES
+from splitft.deploy.requests import Pipeline
+from splitft.deploy.site.connection import Connection, WorkClock, heartbeats, reason_of
 from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.policy import SitePolicy
-from splitft.errors import DataError, ForbiddenError, ProtocolError, SplitftError, TransportError
+from splitft.errors import ForbiddenError, ProtocolError, SplitftError, TransportError
 from splitft.model.devices import synchronize
 from splitft.protocol import (
     Activations,
@@ -35,11 +30,9 @@ from splitft.protocol import (
     Evaluate,
     GlobalAdapters,
     HeadGradient,
-    Heartbeat,
     Join,
     LastHidden,
     Message,
-    MessageSerializer,
     Next,
     Refused,
     Register,
@@ -50,16 +43,12 @@ from splitft.protocol import (
     Wait,
 )
 from splitft.protocol.codec_state import CodecState
-from splitft.specs import WireSpec
 from splitft.training.client import Client
 
 T = TypeVar("T")
 
-HEARTBEAT_CHANNEL = CHANNELS - 1
 AFTER_ERROR_S = 1.0
 """Pause after an error of this site's own."""
-PLAIN = MessageSerializer(width=1, dtype=torch.float32, adapter_dtype=torch.float32, wire=WireSpec())
-"""Writes messages without tensors, of any run."""
 HURRIED_S = 0.1
 """A server that answers `Wait` sooner than this is asked again only after a pause of this length."""
 MOST_FAILURES = 3
@@ -77,39 +66,6 @@ class _StoppedError(Exception):
 
 class _SessionEndedError(Exception):
     """The session has ended; says why."""
-
-
-@dataclass(frozen=True)
-class Connection:
-    """The server of one session, as a site talks to it."""
-
-    transport: Transport
-    session_key: bytes
-    serializer: MessageSerializer
-    frame_limit: int
-    """Longest message, in bytes."""
-    patience_s: float
-    """The server is given up after this long without a reply."""
-    heartbeat_s: float | None = None
-    """Time between two heartbeats, which keep a slow site from being lost; None for none."""
-    in_flight: int = 1
-    """Micro-batches at the server at once."""
-    seed: int = 0
-    """Seed of the codecs' random numbers."""
-
-    def channel(self, number: int) -> RequestChannel:
-        """Return a channel to the server."""
-        return RequestChannel(self.transport, self.session_key, number, self.frame_limit)
-
-
-def decline(name: str, reason: str, transport: Transport, session_key: bytes, patience_s: float) -> None:
-    """Tell the server that a site takes no part, and why. Raises TransportError if it does not reply.
-
-    Needs nothing of the run, so that a site without its base model can decline too.
-    """
-    logger.warning("%s declines: %s", name, reason)
-    frame = PLAIN.to_bytes(Declined(client=name, reason=reason[:2000]))
-    RequestChannel(transport, session_key, 0, HEADER_BYTES).ask(frame, patience_s)
 
 
 class SiteSession:
@@ -139,16 +95,12 @@ class SiteSession:
         self._joined = False  # whether this site knows the run's state
         self._failures = 0  # since it has last completed an order
         self._codec_state = CodecState(connection.seed, self._name)
-        self._asked_s = 0.0  # for which the last request waited
-        self._since, self._idle_s = (
-            time.monotonic(),
-            0.0,
-        )  # of the last account of computing
+        self._clock = WorkClock()
         self._seconds: defaultdict[str, float] = defaultdict(float)  # computed since the last step message
 
     def run(self) -> str:
         """Take part until the session ends; returns why it did. Raises TransportError without a server."""
-        with self._heartbeat():
+        with heartbeats(self._connection, self._name):
             try:
                 self._take_part()
             except _SessionEndedError as ended:
@@ -253,15 +205,12 @@ class SiteSession:
 
     def _account(self, policy: SitePolicy) -> None:
         """Count the seconds since the last call in which this site did not wait for the server."""
-        now = time.monotonic()
-        spent, self._since, self._idle_s = now - self._since - self._idle_s, now, 0.0
-        policy.limits.work(spent)
+        policy.limits.work(self._clock.worked_s())
 
     def _pause_if_hurried(self) -> None:
         """Wait for a moment if the server says to wait without having waited itself."""
-        if self._asked_s < HURRIED_S:
-            time.sleep(HURRIED_S)
-            self._idle_s += HURRIED_S
+        if self._clock.asked_s < HURRIED_S:
+            self._clock.pause(HURRIED_S)
 
     def _join(self, order: Join) -> None:
         """Take over the run's state, with this site's own moments."""
@@ -293,7 +242,7 @@ class SiteSession:
             while self._steps or client.unsent:
                 while client.unsent and not self._steps.full:
                     self._send(self._timed("client_forward", client.forward))
-                reply = _step_reply(self._read(self._waiting(self._steps.reply)))
+                reply = _step_reply(self._read(self._clock.waiting(self._steps.reply)))
                 if isinstance(reply, LastHidden):
                     self._send(self._timed("head", client.head, reply))
                 else:
@@ -326,54 +275,13 @@ class SiteSession:
     def _ask(self, message: Message) -> Message:
         """Send a message and return the reply. Raises _SessionEndedError if the session has ended."""
         data = self._serializer.to_bytes(message, self._codec_state)
-        return self._read(self._waiting(lambda: self._channel.ask(data, self._connection.patience_s)))
-
-    def _waiting(self, ask: Callable[[], bytes]) -> bytes:
-        """Return what the server answers; the time until then is not this site's work."""
-        began = time.monotonic()
-        try:
-            return ask()
-        finally:
-            self._asked_s = time.monotonic() - began
-            self._idle_s += self._asked_s
+        return self._read(self._clock.waiting(lambda: self._channel.ask(data, self._connection.patience_s)))
 
     def _read(self, data: bytes) -> Message:
         reply = self._serializer.from_bytes(data, state=self._codec_state)
         if isinstance(reply, EndSession):
             raise _SessionEndedError(reply.reason)
         return reply
-
-    @contextmanager
-    def _heartbeat(self) -> Iterator[None]:
-        """Send a `Heartbeat` at intervals from a thread."""
-        done, connection = threading.Event(), self._connection
-
-        def beat(every_s: float) -> None:
-            channel = connection.channel(HEARTBEAT_CHANNEL)
-            frame = self._serializer.to_bytes(Heartbeat(client=self._name))
-            while not done.wait(every_s):
-                try:
-                    channel.ask(frame, connection.patience_s)
-                except SplitftError as error:
-                    logger.info("%s: no heartbeat was answered: %s", self._name, error)
-
-        if connection.heartbeat_s is not None:
-            threading.Thread(target=beat, args=(connection.heartbeat_s,), daemon=True).start()
-        try:
-            yield
-        finally:
-            done.set()
-
-
-def reason_of(error: Exception) -> str:
-    """Return what the server may be told of a failure here: no line of the text, no traceback."""
-    if isinstance(error, DataError):
-        return "its text cannot be used; its own log says why"
-    if isinstance(error, OSError):
-        return f"its disk or its system failed: {error.strerror or type(error).__name__}"
-    if isinstance(error, SplitftError):
-        return str(error)[:2000]
-    return f"unexpected {type(error).__name__}; its own log says more"
 
 
 def _step_reply(reply: Message) -> Message:

@@ -101,7 +101,7 @@ class Checkpoint:
     open_shard: Callable[[str], Shard | None] | None = None
     """File name -> shard, of which only parts need be on this machine; None for whole files from `fetch`."""
     required: bool = True
-    """Whether it is an error that there are no weights; else there are no tensors."""
+    """True if it is an error that there are no weights; else there are no tensors."""
     _file_of: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,8 @@ from collections.abc import Hashable
 
 import torch
 
-CPU = torch.device("cpu")
+from splitft.model.devices import CPU
+
 MOST_BYTES = 4 * 10**9
 """Host memory that these copies may take, or a tenth of the machine's if that is less."""
 

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from splitft.errors import ModelError
-from splitft.model.weights.lately_held import CPU, LatelyHeld, host_budget_bytes
+from splitft.model.devices import CPU
+from splitft.model.weights.lately_held import LatelyHeld, host_budget_bytes
 
 Reader = Callable[[list[str]], dict[str, torch.Tensor]]
 """Reads tensors by name, as they are in the checkpoint."""
