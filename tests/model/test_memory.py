@@ -131,7 +131,7 @@ before, clients, found = resident(), [], {}
 for number in range(1, 9):
     clients.append(model.segment(Span(0, 2), embedding=True, head=True))
     with torch.no_grad():
-        clients[-1].logits(clients[-1].run(torch.arange(8)[None])[0, -1:])  # one row: the heap keeps its holes
+        clients[-1].logits(clients[-1].run(torch.arange(8)[None])[0, -1:])  # one row: heaps keep holes
     found[number] = resident() - before
 print(json.dumps(found))
 """
