@@ -2,8 +2,10 @@
 
     fixed       the cuts as given
     resources   the same number of blocks on all clients together, distributed for equal compute times
-    paper       deeper for clients better than the mean, shallower for worse ones (SplitFT, arXiv 2604.26388)
+    paper       deeper for clients better than the mean, shallower for worse ones (`performance`)
+    performance the cuts of resources, deeper or shallower in proportion to performance (`performance`)
     makespan    least predicted round time under memory, bounds and the server's capacity (`makespan`)
+    quickest    the same over the whole design space, with the whole model on a client (`design_space`)
 
 `choose` runs one by its name and checks its decision. A plug-in adds its own with
 `CONTROLLERS.add("mine", Controller(choose=function))`.
@@ -11,15 +13,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from splitft.errors import ScheduleError, SplitftError
 from splitft.schedule.makespan import best_cuts, predicted_round_s
-from splitft.schedule.problem import CutProblem, Feasible, corrected, feasible, measured_ratios
-from splitft.schedule.simulated_search import quickest
+from splitft.schedule.problem import CutProblem, corrected, feasible, measured_ratios
+from splitft.schedule.simulated_search import shortlisted
 from splitft.specs.schedule import CONTROLLERS, Controller
 
 __all__ = ["CONTROLLERS", "Controller", "Decision", "checked", "choose"]
@@ -73,43 +74,6 @@ def resources(problem: CutProblem) -> Decision:
     return Decision(cuts, reason)
 
 
-def paper(problem: CutProblem) -> Decision:
-    """Move cuts by performance, within resources: the rule of SplitFT (arXiv 2604.26388).
-
-    By the paper, a client whose performance is above the average of all clients gets more layers, one below
-    it fewer; each client has a weight; a step size gamma scales the change; resources bound it. The abstract
-    has no formula and no code is public, so the rest is our reading:
-
-        cut_i <- cut_i + round(gamma (mean - loss_i) / max_j |mean - loss_j|)
-
-    with performance = minus the held-out loss, the mean taken with the clients' weights, and the deviation in
-    units of the largest, so that gamma is in blocks whatever the scale of the losses. "Within resources"
-    means cuts that fit the client's memory, bounds and compute time. With gamma 1 every client whose
-    deviation is at least half the largest moves by one block. The only fixed points are the bounds.
-    """
-    current, allowed = _current(problem), feasible(problem)
-    losses = {client.name: client.loss for client in problem.clients if client.loss is not None}
-    if len(losses) < len(problem.clients):
-        lacking = [client.name for client in problem.clients if client.loss is None]
-        reason = f"no loss to go by of {', '.join(lacking)}, so cuts stay" if losses else "no losses yet"
-        return Decision({name: _nearest(allowed[name], cut) for name, cut in current.items()}, reason)
-    weights = {client.name: client.weight for client in problem.clients}
-    mean = sum(weights[name] * loss for name, loss in losses.items()) / sum(weights.values())
-    largest = max(abs(mean - loss) for loss in losses.values())
-    if largest <= 1e-12 * abs(mean):
-        steps = dict.fromkeys(losses, 0)
-    else:
-        steps = {name: _rounded(problem.gamma * (mean - loss) / largest) for name, loss in losses.items()}
-    cuts = {name: _nearest(allowed[name], cut + steps[name]) for name, cut in current.items()}
-    up = [name for name in cuts if cuts[name] > current[name]]
-    down = [name for name in cuts if cuts[name] < current[name]]
-    return Decision(
-        cuts,
-        f"mean loss {mean:.4g}; better, so deeper: {', '.join(up) or 'none'}; "
-        f"worse, so shallower: {', '.join(down) or 'none'}",
-    )
-
-
 def makespan(problem: CutProblem) -> Decision:
     """Choose the least predicted round time, if the gain over the rounds left pays for the move.
 
@@ -119,15 +83,18 @@ def makespan(problem: CutProblem) -> Decision:
     All clients move at once, so a move takes as long as its longest part. A current cut that is no longer
     possible (less memory, a new bound) is left at any cost.
     """
-    current, allowed = _current(problem), feasible(problem)
+    allowed = feasible(problem)
     if problem.simulate is None:
-        best = best_cuts(problem, allowed)
-        predict = partial(predicted_round_s, problem)
-    else:
-        ratios = {client.name: measured_ratios(client) for client in problem.clients}
-        predict = partial(problem.simulate, ratios=ratios)
-        best = quickest(problem, allowed, predict)
-    best_s = predict(best)
+        return worth_moving(problem, best_cuts(problem, allowed), partial(predicted_round_s, problem))
+    simulate = problem.simulate.with_ratios({one.name: measured_ratios(one) for one in problem.clients})
+    return worth_moving(problem, shortlisted(problem, allowed, simulate), simulate)
+
+
+def worth_moving(
+    problem: CutProblem, best: Mapping[str, int], predict: Callable[[Mapping[str, int]], float]
+) -> Decision:
+    """Return the best cuts if the gain over the rounds left pays for the move, else the current ones."""
+    current, allowed, best_s = _current(problem), feasible(problem), predict(best)
     if any(cut not in allowed[name].cuts for name, cut in current.items()):
         return Decision(best, f"a current cut is not possible any more; predicted round {best_s:.4g} s")
     if problem.server_bytes(current) > problem.server_memory_bytes:
@@ -188,16 +155,6 @@ def checked(controller: str, problem: CutProblem, decision: Decision) -> Decisio
 
 def _current(problem: CutProblem) -> dict[str, int]:
     return {client.name: client.current for client in problem.clients}
-
-
-def _nearest(found: Feasible, wanted: int) -> int:
-    """Return the deepest possible cut of at most `wanted`, or the shallowest of all."""
-    return max((cut for cut in found.cuts if cut <= wanted), default=min(found.cuts))
-
-
-def _rounded(value: float) -> int:
-    """Round to the nearest whole number, halves away from 0, so that up and down are symmetric."""
-    return int(math.copysign(math.floor(abs(value) + 0.5), value))
 
 
 def _listed(cuts: tuple[int, ...]) -> str:

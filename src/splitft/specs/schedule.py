@@ -20,13 +20,19 @@ class Controller:
     """(`schedule.problem.CutProblem`) -> `schedule.controllers.Decision`; a pure function."""
     adaptive: bool = True
     """True if it chooses cuts; otherwise they stay as given in clients.cuts."""
+    whole: bool = False
+    """True if it may leave the whole model on a client (cut L) without being told so by `max_cut`."""
+    chooses_mode: bool = False
+    """True if it chooses how the server's factors step, where `split.server_adapters` is auto."""
 
 
 CONTROLLERS: Registry[Controller] = Registry("controller", "splitft.controllers", {
     "fixed": Controller(Lazy("splitft.schedule.controllers:fixed"), adaptive=False),
     "resources": Controller(Lazy("splitft.schedule.controllers:resources")),
-    "paper": Controller(Lazy("splitft.schedule.controllers:paper")),
+    "paper": Controller(Lazy("splitft.schedule.performance:paper")),
+    "performance": Controller(Lazy("splitft.schedule.performance:performance")),
     "makespan": Controller(Lazy("splitft.schedule.controllers:makespan")),
+    "quickest": Controller(Lazy("splitft.schedule.design_space:quickest"), whole=True, chooses_mode=True),
 })  # fmt: skip
 """Every controller, by the name in `schedule.controller`."""
 
@@ -79,7 +85,9 @@ class ScheduleSpec(Spec):
 
     controller: Annotated[str, NameIn(CONTROLLERS)] = "fixed"
     """`fixed`: the cuts in clients.cuts; `resources`: cuts that fit memory and equalise compute time;
-    `paper`: SplitFT's rule, by resources and held-out loss; `makespan`: the shortest predicted round."""
+    `paper`: SplitFT's rule, by resources and held-out loss, which drifts to the bounds; `performance`: the
+    same idea with a fixed point; `makespan`: the shortest predicted round in which every client is split;
+    `quickest`: the shortest of all, with the whole model on clients for which that is quicker."""
     devices: DeviceName | DeviceSpec | tuple[DeviceName | DeviceSpec, ...] = "laptop"
     """Machines, one for all clients or one for each: a preset, `measured` (this machine), or numbers."""
     links: LinkName | LinkSpec | tuple[LinkName | LinkSpec, ...] = "fibre"
@@ -95,9 +103,9 @@ class ScheduleSpec(Spec):
     """The audit's figures for this run, share of tokens by cut (`{2: 0.95, 8: 0.4}`); null for those stored
     with the package for a known model."""
     max_cut: int | None = Field(None, ge=1)
-    """Deepest cut that a controller may choose; null for all blocks but the last."""
+    """Deepest cut that a controller may choose; null for all blocks but the last, with `quickest` for all."""
     gamma: int = Field(1, ge=1)
-    """Step size of the controller `paper`, in blocks."""
+    """Step size of the controller `paper`, in blocks; for `performance`, the power of mean / loss."""
     misfit: Literal["stop", "leave-out"] = "stop"
     """If a client's memory is too small for the shallowest cut: `stop` the run, or leave the client out."""
     changes: tuple[ChangeSpec, ...] = ()
