@@ -6,7 +6,7 @@
 All methods have the same wire (bf16, then int8), the same optimizer policy and the same text. Methods that
 are equal by law share the losses of one way (see `trajectories.py`), and differ in their clock. int8 is taken
 to leave losses as they are (`codec_quality.py` measures what it changes). The targets lie between the best
-loss of the weakest method and the least loss of any after the first round, so that none is reached in round 1.
+loss of the weakest method and the least of any after the first round, so that none is reached in round 1.
 Goal: `splitft` as it comes is never slower to any target than any other.
 """
 
