@@ -13,7 +13,7 @@ from splitft.schedule.clock import client_round, simulate_round
 from splitft.schedule.controllers import choose
 from splitft.schedule.makespan import best_cuts, predicted_round_s
 from splitft.schedule.problem import feasible, problem_of
-from splitft.schedule.simulated_search import MOST_STEPS, quickest, round_simulator
+from splitft.schedule.simulated_search import MOST_STEPS, round_simulator, shortlisted
 
 fleets = st.lists(st.floats(0.05, 20), min_size=1, max_size=4)
 
@@ -38,7 +38,7 @@ def test_no_common_cut_is_quicker_in_a_long_round(speeds):
         client(f"c{n}", speed, workload=replace(WORK, steps=MOST_STEPS)) for n, speed in enumerate(speeds)
     ]
     problem = problem_of(costs(), members, [1] * len(members))
-    chosen = quickest(problem, feasible(problem), round_simulator(costs(), members))
+    chosen = shortlisted(problem, feasible(problem), round_simulator(costs(), members))
     common = min(_on_the_clock(members, dict.fromkeys(chosen, cut)) for cut in range(1, 6))
     assert _on_the_clock(members, chosen) <= common
 
@@ -47,7 +47,7 @@ def test_no_common_cut_is_quicker_in_a_long_round(speeds):
 @given(fleets)
 def test_no_common_cut_is_quicker_on_the_clock(speeds):
     members, problem = _seen(speeds)
-    chosen = quickest(problem, feasible(problem), problem.simulate)
+    chosen = shortlisted(problem, feasible(problem), problem.simulate)
     common = min(_on_the_clock(members, dict.fromkeys(chosen, cut)) for cut in range(1, 6))
     assert _on_the_clock(members, chosen) <= common
 
@@ -68,7 +68,7 @@ def test_where_the_clock_is_the_model_its_exact_answer_is_met(problem):
     def model(cuts, brief=False):
         return predicted_round_s(problem, cuts)
 
-    chosen = quickest(problem, allowed, model)
+    chosen = shortlisted(problem, allowed, model)
     assert model(chosen) == model(best_cuts(problem, allowed))
     assert all(cut in allowed[name].cuts for name, cut in chosen.items())
 
@@ -91,6 +91,6 @@ def test_the_clock_too_takes_a_client_to_be_as_slow_as_it_measured():
     # the profile of a machine as slow as measured gives the same round
     slower = replace(members[0], device=members[0].device.scaled(1 / 50))
     ratios = {"c0": {"client_forward": 50, "client_backward": 50, "head": 50}}
-    assert round_simulator(costs(), members)(cuts, ratios=ratios) == pytest.approx(
+    assert round_simulator(costs(), members).with_ratios(ratios)(cuts) == pytest.approx(
         round_simulator(costs(), [slower, members[1]])(cuts)
     )

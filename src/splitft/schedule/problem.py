@@ -109,13 +109,14 @@ class ClientChoices:
 class RoundSimulator(Protocol):
     """A simulated clock for rounds that differ in their cuts (`round_simulator`)."""
 
-    def __call__(
-        self, cuts: Mapping[str, int], brief: bool = False, ratios: Mapping[str, Mapping[str, float]] = ...
-    ) -> float:
-        """Return the seconds of a round with these cuts; `brief` is faster and less exact.
+    def __call__(self, cuts: Mapping[str, int], brief: bool = False) -> float:
+        """Return the seconds of a round with these cuts; `brief` is faster and less exact."""
 
-        `ratios` are the `measured_ratios` of clients by name.
-        """
+    def at_least(self, cuts: Mapping[str, int]) -> float:
+        """Return seconds that no round with these cuts is shorter than, without simulating it."""
+
+    def with_ratios(self, ratios: Mapping[str, Mapping[str, float]]) -> RoundSimulator:
+        """Return the same clock with the `measured_ratios` of clients, by name."""
 
 
 @dataclass(frozen=True)
@@ -195,9 +196,8 @@ def problem_of(
 ) -> CutProblem:
     """Return a problem with predicted prices and device memories.
 
-    Bounds, losses and measured seconds are set by `dataclasses.replace`.
-    Cuts end at L - 1: the whole model on a client sends no hidden states, so on slow links it would win every
-    comparison of times, and nothing would be split.
+    Bounds, losses and measured seconds are set by `dataclasses.replace`. Cuts end at L - 1, so that every
+    client is split; a controller that may choose the whole model (`Controller.whole`) gets `max_cut` L.
     """
     if len(clients) != len(cuts):
         raise ScheduleError(f"{len(clients)} clients but {len(cuts)} cuts; give one cut a client")

@@ -94,6 +94,9 @@ class ScheduleSpec(Spec):
     """Links to the server, one for all clients or one for each: a preset, or numbers."""
     server: DeviceName | DeviceSpec = "server-gpu"
     """The server's machine."""
+    launch_overhead: float = Field(0.0, ge=0)
+    """Multiple of the estimated time for launching kernels on presets' GPUs: 0 leaves it out, 1 is the
+    estimate."""
     min_cut: int = Field(1, ge=1)
     """Shallowest cut that a controller may choose, for privacy."""
     max_recovery: float | None = Field(None, ge=0, le=1)
@@ -115,3 +118,8 @@ class ScheduleSpec(Spec):
     def adaptive(self) -> bool:
         """True if a controller chooses the cuts; otherwise they stay as given in clients.cuts."""
         return CONTROLLERS[self.controller].adaptive
+
+    @property
+    def may_choose_whole(self) -> bool:
+        """True if the controller may leave the whole model on a client where `max_cut` says nothing."""
+        return CONTROLLERS[self.controller].whole
