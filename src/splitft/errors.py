@@ -14,6 +14,7 @@
     │   └── FailedRoundError  a round's updates that cannot be used; the run can go on without them
     ├── ScheduleError      profiles, costs or cuts that are impossible
     ├── RunError           a run folder that cannot be used, resumed or written
+    │   ├── ReplicaError   a process of the server has ended
     │   ├── DamagedError   a file that is not as it was written
     │   └── BusyError      a run folder that another process is training into
     ├── MethodError        a method that cannot run as configured
@@ -93,6 +94,10 @@ class RunError(SplitftError):
 
 class DamagedError(RunError):
     """A file is not as it was written."""
+
+
+class ReplicaError(RunError):
+    """A process that holds the server's blocks has ended."""
 
 
 class BusyError(RunError):

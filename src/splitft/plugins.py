@@ -85,6 +85,16 @@ def load(plugins: Iterable[PluginFile]) -> None:
             raise PluginError(f"{_place(plugin.path, error)}: {type(error).__name__}: {error}") from error
 
 
+def loaded() -> list[PluginFile]:
+    """Return the files that have run in this process, for another process of the same program."""
+    prefix = "splitft_plugin_"
+    return [
+        PluginFile(Path(module.__file__), name.removeprefix(prefix))
+        for name, module in list(sys.modules.items())
+        if name.startswith(prefix) and module.__file__
+    ]
+
+
 def find_approved(file: str, sha256: str | None, owner: Path) -> PluginFile:
     """Find a plug-in that a run from elsewhere asks for, among the files that this machine's owner approved.
 

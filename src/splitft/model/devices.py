@@ -30,6 +30,8 @@ class RunDevices:
     """Those of the server's blocks, in order."""
     clients: tuple[torch.device, ...] = (CPU,)
     """Those of the clients, dealt to them in turn."""
+    server_replicas: int = 1
+    """Processes that hold the server's blocks."""
 
     def of_client(self, index: int) -> torch.device:
         """Return the device of a client, counted from 0."""
@@ -42,9 +44,15 @@ class RunDevices:
 
     def __str__(self) -> str:
         """Say which party computes where: `server on cuda:0 and cuda:1, clients on cpu`."""
-        if len(self.every) == 1:
+        if len(self.every) == 1 and self.server_replicas == 1:
             return f"all on {self.every[0]}"
-        return f"server on {_listed(self.server)}, clients on {_listed(self.clients)}"
+        return f"{self.of_server}, clients on {_listed(self.clients)}"
+
+    @property
+    def of_server(self) -> str:
+        """Say where the server computes: `server on cuda:0`, `server in 2 processes on cpu`."""
+        processes = f" in {self.server_replicas} processes" if self.server_replicas > 1 else ""
+        return f"server{processes} on {_listed(self.server)}"
 
 
 def available_devices() -> tuple[torch.device, ...]:
@@ -77,7 +85,8 @@ def take_devices(spec: DevicesSpec) -> RunDevices:
         **{
             party: tuple(find_device(name, f"devices.{party}{place}") for place, name in _places(given))
             for party, given in (("server", spec.server), ("clients", spec.clients))
-        }
+        },
+        server_replicas=spec.server_replicas,
     )
 
 

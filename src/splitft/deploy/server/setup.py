@@ -24,6 +24,7 @@ from splitft.schedule.workload import Workload
 from splitft.specs import DeviceSpec, DevicesSpec
 from splitft.tracking.events import ClientInfo
 from splitft.training import Server
+from splitft.training.replicas import plan_replicas
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,9 @@ def open_server(terms: RunTerms, registered: Mapping[str, Register]) -> ServerPa
         manifest, tensors = manifest_of(terms.model), tensors_of(terms.model)
         deepest = Span(min(plan.cuts.values()), terms.model.shape.blocks)
         split, training = plan.config.split, plan.config.training
-        server = Server(terms.model, deepest, terms.ranks, split, training, terms.devices.server)
+        tokens = {name: _needs(registered[name]) for name in plan.cuts}
+        places = plan_replicas(terms.devices, tokens)
+        server = Server(terms.model, deepest, terms.ranks, split, training, places)
     facts = tuple(
         ClientInfo(
             name=name,
