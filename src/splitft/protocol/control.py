@@ -3,10 +3,13 @@
     client                                    server
       Register     workload             ---->          or Declined: the data owner forbids the run
                                         <----  Join            cut, step and global factors of the run
+      CodecTrial, Activations, ..., CodecsChosen    ---->    if asked to (ChooseCodecs), with `wire: auto`
       Next         request for an order ---->
                                         <----  Wait, RoundStart, Train, GlobalAdapters, Evaluate, EndSession
       Activations, HeadGradient         ---->
-                                        <----  LastHidden, CutGradient, HeldOutLoss, or Stop, or Refused
+                                        <----  LastHidden, CutGradient, HeldOutLoss, or Stop, Again, Refused
+      LocalStep    a client without a server's blocks has taken a step    ---->
+                                        <----  Wait, or Stop, or Refused
       RoundReady, AdapterUpload, Evaluation, Heartbeat: each is answered by the next order
 
 In simulation the client's methods are called directly. Over a network the client sends requests and the
@@ -20,8 +23,10 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from splitft.adapters import AdapterState
-from splitft.protocol.messages import Count, ErrorName, Length, Message, Name, Words
+from splitft.protocol.messages import Count, ErrorName, Length, Loss, Message, Name, Words
 
+CodecText = Annotated[str, Field(max_length=64)]
+"""A codec with its options, as in the section `wire`."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -90,8 +95,39 @@ class Join(Message):
     """Files of the server's base model; the site loads no file that differs."""
     tensors: tuple[BaseTensor, ...] = ()
     """Tensors of the server's base model, so that a site can check those that it holds without the others."""
+    hidden: CodecText = ""
+    """Codec of this client's hidden states, if the run has chosen one for it; empty otherwise."""
+    gradient: CodecText = ""
+    """Codec of their gradients likewise."""
     ROLES = {"adapters": "adapter", "folded": "adapter"}
-    LEFT_OUT = frozenset({"tensors"})
+    LEFT_OUT = frozenset({"tensors", "hidden", "gradient"})
+    RESTARTS = True
+
+
+class ChooseCodecs(Message):
+    """Server to client: try codecs on the held-out batches, and report which fit (`wire: auto`)."""
+
+    round: Count
+    """Rounds finished."""
+
+
+class CodecTrial(Message):
+    """Client to server: hidden states come and go in this codec from now on, and gradients exactly."""
+
+    client: Name
+    hidden: CodecText
+    RESTARTS = True
+
+
+class CodecsChosen(Message):
+    """Client to server: the codecs of this client for the rest of the run."""
+
+    client: Name
+    hidden: CodecText
+    gradient: CodecText
+    reason: Words
+    """The measurements and the limits."""
+    RESTARTS = True
 
 
 class Next(Message):
@@ -134,6 +170,30 @@ class Stop(Message):
     round: Length
 
 
+class Again(Message):
+    """Server to client: another client had its turn meanwhile; send the step again from its first message."""
+
+    step: Count
+
+
+class LocalStep(Message):
+    """Client to server: a step, or a held-out batch, computed by a client that holds the whole model."""
+
+    client: Name
+    round: Count
+    step: Count
+    """Step of the client over the whole run, from 0; in evaluation the number of the batch."""
+    training: bool
+    sequences: Length
+    tokens: Length
+    """Labelled tokens."""
+    loss: Loss | None = None
+    """Mean loss over them in nats, in training; not sent if the run protects labels."""
+    seconds: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Seconds of computing."""
+    LEFT_OUT = frozenset({"loss", "seconds"})
+
+
 class Refused(Message):
     """Server to client: the message is invalid, and the client is out of this round."""
 
@@ -151,5 +211,6 @@ class EndSession(Message):
 
 
 CONTROL_MESSAGES: tuple[type[Message], ...] = (
-    Register, Declined, Join, Next, Heartbeat, Wait, Train, Evaluate, Stop, Refused, EndSession,
+    Register, Declined, Join, ChooseCodecs, CodecTrial, CodecsChosen, Next, Heartbeat, Wait, Train, LocalStep,
+    Evaluate, Stop, Again, Refused, EndSession,
 )  # fmt: skip

@@ -184,16 +184,20 @@ def check_cuts(config: RunConfig, blocks: int) -> None:
     """Raise GeometryError, naming the key, for cuts that the model does not have."""
     for index, cut in enumerate(config.cuts or ()):
         try:
-            check_cut(cut, blocks, whole_allowed=False)
+            check_cut(cut, blocks, whole_allowed=config.split.labels == "client")
         except GeometryError as error:
             place = f"[{index}]" if isinstance(config.clients.cuts, tuple) else ""
             raise GeometryError(f"clients.cuts{place}: {error}") from error
-    bounds = {"min_cut": config.schedule.min_cut, "max_cut": config.schedule.max_cut}
-    for key, bound in bounds.items():
-        if bound is not None and bound >= blocks:
+    # the whole model on a client (max_cut L) needs its labels there
+    schedule, whole = config.schedule, config.split.labels == "client"
+    for key, bound, most in (
+        ("min_cut", schedule.min_cut, blocks - 1),
+        ("max_cut", schedule.max_cut, blocks if whole else blocks - 1),
+    ):
+        if bound is not None and bound > most:
             raise GeometryError(
                 f"schedule.{key}: {bound} leaves the server no blocks: the model has {blocks}; "
-                f"give at most {blocks - 1}"
+                f"give at most {most}"
             )
 
 

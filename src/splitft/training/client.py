@@ -29,6 +29,7 @@ from splitft.privacy.noise import Noise
 from splitft.protocol import (
     Activations,
     AdapterUpload,
+    Again,
     CutGradient,
     GlobalAdapters,
     HeadGradient,
@@ -65,7 +66,7 @@ class ClientSetup:
     numbered: bool = False
     """True if activations carry the numbers of their examples, for codecs that compare epochs."""
     device: torch.device = CPU
-    """Device of the blocks, the head, the factors and their optimizer; messages are on the CPU."""
+    """Device of the blocks, the head, the factors and their optimizer."""
     parking: Parking | None = None
     """Room for factors and moments that several clients share on the device; without bound by default."""
 
@@ -141,7 +142,7 @@ class Client:
             raise ProtocolError(f"{self.name}: all of step {self.steps} is underway; its gradient is due")
         micro_batch, batch = self._unsent[0]
         with torch.enable_grad():
-            hidden = self.blocks.hidden(batch, "training", *micro_batch.place)
+            hidden = self.blocks.hidden(batch, "training", *micro_batch.place, step=micro_batch)
         self._sent[micro_batch.number] = sent = SentBatch(micro_batch, batch, hidden)
         del self._unsent[0]
         return sent.activations(self.blocks, training=True, numbered=self.setup.numbered)
@@ -165,8 +166,14 @@ class Client:
             step=self.steps,
             micro_batch=micro_batch.number,
             loss=loss,
-            gradient=micro_batch.weighted(gradient).cpu(),
+            gradient=micro_batch.weighted(gradient),
         )
+
+    def repeat(self, message: Again) -> Activations:
+        """Return the batch in flight as it left: the server has dropped it, and answers it once more."""
+        sent = self._in_flight(expect(message, Again, step=self.steps))
+        sent.look_again(self.name, self._defence.privacy)
+        return sent.activations(self.blocks, training=True, numbered=self.setup.numbered)
 
     def backward(self, message: Message) -> None:
         """Run backward from the gradient at the cut; step the optimizer after the last micro-batch."""
@@ -189,7 +196,7 @@ class Client:
         self._parking.work([self.name])
         for micro_batch, batch in self._split_step():
             with torch.enable_grad():
-                last = pick(self.blocks.run(batch), batch.labelled)  # (M, D)
+                last = pick(self.blocks.run(batch, micro_batch), batch.labelled)  # (M, D)
             loss, gradient = self._graded(micro_batch, batch, last.detach())
             totals.add(micro_batch, loss)
             if last.requires_grad:
@@ -239,10 +246,14 @@ class Client:
         """Return the personal factors B, which never leave; none by most rules."""
         return self.blocks.own()
 
-    def join(self, message: Join, moments: Moments) -> None:
-        """Join a run after some of its rounds, or again after an absence."""
+    def join(self, message: Join, moments: Moments, personal: AdapterState | None = None) -> None:
+        """Join a run after some of its rounds, or again after an absence.
+
+        `moments` and `personal` are what the client has kept: of its optimizer, and factors that never leave.
+        """
         self._defence.check_cut(message.cut)
-        self.blocks.join(message.cut, message.round, message.adapters, message.folded)
+        own = personal or AdapterState()
+        self.blocks.join(message.cut, message.round, message.adapters, message.folded, own)
         self.steps, self._moments = message.steps, moments
         self._round, self._optimizer = message.round, None
         self.held_out.begin(message.round)

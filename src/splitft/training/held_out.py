@@ -3,7 +3,8 @@
     forward(i) -> Activations --> server --> LastHidden --> head(...)     for each batch i, then result()
 
 With labels on the server, it answers HeldOutLoss instead. A client that holds the whole model asks nobody
-(`alone`). If the run protects labels, the result has noise (`privacy.held_out_loss`).
+(`alone`). If the run protects labels, the result has noise (`privacy.held_out_loss`), and no accuracy: a
+number of right predictions tells of labels too, and would need noise and a budget of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from splitft.data.text import Batch
 from splitft.errors import ProtocolError
-from splitft.model import loss_and_gradient, pick, summed_loss, token_losses
+from splitft.model import held_out_sums, loss_and_gradient, pick, token_losses
 from splitft.privacy.defence import Defence
 from splitft.privacy.held_out_loss import bounded_sum
 from splitft.protocol import Activations, Evaluation, HeldOutLoss, LastHidden, Message, expect
@@ -43,6 +44,7 @@ class HeldOutEvaluator:
     def begin(self, round: int) -> None:
         """Begin a new sum, of the adapters after this round."""
         self._round, self._tokens = round, 0
+        self._correct: int | None = 0
         self._loss, self._bounded = 0.0, 0.0  # sums of losses as they are, and of losses that are bounded
 
     @torch.no_grad()
@@ -54,10 +56,11 @@ class HeldOutEvaluator:
         return self._sent.activations(self._blocks, training=False, numbered=self._numbered)
 
     @torch.no_grad()
-    def alone(self, index: int) -> None:
-        """Add the loss of one batch, at a client that holds the whole model."""
+    def alone(self, index: int) -> Batch:
+        """Add the loss of one batch, at a client that holds the whole model; return the batch."""
         batch = self._batch(index)
         self._measure(pick(self._blocks.run(batch), batch.labelled), batch)
+        return batch
 
     def head(self, message: Message) -> None:
         """Add the loss of the batch in flight."""
@@ -67,8 +70,8 @@ class HeldOutEvaluator:
             sent.check_rows(self._blocks.name, message)
             self._measure(message.hidden, sent.batch)
         else:
-            loss = expect(message, HeldOutLoss).loss
-            self._add(loss, loss, sent.batch)
+            answer = expect(message, HeldOutLoss)
+            self._add(answer.loss, answer.loss, answer.correct, sent.batch)
         self._sent = None
 
     def gradient(self, message: LastHidden) -> torch.Tensor:
@@ -88,7 +91,13 @@ class HeldOutEvaluator:
 
     def result(self) -> Evaluation:
         """Return the loss of the batches so far as it may leave, and begin a new sum."""
-        result = Evaluation(client=self._blocks.name, round=self._round, loss=self._loss, tokens=self._tokens)
+        result = Evaluation(
+            client=self._blocks.name,
+            round=self._round,
+            loss=self._loss,
+            tokens=self._tokens,
+            correct=self._correct,
+        )
         self.exact = result
         if self._defence.privacy.protects_labels and self._tokens:
             width = self._blocks.segment.shape.width
@@ -110,11 +119,12 @@ class HeldOutEvaluator:
         segment, targets = self._blocks.segment, batch.targets()
         if self._defence.privacy.protects_labels:
             losses = token_losses(segment, last, targets).cpu()
-            self._add(float(losses.double().sum()), bounded_sum(losses), batch)
+            self._add(float(losses.double().sum()), bounded_sum(losses), None, batch)
         else:
-            loss = summed_loss(segment, last, targets)
-            self._add(loss, loss, batch)
+            loss, correct = held_out_sums(segment, last, targets)
+            self._add(loss, loss, correct, batch)
 
-    def _add(self, loss: float, bounded: float, batch: Batch) -> None:
+    def _add(self, loss: float, bounded: float, correct: int | None, batch: Batch) -> None:
         self._loss, self._bounded = self._loss + loss, self._bounded + bounded
+        self._correct = None if correct is None or self._correct is None else self._correct + correct
         self._tokens += batch.labelled_tokens

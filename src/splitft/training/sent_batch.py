@@ -2,7 +2,7 @@
 
 Batch --split_batch--> (MicroBatch, Batch), ...
 SentBatch(micro_batch, batch, hidden) --activations--> Activations     leaves; tokens never do
-                                        messages are on the CPU, the batch and its graph on the device
+                                        the batch and its graph are on the device; what travels is on the CPU
 LastHidden --check_rows--> the client's head
 """
 
@@ -15,6 +15,7 @@ import torch
 from splitft.data.text import Batch
 from splitft.errors import ProtocolError
 from splitft.protocol import Activations, LastHidden
+from splitft.specs import PrivacySpec
 from splitft.training.client_blocks import ClientBlocks
 from splitft.training.micro_batch import MicroBatch
 
@@ -64,9 +65,15 @@ class SentBatch:
             micro_batch=micro_batch.number,
             micro_batches=micro_batch.of,
             step_labelled=micro_batch.step_labelled if micro_batch.of > 1 else None,
-            hidden=self.hidden.detach().cpu(),
+            hidden=self.hidden.detach(),
             labels=batch.targets().cpu() if blocks.plan.labels == "server" else None,
         )
+
+    def look_again(self, client: str, privacy: PrivacySpec) -> None:
+        """Let the head compute another gradient. Raises ProtocolError if the run protects labels."""
+        if privacy.protects_labels:  # noise is accounted for one look at the labels of a step
+            raise ProtocolError(f"{client}: the server asks for a step again, and this run protects labels")
+        self.graded = False
 
     def check_rows(self, client: str, message: LastHidden) -> None:
         """Raise ProtocolError unless the message has one row for each labelled token."""

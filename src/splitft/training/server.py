@@ -21,19 +21,14 @@ import torch
 from splitft.adapters import AdapterState, Moments
 from splitft.errors import ProtocolError
 from splitft.geometry import Span
-from splitft.model import CPU, Model, Segment, losses_and_gradients, summed_losses
+from splitft.model import CPU, Model, Segment
 from splitft.protocol import Activations, CutGradient, HeadGradient, HeldOutLoss, LastHidden, expect
 from splitft.specs import SplitSpec, TrainingSpec
-from splitft.training.batching import (
-    Group,
-    backward_together,
-    forward_together,
-    group_by_length,
-    in_random_order,
-)
+from splitft.training.batching import Group, group_neighbours, in_random_order
 from splitft.training.client_record import ClientStates, RoundProgress
 from splitft.training.micro_batch import MicroBatch, StepTotals
 from splitft.training.ranks import RankPolicy
+from splitft.training.replicas import ReplicaPlan, ServerReplicas
 from splitft.training.server_blocks import ServerBlocks
 
 
@@ -47,14 +42,18 @@ class Server:
         ranks: RankPolicy,
         split: SplitSpec,
         training: TrainingSpec,
-        devices: Sequence[torch.device] = (CPU,),
+        devices: Sequence[torch.device] | ReplicaPlan = (CPU,),
     ) -> None:
         """Load `deepest`, the blocks after the shallowest cut, and the head if labels are on the server.
 
-        Several `devices` divide the blocks in contiguous ranges; messages are on the CPU.
+        Several `devices` divide the blocks in contiguous ranges; a plan divides the clients among processes.
         """
-        self._ranks, self._split, self.training = ranks, split, training
-        self.blocks = ServerBlocks(model, deepest, ranks, split, training, devices)
+        self._ranks, self.split, self.training = ranks, split, training
+        self.blocks: ServerBlocks = (
+            ServerReplicas(model, deepest, ranks, split, training, devices)
+            if isinstance(devices, ReplicaPlan)
+            else ServerBlocks(model, deepest, ranks, split, training, devices)
+        )
         self._round = 0
         self._progress: dict[str, RoundProgress] = {}
         self._groups: dict[tuple[str, int], Group] = {}  # in flight, by client and micro-batch
@@ -73,6 +72,10 @@ class Server:
     def moments(self) -> dict[str, Moments]:
         """Optimizer moments by slot, when kept across rounds."""
         return self.client_states.moments
+
+    def close(self) -> None:
+        """End the processes that hold the blocks, if there are any."""
+        self.blocks.close()
 
     # --- rounds -----------------------------------------------------------------------------------
 
@@ -113,11 +116,21 @@ class Server:
     # --- steps ------------------------------------------------------------------------------------
 
     def groups(self, messages: Sequence[Activations]) -> list[list[Activations]]:
-        """Group batches to run together; with `shared-in-turn` each runs by itself."""
-        if self._split.server_adapters == "shared-in-turn" and messages[0].training:
+        """Group batches to run together.
+
+        With `shared-in-turn` each runs by itself, with `shared-by-arrival` they keep their order.
+        """
+        if self.blocks.by_arrival and messages[0].training:
+            return group_neighbours(messages, self.split.group_tokens)
+        if self.split.server_adapters == "shared-in-turn" and messages[0].training:
+            if self.split.turns == "fixed":
+                order = list(self._progress)
+                return [[one] for one in sorted(messages, key=lambda one: order.index(one.client))]
             step = self._participant(messages[0].client).steps
             return in_random_order(messages, [self._ranks.seed, self._round, step])
-        return group_by_length(messages, self._split.group_tokens)
+        if self.split.server_adapters == "shared" and self.training.micro_batches > 1:
+            return [[message] for message in messages]  # so that their gradients can be kept apart
+        return self.blocks.groups(messages)
 
     def forward(
         self, messages: Sequence[Activations], checked: bool = False
@@ -141,12 +154,7 @@ class Server:
                 self.check(message)
         if len({message.client for message in messages}) < len(messages):
             raise ProtocolError("a client sends two batches at once")
-        blocks = self.blocks
-        slot = blocks.slot if training else blocks.evaluation_slot
-        if training:
-            blocks.parking.work(message.client for message in messages)
-        with torch.set_grad_enabled(training):
-            group = forward_together(self.segment, blocks.bank, blocks.cuts, slot, messages, training)
+        group = self.blocks.forward(messages, training)
         if training:
             for message in messages:
                 self._groups[message.client, message.micro_batch] = group
@@ -156,13 +164,11 @@ class Server:
     def replies(self, group: Group) -> dict[str, LastHidden | CutGradient | HeldOutLoss]:
         """End `forward`: return a reply to each message of a launched group."""
         training = next(iter(group.messages.values())).training
-        if self._split.labels == "server":
+        if self.split.labels == "server":
             return dict(self._train_on_labels(group) if training else self._evaluate_labels(group))
         return {
-            client: LastHidden(
-                step=message.step, micro_batch=message.micro_batch, hidden=output.detach().cpu()
-            )
-            for client, output in group.outputs.items()
+            client: LastHidden(step=message.step, micro_batch=message.micro_batch, hidden=output)
+            for client, output in self.blocks.outputs(group).items()
             for message in (group.messages[client],)
         }
 
@@ -180,7 +186,7 @@ class Server:
             progress = self._participant(message.client)
             expect(message, Activations, round=self._round)
             progress.check(message, self.training)
-        if self._split.labels == "server":
+        if self.split.labels == "server":
             self._check_labels(message)
 
     def group_gradients(self, messages: Sequence[HeadGradient]) -> list[list[HeadGradient]]:
@@ -214,6 +220,11 @@ class Server:
         """Return the step that the client's last finished micro-batch completed; None if it did not."""
         return self._participant(client).completed
 
+    def rest(self, client: str) -> None:
+        """Forget the client's current step, and wait for no other in the round; its finished steps count."""
+        self.forget(client)
+        self.blocks.rest(client)
+
     def forget(self, client: str) -> None:
         """Forget the client's current step, with the gradients of its finished micro-batches."""
         for key in [key for key in self._groups if key[0] == client]:
@@ -239,32 +250,32 @@ class Server:
 
     def _train_on_labels(self, group: Group) -> Mapping[str, CutGradient]:
         """Compute loss and gradients at once, because labels are here."""
-        graded = {}
-        results = losses_and_gradients(self.segment, list(group.labelled().values()))
-        for (client, message), (loss, gradient) in zip(group.messages.items(), results, strict=True):
-            graded[client] = loss, MicroBatch.of_message(message).weighted(gradient)
+        graded = {
+            client: (loss, MicroBatch.of_message(group.messages[client]).weighted(gradient))
+            for client, (loss, gradient) in self.blocks.losses_and_gradients(group).items()
+        }
         return self._backward(group, graded)
 
     def _evaluate_labels(self, group: Group) -> Mapping[str, HeldOutLoss]:
         """Compute held-out losses, because labels are here."""
-        losses = summed_losses(self.segment, list(group.labelled().values()))
         return {
-            client: HeldOutLoss(step=message.step, loss=loss, tokens=message.labelled_tokens)
-            for (client, message), loss in zip(group.messages.items(), losses, strict=True)
+            client: HeldOutLoss(step=message.step, loss=loss, tokens=message.labelled_tokens, correct=correct)
+            for client, (loss, correct) in self.blocks.held_out_sums(group).items()
+            for message in (group.messages[client],)
         }
 
     def _backward(
         self, group: Group, graded: Mapping[str, tuple[float | None, torch.Tensor]]
     ) -> dict[str, CutGradient]:
         """Run backward through one group from these clients' (loss, gradient)."""
-        shared = self._split.server_adapters == "shared"  # one step on the loss of all
+        shared = self.split.server_adapters == "shared"  # one step on the loss of all
         weights = {client: group.messages[client].step_tokens if shared else 1 for client in graded}
         retain_graph = any(
             client not in graded and self._groups.get((client, message.micro_batch)) is group
             for client, message in group.messages.items()
         )
         gradients = {client: gradient for client, (_, gradient) in graded.items()}
-        at_cuts = backward_together(group, gradients, weights, retain_graph)
+        at_cuts = self.blocks.backward(group, gradients, weights, retain_graph)
         replies, completed = {}, {}
         for client, (loss, _) in graded.items():
             message = group.messages[client]
@@ -275,7 +286,7 @@ class Server:
                 step=message.step,
                 micro_batch=message.micro_batch,
                 gradient=at_cuts[client],
-                loss=loss if self._split.labels == "server" else None,
+                loss=loss if self.split.labels == "server" else None,
             )
         self.blocks.step(completed)
         return replies

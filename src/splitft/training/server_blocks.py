@@ -3,23 +3,37 @@
     per-client        slot of its own for each participant (SplitFed v1, arXiv 2004.12088)
     shared            one slot, one optimizer step on all clients' batches (SplitLoRA, arXiv 2407.00952)
     shared-in-turn    one slot, an optimizer step after each client's batch (SplitFed v2)
+    shared-by-arrival one slot, an optimizer step whenever a client's step is complete; nobody waits
 
 `server.py` holds the conversation with the clients; here are its effects on blocks, factors and optimizers.
 With `shared`, the loss is that of the concatenated batch, sum_i M_i loss_i / sum_i M_i over the M_i labelled
 tokens of each client's step, and the optimizer steps when all participants have completed theirs.
+
+With `shared-by-arrival` several clients may be between forward and backward at once. A client's step runs on
+a copy of the shared slot, made as the step begins. The gradient, which is that of the copy, is given to the
+shared slot, which may have stepped meanwhile, and its optimizer steps (delayed gradients, as in asynchronous
+SGD: Recht et al. 2011, arXiv 1106.5730).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
+from torch import nn
 
 from splitft.adapters import AdapterState, LocalOptimizer, attach, moments_within, step_together
+from splitft.adapters.dropout import DropoutRows
+from splitft.adapters.optimizer import ParameterKey
 from splitft.geometry import Plan, Span
-from splitft.model import CPU, Model, Segment, checkpoint_blocks
+from splitft.model import CPU, Model, Segment, checkpoint_blocks, losses_and_gradients, sums_of_batches
+from splitft.protocol import Activations, Message
 from splitft.specs import SplitSpec, TrainingSpec
+from splitft.training.batching import Group, backward_together, forward_together, group_by_length
 from splitft.training.client_record import ClientStates
+from splitft.training.common_step import CommonStep
 from splitft.training.parking import parking_on
 from splitft.training.ranks import RankPolicy
 
@@ -59,7 +73,10 @@ class ServerBlocks:
         """k of every client."""
         self._participants: dict[str, int] = {}  # those of the round, with their cuts
         self._optimizers: dict[str, LocalOptimizer] = {}  # by slot
-        self._finished: dict[str, int] = {}  # shared factors: weights of completed steps
+        self.common = CommonStep(self._shared_parameters, ())
+        """With `shared`, the step that all clients take together."""
+        self._copies: set[str] = set()  # shared by arrival: clients with a copy, in the middle of a step
+        self._counts: Counter[str] = Counter()  # and the steps that each has completed in this round
         self.parking = parking_on(self.segment.devices)
         """Room for the factors and moments of the participants on the devices."""
         self.client_states = ClientStates(per_client=not self.shared)
@@ -69,6 +86,14 @@ class ServerBlocks:
     def shared(self) -> bool:
         """True if all clients train one slot."""
         return self._split.server_adapters != "per-client"
+
+    @property
+    def pipelined(self) -> bool:
+        """True if groups fill a pipeline of several devices."""
+        return len(self.segment.devices) > 1
+
+    def close(self) -> None:
+        """Do nothing: the blocks are in this process."""
 
     def initial(self) -> AdapterState:
         """Return the global factors before training, over all L blocks."""
@@ -88,7 +113,9 @@ class ServerBlocks:
         """Load the round's factors into the participants' slots, each with a new optimizer."""
         blocks = self.segment.shape.blocks
         self._participants = {name: self.cuts[name] for name in participants}
-        self._finished, self._optimizers = {}, {}
+        with_server = [name for name, cut in self._participants.items() if cut < blocks]
+        self.common, self._optimizers = CommonStep(self._shared_parameters, with_server), {}
+        self._counts.clear()
         if self.shared:
             cuts = list(self._participants.values())
             slots = {SHARED: (Span(min(cuts), blocks), self._ranks.shared(cuts))}
@@ -107,6 +134,62 @@ class ServerBlocks:
             )
             self.parking.add(slot, self.bank, slot, self._optimizers[slot])
 
+    @property
+    def by_arrival(self) -> bool:
+        """True if the shared slot steps whenever a client's step is complete."""
+        return self._split.server_adapters == "shared-by-arrival"
+
+    def begin(self, clients: Iterable[str]) -> None:
+        """Note that steps of these clients begin, if they have not: from now on they see no other's step."""
+        if not self.by_arrival:
+            return
+        for client in clients:
+            if client not in self._copies:
+                self.bank.copy(SHARED, client, Span(self._participants[client], self.segment.shape.blocks))
+                self._copies.add(client)
+
+    # --- passes -----------------------------------------------------------------------------------
+
+    def groups(self, messages: Sequence[Activations]) -> list[list[Activations]]:
+        """Group batches of similar length to run together."""
+        return group_by_length(messages, self._split.group_tokens)
+
+    def forward(self, messages: Sequence[Activations], training: bool) -> Group:
+        """Run batches, one of each client, from the cuts to the end."""
+        slot = self.slot if training else self.evaluation_slot
+        if training:
+            self.begin(message.client for message in messages)
+            self.parking.work(message.client for message in messages)
+        with torch.set_grad_enabled(training):
+            return forward_together(self.segment, self.bank, self.cuts, slot, messages, self._dropout)
+
+    def outputs(self, group: Group) -> dict[str, torch.Tensor]:
+        """Return the hidden states of each client after the last block, (M, D)."""
+        return {client: output.detach() for client, output in group.outputs.items()}
+
+    def losses_and_gradients(self, group: Group) -> dict[str, tuple[float, torch.Tensor]]:
+        """Return each client's mean loss and its gradient at the outputs, where labels are here."""
+        results = losses_and_gradients(self.segment, list(group.labelled().values()))
+        return dict(zip(group.messages, results, strict=True))
+
+    def held_out_sums(self, group: Group) -> dict[str, tuple[float, int]]:
+        """Return each client's summed loss and right predictions, where labels are here."""
+        sums = sums_of_batches(self.segment, list(group.labelled().values()))
+        return dict(zip(group.messages, sums, strict=True))
+
+    def backward(
+        self,
+        group: Group,
+        gradients: Mapping[str, torch.Tensor],
+        weights: Mapping[str, int],
+        retain_graph: bool,
+    ) -> dict[str, torch.Tensor]:
+        """Run backward from gradients at these clients' outputs; return those at their cuts."""
+        shared = self._split.server_adapters == "shared"
+        parts = [client for client in gradients if shared and group.messages[client].micro_batches > 1]
+        with self.common.apart(parts[0]) if len(gradients) == len(parts) == 1 else nullcontext():
+            return backward_together(group, gradients, weights, retain_graph)
+
     def step(self, weights: Mapping[str, int]) -> None:
         """Step the optimizers of clients that have completed a step, given the weights of their losses."""
         if self._split.server_adapters == "per-client":
@@ -116,17 +199,21 @@ class ServerBlocks:
         elif self._split.server_adapters == "shared-in-turn":
             if weights:
                 self._optimizers[SHARED].step()
+        elif self.by_arrival:
+            for client in weights:
+                self.bank.hand_over(client, SHARED)
+                self._optimizers[SHARED].at(self._counts[client]).step()
+                self._counts[client] += 1
+                self._drop_copy(client)
         else:
-            # participants still to finish have added nothing to the gradients yet
-            self._finished.update(weights)
-            if self._finished.keys() >= self._participants.keys():
-                self._optimizers[SHARED].step(divide_by=sum(self._finished.values()))
-                self._finished = {}
+            for client, weight in weights.items():
+                self.common.complete(client, weight)
+            self._step_in_common()
 
     def trained(self, client: str) -> AdapterState:
         """Return the factors of blocks [k, L) trained for one client."""
         span = Span(self._participants[client], self.segment.shape.blocks)
-        return self.bank.take(self.slot(client), with_rest=True).within(span)
+        return self.bank.take(SHARED if self.shared else client, with_rest=True).within(span)
 
     def finish(self) -> None:
         """End the round: keep moments and personal factors where the run keeps them, drop the slots."""
@@ -136,6 +223,8 @@ class ServerBlocks:
             if self._ranks.keeps_own:
                 self.client_states.own[slot] = self.bank.take(slot, with_rest=True).select("B")
             self.bank.drop(slot)
+        for client in list(self._copies):
+            self._drop_copy(client)
         self.parking.clear()
         self._optimizers, self._participants = {}, {}
 
@@ -149,21 +238,52 @@ class ServerBlocks:
             self.bank.put(f"{GLOBAL}/{client}", self.client_states.personal(client, held))
 
     def forget(self, client: str) -> None:
-        """Drop what the client's current step has added to the gradients of its own slot."""
+        """Drop what the client's current step has added to the gradients of its own slot or copy."""
+        self._drop_copy(client)
+        self.common.forget(client)
         if client in self._optimizers:
             self._optimizers[client].forget()
             self.parking.rest(client)
 
+    def rest(self, client: str) -> None:
+        """Wait for no further step of this client in the round; its completed steps count."""
+        self.common.rest(client)
+        self._step_in_common()
+
     def leave(self, client: str) -> None:
         """Drop a participant that takes no further part in the round, with its own slot."""
         self._participants.pop(client, None)
+        self.rest(client)
         if self._optimizers.pop(client, None) is not None:
             self.bank.drop(client)
             self.parking.remove(client)
 
+    def place_of(self, message: Message) -> torch.device:
+        """Return the device that computes with a client's message: it is best decoded there."""
+        enters = isinstance(message, Activations) and message.client in self.cuts
+        return self.segment.device_of(self.cuts[message.client]) if enters else self.segment.device
+
     def slot(self, client: str) -> str:
-        """Return the slot that the client's rows train."""
-        return SHARED if self.shared else client
+        """Return the slot that the client's rows run with in a step."""
+        return SHARED if self.shared and not self.by_arrival else client
+
+    def _dropout(self, message: Activations) -> tuple[DropoutRows, ...]:
+        if not message.training:
+            return ()
+        return self._ranks.dropout(message.client, message.step, message.micro_batch, message.lengths)
+
+    def _shared_parameters(self) -> dict[ParameterKey, nn.Parameter]:
+        return self.bank.parameters(SHARED)
+
+    def _step_in_common(self) -> None:
+        """Step the shared factors on all clients' completed steps, if no other is awaited."""
+        if weight := self.common.take():
+            self._optimizers[SHARED].step(divide_by=weight)
+
+    def _drop_copy(self, client: str) -> None:
+        if client in self._copies:
+            self._copies.remove(client)
+            self.bank.drop(client)
 
     def evaluation_slot(self, client: str) -> str:
         """Return the slot that the client's rows are evaluated with."""

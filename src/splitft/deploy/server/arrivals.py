@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from splitft.errors import SplitftError
-from splitft.protocol import Message, Refused
+from splitft.protocol import Activations, HeadGradient, LocalStep, Message, Refused
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Arrival:
     stale: bool = False
     """True if it was sent before the site could know the run's state: a `Join` waits for it."""
     answer: Future[Message] = field(default_factory=Future)
+
+    @property
+    def is_step(self) -> bool:
+        """True if it belongs to a training step or a held-out batch."""
+        return isinstance(self.message, Activations | HeadGradient | LocalStep)
 
     def reply(self, message: Message) -> None:
         """Send the reply, unless the session has ended meanwhile."""

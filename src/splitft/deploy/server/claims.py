@@ -1,12 +1,16 @@
 """Check what a site claims against what the server knows or has counted itself.
 
     Activations     batch no larger than the run's, no more text than the site has registered
-    RoundReady      moments of the blocks that it gives up, whole and plausible
+    LocalStep       the same: its tokens are the site's word, and bounded by what it has registered
+    RoundReady      moments of the blocks that it gives up, whole and plausible, and its own B of them, if any
     AdapterUpload   factors of its blocks, finite and of plausible size; no tokens of its own counting
-    Evaluation      tokens as the server has counted them; with labels on the server, its loss too
+    Evaluation      tokens as the server has counted them, right predictions among them; with labels on the
+                    server, its loss and right predictions
 
 A claim that does not hold is an error of its site alone. Nothing here weighs a site by a number that the site
 has chosen: weights are labelled tokens of batches that the server has processed (`training.client_record`).
+The exception is a site that trains alone, with the whole model: it counts its own tokens, at most as many as
+a site whose batches the server processes could have.
 """
 
 from __future__ import annotations
@@ -26,10 +30,13 @@ from splitft.geometry import Span
 from splitft.protocol import (
     Activations,
     AdapterUpload,
+    CodecsChosen,
+    CodecTrial,
     Declined,
     Evaluation,
     HeadGradient,
     Heartbeat,
+    LocalStep,
     Message,
     Next,
     Register,
@@ -47,7 +54,8 @@ ADAMW_FIELDS = frozenset({"exp_avg", "exp_avg_sq", "step"})
 """Moments of a parameter with AdamW."""
 
 FROM_CLIENTS = (
-    Register, Declined, Next, Heartbeat, RoundReady, Activations, HeadGradient, AdapterUpload, Evaluation,
+    Register, Declined, CodecTrial, CodecsChosen, Next, Heartbeat, RoundReady, Activations, HeadGradient,
+    LocalStep, AdapterUpload, Evaluation,
 )  # fmt: skip
 """Messages that a client may send."""
 
@@ -77,6 +85,31 @@ class SiteLimits:
             held_out=register.eval_examples,
         )
 
+    def check_alone(self, message: LocalStep, training: TrainingSpec, before: int) -> None:
+        """Raise ProtocolError if a site cannot have the tokens that it claims; `before`: those of this round.
+
+        An example comes once an epoch, and a round's steps meet at most this many epochs.
+        """
+        longest = message.sequences * (self.longest - 1)
+        if message.tokens > longest:
+            raise ProtocolError(
+                f"{message.client} claims {message.tokens} labelled tokens in {message.sequences} sequences; "
+                f"they have at most {longest}"
+            )
+        if not message.training:
+            return
+        batches = max(1, self.examples // (training.batch_tokens or training.batch_size))
+        most = self.tokens * (2 + (training.steps - 1) // batches)
+        if (
+            message.sequences > self.examples
+            or message.tokens > self.tokens
+            or before + message.tokens > most
+        ):
+            raise ProtocolError(
+                f"{message.client} claims {message.tokens} labelled tokens of {message.sequences} sequences "
+                f"after {before} in this round; it registered {self.tokens} of {self.examples}"
+            )
+
     def check(self, message: Activations) -> None:
         """Raise ProtocolError if a batch is more than the site can have."""
         count, tokens, longest = len(message.lengths), sum(message.lengths), max(message.lengths)
@@ -101,21 +134,26 @@ class HeldOutCount:
     """Labelled tokens."""
     loss: float | None = None
     """Sum over them in nats, if the server has computed it."""
+    correct: int | None = None
+    """Right predictions among them, likewise."""
 
-    def check(self, message: Activations, round: int, limits: SiteLimits | None) -> None:
+    def check(self, message: Activations | LocalStep, round: int, limits: SiteLimits | None) -> None:
         """Raise ProtocolError unless a held-out batch is the next one."""
-        expect(message, Activations, round=round, step=self.batches, micro_batches=1)
-        sequences = self.sequences + len(message.lengths)
+        if isinstance(message, Activations):
+            expect(message, Activations, round=round, step=self.batches, micro_batches=1)
+        else:
+            expect(message, LocalStep, round=round, step=self.batches)
+        sequences = self.sequences + sequences_of(message)
         if limits is not None and sequences > limits.held_out:
             raise ProtocolError(
                 f"{message.client} evaluates on {sequences} sequences; it registered {limits.held_out}"
             )
 
-    def add(self, message: Activations) -> None:
+    def add(self, message: Activations | LocalStep) -> None:
         """Count a batch."""
         self.batches += 1
-        self.sequences += len(message.lengths)
-        self.tokens += message.labelled_tokens
+        self.sequences += sequences_of(message)
+        self.tokens += message.tokens if isinstance(message, LocalStep) else message.labelled_tokens
 
     def checked(self, message: Evaluation) -> Evaluation:
         """Return the site's result, with the server's loss if it has computed it. Raises ProtocolError."""
@@ -125,7 +163,12 @@ class HeldOutCount:
                 f"{self.tokens}"
             )
         if self.loss is not None:
-            return message.model_copy(update={"loss": self.loss})
+            return message.model_copy(update={"loss": self.loss, "correct": self.correct})
+        if message.correct is not None and message.correct > self.tokens:
+            raise ProtocolError(
+                f"{message.client} reports {message.correct} right predictions of {self.tokens} held-out "
+                "tokens"
+            )
         check_loss(message.client, message.loss / self.tokens)
         return message
 
@@ -144,6 +187,21 @@ def check_outline(site: str, outline: Message, limits: InboxLimits) -> None:
             )
         if outline.examples and not limits.example_ids:
             raise ProtocolError(f"{site} sends numbers of its examples, which no codec of this run needs")
+
+
+def sequences_of(message: Activations | LocalStep) -> int:
+    """Return the number of sequences of a batch."""
+    return message.sequences if isinstance(message, LocalStep) else len(message.lengths)
+
+
+def check_alone(message: LocalStep, training: TrainingSpec) -> None:
+    """Raise ProtocolError for a step of a site that trains alone if no batch of the run is so large."""
+    check_loss(message.client, message.loss)
+    most = training.batch_tokens or training.batch_size
+    if message.training and message.sequences > most:
+        raise ProtocolError(
+            f"{message.client} claims a step of {message.sequences} sequences; this run has at most {most}"
+        )
 
 
 def check_labelled(message: Activations) -> None:
@@ -179,10 +237,14 @@ def check_size(site: str, adapters: AdapterState) -> None:
                 )
 
 
-def check_ready(site: str, message: RoundReady, given_up: AdapterState, training: TrainingSpec) -> None:
-    """Raise ProtocolError unless the moments are those of blocks that the site gives up with its new cut."""
-    if message.own:
-        raise ProtocolError(f"{site} sends factors of its own, which it keeps in no deployed run")
+def check_ready(
+    site: str, message: RoundReady, given_up: AdapterState, training: TrainingSpec, keeps_own: bool = False
+) -> None:
+    """Raise an error unless a site sends the state of the blocks that it gives up with its new cut, if any.
+
+    `given_up` are the global factors of these blocks; with `keeps_own` the site has a B of its own for each.
+    """
+    _check_own(site, message.own, given_up if keeps_own else AdapterState())
     if message.moments and (training.optimizer_state != "keep" or training.optimizer != "adamw"):
         raise ProtocolError(f"{site} sends moments of its optimizer, and this run keeps none")
     by_parameter: dict[str, Moments] = {}
@@ -195,6 +257,19 @@ def check_ready(site: str, message: RoundReady, given_up: AdapterState, training
             raise ProtocolError(f"{site} sends moments of {parameter}, which it does not give up")
         if not _plausible(moments):
             raise ProtocolError(f"{site} sends moments of {parameter} that no optimizer has")
+
+
+def _check_own(site: str, own: AdapterState, due: AdapterState) -> None:
+    """Raise ProtocolError unless these are a B of the site's own for each of the layers `due`."""
+    if own.keys() != due.keys():
+        raise ProtocolError(f"{site} sends factors of its own of other blocks than those that it gives up")
+    for key, factors in own.items():
+        if factors.names != "B" or factors.B.shape != due[key].B.shape or factors.magnitude is not None:
+            raise ProtocolError(
+                f"{site} sends {factors.names} {tuple(factors.B.shape)} as its own factor of block {key[0]} "
+                f"{key[1]}; due was B {tuple(due[key].B.shape)}"
+            )
+    check_size(site, own)
 
 
 def _plausible(moments: Mapping[str, torch.Tensor]) -> bool:

@@ -3,7 +3,8 @@
     in --silent, too slow, or an invalid message--> out --heard again--> back, sent the run's state (`Join`)
     +------ its data owner forbids the run -------> declined, until the next session
 
-A slow site is first stopped: it uploads what it has finished. A site that is out does not hold up the others.
+A slow site is first stopped: it uploads what it has finished. A site that is out does not hold up the others,
+nor does one that is stopped.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from splitft.deploy.server.claims import unusable
 from splitft.deploy.server.inbox import Inbox
 from splitft.deploy.server.steps import StepService
 from splitft.deploy.server.uptime import UPTIME
-from splitft.errors import PausedError, ProtocolError, SiteFailureError, SplitftError
-from splitft.protocol import Activations, Declined, HeadGradient, Message, Register
+from splitft.errors import PausedError, ProtocolError, ReplicaError, SiteFailureError, SplitftError
+from splitft.protocol import Declined, Message, Register
 from splitft.specs import DeploySpec
 from splitft.tracking.events import Listener, SiteChanged
 
@@ -108,7 +109,7 @@ class Liveness:
     def _is_due_step(self, arrival: Arrival, todo: _Collection[M]) -> bool:
         """Return whether an arrival is a step to serve; process it if it is anything else."""
         site, message = arrival.site, arrival.message
-        is_step = isinstance(message, Activations | HeadGradient)
+        is_step = arrival.is_step
         if isinstance(message, Declined):
             self.decline(site, message.reason)
         elif arrival.stale or site not in todo.waiting or isinstance(message, Register):
@@ -123,6 +124,8 @@ class Liveness:
                 todo.answers[site] = todo.check(site, message)
                 todo.seconds.append(todo.elapsed_s)
                 todo.waiting.discard(site)
+            except ReplicaError:
+                raise  # a process of the server has ended, which is not the site's fault
             except SplitftError as error:
                 self.refuse(site, error)
             except Exception as error:  # whatever its data have caused is this site's fault
@@ -150,10 +153,16 @@ class Liveness:
         if todo.seconds and len(todo.seconds) >= len(todo.waiting):  # half of the sites are done
             limits.append(max(self._spec.slack * statistics.median(todo.seconds), self._spec.patience_s))
         if elapsed > min(limits, default=float("inf")):
-            for name in sorted(todo.waiting - todo.stopped.keys()):
-                todo.stopped[name] = elapsed
-                done = todo.steps.done.get(name, 0) if todo.steps else 0
-                self._note(name, "late", f"{done} steps in {elapsed:.0f} s")
+            slow = todo.waiting
+        else:
+            slow = todo.steps.queue.slow(self._spec) & todo.waiting if todo.steps else set()
+        for name in sorted(slow - todo.stopped.keys()):
+            todo.stopped[name] = elapsed
+            done = 0
+            if todo.steps is not None:
+                done = todo.steps.done.get(name, 0)
+                todo.steps.rest(name, self.number)
+            self._note(name, "late", f"{done} steps in {elapsed:.0f} s")
 
     # --- which sites take part --------------------------------------------------------------------
 

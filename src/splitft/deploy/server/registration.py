@@ -21,7 +21,7 @@ from splitft.deploy.server.arrivals import Arrival
 from splitft.deploy.server.inbox import Inbox
 from splitft.deploy.server.uptime import UPTIME
 from splitft.errors import ProtocolError
-from splitft.protocol import Activations, Declined, HeadGradient, Register
+from splitft.protocol import Declined, Register
 from splitft.run.setup import most_rows
 from splitft.specs import DeviceSpec
 
@@ -48,7 +48,7 @@ def await_registrations(
             if not isinstance(arrival, Arrival):
                 continue
             site, message = arrival.site, arrival.message
-            if isinstance(message, Activations | HeadGradient):
+            if arrival.is_step:
                 arrival.refuse(ProtocolError("no round has begun"))
             elif isinstance(message, Declined):
                 declined[site] = message.reason
@@ -66,6 +66,8 @@ def unfit(config: RunConfig, blocks: int, name: str, register: Register) -> str 
         return reason
     if config.cuts and not config.schedule.adaptive:
         deepest, key = config.cuts[site_names(config).index(name)], "clients.cuts"
+    elif config.clients.cuts == "whole":
+        deepest, key = blocks, "clients.cuts"
     else:
         deepest, key = config.schedule.max_cut or blocks - 1, "schedule.max_cut"
     if register.min_cut <= deepest:

@@ -2,10 +2,12 @@
 
     Activations  --check--> server.forward, in groups of similar lengths --> LastHidden or CutGradient
     HeadGradient --check--> server.backward, in the groups of forward    --> CutGradient, and StepDone
+    LocalStep    --check--> counted: the site has the whole model        --> Wait, and StepDone
 
 A step may come in micro-batches, several of them in flight; the run counts it as one step. `done` counts a
 site's steps of this round when the server has finished them, `steps` those of the run when the site's
-adapters have arrived. If a site is stopped or lost, its unfinished step is discarded.
+adapters have arrived. If a site is stopped or lost, its unfinished step is discarded. Where sites share the
+server's factors, `turns` decides whose step comes next.
 """
 
 from __future__ import annotations
@@ -14,17 +16,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from splitft.adapters import AdapterState
 from splitft.deploy.server.arrivals import Arrival
 from splitft.deploy.server.claims import HeldOutCount, SiteLimits, check_gradient, check_labelled, unusable
 from splitft.deploy.server.inbox import Inbox
-from splitft.errors import AdapterError, ProtocolError, SplitftError
-from splitft.geometry import Span
+from splitft.deploy.server.local_steps import LocalSteps
+from splitft.deploy.server.turns import StepQueue
+from splitft.errors import ProtocolError, ReplicaError, SplitftError
 from splitft.model.devices import synchronize
-from splitft.protocol import Activations, CutGradient, HeadGradient, HeldOutLoss, Message, Stop, expect
+from splitft.protocol import (
+    Activations,
+    CutGradient,
+    HeadGradient,
+    HeldOutLoss,
+    LocalStep,
+    Message,
+    Stop,
+    Wait,
+    expect,
+)
 from splitft.tracking.events import StepDone
 from splitft.training.batching import Group
-from splitft.training.ranks import RankPolicy
 from splitft.training.server import Server
 
 OnStep = Callable[[StepDone], None]
@@ -40,8 +51,13 @@ class StepService:
         steps: Mapping[str, int],
         limits: Mapping[str, SiteLimits],
         refuse: Callable[[str, SplitftError], None],
+        turn_s: float,
     ) -> None:
-        """Go on from these counts of steps; `refuse` is called with a site that sends an invalid step."""
+        """Go on from these counts of steps; `refuse` is called with a site that sends an invalid step.
+
+        `turn_s` is how long one site may keep the others waiting for their turn.
+        """
+        self.queue, self.alone = StepQueue(server, turn_s), LocalSteps(server, limits)
         self._inbox, self._server, self._limits, self._refuse = inbox, server, limits, refuse
         self.steps = dict.fromkeys(inbox.sites, 0) | dict(steps)
         """Optimizer steps of each site in finished rounds."""
@@ -53,15 +69,18 @@ class StepService:
         self._on_step: OnStep | None = None  # None for held-out batches
         self._seconds: dict[str, dict[str, float]] = {}  # of unfinished steps, by leg
 
-    def begin_training(self, participants: Iterable[str], on_step: OnStep) -> None:
-        """Begin the local steps of a round."""
+    def begin_training(self, number: int, participants: Iterable[str], on_step: OnStep) -> None:
+        """Begin the local steps of round `number`."""
         self.done, self._on_step = dict.fromkeys(participants, 0), on_step
         self._seconds = {}
+        self.alone.begin(number)
+        self.queue.begin(training=True)
 
-    def begin_evaluation(self, number: int) -> None:
-        """Begin the held-out batches after round `number`."""
+    def begin_evaluation(self, number: int, count: Callable[[], HeldOutCount] = HeldOutCount) -> None:
+        """Begin the held-out batches after round `number`; `count` makes a site's account of them."""
         self._on_step, self._evaluated = None, number
-        self.held_out = {name: HeldOutCount() for name in self._inbox.sites}
+        self.held_out = {name: count() for name in self._inbox.sites}
+        self.queue.begin(training=False)
 
     def commit(self, sites: Iterable[str]) -> None:
         """Count the round's steps of these sites, whose adapters have arrived."""
@@ -69,16 +88,33 @@ class StepService:
             self.steps[site] += self.done[site]
 
     def discard(self, site: str) -> None:
-        """Discard the site's unfinished step."""
+        """Discard the unfinished step of a site that is out of the round."""
         self._seconds.pop(site, None)
+        for arrival in self.queue.withdraw(site):
+            arrival.refuse(ProtocolError(f"{site} is not in this round"))
+
+    def rest(self, site: str, number: int) -> None:
+        """Take no further step of a site in this round; server and site discard its unfinished one."""
+        self._server.rest(site)
+        self._seconds.pop(site, None)
+        for arrival in self.queue.withdraw(site):
+            self.stop(arrival, number)
 
     def stop(self, arrival: Arrival, number: int) -> None:
-        """Tell a slow site that the round is over; server and site discard its unfinished step."""
-        self._server.forget(arrival.site)
-        self.discard(arrival.site)
+        """Tell a slow site that the round is over. A step that it has taken alone counts."""
+        if isinstance(arrival.message, LocalStep):
+            if not self._accept(arrival):
+                return
+            self._count_alone(arrival.message)
         arrival.reply(Stop(round=number))
 
     def serve(self, arrivals: Iterable[Arrival]) -> None:
+        """Process and answer the steps that are due, these and earlier ones; the others wait."""
+        self.queue.add(arrivals)
+        while due := self.queue.due():
+            self._serve(due)
+
+    def _serve(self, arrivals: Iterable[Arrival]) -> None:
         """Process and answer steps: forward in groups of similar lengths, backward in the same groups."""
         for wave in _one_per_site(arrivals):
             valid = {one.site: one for one in wave if self._accept(one)}
@@ -89,6 +125,10 @@ class StepService:
                         self._add_seconds(message.client, leg, seconds)
             self._forward(valid, [one for one in messages if isinstance(one, Activations)])
             self._backward(valid, [one for one in messages if isinstance(one, HeadGradient)])
+            for message in messages:
+                if isinstance(message, LocalStep):
+                    self._count_alone(message)
+                    valid[message.client].reply(Wait())
 
     def _accept(self, arrival: Arrival) -> bool:
         """Return whether a step may be processed; otherwise refuse it and its sender."""
@@ -112,6 +152,12 @@ class StepService:
             else:
                 self.held_out[site].check(message, self._evaluated, self._limits.get(site))
             self._server.check(message)
+        elif isinstance(message, LocalStep):
+            self.alone.check(message, training)
+            if training:
+                self.alone.check_due(message, self.steps[site], self.done[site])
+            else:
+                self.held_out[site].check(message, self._evaluated, self._limits.get(site))
         elif isinstance(message, HeadGradient) and training:
             check_gradient(message)
             self._server.check(message)
@@ -126,15 +172,20 @@ class StepService:
     def _blame(
         self, arrivals: Mapping[str, Arrival], group: Sequence[Activations | HeadGradient], error: Exception
     ) -> None:
-        """Leave out the senders of steps on which the server's own code has failed."""
+        """Leave out the senders of steps on which the server's own code has failed.
+
+        Raises the error again if a process of the server has ended, which is no sender's fault.
+        """
+        if isinstance(error, ReplicaError):
+            raise error
         for message in group:
             arrival = arrivals[message.client]
             self._leave_out(arrival, unusable(arrival.site, type(message).__name__, error))
 
     def _forward(self, arrivals: Mapping[str, Arrival], messages: list[Activations]) -> None:
         """Run batches in groups; with several devices launch all first, so that each device has work."""
-        groups = self._server.groups(messages)
-        together = max(1, len(groups)) if len(self._server.segment.devices) > 1 else 1
+        groups = self._server.groups(messages) if messages else []
+        together = max(1, len(groups)) if self._server.blocks.pipelined else 1
         for start in range(0, len(groups), together):
             launched = [
                 one for group in groups[start : start + together] for one in self._launch(arrivals, group)
@@ -178,12 +229,22 @@ class StepService:
                     self._finish(site)
             arrivals[site].reply(reply)
 
+    def _count_alone(self, message: LocalStep) -> None:
+        """Count a step or a held-out batch of a site that needs no server."""
+        site = message.client
+        if self._on_step is None:
+            self.held_out[site].add(message)
+        else:
+            self._on_step(self.alone.count(message, self._inbox.traffic_of(site)))
+            self.done[site] += 1
+
     def _count_held_out(self, message: Activations, reply: Message) -> None:
         """Count a held-out batch, with its loss if the labels are here."""
         count = self.held_out[message.client]
         count.add(message)
         if isinstance(reply, HeldOutLoss):
             count.loss = (count.loss or 0.0) + reply.loss
+            count.correct = (count.correct or 0) + (reply.correct or 0)
 
     def _backward(self, arrivals: Mapping[str, Arrival], messages: list[HeadGradient]) -> None:
         for group in self._server.group_gradients(messages):
@@ -225,15 +286,3 @@ def _one_per_site(arrivals: Iterable[Arrival]) -> list[list[Arrival]]:
         waves[seen[arrival.site]].append(arrival)
         seen[arrival.site] += 1
     return waves
-
-
-def check_factors(
-    site: str, adapters: AdapterState, state: AdapterState, cut: int, ranks: RankPolicy
-) -> None:
-    """Raise AdapterError unless an upload has the blocks and shapes of a site at this cut."""
-    if odd := adapters.keys() ^ state.within(Span(0, cut)).keys():
-        raise AdapterError(f"{site} sends other factors than those of its blocks: {min(odd)}")
-    try:
-        ranks.validate_upload(site, adapters, state, cut)
-    except ProtocolError as error:
-        raise AdapterError(str(error)) from error

@@ -108,6 +108,7 @@ def _in_run(site: SiteSpec, config: RunConfig, name: str | None) -> Iterator[Sit
         return
     yield SiteFinding("type", precision.describe(model.spec.dtype, devices))
     blocks = model.shape.blocks
+    cut = blocks if config.clients.cuts == "whole" else cut
     if name is not None:
         yield SiteFinding("cut", _cut_in_words(config, cut, blocks, site))
     head, deepest = config.split.labels == "client", cut or site.bounds.min_cut

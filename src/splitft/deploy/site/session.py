@@ -2,36 +2,35 @@
 
     Register -> Join -> [ RoundStart -> Train -> AdapterUpload -> GlobalAdapters -> Evaluate ] -> EndSession
 
-The client is the object of the simulation. `in_flight` micro-batches of a step are at the server at once,
-while the client works on another. What the site needs beyond a session, the moments of its optimizer, it
-keeps on its own disk. After a refusal or an error of its own the site is out of the round. It keeps asking,
-and waits for the run's state (`Join`) with the next round.
+The client is the object of the simulation; `steps` carries out its steps. What the site needs beyond a
+session, the moments of its optimizer, it keeps on its own disk. After a refusal or an error of its own the
+site is out of the round. It keeps asking, and waits for the run's state (`Join`) with the next round.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from splitft.deploy.requests import Pipeline
+from splitft.deploy.site.codec_trials import TrialLine
 from splitft.deploy.site.connection import Connection, WorkClock, heartbeats, reason_of
-from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.policy import SitePolicy
+from splitft.deploy.site.site_store import KeptState, SiteStore
+from splitft.deploy.site.steps import RefusedError, SiteSteps, StoppedError
 from splitft.errors import ForbiddenError, ProtocolError, SplitftError, TransportError
-from splitft.model.devices import synchronize
+from splitft.model.devices import CPU
 from splitft.protocol import (
-    Activations,
     AdapterUpload,
+    ChooseCodecs,
+    CodecsChosen,
     Declined,
     EndSession,
     Evaluate,
     GlobalAdapters,
-    HeadGradient,
     Join,
-    LastHidden,
     Message,
     Next,
     Refused,
@@ -43,9 +42,9 @@ from splitft.protocol import (
     Wait,
 )
 from splitft.protocol.codec_state import CodecState
+from splitft.protocol.serializer import always
+from splitft.run.codec_choice import check_choice, choose_codecs, with_codecs
 from splitft.training.client import Client
-
-T = TypeVar("T")
 
 AFTER_ERROR_S = 1.0
 """Pause after an error of this site's own."""
@@ -54,14 +53,6 @@ HURRIED_S = 0.1
 MOST_FAILURES = 3
 """A site that could not complete so many rounds in a row leaves the session."""
 logger = logging.getLogger(__name__)
-
-
-class RefusedError(ProtocolError):
-    """The server refused what this site sent."""
-
-
-class _StoppedError(Exception):
-    """The round is over for this site."""
 
 
 class _SessionEndedError(Exception):
@@ -76,7 +67,7 @@ class SiteSession:
         register: Register,
         connection: Connection,
         open_client: Callable[[int], Client],
-        store: OptimizerStore,
+        store: SiteStore,
         policy: SitePolicy | None = None,
         check_paused: Callable[[], None] = lambda: None,
     ) -> None:
@@ -90,13 +81,13 @@ class SiteSession:
         self._open_client, self._store, self._policy = open_client, store, policy
         self._check_paused = check_paused
         channels = [connection.channel(number) for number in range(connection.in_flight)]
-        self._channel, self._steps = channels[0], Pipeline(channels, connection.patience_s)
+        self._channel, self._clock = channels[0], WorkClock()
+        pipeline = Pipeline(channels, connection.patience_s)
+        self._steps = SiteSteps(pipeline, self._clock, self._write, self._read)
         self._client: Client | None = None
         self._joined = False  # whether this site knows the run's state
         self._failures = 0  # since it has last completed an order
         self._codec_state = CodecState(connection.seed, self._name)
-        self._clock = WorkClock()
-        self._seconds: defaultdict[str, float] = defaultdict(float)  # computed since the last step message
 
     def run(self) -> str:
         """Take part until the session ends; returns why it did. Raises TransportError without a server."""
@@ -116,7 +107,7 @@ class SiteSession:
         while True:
             try:
                 order = self._ask(self._carry_out(order))
-            except _StoppedError:
+            except StoppedError:
                 order = self._ask(self._stored(self._joined_client().upload()))
             except (TransportError, _SessionEndedError):
                 raise
@@ -177,26 +168,55 @@ class SiteSession:
             self._check_adapters(client)
             return self._stored(ready)
         if isinstance(order, Train):
-            self._seconds.clear()
+            self._steps.begin()
             for _ in range(order.steps):
-                self._step(client)
+                self._pause_between_steps()
+                self._steps.take(client)
+            self._steps.settle()
             return self._stored(client.upload())
         if isinstance(order, GlobalAdapters):
             client.install(order)
             self._check_adapters(client)
             return done
+        if isinstance(order, ChooseCodecs):
+            return self._choose_codecs(client)
         if isinstance(order, Evaluate):
-            return self._evaluate(client)
+            return self._evaluate(client, order.round)
         raise ProtocolError(f"{type(order).__name__} is no order")
 
-    def _evaluate(self, client: Client) -> Message:
+    def _evaluate(self, client: Client, round: int) -> Message:
         """Evaluate the adapters on the held-out text, batch by batch."""
+        self._steps.begin()
         for index in range(len(client.held_out)):
-            self._check_paused()
-            client.held_out.head(_step_reply(self._ask(client.held_out.forward(index))))
-            if self._policy is not None:
-                self._account(self._policy)
+            self._pause_between_steps()
+            self._steps.evaluate(client, index, round)
+        self._steps.settle()
         return client.held_out.result()
+
+    def _choose_codecs(self, client: Client) -> CodecsChosen:
+        """Try codecs on the held-out text, and use those that fit from now on."""
+        line = TrialLine(
+            self._name, self._ask, self._use_codecs, self._codec_state, self._pause_between_steps
+        )
+        wire, reason = self._connection.serializer.wire, "the whole model is here: nothing is sent in steps"
+        candidates = self._connection.candidates
+        if client.whole:
+            hidden, gradient = candidates.hidden[-1], candidates.gradient[-1]
+        else:
+            wire, reason = choose_codecs(client, line, wire, candidates)
+            hidden, gradient = wire.hidden, wire.gradient
+        self._use_codecs(hidden, gradient)
+        logger.info("%s sends hidden states in %s, gradients in %s: %s", self._name, hidden, gradient, reason)
+        return CodecsChosen(client=self._name, hidden=hidden, gradient=gradient, reason=reason)
+
+    def _use_codecs(self, hidden: str, gradient: str) -> None:
+        self._serializer = with_codecs(self._connection.serializer, hidden, gradient)
+
+    def _pause_between_steps(self) -> None:
+        """Let the data owner's pause and limits take effect."""
+        self._check_paused()
+        if self._policy is not None:
+            self._account(self._policy)
 
     def _check_adapters(self, client: Client) -> None:
         """Check adapters that were just received, before they are used."""
@@ -216,47 +236,34 @@ class SiteSession:
         """Take over the run's state, with this site's own moments."""
         if self._policy is not None:
             self._policy.check_join(order.cut, order.manifest, order.tensors)
+        if order.hidden:
+            check_choice(order.hidden, order.gradient, self._connection.serializer.wire)
+            self._use_codecs(order.hidden, order.gradient)
         self._store.check_text(order.round)
         if self._client is None:
             self._client = self._open_client(order.cut)
-        self._client.join(order, self._store.load(order.round, order.cut, order.steps))
+        kept = self._store.load(order.round, order.cut, order.steps)
+        self._client.join(order, kept.moments, kept.own)
+        if order.steps and self._client.blocks.personal() and not kept.own:
+            logger.warning(
+                "%s keeps factors of its own in this run, but found none of its %d steps (a new disk, or a "
+                "folder that was deleted): they begin again as before round 1",
+                self._name,
+                order.steps,
+            )
         self._check_adapters(self._client)
         self._joined = True
         logger.info("%s joins after round %d with cut %d", self._name, order.round, order.cut)
 
     def _stored(self, message: RoundReady | AdapterUpload) -> RoundReady | AdapterUpload:
-        """Save the moments, then return the message that the client has moved or trained."""
-        client = self._joined_client()
-        self._store.save(message.round, client.plan.cut, *client.optimizer_state())
+        """Save what this site keeps, then return the message that the client has moved or trained."""
+        client, begun = self._joined_client(), isinstance(message, RoundReady)
+        steps, moments = client.optimizer_state()
+        state = KeptState(moments, client.blocks.personal())
+        self._store.save(message.round, client.plan.cut, steps, state, begun=begun)
         if isinstance(message, AdapterUpload):
             self._failures = 0
         return message
-
-    def _step(self, client: Client) -> None:
-        """Take one step: send a micro-batch whenever a channel is free, process the replies in order."""
-        self._check_paused()
-        if self._policy is not None:
-            self._account(self._policy)
-        try:
-            self._send(self._timed("client_forward", client.forward))
-            while self._steps or client.unsent:
-                while client.unsent and not self._steps.full:
-                    self._send(self._timed("client_forward", client.forward))
-                reply = _step_reply(self._read(self._clock.waiting(self._steps.reply)))
-                if isinstance(reply, LastHidden):
-                    self._send(self._timed("head", client.head, reply))
-                else:
-                    self._timed("client_backward", client.backward, reply)
-        finally:
-            self._steps.drain()
-
-    def _timed(self, leg: str, work: Callable[..., T], *arguments: Message) -> T:
-        """Do one leg of a step, and add its seconds to those that the next step message reports."""
-        began = time.perf_counter()
-        result = work(*arguments)
-        synchronize(self._joined_client().segment.devices)
-        self._seconds[leg] += time.perf_counter() - began
-        return result
 
     def _joined_client(self) -> Client:
         if self._client is None or not self._joined:
@@ -265,29 +272,17 @@ class SiteSession:
 
     # --- messages ---------------------------------------------------------------------------------
 
-    def _send(self, message: Activations | HeadGradient) -> None:
-        """Send a step, with the seconds computed for it; its reply comes from `self._steps`."""
-        seconds = {leg: round(spent, 6) for leg, spent in self._seconds.items()}
-        self._seconds.clear()
-        message = message.model_copy(update={"seconds": seconds})
-        self._steps.send(self._serializer.to_bytes(message, self._codec_state))
+    def _write(self, message: Message) -> bytes:
+        return self._serializer.to_bytes(message, self._codec_state)
 
     def _ask(self, message: Message) -> Message:
         """Send a message and return the reply. Raises _SessionEndedError if the session has ended."""
-        data = self._serializer.to_bytes(message, self._codec_state)
+        data = self._write(message)
         return self._read(self._clock.waiting(lambda: self._channel.ask(data, self._connection.patience_s)))
 
     def _read(self, data: bytes) -> Message:
-        reply = self._serializer.from_bytes(data, state=self._codec_state)
+        place = always(CPU if self._client is None else self._client.segment.device)
+        reply = self._serializer.from_bytes(data, state=self._codec_state, place=place)
         if isinstance(reply, EndSession):
             raise _SessionEndedError(reply.reason)
         return reply
-
-
-def _step_reply(reply: Message) -> Message:
-    """Return the reply to a step. Raises if the step was refused, or the round is over."""
-    if isinstance(reply, Stop):
-        raise _StoppedError
-    if isinstance(reply, Refused):
-        raise RefusedError(f"{reply.error}: {reply.reason}")
-    return reply

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from splitft.config import RunConfig
 from splitft.deploy.run_terms import MAX_DEVICE_NUMBER, RunTerms, load_run_terms, select_sites, site_names
 from splitft.deploy.site.limits import OrderLimits, WorkLedger
-from splitft.deploy.site.policy import SitePolicy, at_site, refusals
+from splitft.deploy.site.policy import SitePolicy, at_site, candidates_of, refusals
 from splitft.errors import DeployError, ForbiddenError
 from splitft.model.devices import find_device
 from splitft.model.source import silence_transformers
 from splitft.protocol import Register
+from splitft.run.codec_choice import Candidates
 from splitft.run.fleet import fleet_of, workload_of
 from splitft.run.inputs import gather
 from splitft.run.setup import defence_of, public_text
@@ -42,6 +43,8 @@ class SiteParty:
     """What the data owner forbids."""
     text: str = ""
     """Fingerprint of the site's text, which stays here."""
+    candidates: Candidates = Candidates()  # noqa: RUF009 frozen
+    """Codecs that the site may choose."""
 
 
 def open_site(
@@ -80,6 +83,8 @@ def open_site(
         own = inputs.clients[index]
         work = workload_of(config, own.stream)
         device, memory_at = _machine(terms, name, work, site)
+    if config.clients.cuts == "whole":
+        fixed_cut = terms.model.shape.blocks
     policy = SitePolicy(site, terms.model, config.split.labels == "client", memory_at, limits)
     if fixed_cut is None:
         policy.check_some_cut_fits()
@@ -110,17 +115,18 @@ def open_site(
                 own.held_out,
                 config.split.labels,
                 defence,
+                numbered=config.wire.needs_example_ids,
                 device=terms.devices.of_client(0),
             )
             return Client(name, inputs.model, cut, setup)
 
     limits.work(time.monotonic() - began)
     text = f"{own.facts.trained_on} {own.facts.held_out}"
-    return SiteParty(terms, register, open_client, policy, text)
+    return SiteParty(terms, register, open_client, policy, text, candidates_of(site, config))
 
 
 def fixed_cut_of(config: RunConfig, index: int) -> int | None:
-    """Return the cut of a site by its number in the run; None if the controller chooses it."""
+    """Return the cut of a site by its number; None if the controller chooses it, or all blocks are meant."""
     return config.cuts[index] if config.cuts and not config.schedule.adaptive else None
 
 

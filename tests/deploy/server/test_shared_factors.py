@@ -1,0 +1,263 @@
+"""Sites that train one copy of the server's factors, or have the whole model, train what a simulation trains.
+
+Where results depend on the order in which steps arrive, a transport imposes the simulation's.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from deploy.network import HEAD_BYTES, SPEC, deployed, kind_of
+from deploy.server.test_federation import Cut, Dying, Faulty, difference
+from laws.federations import federation, play, write_text
+from splitft.protocol.frame import open_frame
+from splitft.schedule.arrival_order import StepMark
+from splitft.training.batching import in_random_order
+
+CUTS = [1, 2, 3]
+EVERYONE = ("client-1", "client-2", "client-3")
+TRAINING = {"rounds": 2, "steps": 3}
+FLEET = {"devices": ["laptop", "phone", "workstation"], "links": ["dsl", "lte", "lan"]}
+KINDS = {"begins": "Activations", "completes": "HeadGradient"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "notes.jsonl")
+
+
+@pytest.fixture
+def parties(tiny_llama, text):
+    def make(mode, cuts=CUTS, **sections):
+        sections = {"split": {"server_adapters": mode}, "training": TRAINING, "schedule": FLEET} | sections
+        return federation(tiny_llama, text, cuts, **sections)
+
+    return make
+
+
+class Conductor:
+    """Lets the messages of training steps through to the server one by one, in a given order."""
+
+    def __init__(self, order):
+        self._order, self._changed = list(order), threading.Condition()
+
+    def of(self, site):
+        return lambda transport: _Conducted(self, site, transport)
+
+    def through(self, mark, ask):
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._order[0] == mark, 20), (mark, self._order[:3])
+        answer = ask()
+        with self._changed:
+            del self._order[0]
+            self._changed.notify_all()
+        return answer
+
+
+class _Conducted:
+    def __init__(self, conductor, site, transport):
+        self._conductor, self._site, self._transport, self._known = conductor, site, transport, b""
+
+    def ask(self, data, within_s):
+        def ask():
+            return self._transport.ask(data, within_s)
+
+        frame = open_frame(data[HEAD_BYTES:])
+        if frame.kind not in KINDS.values() or not frame.fields.get("training", True) or data == self._known:
+            return ask()
+        answer = self._conductor.through((self._site, frame.kind), ask)
+        self._known = data
+        return answer
+
+
+def order_in_turn(prepared):
+    """The order that a simulation draws, as messages."""
+    training, seed = prepared.config.training, prepared.ranks.seed
+    split = [one.name for one in prepared.clients if not one.whole]
+    return [
+        (name, kind)
+        for number in range(1, training.rounds + 1)
+        for step in range(training.steps)
+        for [name] in in_random_order(split, [seed, number, step])
+        for kind in KINDS.values()
+    ]
+
+
+def order_by_arrival(prepared):
+    """The order of the simulated clock, as messages."""
+    training = prepared.config.training
+    cuts = {one.name: one.plan.cut for one in prepared.clients if not one.whole}
+    return [
+        (mark.client, KINDS[mark.event])
+        for number in range(1, training.rounds + 1)
+        for mark in prepared.cut_schedule.arrival_order(number, cuts, training.steps)
+    ]
+
+
+ORDERS = {"shared-in-turn": order_in_turn, "shared-by-arrival": order_by_arrival}
+MODES = ["shared", "shared-in-turn", "shared-by-arrival"]
+
+
+def run(prepared, around=lambda site, transport: transport, spec=SPEC):
+    """Deploy in the order that the simulation has; `around` wraps each site's transport."""
+    split = prepared.config.split
+    conductor = None
+    if split.server_adapters in ORDERS:
+        order = ORDERS[split.server_adapters](prepared)
+        if split.labels == "server":  # one message a step
+            order = [mark for mark in order if mark[1] == "Activations"]
+        conductor = Conductor(order)
+
+    def wrapped(site, transport):
+        return around(site, conductor.of(site)(transport) if conductor else transport)
+
+    transports = {name: (lambda transport, name=name: wrapped(name, transport)) for name in EVERYONE}
+    return deployed(prepared, transports, spec)
+
+
+def assert_equal(outcome, simulated):
+    assert outcome.error is None
+    assert not outcome.of("SiteChanged")
+    assert difference(outcome.state, simulated) < 1e-6
+    assert outcome.state.losses == pytest.approx(simulated.losses, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mode", "labels"),
+    [(mode, "client") for mode in MODES] + [("shared", "server"), ("shared-in-turn", "server")],
+)
+def test_sites_that_share_the_servers_factors_learn_what_the_simulation_does(parties, mode, labels):
+    split = {"split": {"server_adapters": mode, "labels": labels}}
+    assert_equal(run(parties(mode, **split)), play(parties(mode, **split))[0])
+
+
+@pytest.mark.fault(
+    "requests and answers are lost, requests repeated, {mode}", "the adapters equal the simulation's"
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_lost_and_repeated_messages_change_nothing(parties, mode):
+    made = []
+
+    def faulty(site, transport):
+        made.append(Faulty(transport, len(made)))
+        return made[-1]
+
+    assert_equal(run(parties(mode), faulty), play(parties(mode))[0])
+    assert sum(one.faults for one in made) > 5
+
+
+def test_parts_of_a_common_step_in_flight_change_nothing(parties):
+    parts = {"training": {**TRAINING, "micro_batches": 2, "in_flight": 2}}
+    assert_equal(run(parties("shared", **parts)), play(parties("shared"))[0])
+
+
+# --- the whole model at a site ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "cuts"),
+    [("per-client", [4, 4, 4]), ("per-client", [4, 1, 2]), *((mode, [1, 4, 2]) for mode in MODES)],
+)
+def test_sites_with_the_whole_model_and_others_learn_what_the_simulation_does(parties, mode, cuts):
+    prepared = parties(mode, cuts)
+    outcome = run(prepared)
+    simulated, events = play(parties(mode, cuts))
+    assert_equal(outcome, simulated)
+    whole = EVERYONE[cuts.index(4)]
+    steps = [(one.step, one.tokens, one.examples) for one in outcome.of("StepDone") if one.client == whole]
+    assert steps == [
+        (one.step, one.tokens, one.examples)
+        for one in events
+        if one.event == "StepDone" and one.client == whole
+    ]
+    assert [one.loss for one in outcome.of("StepDone") if one.client == whole] == pytest.approx(
+        [one.loss for one in events if one.event == "StepDone" and one.client == whole], rel=1e-6
+    )
+
+
+def test_a_slow_site_with_the_whole_model_is_stopped_and_its_steps_count(parties):
+    prepared = parties("per-client", [4, 1, 2], training={"rounds": 2, "steps": 8})
+    slow = next(client for client in prepared.clients if client.whole)
+    step = slow.step_alone
+    slow.step_alone = lambda: time.sleep(0.5) or step()
+    outcome = deployed(prepared, spec=SPEC.model_copy(update={"slack": 1.0, "patience_s": 1.0}))
+    assert outcome.error is None
+    assert set(outcome.states(slow.name)) == {"late"}, outcome.reasons(slow.name)
+    assert outcome.participants() == [EVERYONE, EVERYONE]
+    steps = [event.step for event in outcome.of("StepDone") if event.client == slow.name]
+    assert steps == list(range(len(steps)))
+    assert slow.steps == len(steps) < 16  # the last, which was underway, is reported too
+
+
+# --- sites that vanish, or are slow ------------------------------------------------------------------
+
+
+@pytest.mark.fault(
+    "a site vanishes in the middle of a step, {mode}", "the others go on; of its step nothing remains"
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_site_that_vanishes_in_the_middle_of_a_step_does_not_hold_up_the_others(parties, mode):
+    spec = SPEC.model_copy(update={"silence_s": 2.0})
+    outcome = deployed(
+        parties(mode), {"client-2": lambda transport: Dying(transport, "HeadGradient", 2)}, spec
+    )
+    assert outcome.error is None
+    assert outcome.states("client-2") == ["lost"]
+    assert outcome.participants() == [("client-1", "client-3")] * 2
+    for name in ("client-1", "client-3"):
+        assert [one.step for one in outcome.of("StepDone") if one.client == name] == list(range(6))
+    assert [one.step for one in outcome.of("StepDone") if one.client == "client-2"] == [0]
+    assert outcome.state.adapters.all_finite()
+
+
+class Hanging:
+    """Is alive, and does not send its n-th gradient for some seconds."""
+
+    def __init__(self, transport, nth, seconds):
+        self._transport, self._left, self._seconds = transport, nth, seconds
+
+    def ask(self, data, within_s):
+        if kind_of(data) == "HeadGradient":
+            self._left -= 1
+            if self._left == 0:
+                time.sleep(self._seconds)
+        return self._transport.ask(data, within_s)
+
+
+@pytest.mark.fault("a site hangs in a common step, alive", "it is stopped, and the others go on")
+def test_a_site_that_hangs_in_a_common_step_is_stopped_and_the_others_go_on(parties):
+    spec = SPEC.model_copy(update={"slack": 1.0, "patience_s": 2.0})
+    outcome = deployed(parties("shared"), {"client-2": lambda transport: Hanging(transport, 2, 6)}, spec)
+    assert outcome.error is None
+    assert outcome.states("client-2")[0] == "late"
+    for name in ("client-1", "client-3"):
+        assert [one.step for one in outcome.of("StepDone") if one.client == name] == list(range(6))
+
+
+@pytest.mark.fault(
+    "a site is silent in its turn for longer than turn_s", "the turn passes on, and it takes the step again"
+)
+def test_a_turn_passes_on_and_the_step_is_taken_again(parties):
+    """The oracle is a simulation whose steps come in the order in which they were completed."""
+    spec = SPEC.model_copy(update={"turn_s": 0.5})
+    outcome = deployed(
+        parties("shared-in-turn"), {"client-2": lambda transport: Cut(transport, "HeadGradient", 2, 4)}, spec
+    )
+    done = [(event.round, event.client) for event in outcome.of("StepDone")]
+
+    def order(number, cuts, steps):
+        return [
+            StepMark(client, event) for r, client in done if r == number for event in ("begins", "completes")
+        ]
+
+    def ordered(simulation):
+        simulation._order = order
+        return simulation
+
+    assert_equal(outcome, play(parties("shared-by-arrival"), around=ordered)[0])
+    assert sorted(done) == sorted((r, name) for r in (1, 2) for name in EVERYONE for _ in range(3))
+    first = [client for number, client in done if number == 1]
+    assert first[-1] == "client-2"  # the others were not held up by its line
