@@ -147,6 +147,15 @@ def test_two_clients_that_arrive_together_share_a_group_and_its_overhead():
     assert apart.idle_s("server") == 2
 
 
+def test_a_group_has_the_fixed_time_of_blocks_once_that_of_its_shallowest_client():
+    deep, shallow = (Leg("server_step", 2.0 + fixed, tokens=8, shared_s=fixed) for fixed in (0.5, 1.5))
+    clients = [ClientRound("a", (), (deep,), 1, ()), ClientRound("b", (), (shallow,), 1, ())]
+    together = simulate_round(clients, ServerProfile(SERVER.device, 0.0, 16))
+    apart = simulate_round(clients, ServerProfile(SERVER.device, 0.0, 8))
+    assert (together.round_s, apart.round_s) == (2 + 2 + 1.5, 2.5 + 3.5)
+    assert shallow.scaled(2.0) == replace(shallow, seconds=7.0, shared_s=3.0)
+
+
 def test_micro_batches_in_flight_hide_the_link_and_reach_the_bound():
     step = (Leg("client_forward", 2.0), Leg("up_hidden", 2.0), Leg("server_step", 2.0, tokens=1))
     one = ClientRound("a", (), step, 1, ())

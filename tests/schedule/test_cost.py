@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -55,6 +56,25 @@ def test_blocks_that_are_computed_again_take_their_forward_pass_twice(labels):
     assert again["client_backward"].seconds - kept["client_backward"].seconds == 2 * 16 * 1.0
     assert again[at_server].seconds - kept[at_server].seconds == 4 * 16 * 0.5
     assert {name for name in kept if again[name] != kept[name]} == {"client_backward", at_server}
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("labels", ["client", "server"])
+def test_the_fixed_time_of_blocks_is_theirs_on_both_sides_and_a_groups_on_the_server(labels, again):
+    fixed_s, passes = 7.0, {"forward": 1, "backward": 2 if again else 1}
+    slow = replace(SERVER, device=replace(SERVER.device, block_overhead_s=fixed_s))
+    free = costs(labels=labels, checkpoint_blocks=again)
+    device = replace(client().device, block_overhead_s=fixed_s)
+    without = {leg.name: leg for leg in step_legs(free, client(), cut=2)}
+    with_it = {leg.name: leg for leg in step_legs(replace(free, server=slow), client(device=device), cut=2)}
+    added = {name: leg.seconds - without[name].seconds for name, leg in with_it.items()}
+    shared = {name: leg.shared_s for name, leg in with_it.items() if leg.shared_s}
+    on_server = {f"server_{way}": 4 * times * fixed_s for way, times in passes.items()}
+    if labels == "server":
+        on_server = {"server_step": sum(on_server.values())}
+    assert shared == on_server
+    of_client = {f"client_{way}": 2 * times * fixed_s for way, times in passes.items()}
+    assert {name: more for name, more in added.items() if more} == on_server | of_client
 
 
 def test_with_labels_on_the_server_there_is_one_visit_and_the_text_travels():

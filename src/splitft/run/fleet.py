@@ -64,7 +64,8 @@ class _Machines:
             devices = self._devices.server if name == "server" else self._devices.clients
             found = measured(self.model, self.ranks, self.config.training, devices[0])
             return replace(found, name=name)
-        return replace(device_preset(given, self.sizes, self.config.data.max_tokens), name=name)
+        context, launches = self.config.data.max_tokens, self.config.schedule.launch_overhead
+        return replace(device_preset(given, self.sizes, context, launches), name=name)
 
     def link(self, name: str, given: str | LinkSpec) -> Link:
         """Return a link under its owner's name."""

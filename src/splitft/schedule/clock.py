@@ -60,7 +60,7 @@ class ClientRound:
         if not ratios:
             return self
         before, step, after = (
-            tuple(replace(leg, seconds=leg.seconds * ratios.get(leg.name, 1.0)) for leg in legs)
+            tuple(leg.scaled(ratios.get(leg.name, 1.0)) for leg in legs)
             for legs in (self.before, self.step, self.after)
         )
         return replace(self, before=before, step=step, after=after)
@@ -199,7 +199,8 @@ class _Clock:
 
     def work(self, where: _PlaceKey, group: list[SimulatedBatch], now_s: float) -> None:
         """Occupy a place with one leg of this group, and record the intervals."""
-        seconds = sum(batch.leg.seconds for batch in group)
+        fixed_s = [batch.leg.shared_s for batch in group]
+        seconds = sum(batch.leg.seconds for batch in group) - (sum(fixed_s) - max(fixed_s))
         if where[1] == "server":
             seconds += self.server.group_overhead_s
         end_s = now_s + seconds

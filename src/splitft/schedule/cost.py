@@ -66,11 +66,17 @@ class Leg:
     """Bytes that it sends."""
     tokens: float = 0.0
     """Padded tokens, which limit the server's groups."""
+    shared_s: float = 0.0
+    """The part of `seconds` that a group at the server has once: fixed time of blocks, for any tokens."""
 
     @property
     def place(self) -> Place:
         """The place that it occupies."""
         return LEGS[self.name]
+
+    def scaled(self, ratio: float) -> Leg:
+        """Return the leg with so many times its seconds."""
+        return replace(self, seconds=self.seconds * ratio, shared_s=self.shared_s * ratio)
 
 
 def step_legs(costs: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg, ...]:
@@ -94,9 +100,11 @@ def step_legs(costs: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg,
     server = costs.server.device
     server_forward_s = (L - cut) * server.block_forward_s(padded)
     server_backward_s = (L - cut) * _backward_s(costs, server, padded)
+    fixed_s = (L - cut) * server.block_forward_s(0), (L - cut) * _backward_s(costs, server, 0)
     if costs.labels == "server":
         server_s = server_forward_s + work.labelled_tokens * server.head_s_per_token + server_backward_s
-        server_step = Leg("server_step", server_s + rows * (decode_hidden_s + encode_grad_s), tokens=padded)
+        server_s += rows * (decode_hidden_s + encode_grad_s)
+        server_step = Leg("server_step", server_s, tokens=padded, shared_s=sum(fixed_s))
         up_hidden = _up(client, "up_hidden", rows * wire.hidden + work.labelled_tokens * LABEL_BYTES)
         return forward, up_hidden, server_step, down_gradient, backward
     server_forward_s = server_forward_s + rows * decode_hidden_s + labelled_rows * encode_hidden_s
@@ -104,11 +112,11 @@ def step_legs(costs: SharedCosts, client: ClientProfile, cut: int) -> tuple[Leg,
     return (
         forward,
         _up(client, "up_hidden", rows * wire.hidden),
-        Leg("server_forward", server_forward_s, tokens=padded),
+        Leg("server_forward", server_forward_s, tokens=padded, shared_s=fixed_s[0]),
         _down(client, "down_hidden", labelled_rows * wire.hidden),
         head,
         _up(client, "up_gradient", labelled_rows * wire.gradient),
-        Leg("server_backward", server_backward_s, tokens=padded),
+        Leg("server_backward", server_backward_s, tokens=padded, shared_s=fixed_s[1]),
         down_gradient,
         backward,
     )
