@@ -22,6 +22,8 @@ Factors = dict[Layer, tuple[torch.Tensor, torch.Tensor]]
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Right-padded token ids (B, T), and the same with -100 where there is no loss."""
 Batches = Sequence[Sequence[Sequence[Batch]]]
+Order = Sequence[tuple[int, bool]]
+"""Clients whose step begins (True) or completes (False), in order."""
 
 
 class Whole:
@@ -131,6 +133,40 @@ def client_by_client(
                 _step(at_server, loss, at_clients[client])
         mean = _mean([(_tokens(steps), _detached(one)) for steps, one in zip(clients, own, strict=True)])
         start = {**mean, **_detached(server)}
+    return start
+
+
+def by_arrival(
+    whole: Whole, start: Factors, batches: Batches, lr: float, cuts: Sequence[int], orders: Sequence[Order]
+) -> Factors:
+    """Delayed gradients: a step's gradient is of the server's factors as they were when it began.
+
+    `orders` are by round: clients whose step begins (True) or completes (False), in order; `cuts` by client.
+    """
+    for clients, order in zip(batches, orders, strict=True):
+        server = _leaves(_deeper(start, min(cuts)))
+        at_server = _adam(server, lr)
+        own = [_leaves(_shallower(start, cut)) for cut in cuts]
+        at_clients = [_adam(one, lr) for one in own]
+        seen: dict[int, Factors] = {}
+        taken = [0 for _ in clients]
+        for client, begins in order:
+            if begins:
+                seen[client] = _leaves(_detached(_deeper(server, cuts[client])))
+                continue
+            loss = whole.loss({**own[client], **seen[client]}, clients[client][taken[client]])
+            loss.backward()
+            taken[client] += 1
+            at_clients[client].step()
+            at_clients[client].zero_grad()
+            for layer, pair in seen[client].items():  # given to the factors of today
+                for today, old in zip(server[layer], pair, strict=True):
+                    today.grad = old.grad
+            at_server.step()
+            at_server.zero_grad()
+        ends = [{**_deeper(_detached(server), cut), **_detached(one)}
+                for cut, one in zip(cuts, own, strict=True)]  # fmt: skip
+        start = _mean([(_tokens(steps), one) for steps, one in zip(clients, ends, strict=True)])
     return start
 
 

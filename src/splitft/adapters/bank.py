@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -126,6 +126,19 @@ class AdapterBank:
             norm = float(torch.linalg.vector_norm(weight.detach(), dtype=wide))
             self._weight_norms[key] = max(norm, 1e-3 * math.sqrt(weight.numel()))  # a weight may be zero
         return self._weight_norms[key]
+
+    def copy(self, slot: str, to: str, blocks: Container[int]) -> None:
+        """Set slot `to` to a copy of a slot's factors in these blocks; what is not trained is the same."""
+        for (block, _), layer in self._layers.items():
+            if block in blocks and (one := layer.slots.get(slot)) is not None:
+                layer.slots[to] = one.copied()
+                layer.forget_stack()
+
+    def hand_over(self, slot: str, to: str) -> None:
+        """Give a slot's gradients to the same parameters of slot `to`."""
+        receivers = self.parameters(to)
+        for key, parameter in self.parameters(slot).items():
+            receivers[key].grad, parameter.grad = parameter.grad, None
 
     def drop(self, slot: str) -> None:
         """Remove a slot."""

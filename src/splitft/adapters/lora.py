@@ -94,6 +94,15 @@ class SlotFactors:
             magnitude=None if self.magnitude is None else _moved(self.magnitude, device),
         )
 
+    def copied(self) -> SlotFactors:
+        """Return the factors as new parameters with values of their own."""
+        return replace(
+            self,
+            A=_copied(self.A),
+            B=_copied(self.B),
+            magnitude=None if self.magnitude is None else _copied(self.magnitude),
+        )
+
     def changes(self) -> tuple[int, ...]:
         """Return numbers of which one rises when A or B is changed in place."""
         return (*changes(self.A), *changes(self.B))
@@ -201,6 +210,10 @@ class LoraLayer(nn.Module):
 
 def _moved(factor: nn.Parameter, device: torch.device) -> nn.Parameter:
     return nn.Parameter(factor.detach().to(device), requires_grad=factor.requires_grad)
+
+
+def _copied(factor: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(factor.detach().clone(), requires_grad=factor.requires_grad)
 
 
 def _product_norm(A: torch.Tensor, B: torch.Tensor) -> float:

@@ -66,7 +66,7 @@ class LocalOptimizer:
     ) -> None:
         """Begin a round (from 1); `lr_ratio` is the learning rate of B over that of A (LoRA+)."""
         self._parameters, self._spec, self._lr_ratio = dict(parameters), spec, lr_ratio
-        self._steps = (round - 1) * spec.steps
+        self._first = self._steps = (round - 1) * spec.steps
         self._state: dict[ParameterKey, Moments] = {}
         if moments:
             self._restore(moments)
@@ -74,6 +74,11 @@ class LocalOptimizer:
     def step(self, divide_by: float = 1) -> None:
         """Apply the gradients, divided by `divide_by`, and clear them."""
         step_together([self], divide_by)
+
+    def at(self, step: int) -> LocalOptimizer:
+        """Go to a local step of the round, from 0, for the learning rate of the next update; return self."""
+        self._steps = self._first + step
+        return self
 
     def forget(self) -> None:
         """Clear the gradients without applying them."""

@@ -234,9 +234,9 @@ PRIVACY = (
         "found {found:g}, but the bound is on A and B, and lora.method dora trains magnitudes too; give "
         "lora.method: lora"),
     Requirement(("privacy.updates.clip_norm", "split.server_adapters"),
-        lambda c: c.split.server_adapters == "shared" and c.privacy.updates.clip_norm,
-        "found {found:g}, but with split.server_adapters shared all clients train one set of factors, so no "
-        "client has an update to bound; give per-client"),
+        lambda c: c.split.server_adapters != "per-client" and c.privacy.updates.clip_norm,
+        "found {found:g}, but with split.server_adapters {c.split.server_adapters} all clients train one set "
+        "of factors, so no client has an update to bound; give per-client"),
     Requirement(("privacy.{index}.defence", "split.labels"),
         lambda c: {role: defence for role in ("hidden", "gradient", "labels")
                    if (defence := getattr(c.privacy, role).defence) != "none" and c.split.labels == "server"},

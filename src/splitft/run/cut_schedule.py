@@ -19,6 +19,7 @@ from functools import cached_property
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
 from splitft.privacy.known_leakage import audited_recovery, check_fixed_cuts, shallowest_cut
+from splitft.schedule.arrival_order import StepMark, arrival_order
 from splitft.schedule.clock import client_round, simulate_in_turn, simulate_round
 from splitft.schedule.codec_cost import WireBytes
 from splitft.schedule.controllers import Decision, choose
@@ -232,6 +233,16 @@ class CutSchedule:
             if with_bars
             else (),
         )
+
+    def arrival_order(self, number: int, cuts: Mapping[str, int], steps: int) -> list[StepMark]:
+        """Return the order of these clients' steps at the server, as the clock has it in a round.
+
+        Implements `schedule.arrival_order.ArrivalOrder`.
+        """
+        clients = {client.name: client for client in self._clients(number)}
+        costs = self.fleet.costs
+        rounds = [replace(client_round(costs, clients[name], cut), steps=steps) for name, cut in cuts.items()]
+        return arrival_order(simulate_round(rounds, costs.server), rounds) if rounds else []
 
     def machines(self) -> dict[str, str]:
         """Return the description of each machine and link, for the record."""

@@ -72,7 +72,8 @@ class RunSetup:
     def simulation(self, tap: Tap | None = None) -> Simulation:
         """Return the parties on channels in this process."""
         serializers = {client.name: self.serializer_of(client.name) for client in self.clients}
-        return Simulation(self.server, self.clients, serializers, tap, self.config.seed)
+        order = self.cut_schedule.arrival_order
+        return Simulation(self.server, self.clients, serializers, tap, self.config.seed, order)
 
     def trainer(
         self,

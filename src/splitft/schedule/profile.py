@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from splitft.errors import ScheduleError
+from splitft.specs import ServerAdapters
 
 GB = 1e9
 MBIT_PER_S = 1e6 / 8
@@ -131,7 +131,7 @@ class ServerProfile:
     """Fixed seconds of a group, for any size."""
     group_tokens: float = 0.0
     """Clients are grouped while they have at most this many padded tokens together; 0: one at a time."""
-    adapters: Literal["per-client", "shared", "shared-in-turn"] = "per-client"
+    adapters: ServerAdapters = "per-client"
     """The owners of the factors that it trains, which decide the order of batches (`server_queue`)."""
 
     def __post_init__(self) -> None:

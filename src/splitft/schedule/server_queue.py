@@ -1,8 +1,9 @@
 """The queue at the server: the batches that a free server processes next (`split.server_adapters`).
 
-    per-client       the batches that wait for the same leg as the first in the queue, up to `group_tokens`
-    shared           all clients that still have steps, once they all wait for the same leg: one common batch
-    shared-in-turn   one client, from its first leg at the server in a step to its last; then the factors step
+    per-client         the batches that wait for the same leg as the first in the queue, up to `group_tokens`
+    shared             all clients that still have steps, once they all wait for the same leg: one batch
+    shared-in-turn     one client, from its first leg at the server in a step to its last; then factors step
+    shared-by-arrival  as per-client: nobody waits for others, and the factors step as each client's step ends
 
 Within these rules the order is that of arrival. A common batch waits for the slowest client, and a client in
 turn keeps the server while its own head and link work; both are part of these methods (SplitLoRA, arXiv

@@ -19,7 +19,7 @@ from splitft.specs.site import (
     SiteSpec,
     SiteTextSpec,
 )
-from splitft.specs.training import AggregateSpec, LoraSpec, SplitSpec, TrainingSpec
+from splitft.specs.training import AggregateSpec, LoraSpec, ServerAdapters, SplitSpec, TrainingSpec
 from splitft.specs.wire import WireSpec
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "PrivacySpec",
     "RowDefenceSpec",
     "ScheduleSpec",
+    "ServerAdapters",
     "SharesSpec",
     "SiteAllowsSpec",
     "SiteBoundsSpec",

@@ -15,6 +15,10 @@ MOST_IN_FLIGHT = 16
 """Largest number of micro-batches in flight; each keeps its activations on both sides."""
 
 
+ServerAdapters = Literal["per-client", "shared", "shared-in-turn", "shared-by-arrival"]
+"""The owners of the server's adapters, and when shared ones step."""
+
+
 class LoraSpec(Spec):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
 
@@ -65,10 +69,11 @@ class SplitSpec(Spec):
     labels: Literal["client", "server"] = "client"
     """`client`: head and loss are on the client, and token ids stay there. `server`: the server receives the
     labels, and so the text."""
-    server_adapters: Literal["per-client", "shared", "shared-in-turn"] = "per-client"
+    server_adapters: ServerAdapters = "per-client"
     """`per-client`: one copy of the server's adapters for each client (SplitFed v1); `shared`: one copy, with
     one step on all clients' batches together (SplitLoRA); `shared-in-turn`: one copy, with one step for each
-    batch in random order (SplitFed v2)."""
+    batch in random order (SplitFed v2); `shared-by-arrival`: one copy, with one step whenever a client's step
+    is complete, and nobody waits (a client's gradient is that of the copy as it was when its step began)."""
     group_tokens: int = Field(1024, ge=1)
     """Most padded tokens that the server processes together when it groups several clients' batches; on a CPU
     larger groups are no faster (`benchmarks/server_batching.py`)."""

@@ -59,11 +59,17 @@ class Group:
 
 def group_by_length(messages: Sequence[Activations], group_tokens: int) -> list[list[Activations]]:
     """Group batches of similar length, up to `group_tokens` padded tokens and `MOST_PADDING`."""
+    by_length = sorted(messages, key=lambda one: (max(one.lengths), one.client))
+    return group_neighbours(by_length, group_tokens)
+
+
+def group_neighbours(messages: Sequence[Activations], group_tokens: int) -> list[list[Activations]]:
+    """Group batches with those before them while they fit together, as above; keep the order."""
     groups: list[list[Activations]] = []
-    for message in sorted(messages, key=lambda one: (max(one.lengths), one.client)):
+    for message in messages:
         candidate = [*(groups[-1] if groups else []), message]
         separate = sum(len(one.lengths) * max(one.lengths) for one in candidate)
-        together = sum(len(one.lengths) for one in candidate) * max(message.lengths)
+        together = sum(len(one.lengths) for one in candidate) * max(max(one.lengths) for one in candidate)
         if groups and together <= min(group_tokens, MOST_PADDING * separate):
             groups[-1].append(message)
         else:

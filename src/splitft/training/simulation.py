@@ -4,6 +4,10 @@ Local steps are synchronous: all participants run forward, the server works in g
 federations need not be synchronous; results do not depend on it, because every client has its own factors on
 the server (with shared factors the method itself is synchronous). A step's micro-batches run one after the
 other: how many are in flight at once matters only to the simulated clock.
+
+With `split.server_adapters: shared-by-arrival` results do depend on the order in which steps begin and
+complete at the server, and an `ArrivalOrder` gives it: in a run that of the simulated clock. A step is a
+function of the factors with which it began, so it may run as a whole when it completes.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from splitft.protocol import (
     expect,
 )
 from splitft.protocol.channel import Channel, Tap
+from splitft.schedule.arrival_order import ArrivalOrder, one_at_a_time, waves
 from splitft.tracking.events import Role, StepDone, Traffic
 from splitft.training.client import Client
 from splitft.training.rounds import RunState
@@ -52,9 +57,13 @@ class Simulation:
         terms: MessageSerializer | Mapping[str, MessageSerializer],
         tap: Tap | None = None,
         seed: int = 0,
+        order: ArrivalOrder = one_at_a_time,
     ) -> None:
-        """Connect the parties; `terms` are common or by client, `seed` fixes random rounding."""
-        self.server = server
+        """Connect the parties; `terms` are common or by client, `seed` fixes random rounding.
+
+        `order` is that of steps at the server, where it matters (`shared-by-arrival`).
+        """
+        self.server, self._order = server, order
         self.clients: Mapping[str, Client] = {client.name: client for client in clients}
         self._channels = {
             name: Channel(name, terms if isinstance(terms, MessageSerializer) else terms[name], tap, seed)
@@ -78,21 +87,15 @@ class Simulation:
     ) -> dict[str, AdapterUpload]:
         """Run the round's local steps; return the clients' uploads."""
         self._count(participants)
+        split = [name for name in participants if not self.clients[name].whole]
         for _ in range(steps):
             for name in participants:
                 if self.clients[name].whole:
                     listener(self._step_alone(name))
-            due = [name for name in participants if not self.clients[name].whole]
-            while due:
-                sent: list[Message] = []
-                for name in due:
-                    with self._timed("client_forward", [name]):
-                        activations = self.clients[name].forward()
-                    sent.append(self._channels[name].up(activations))
-                for group in self._groups(list(_all(Activations, dict(enumerate(sent))).values())):
-                    for step in self._step(group):
-                        listener(step)
-                due = [name for name in due if self.clients[name].unsent]
+            if not self.server.blocks.by_arrival:
+                self._step_together(split, listener)
+        if self.server.blocks.by_arrival:
+            self._step_in_order(number, split, steps, listener)
         uploads = {name: self._channels[name].up(self.clients[name].upload()) for name in participants}
         return _all(AdapterUpload, uploads)
 
@@ -161,6 +164,33 @@ class Simulation:
 
     def _groups(self, messages: list[Activations]) -> list[list[Activations]]:
         return self.server.groups(messages) if messages else []
+
+    def _step_together(self, names: Sequence[str], listener: Callable[[StepDone], None]) -> None:
+        """Run one step of each of these clients, one micro-batch of all after the other."""
+        due = list(names)
+        while due:
+            sent: list[Message] = []
+            for name in due:
+                with self._timed("client_forward", [name]):
+                    activations = self.clients[name].forward()
+                sent.append(self._channels[name].up(activations))
+            for group in self._groups(list(_all(Activations, dict(enumerate(sent))).values())):
+                for step in self._step(group):
+                    listener(step)
+            due = [name for name in due if self.clients[name].unsent]
+
+    def _step_in_order(
+        self, number: int, names: Sequence[str], steps: int, listener: Callable[[StepDone], None]
+    ) -> None:
+        """Run all steps of the round in their order of arrival."""
+        cuts = {name: self.clients[name].plan.cut for name in names}
+        divided = self.server.training.micro_batches > 1
+        for event, clients in waves(self._order(number, cuts, steps)):
+            if event == "begins":
+                self.server.blocks.begin(clients)
+            else:  # steps in parts do not end together, so each runs by itself
+                for due in [[client] for client in clients] if divided else [clients]:
+                    self._step_together(due, listener)
 
     def _step_alone(self, name: str) -> StepDone:
         """Run one step of a client that needs no server: nothing is sent."""
