@@ -37,9 +37,9 @@ from splitft.deploy.run_terms import RunTerms, load_run_terms
 from splitft.deploy.server import quota
 from splitft.deploy.server.session import ServerSession
 from splitft.deploy.site.connection import Connection
-from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.session import SiteSession
 from splitft.deploy.site.setup import open_site
+from splitft.deploy.site.site_store import SiteStore
 from splitft.errors import TransportError
 from splitft.protocol import Activations, Declined, Heartbeat
 from splitft.tracking.log import read_events
@@ -146,7 +146,7 @@ def step_seconds(config: RunConfig, kind: str | None) -> tuple[float, list[int]]
         line = Connection(
             Direct(HONEST, server.inbox.answer), KEY, terms.serializer, terms.frame_limit, 600.0
         )
-        site = SiteSession(party.register, line, party.open_client, OptimizerStore(None), party.policy)
+        site = SiteSession(party.register, line, party.open_client, SiteStore(None), party.policy)
         thread = threading.Thread(target=site.run, daemon=True)
         thread.start()
         # the flooder is a site of the session with a certificate, and takes no part in the training

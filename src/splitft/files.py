@@ -15,15 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Write or replace a file, with its folder if that is missing; text becomes UTF-8.
 
-    Threads and processes may write the same file at the same time: the last one wins.
+    `mode` are its permissions, less those that the process masks. Threads and processes may write the same
+    file at the same time: the last one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.draft")
     try:
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+        with open(draft, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.replace(draft, path)
     except BaseException:
         draft.unlink(missing_ok=True)

@@ -19,10 +19,10 @@ from splitft.deploy.server.inbox import Inbox
 from splitft.deploy.server.quota import InboxLimits
 from splitft.deploy.server.session import ServerSession
 from splitft.deploy.site.connection import Connection
-from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.policy import SitePolicy
 from splitft.deploy.site.session import SiteSession
 from splitft.deploy.site.setup import open_site
+from splitft.deploy.site.site_store import SiteStore
 from splitft.errors import DeployError
 from splitft.protocol import BaseFile, BaseTensor, MessageSerializer, Register
 from splitft.protocol.frame import open_frame
@@ -94,7 +94,7 @@ def site_thread(
     connection = Connection(
         Direct(name, server.inbox.answer), key, terms.serializer, terms.frame_limit, patience_s=60
     )
-    store = OptimizerStore(None) if folder is None else OptimizerStore(folder, party.text)
+    store = SiteStore(None) if folder is None else SiteStore(folder, party.text)
     session = SiteSession(party.register, connection, party.open_client, store, party.policy)
     return threading.Thread(target=session.run, daemon=True)
 
@@ -131,7 +131,9 @@ def deployed(
     """
     transports, impostors = transports or {}, impostors or {}
     names = [client.name for client in prepared.clients]
-    inbox = Inbox(names, KEY, prepared.serializer, InboxLimits(LIMIT, BATCH_TOKENS))
+    seed, numbered = prepared.config.seed, prepared.config.wire.needs_example_ids
+    limits = InboxLimits(LIMIT, BATCH_TOKENS, example_ids=numbered)
+    inbox = Inbox(names, KEY, prepared.serializer, limits, seed)
     outcome, threads = Outcome(), []
     for client in prepared.clients:
         if client.name in impostors:
@@ -142,11 +144,11 @@ def deployed(
             connection = Connection(
                 transport, KEY, (serializers or {}).get(client.name, prepared.serializer), LIMIT,
                 patience_s=30, heartbeat_s=0.3,
-                in_flight=min(training.in_flight, training.micro_batches),
+                in_flight=min(training.in_flight, training.micro_batches), seed=seed,
             )  # fmt: skip
             session = SiteSession(
                 registration(client.name), connection, lambda cut, client=client: client,
-                OptimizerStore(kept and kept / client.name), (policies or {}).get(client.name),
+                SiteStore(kept and kept / client.name), (policies or {}).get(client.name),
             )  # fmt: skip
             target, arguments = _dying_quietly(session.run), ()
         threads.append(threading.Thread(target=target, args=arguments, daemon=True))
@@ -156,7 +158,10 @@ def deployed(
     while any(inbox.silence_s(name) > 1e9 for name in names) and time.monotonic() < until:
         inbox.take(0, 0.01)
     state = prepared.initial()
-    setup = FederationSetup(prepared.server, prepared.ranks, spec, manifest, tensors)
+    setup = FederationSetup(
+        prepared.server, prepared.ranks, spec, manifest, tensors,
+        private_blocks=prepared.config.privacy.private_blocks, chooses=prepared.config.wire.chooses,
+    )  # fmt: skip
     federation = RemoteFederation(inbox, setup, state, {}, outcome.events.append)
     try:
         schedule = Scripted(prepared.cut_schedule, controller)

@@ -15,9 +15,9 @@ from splitft.deploy.manifest import manifest_of
 from splitft.deploy.requests import Envelope
 from splitft.deploy.site.connection import Connection
 from splitft.deploy.site.limits import OrderLimits
-from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.policy import SitePolicy
 from splitft.deploy.site.session import HURRIED_S, SiteSession
+from splitft.deploy.site.site_store import SiteStore
 from splitft.protocol.frame import Frame, open_frame
 from splitft.specs import SiteSpec
 
@@ -147,7 +147,7 @@ def session(model, text, server, policy=None):
     [client] = prepared.clients
     connection = Connection(server, KEY, prepared.serializer, LIMIT, patience_s=5)
     return prepared, SiteSession(
-        registration(client.name), connection, lambda cut: client, OptimizerStore(None),
+        registration(client.name), connection, lambda cut: client, SiteStore(None),
         policy and policy(prepared),
     )  # fmt: skip
 

@@ -15,9 +15,14 @@ def configured(**sections):
     return from_mapping({"clients": clients, **sections})
 
 
-@pytest.mark.parametrize("rule", sorted(set(RULES) - {"factors", "fedsa"}))
-def test_rules_that_share_all_they_train_are_accepted(rule):
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"factors"}))
+def test_every_rule_is_accepted(rule):
     check_deployable(configured(aggregate={"rule": rule}))
+
+
+@pytest.mark.parametrize("codec", ["temporal", "principal", "int4", "auto"])
+def test_private_blocks_and_every_codec_are_accepted(codec):
+    check_deployable(configured(privacy={"private_blocks": 1}, wire={"hidden": codec}))
 
 
 def test_ranks_of_their_own_are_accepted():
@@ -27,12 +32,11 @@ def test_ranks_of_their_own_are_accepted():
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"aggregate": {"rule": "fedsa"}}, "aggregate.rule: fedsa .* give one of .*stack"),
-        ({"split": {"server_adapters": "shared"}}, "split.server_adapters: shared .* give per-client"),
-        ({"clients": {"cuts": "whole"}}, "clients.cuts: whole"),
-        ({"wire": "auto"}, "wire: auto .* name the codecs"),
-        ({"wire": {"hidden": "temporal"}}, "wire.hidden: temporal .* give another codec"),
-        ({"privacy": {"private_blocks": 1}}, "privacy.private_blocks"),
+        ({"method": "local", "clients": {"cuts": "whole"}}, "aggregate.federated: false .* give true"),
+        (
+            {"wire": {"hidden": "temporal"}, "training": {"micro_batches": 2, "in_flight": 2}},
+            "wire.hidden: temporal .* no order; give training.in_flight: 1",
+        ),
     ],
 )
 def test_what_needs_one_place_or_a_memory_is_refused_by_its_key(sections, words):
@@ -41,6 +45,7 @@ def test_what_needs_one_place_or_a_memory_is_refused_by_its_key(sections, words)
 
 
 def test_every_reason_is_told_at_once():
-    config = configured(aggregate={"rule": "fedsa"}, wire={"hidden": "temporal"})
-    with pytest.raises(DeployError, match=r"aggregate\.rule.*wire\.hidden"):
+    flight = {"micro_batches": 2, "in_flight": 2}
+    config = configured(training=flight, wire={"hidden": "temporal", "gradient": "int2"})
+    with pytest.raises(DeployError, match=r"wire\.hidden.*wire\.gradient"):
         check_deployable(config)

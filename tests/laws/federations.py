@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from splitft.config import from_mapping
-from splitft.geometry import Span
 from splitft.protocol import GlobalAdapters, Join, RoundReady, RoundStart
 from splitft.run.setup import RunSetup, prepare
 from splitft.schedule.controllers import Decision
@@ -72,15 +71,19 @@ class Losing:
         number = next(iter(messages.values())).round
         if number == self._number:
             self._steps, self._moments = self._client.optimizer_state()  # as it has them on its disk
+            self._personal = self._client.blocks.personal()
             if self._moved:
                 self._client.start(messages[self._lost])
             others = {name: one for name, one in self._everyone.items() if name != self._lost}
             self._simulation.clients = others
         elif number == self._number + 1:
             cut = self._state.cuts[self._lost]
-            adapters = self._state.adapters.within(Span(0, cut))
-            where = Join(round=self._number, cut=cut, steps=self._steps, adapters=adapters)
-            self._client.join(where, self._moments)
+            ranks, private = self._client.setup.ranks, self._client.blocks.private()
+            shared = self._state.adapters.within(set(range(cut)) - set(private.ranks()))
+            where = Join(round=self._number, cut=cut, steps=self._steps, adapters=ranks.part_sent(shared))
+            self._client.join(where, self._moments, self._personal)
+            for end in self._simulation._channels[self._lost].ends.values():
+                end.restart()
             self._simulation.clients = self._everyone
         return self._simulation.start(self._here(messages))
 

@@ -67,7 +67,8 @@ def test_the_effect_is_that_of_the_runs_own_evaluation(config):
     client, count = prepared.clients[0], len(prepared.clients[0].held_out)
     prepared.server.place({one.name: one.plan.client.stop for one in prepared.clients})
     prepared.server.install(prepared.server.initial())
-    replies = probing._replies(client, prepared.server, probing._with(prepared.serializer, "int4"), count)
+    line = probing._InProcess(client, prepared.server, prepared.serializer)
+    replies = probing._replies(client, line, "int4", count)
     simulation = prepare(config(wire={"hidden": "int4", "gradient": "fp32"})).simulation()
     simulation.server.place({name: one.plan.client.stop for name, one in simulation.clients.items()})
     simulation.server.install(simulation.server.initial())
@@ -87,7 +88,8 @@ def test_the_rise_is_the_divergence_of_predictions_less_what_rounding_does_by_it
     server.install(server.initial())
 
     def replies(codec, perturbed=False):
-        return probing._replies(client, server, probing._with(prepared.serializer, codec), 1, perturbed)[0]
+        line = probing._InProcess(client, server, prepared.serializer)
+        return probing._replies(client, line, codec, 1, perturbed)[0]
 
     exact, perturbed = replies("fp32"), replies("fp32", perturbed=True)
     rises = [

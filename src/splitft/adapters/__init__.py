@@ -5,7 +5,7 @@ from splitft.adapters.aggregators import Fresh, United
 from splitft.adapters.bank import AdapterBank, attach
 from splitft.adapters.factoring import add_folded, with_folded
 from splitft.adapters.optimizer import LocalOptimizer, Moments, moments_within, step_together
-from splitft.adapters.state import AdapterState, Factors, initial_state
+from splitft.adapters.state import AdapterState, Factors, initial_state, with_mean_of_own
 
 __all__ = [
     "AdapterBank",
@@ -25,4 +25,5 @@ __all__ = [
     "moments_within",
     "step_together",
     "with_folded",
+    "with_mean_of_own",
 ]

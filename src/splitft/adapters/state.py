@@ -186,6 +186,14 @@ def _is_block(text: str) -> bool:
     return len(text) < 7 and text.isascii() and text.isdigit() and text == str(int(text))
 
 
+def with_mean_of_own(state: AdapterState, own: Iterable[AdapterState]) -> AdapterState:
+    """Return global factors with the mean of the clients' own B, in layers for which some are known."""
+    sets = list(own)
+    known = {key: torch.stack([one[key].B for one in sets if key in one]) for key in set().union(*sets)}
+    means = {key: replace(state[key], B=stacked.mean(0)) for key, stacked in known.items()}
+    return state.updated(AdapterState(means))
+
+
 def fresh_rows(
     key: Key, rows: int, width: int, seed: int, *, salt: int = 0, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:

@@ -36,6 +36,8 @@ MEMBERED = frozenset({"adapters", "moments", "folded", "own"})
 """Fields that hold several tensors, each with a name of its own."""
 KINDS: dict[str, type[Message]] = {**MESSAGES, **{kind.frame_kind(): kind for kind in CONTROL_MESSAGES}}
 """Every type of message, by its name in a frame."""
+TURN = "turn"
+"""Parameter of a tensor whose codec remembers at both ends: the number of those before it in its stream."""
 _MOMENT = re.compile(r"(0|[1-9]\d{0,5})\.[\w.]+\.[ABM]\.\w+", re.ASCII)
 """`7.self_attn.q_proj.A.exp_avg`"""
 
@@ -76,6 +78,11 @@ class Agreement:
     def type_of(self, role: Role) -> torch.dtype:
         """Return the type that both sides compute in."""
         return {"label": torch.int64, "adapter": self.adapter_dtype}.get(role, self.dtype)
+
+    def in_turn(self, role: Role, field: str) -> bool:
+        """Return whether the two ends must have coded the same tensors before one of this field."""
+        codec = self.codec(role, field)
+        return codec in CODECS and role != "adapter" and kind_of(codec).memory == "both"
 
     def delta_state(self, state: CodecState) -> DeltaState:
         """Return the factors that both ends hold, with the settings of this run."""
@@ -136,7 +143,9 @@ class Agreement:
         if entry.codec == SAME:
             layout = {}
         elif codec != RAW:
-            own = codec_parameters(entry.parameters) if field == "adapters" else entry.parameters
+            own = codec_parameters(entry.parameters) if field == "adapters" else dict(entry.parameters)
+            if self.in_turn(role, field):
+                own.pop(TURN, None)
             layout = self.codec_of(role).layout(as_stored(role, codec, entry.shape), own)
         entry.check(name, layout)
 

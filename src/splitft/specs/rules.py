@@ -97,11 +97,6 @@ class Rule:
         """True if a server optimizer fits: the next factors go on from the last and are all of the mean."""
         return self.keeps_axes and not self.folds
 
-    @property
-    def deployable(self) -> bool:
-        """True if it runs on real sites, which keep no factors of their own from one session to the next."""
-        return not self.keeps_own_b
-
 
 def _fewer_than_half(members: int) -> int:
     return max(0, (members - 1) // 2)

@@ -11,9 +11,9 @@ from splitft.deploy.requests import Direct
 from splitft.deploy.run_terms import load_run_terms
 from splitft.deploy.server.session import ServerSession
 from splitft.deploy.site.connection import Connection
-from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.session import SiteSession
 from splitft.deploy.site.setup import open_site
+from splitft.deploy.site.site_store import SiteStore
 from splitft.tracking.events import CutsChanged, StepDone
 from splitft.tracking.log import read_events
 
@@ -52,7 +52,7 @@ def test_a_site_that_computes_slower_than_its_profile_gets_a_shallower_cut(tiny_
                 monkeypatch.setattr(client, "forward", lambda: time.sleep(0.5) or forward())
             return client
 
-        session = SiteSession(party.register, connection, open_client, OptimizerStore(None), party.policy)
+        session = SiteSession(party.register, connection, open_client, SiteStore(None), party.policy)
         threads.append(threading.Thread(target=session.run, daemon=True))
     for thread in threads:
         thread.start()

@@ -34,16 +34,16 @@ from splitft.deploy.flare.result import write_result
 from splitft.deploy.flare.transport import FlareAnswers, FlareTransport
 from splitft.deploy.identity.certificates import read_peers
 from splitft.deploy.prometheus import status_file, status_written
-from splitft.deploy.run_terms import RunTerms, load_run_terms
+from splitft.deploy.run_terms import load_run_terms
 from splitft.deploy.server.run_folder import SessionRequest, UnusableError
 from splitft.deploy.server.session import ServerSession
 from splitft.deploy.site.connection import Connection, decline, reason_of
 from splitft.deploy.site.limits import WorkLedger
-from splitft.deploy.site.optimizer_store import OptimizerStore
 from splitft.deploy.site.pause import refuse_paused
 from splitft.deploy.site.policy import SITE_FILE, load_site
 from splitft.deploy.site.session import SiteSession
-from splitft.deploy.site.setup import open_site
+from splitft.deploy.site.setup import SiteParty, open_site
+from splitft.deploy.site.site_store import SiteStore
 from splitft.deploy.supervisor import Ending
 from splitft.errors import BusyError, ConfigError, SplitftError
 from splitft.tracking.events import SessionEnded
@@ -204,8 +204,8 @@ class SiteJob(Executor):
                     logger.exception("%s cannot take part", name)
                 decline(name, reason_of(error), transport, job.session_key, GIVE_UP_S)
                 return make_reply(ReturnCode.OK)
-            store = OptimizerStore(runs_of(workspace.get_root_dir()) / job.run / name, party.text)
-            connection = _connection(transport, party.terms, config, job.session_key)
+            store = SiteStore(runs_of(workspace.get_root_dir()) / job.run / name, party.text)
+            connection = _connection(transport, party, config, job.session_key)
             session = SiteSession(
                 party.register,
                 connection,
@@ -222,17 +222,18 @@ class SiteJob(Executor):
 
 
 def _connection(
-    transport: FlareTransport, terms: RunTerms, config: RunConfig, session_key: bytes
+    transport: FlareTransport, party: SiteParty, config: RunConfig, session_key: bytes
 ) -> Connection:
     return Connection(
         transport,
         session_key,
-        terms.serializer,
-        terms.frame_limit,
+        party.terms.serializer,
+        party.terms.frame_limit,
         patience_s=GIVE_UP_S,
         heartbeat_s=config.deploy.silence_s / 4,
         in_flight=min(config.training.in_flight, config.training.micro_batches),
         seed=config.seed,
+        candidates=party.candidates,
     )
 
 

@@ -15,6 +15,7 @@ from splitft.deploy.requests import CHANNELS, RequestChannel, Transport
 from splitft.deploy.run_terms import HEADER_BYTES
 from splitft.errors import DataError, SplitftError
 from splitft.protocol import Declined, Heartbeat, MessageSerializer
+from splitft.run.codec_choice import Candidates
 from splitft.specs import WireSpec
 
 HEARTBEAT_CHANNEL = CHANNELS - 1
@@ -40,6 +41,8 @@ class Connection:
     """Micro-batches at the server at once."""
     seed: int = 0
     """Seed of the codecs' random numbers."""
+    candidates: Candidates = Candidates()  # noqa: RUF009 frozen
+    """Codecs that this site may choose, with `wire: auto`."""
 
     def channel(self, number: int) -> RequestChannel:
         """Return a channel to the server."""

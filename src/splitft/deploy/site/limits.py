@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from splitft.errors import ForbiddenError
-from splitft.protocol import Evaluate, GlobalAdapters, Join, Message, RoundStart, Train
+from splitft.protocol import ChooseCodecs, Evaluate, GlobalAdapters, Join, Message, RoundStart, Train
 from splitft.specs import SiteLimitsSpec, TrainingSpec
 from splitft.training.client import Client
 
@@ -108,7 +108,7 @@ class OrderLimits:
 
     def check(self, order: Message) -> None:
         """Check an order before it is carried out."""
-        if not isinstance(order, Join | RoundStart | Train | GlobalAdapters | Evaluate):
+        if not isinstance(order, Join | RoundStart | Train | GlobalAdapters | Evaluate | ChooseCodecs):
             return
         self._check_round(order)
         if isinstance(order, Train) and order.steps > self._steps:
@@ -153,7 +153,9 @@ class OrderLimits:
         """Write down what was counted."""
         self._ledger.write()
 
-    def _check_round(self, order: Join | RoundStart | Train | GlobalAdapters | Evaluate) -> None:
+    def _check_round(
+        self, order: Join | RoundStart | Train | GlobalAdapters | Evaluate | ChooseCodecs
+    ) -> None:
         """Check the number of a round, and how often the same is asked."""
         if order.round > self._rounds:
             raise ForbiddenError(

@@ -21,9 +21,11 @@ from splitft.errors import ForbiddenError
 from splitft.model import Model
 from splitft.plugins import load_approved
 from splitft.protocol.control import BaseFile, BaseTensor
+from splitft.run.codec_choice import Candidates
 from splitft.schedule.profile import GB
 from splitft.specs import DataSpec, DevicesSpec, SharesSpec, SiteSpec
 from splitft.specs.data import EMBEDDED
+from splitft.specs.wire import AUTO
 
 SITE_FILE = "site.yaml"
 """Name of the data owner's file, in the folder `local/` of a startup kit."""
@@ -55,7 +57,12 @@ def refusals(site: SiteSpec, config: RunConfig, cut: int | None) -> tuple[str, .
         )
     for role in ("hidden", "gradient", "adapter"):
         allowed, asked = getattr(site.allows, role), str(getattr(config.wire, role)).partition(":")[0]
-        if allowed is not None and asked not in allowed:
+        if asked == AUTO:
+            if not getattr(candidates_of(site, config), role):
+                found.append(
+                    f"wire.{role} is auto, and this site allows none of its candidates (allows.{role})"
+                )
+        elif allowed is not None and asked not in allowed:
             fits = ", ".join(allowed) or "no codec"
             found.append(f"wire.{role} is {asked}, and this site allows {fits} (allows.{role})")
     if cut is not None and cut < site.bounds.min_cut:
@@ -72,6 +79,12 @@ def refusals(site: SiteSpec, config: RunConfig, cut: int | None) -> tuple[str, .
             "site: set text.source"
         )
     return tuple(found)
+
+
+def candidates_of(site: SiteSpec, config: RunConfig) -> Candidates:
+    """Return the codecs that a site may choose from with `wire: auto`; those in flight have no order."""
+    ordered = min(config.training.micro_batches, config.training.in_flight) == 1
+    return Candidates.within(config.wire, site.allows, ordered)
 
 
 def at_site(config: RunConfig, site: SiteSpec) -> RunConfig:

@@ -11,33 +11,35 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from damage import mutations
-from splitft.deploy.site.optimizer_store import OptimizerStore
+from splitft.deploy.site.site_store import KeptState, SiteStore
 from splitft.errors import ForbiddenError
 
 
-def moments(value: float) -> dict[str, torch.Tensor]:
-    return {"0.q_proj.A.exp_avg": torch.full((2,), value)}
+def moments(value: float) -> KeptState:
+    return KeptState({"0.q_proj.A.exp_avg": torch.full((2,), value)})
 
 
-def value_of(found) -> float | None:
-    return float(found["0.q_proj.A.exp_avg"][0]) if found else None
+def value_of(found: KeptState) -> float | None:
+    return float(found.moments["0.q_proj.A.exp_avg"][0]) if found else None
 
 
 def test_a_site_goes_on_with_what_the_server_knows_of(tmp_path):
-    store = OptimizerStore(tmp_path)
+    store = SiteStore(tmp_path)
     store.save(1, 2, 10, moments(1.0))
-    store.save(2, 3, 10, moments(2.0))  # it has moved in round 2
+    store.save(2, 3, 10, moments(2.0), begun=True)  # it has moved in round 2
     assert value_of(store.load(1, 2, 10)) == 1.0  # the server went back to round 1
     assert value_of(store.load(2, 2, 10)) == 1.0  # it never heard of the move
     assert value_of(store.load(2, 3, 10)) == 2.0  # it heard of the move, and of no training
     assert value_of(store.load(5, 3, 10)) == 2.0  # rounds went by without this site
     store.save(2, 3, 20, moments(3.0))  # it has trained
     assert value_of(store.load(2, 3, 20)) == 3.0
-    assert value_of(store.load(2, 3, 10)) is None
+    assert value_of(store.load(2, 3, 10)) == 2.0  # the server never heard of its training
+    store.save(2, 3, 10, moments(4.0), begun=True)  # so it begins the round again
+    assert value_of(store.load(2, 3, 20)) is None
 
 
 def test_the_last_two_rounds_stay_and_what_is_damaged_is_none(tmp_path):
-    store = OptimizerStore(tmp_path)
+    store = SiteStore(tmp_path)
     for number in (1, 2, 3):
         store.save(number, 2, 10 * number, moments(number))
     assert value_of(store.load(3, 2, 10)) is None
@@ -48,7 +50,7 @@ def test_the_last_two_rounds_stay_and_what_is_damaged_is_none(tmp_path):
 
 
 def test_what_was_kept_of_later_rounds_goes_when_the_run_begins_anew(tmp_path):
-    store = OptimizerStore(tmp_path)
+    store = SiteStore(tmp_path)
     for number in (8, 9, 10):
         store.save(number, 2, 10 * number, moments(number))
     for number in (1, 2):
@@ -63,7 +65,7 @@ def test_what_was_kept_of_later_rounds_goes_when_the_run_begins_anew(tmp_path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")
-    store = OptimizerStore(folder)
+    store = SiteStore(folder)
     for number in (1, 2):
         store.save(number, 2, 10, moments(number))
     return folder
@@ -76,35 +78,35 @@ def test_any_change_is_found_and_the_round_before_is_used(folder, data):
     written = path.read_bytes()
     path.write_bytes(data.draw(mutations(written)))
     try:
-        assert value_of(OptimizerStore(folder).load(2, 2, 10)) == 1.0
+        assert value_of(SiteStore(folder).load(2, 2, 10)) == 1.0
     finally:
         path.write_bytes(written)
-    assert value_of(OptimizerStore(folder).load(2, 2, 10)) == 2.0
+    assert value_of(SiteStore(folder).load(2, 2, 10)) == 2.0
 
 
 def test_damage_is_said_in_the_log(tmp_path, caplog):
-    OptimizerStore(tmp_path).save(1, 2, 10, moments(1.0))
+    SiteStore(tmp_path).save(1, 2, 10, moments(1.0))
     path = tmp_path / "kept-0001.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    assert value_of(OptimizerStore(tmp_path).load(1, 2, 10)) is None
+    assert value_of(SiteStore(tmp_path).load(1, 2, 10)) is None
     assert "kept-0001.safetensors is damaged and is not used" in caplog.text
 
 
 def test_moments_of_an_earlier_version_are_used(tmp_path):
-    data = save(moments(4.0), metadata={"steps": "10", "cut": "2"})
+    data = save(moments(4.0).moments, metadata={"steps": "10", "cut": "2"})
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert set(header["__metadata__"]) == {"steps", "cut"}
     (tmp_path / "kept-0001.safetensors").write_bytes(data)
-    assert value_of(OptimizerStore(tmp_path).load(1, 2, 10)) == 4.0
+    assert value_of(SiteStore(tmp_path).load(1, 2, 10)) == 4.0
 
 
 def test_a_site_declines_to_go_on_with_another_text(tmp_path):
-    OptimizerStore(tmp_path, "one two").check_text(0)
-    OptimizerStore(tmp_path, "one two").check_text(3)
+    SiteStore(tmp_path, "one two").check_text(0)
+    SiteStore(tmp_path, "one two").check_text(3)
     with pytest.raises(ForbiddenError, match=r"not the one with which it began this run.*remove .*text.txt"):
-        OptimizerStore(tmp_path, "one three").check_text(3)
-    OptimizerStore(tmp_path, "one three").check_text(0)  # another run of this name begins
-    OptimizerStore(tmp_path, "one three").check_text(1)
-    OptimizerStore(tmp_path / "new", "one").check_text(5)  # a run of an earlier version: known from now on
+        SiteStore(tmp_path, "one three").check_text(3)
+    SiteStore(tmp_path, "one three").check_text(0)  # another run of this name begins
+    SiteStore(tmp_path, "one three").check_text(1)
+    SiteStore(tmp_path / "new", "one").check_text(5)  # a run of an earlier version: known from now on
     with pytest.raises(ForbiddenError):
-        OptimizerStore(tmp_path / "new", "two").check_text(6)
+        SiteStore(tmp_path / "new", "two").check_text(6)
