@@ -31,6 +31,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     BASE_OF_FACTORS: FACTORS,
     "aggregate.server_optimizer: fedavgm": {**FACTORS, "aggregate": {
         "rule": "factors", "server_optimizer": "fedavgm"}},
+    "aggregate.server_optimizer: nesterov": {**FACTORS, "aggregate": {
+        "rule": "factors", "server_optimizer": "nesterov"}},
     "aggregate.server_optimizer: fedadam": {**FACTORS, "aggregate": {
         "rule": "factors", "server_optimizer": "fedadam"}},
     "training.optimizer_state: keep": {**FACTORS, "training": {"optimizer_state": "keep"}},

@@ -182,6 +182,7 @@ def test_moments_of_factors_that_are_made_anew_are_refused(config):
 
 ON_TOP = {
     "fedavgm": {"rule": "zero-pad", "server_optimizer": "fedavgm", "server_momentum": 0.5},
+    "nesterov": {"rule": "zero-pad", "server_optimizer": "nesterov"},
     "fedadam": {"rule": "zero-pad", "server_optimizer": "fedadam"},
     "fedadam on ffa": {"rule": "ffa", "server_optimizer": "fedadam"},
     "fedavgm on fedsa": {"rule": "fedsa", "server_optimizer": "fedavgm"},
@@ -190,11 +191,10 @@ ON_TOP = {
 
 @pytest.mark.parametrize("aggregate", ON_TOP.values(), ids=ON_TOP)
 def test_the_servers_optimizer_goes_on_after_a_stop(tmp_path, tiny_llama, text, aggregate):
-    training = {"rounds": 4, "steps": 2, "schedule": "cosine", "warmup": 3}
+    training = {"rounds": 4, "steps": 2, "schedule": "cosine", "warmup": 3, "clip": 0.1}
+    lora = {"lr_ratio": 4, "dropout": 0.2}
     once = from_mapping(
-        settings(
-            tiny_llama, text, aggregate=aggregate, schedule=MOVING, training=training, lora={"lr_ratio": 4}
-        )
+        settings(tiny_llama, text, aggregate=aggregate, schedule=MOVING, training=training, lora=lora)
     )
     whole = splitft.train(once, tmp_path / "whole")
     plain = splitft.train(

@@ -32,10 +32,18 @@ WEIGHTS_PREFIX = "base_model.model."
 """Prefix of a module's name in peft's files."""
 
 
-def write_peft(state: AdapterState, model: Model, scale: float, folder: Path, rslora: bool = False) -> Path:
+def write_peft(
+    state: AdapterState,
+    model: Model,
+    scale: float,
+    folder: Path,
+    rslora: bool = False,
+    dropout: float = 0.0,
+) -> Path:
     """Write an adapter as `peft` saves LoRA, in the tensors' own type. Returns the folder.
 
     With `rslora` peft divides alpha by the square root of a layer's rank, which the alphas account for.
+    `dropout` is that of training, for whoever trains on with peft.
     """
     from peft import LoraConfig
 
@@ -55,6 +63,7 @@ def write_peft(state: AdapterState, model: Model, scale: float, folder: Path, rs
         base_model_name_or_path=model.path,
         r=usual,
         use_rslora=rslora,
+        lora_dropout=dropout,
         use_dora=any(factors.magnitude is not None for factors in layers.values()),
         lora_alpha=alpha(usual),
         rank_pattern=others,

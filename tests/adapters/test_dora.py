@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from splitft.adapters import AdapterState, Factors
-from splitft.adapters.dora import rescaled
+from splitft.adapters.dora import direction_gain, rescaled
 from splitft.adapters.targets import oriented
 from splitft.errors import AdapterError
 
@@ -27,7 +27,8 @@ def test_the_output_is_that_of_the_rescaled_weight_and_the_norm_is_a_constant(la
     whole = weight + B @ A
     m = weight.norm(dim=1) + change[0]
     wanted = x @ ((m / whole.detach().norm(dim=1))[:, None] * whole).T + bias
-    found = rescaled(layer, layer(x), x @ A.T @ B.T, A, B, change)
+    y = layer(x)
+    found = rescaled(layer, y, y, x @ A.T @ B.T, direction_gain(layer, A, B, change))
     torch.testing.assert_close(found, wanted)
     inputs = (A, B, change)
     theirs, ours = (torch.autograd.grad(y.square().sum(), inputs) for y in (wanted, found))

@@ -23,6 +23,8 @@ SPECS = [
     TrainingSpec(lr=0.02, weight_decay=0.1),
     TrainingSpec(lr=0.1, optimizer="sgd", weight_decay=0.1),
 ]
+CLIPPED = TrainingSpec(lr=0.02, clip=0.5)
+"""A bound that every step of these tests exceeds, and that depends on all gradients of a slot."""
 Parameters = dict[tuple[int, str, str], nn.Parameter]
 
 
@@ -147,7 +149,24 @@ def test_a_step_applies_the_gradients_once_and_clears_them():
     assert all(parameter.grad is None for parameter in parameters.values())
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("largest", [0.5, 1e6])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_clipped_step_is_that_of_torch(kind, largest):
+    spec = TrainingSpec(lr=0.02, optimizer=kind, clip=largest)
+    ours, theirs = _parameters(), _parameters()
+    optimizer, torchs = LocalOptimizer(ours, spec), _torchs(theirs, spec)
+    for step in range(3):
+        _backward(ours, step)
+        _backward(theirs, step)
+        norm = torch.nn.utils.clip_grad_norm_(theirs.values(), largest)
+        assert 0.5 < norm < 1e6
+        optimizer.step()
+        torchs.step()
+        torchs.zero_grad()
+    _check_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, CLIPPED])
 def test_gradients_of_several_clients_can_be_divided_by_their_number(spec):
     summed, mean = _parameters(), _parameters()
     one, other = LocalOptimizer(summed, spec), LocalOptimizer(mean, spec)
@@ -159,7 +178,7 @@ def test_gradients_of_several_clients_can_be_divided_by_their_number(spec):
     _check_equal(summed, mean)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, CLIPPED])
 def test_slots_that_step_together_step_as_each_alone(spec):
     """To the last bit, with moments of a client that is two steps ahead, at unequal learning rates."""
     spec = spec.model_copy(update={"schedule": "linear", "rounds": 2, "steps": 4})

@@ -29,10 +29,12 @@ def test_none_takes_the_mean_as_it_is():
 
 
 @pytest.mark.parametrize("lr", [None, 0.3])
-def test_fedavgm_is_sgd_with_momentum_on_the_negative_change(lr):
-    spec, state, memory = _spec(server_optimizer="fedavgm", server_lr=lr, server_momentum=0.8), _state(0), {}
+@pytest.mark.parametrize(("name", "usual_lr"), [("fedavgm", 1.0), ("nesterov", 0.7)])
+def test_momentum_is_that_of_torchs_sgd_on_the_negative_change(name, usual_lr, lr):
+    spec, state, memory = _spec(server_optimizer=name, server_lr=lr, server_momentum=0.8), _state(0), {}
     theirs = [torch.nn.Parameter(tensor.clone()) for tensor in state.tensors().values()]
-    optimizer = torch.optim.SGD(theirs, lr=1.0 if lr is None else lr, momentum=0.8)
+    ahead = name == "nesterov"
+    optimizer = torch.optim.SGD(theirs, lr=lr or usual_lr, momentum=0.8, nesterov=ahead)
     for round in range(1, 5):
         mean = _state(round)
         for parameter, tensor in zip(theirs, mean.tensors().values(), strict=True):
@@ -69,7 +71,7 @@ def test_fedavgm_without_momentum_at_rate_one_is_plain_averaging():
         torch.testing.assert_close(ours, wanted)
 
 
-@pytest.mark.parametrize("name", ["fedavgm", "fedadam"])
+@pytest.mark.parametrize("name", ["fedavgm", "nesterov", "fedadam"])
 def test_rows_that_come_with_a_higher_rank_begin_as_the_mean_has_them(name):
     spec = _spec(server_optimizer=name, server_lr=0.5)
     state, memory = server_step(spec, _state(0), _state(1), {})

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from splitft.adapters.dropout import DropoutRows
 from splitft.adapters.lora import LoraLayer, Routing, Rows, SlotFactors
 from splitft.adapters.state import CPU, AdapterState, Factors, Key
 from splitft.adapters.targets import chosen_layers, layer_sizes, weight_of
@@ -173,18 +174,20 @@ class AdapterBank:
         return found
 
     @contextmanager
-    def routed(self, rows: Rows) -> Iterator[None]:
-        """Run batches whose rows belong to these slots, in this order."""
-        before, self._routing.rows = self._routing.rows, tuple(rows)
+    def routed(self, rows: Rows, dropout: Sequence[DropoutRows] = ()) -> Iterator[None]:
+        """Run batches whose rows belong to these slots, in this order; `dropout` has the same rows."""
+        routing = self._routing
+        before = routing.rows, routing.dropout
+        routing.rows, routing.dropout = tuple(rows), tuple(dropout)
         try:
             yield
         finally:
-            self._routing.rows = before
+            routing.rows, routing.dropout = before
 
     def recorded(self, block: int) -> Recorded:
         """Return a context in which the layers of a block run as now, to compute it again (checkpointing)."""
         layers = [layer for (index, _), layer in self._layers.items() if index == block]
-        return Recorded(self, self._routing.rows, layers)
+        return Recorded(self, self._routing, layers)
 
 
 class Recorded:
@@ -194,15 +197,16 @@ class Recorded:
     client that has completed its step have changed: its rows get no gradient any more, and change no others.
     """
 
-    def __init__(self, bank: AdapterBank, rows: Rows, layers: Sequence[LoraLayer]) -> None:
-        self._bank, self._rows, self._pass = bank, rows, current_pass()
-        slots = [slot for slot, _ in rows if slot is not None]
+    def __init__(self, bank: AdapterBank, routing: Routing, layers: Sequence[LoraLayer]) -> None:
+        self._bank, self._pass = bank, current_pass()
+        self._rows, self._dropout = routing.rows, routing.dropout
+        slots = [slot for slot, _ in routing.rows if slot is not None]
         self._then = [(layer, {slot: layer.slots[slot] for slot in slots}) for layer in layers]
         self._entered: list[ExitStack] = []
 
     def __enter__(self) -> None:
         stack = ExitStack()
-        stack.enter_context(self._bank.routed(self._rows))
+        stack.enter_context(self._bank.routed(self._rows, self._dropout))
         stack.enter_context(within(self._pass))
         for layer, then in self._then:
             stack.callback(setattr, layer, "slots", layer.slots)
@@ -232,7 +236,7 @@ def attach(
     for index, block in enumerate(blocks):
         for path in chosen_layers(block, targets):
             parent_path, _, name = path.rpartition(".")
-            layer = LoraLayer(block.get_submodule(path), scale, routing)
+            layer = LoraLayer(block.get_submodule(path), (index, path), scale, routing)
             setattr(block.get_submodule(parent_path), name, layer)
             layers[index, path] = layer
     return AdapterBank(layers, routing, torch.promote_types(dtype, torch.float32), gain, device_of)

@@ -3,6 +3,8 @@
     W' = m * (W + scale B A) / ||W + scale B A||        m (out,), norms over each of the `out` rows
     y' = y + (g - 1) (y - bias) + g scale B A x         g = m / ||W + scale B A||
 
+With dropout, update and y of the term (g - 1) (y - bias) are those of the input with dropout, as in peft.
+
 The norm is a constant to the backward pass, as in the paper (section 4.3) and in peft. The tensor that is
 trained, sent and averaged is the change of m from ||W||, which is 0 at first: every party can make it without
 weights that it does not hold, and gradients and Adam's steps are those of m. Weight decay pulls m to ||W||,
@@ -28,20 +30,28 @@ def magnitudes(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return norms[None]
 
 
-def rescaled(
-    layer: Any, y: torch.Tensor, update: torch.Tensor, A: torch.Tensor, B: torch.Tensor, change: torch.Tensor
-) -> torch.Tensor:
-    """Return the layer's output (..., out) with the update scale B A x, at magnitudes ||W|| + change.
+def direction_gain(layer: Any, A: torch.Tensor, B: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """Return g (1, out) at magnitudes ||W|| + change; `B` includes the scale.
 
-    `B` includes the scale. Forms the D x D product once a pass, for its norm.
+    Forms the D x D product once a pass, for its norm.
     """
     with torch.no_grad():
         weight = weight_of(layer).to(A.dtype)
         norms = magnitudes(weight, A.dtype)
         whole = magnitudes(torch.addmm(weight, B, A), A.dtype)
-    g = ((norms + change) / whole).to(y.dtype)
-    linear = y if layer.bias is None else y - layer.bias
-    return y + (g - 1).view(-1) * linear + g.view(-1) * update
+    return (norms + change) / whole
+
+
+def rescaled(
+    layer: Any, y: torch.Tensor, turned: torch.Tensor, update: torch.Tensor, gain: torch.Tensor
+) -> torch.Tensor:
+    """Return the layer's output (..., out) from its output y, the update scale B A x and g (1, out).
+
+    `turned` is the layer's output that g - 1 applies to: y, or that of the input with dropout.
+    """
+    g = gain.to(y.dtype).view(-1)
+    linear = turned if layer.bias is None else turned - layer.bias
+    return y + (g - 1) * linear + g * update
 
 
 def whole_magnitudes(

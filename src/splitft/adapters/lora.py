@@ -8,7 +8,8 @@ The base product is computed once for all rows; the rows of each client then get
 clients' together where their factors allow it (`grouped.py`), so every client has the result that it would
 have alone. A `slot` is one named set of factors: a client's, or one shared by all. Besides the factors that
 it trains, a slot may hold frozen rows (the *rest* of factors of a higher rank than its own) and the update
-that aggregation has *folded* into the base.
+that aggregation has *folded* into the base. In training, x may have dropout before A (`dropout.py`), but not
+before what is folded, which is a part of W.
 
 The factors are kept in float32 (float64 over a float64 base), and the small products are computed in the type
 of the base, as in mixed precision training.
@@ -19,18 +20,19 @@ Shapes: B sequences, T tokens, R rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from splitft.adapters.dora import rescaled
+from splitft.adapters.dora import direction_gain, rescaled
+from splitft.adapters.dropout import DropoutRows, dropped
 from splitft.adapters.grouped import FactorStack, Part, changes, product_kind, row_layout, update_together
-from splitft.adapters.state import CPU, Factors
+from splitft.adapters.state import CPU, Factors, Key
 from splitft.errors import AdapterError
-from splitft.half_precision import HALF, current_pass
+from splitft.half_precision import HALF, Pass, current_pass
 
 Rows = Sequence[tuple[str | None, int]]
 """Owners of the rows of a batch, in order: (slot, sequences); slot None runs the base model."""
@@ -41,6 +43,8 @@ class Routing:
 
     def __init__(self) -> None:
         self.rows: Rows = ()
+        self.dropout: Sequence[DropoutRows] = ()
+        """The same rows by client, in a training step with dropout."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +112,32 @@ class SlotFactors:
         return (*changes(self.A), *changes(self.B))
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """Rows of a batch on their way through one layer."""
+
+    x: torch.Tensor
+    """Input."""
+    seen: torch.Tensor
+    """The same as the factors see it: with dropout."""
+    y: torch.Tensor
+    """Output of the frozen layer."""
+    turned: torch.Tensor
+    """Its output for `seen`, where DoRA needs it; else `y`."""
+
+    def split(self, counts: list[int]) -> list[_Inputs]:
+        """Divide the rows by owner."""
+        parts = (torch.split(one, counts) for one in (self.x, self.seen, self.y, self.turned))
+        return [_Inputs(*own) for own in zip(*parts, strict=True)]
+
+
 class LoraLayer(nn.Module):
     """A frozen linear layer with factors by slot."""
 
-    def __init__(self, base: nn.Module, scale: float, routing: Routing) -> None:
+    def __init__(self, base: nn.Module, key: Key, scale: float, routing: Routing) -> None:
         super().__init__()
         self.base = base
+        self.key = key
         self.scale = scale
         self.slots: dict[str, SlotFactors] = {}
         self._routing = routing
@@ -124,26 +148,33 @@ class LoraLayer(nn.Module):
         y: torch.Tensor = self.base(x)
         half = current_pass() if x.dtype == HALF else None
         if half is None:
-            return self._updated(x, y)
-        return half.enter(self._updated(half.leave(x), half.leave(y)))
+            return self._updated(x, y, self.base)
+        return half.enter(self._updated(half.leave(x), half.leave(y), self._base_in(half)))
 
-    def _updated(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def _updated(
+        self, x: torch.Tensor, y: torch.Tensor, base: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         """Return the output with the update of each row's owner."""
-        rows = self._routing.rows
         counts = self._counts(x)
+        owners = [None if slot is None else self.slots[slot] for slot, _ in self._routing.rows]
+        # the input as the factors see it, and the output of W that DoRA turns
+        seen, turned = x, y
+        if self._routing.dropout:
+            seen = dropped(x, self._routing.dropout, self.key)
+            if any(one is not None and one.magnitude is not None for one in owners):
+                turned = base(seen)
+        inputs = _Inputs(x, seen, y, turned)
         # one owner
-        if len(rows) == 1:
-            slot = rows[0][0]
-            return y if slot is None else self._adapted(x, y, self.slots[slot])
+        if len(owners) == 1:
+            return self._adapted(inputs, owners[0])
         # several owners: their products in one
-        owners = [None if slot is None else self.slots[slot] for slot, _ in rows]
-        update = self._update_together(x, y.shape[-1], owners, counts)
+        update = self._update_together(seen, y.shape[-1], owners, counts)
         if update is not None:
             y = y + update.view_as(y)
             return self._with_folded(x, y, next(one for one in owners if one is not None))
         # owners that do not go together: one product for each
-        parts = zip(owners, torch.split(x, counts), torch.split(y, counts), strict=True)
-        return torch.cat([y_ if one is None else self._adapted(x_, y_, one) for one, x_, y_ in parts])
+        parts = zip(owners, inputs.split(counts), strict=True)
+        return torch.cat([self._adapted(part, one) for one, part in parts])
 
     def forget_stack(self) -> None:
         """Drop the stacked factors, which are kept from the last pass of several owners."""
@@ -183,12 +214,20 @@ class LoraLayer(nn.Module):
             kept = self._stacked = state, list(owners), FactorStack(parts, x)
         return kept[2]
 
-    def _adapted(self, x: torch.Tensor, y: torch.Tensor, slot: SlotFactors) -> torch.Tensor:
+    def _adapted(self, rows: _Inputs, slot: SlotFactors | None) -> torch.Tensor:
+        """Return the output of one owner's rows."""
+        if slot is None:
+            return rows.y
         A, B = slot.all_rows()
-        update = self._product(x, A, B)
+        update = self._product(rows.seen, A, B)
         if slot.magnitude is not None:
-            return rescaled(self.base, y, update, A, B * self.scale, slot.magnitude)
-        return self._with_folded(x, y + update, slot)
+            gain = direction_gain(self.base, A, B * self.scale, slot.magnitude)
+            return rescaled(self.base, rows.y, rows.turned, update, gain)
+        return self._with_folded(rows.x, rows.y + update, slot)
+
+    def _base_in(self, half: Pass) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the frozen layer as a function of float32 numbers, within a pass in float16."""
+        return lambda x: half.leave(self.base(half.enter(x)))
 
     def _with_folded(self, x: torch.Tensor, y: torch.Tensor, slot: SlotFactors) -> torch.Tensor:
         return y if slot.folded is None else y + self._product(x, slot.folded.A, slot.folded.B)

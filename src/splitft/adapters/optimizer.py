@@ -12,6 +12,11 @@ t counts the local steps of the run, so a client that misses rounds, and both si
 same rate in the same step. Linear and cosine are those of transformers, except that warm-up begins at
 lr / warmup instead of 0, so that the first step is not lost.
 
+With `training.clip` the gradient of a slot is scaled down to that norm (Pascanu et al. 2013,
+https://arxiv.org/abs/1211.5063). Client and server each know the gradient of their own blocks and clip it
+alone: the norm over both would be known only after the server has answered and would have to step. So a
+clipped run depends on the cut, unlike any other.
+
 LoRA+ gives B a higher learning rate than A (Hayou et al. 2024, https://arxiv.org/abs/2402.12354).
 AdamW: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
 """
@@ -153,18 +158,35 @@ def step_together(optimizers: Sequence[LocalOptimizer], divide_by: float = 1) ->
     """
     alike: dict[tuple[str, float, float], list[_Update]] = {}
     for optimizer in optimizers:
-        spec = optimizer.spec
-        for lr, update in optimizer.updates():
+        spec, own = optimizer.spec, list(optimizer.updates())
+        of_slot = [gradient for _, (_, gradient, _) in own]
+        if divide_by != 1 and of_slot:
+            torch._foreach_div_(of_slot, divide_by)
+        if spec.clip is not None:
+            clip_norm(of_slot, spec.clip)
+        for lr, update in own:
             alike.setdefault((spec.optimizer, spec.weight_decay, lr), []).append(update)
     for (kind, weight_decay, lr), updates in alike.items():
         parameters, gradients, states = (list(column) for column in zip(*updates, strict=True))
-        if divide_by != 1:
-            torch._foreach_div_(gradients, divide_by)
         STEPS[kind](parameters, gradients, states, lr, weight_decay)
         for parameter in parameters:
             note_change(parameter)
     for optimizer in optimizers:
         optimizer.forget()
+
+
+def clip_norm(gradients: Sequence[torch.Tensor], largest: float) -> None:
+    """Scale gradients down in place, if their common norm is above `largest` (as torch's clip_grad_norm_)."""
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        by_device.setdefault(gradient.device, []).append(gradient)
+    if not by_device:
+        return
+    where = next(iter(by_device))
+    norms = [norm.to(where) for own in by_device.values() for norm in torch._foreach_norm(own)]
+    share = (largest / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
+    for device, own in by_device.items():
+        torch._foreach_mul_(own, share.to(device))
 
 
 def _adamw(

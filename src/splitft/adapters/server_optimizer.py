@@ -2,13 +2,15 @@
 
     delta = mean of the participants' factors - global factors
     fedavgm   v = beta v + delta                             x = x + lr v
+    nesterov  v = beta v + delta                             x = x + lr (delta + beta v)
     fedadam   m = b1 m + (1 - b1) delta,
               v = b2 v + (1 - b2) delta^2                    x = x + lr m / (sqrt(v) + tau)
 
-FedAvgM: Hsu et al. 2019, https://arxiv.org/abs/1909.06335. FedAdam: Reddi et al. 2021, algorithm 2 (no bias
-correction), https://arxiv.org/abs/2003.00295; v begins at tau^2. The factors must keep their axes from
-round to round, so rules that make new ones (svd, stack) do not support it. Where cuts change a block's rank,
-new rows begin at the mean, without momentum.
+FedAvgM: Hsu et al. 2019, https://arxiv.org/abs/1909.06335. Nesterov momentum is torch's SGD on -delta, the
+outer optimizer of DiLoCo (lr 0.7, beta 0.9): Douillard et al. 2023, https://arxiv.org/abs/2311.08105.
+FedAdam: Reddi et al. 2021, algorithm 2 (no bias correction), https://arxiv.org/abs/2003.00295; v begins at
+tau^2. The factors must keep their axes from round to round, so rules that make new ones (svd, stack) do not
+support it. Where cuts change a block's rank, new rows begin at the mean, without momentum.
 """
 
 from __future__ import annotations
@@ -28,9 +30,13 @@ Step = Callable[[AggregateSpec, torch.Tensor, dict[str, torch.Tensor]], torch.Te
 
 def fedavgm(spec: AggregateSpec, delta: torch.Tensor, memory: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the step of FedAvgM."""
-    momentum = memory.get("momentum")
-    memory["momentum"] = delta if momentum is None else spec.server_momentum * momentum + delta
-    return (1.0 if spec.server_lr is None else spec.server_lr) * memory["momentum"]
+    return (1.0 if spec.server_lr is None else spec.server_lr) * _momentum(spec, delta, memory)
+
+
+def nesterov(spec: AggregateSpec, delta: torch.Tensor, memory: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the step of SGD with Nesterov momentum (DiLoCo)."""
+    ahead = delta + spec.server_momentum * _momentum(spec, delta, memory)
+    return (0.7 if spec.server_lr is None else spec.server_lr) * ahead
 
 
 def fedadam(spec: AggregateSpec, delta: torch.Tensor, memory: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -44,7 +50,7 @@ def fedadam(spec: AggregateSpec, delta: torch.Tensor, memory: dict[str, torch.Te
     return lr * memory["momentum"] / (memory["variance"].sqrt() + spec.server_tau)
 
 
-SERVER_OPTIMIZERS: dict[str, Step] = {"fedavgm": fedavgm, "fedadam": fedadam}
+SERVER_OPTIMIZERS: dict[str, Step] = {"fedavgm": fedavgm, "nesterov": nesterov, "fedadam": fedadam}
 """Steps by name; `none` uses the mean itself."""
 
 
@@ -67,6 +73,13 @@ def server_step(
         after[name] = start + step(spec, new - start, own)
         kept.update((f"{name}.{part}", tensor) for part, tensor in own.items())
     return AdapterState.from_tensors(after), kept
+
+
+def _momentum(spec: AggregateSpec, delta: torch.Tensor, memory: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return v with the round's change in it, and keep it."""
+    before = memory.get("momentum")
+    memory["momentum"] = delta if before is None else spec.server_momentum * before + delta
+    return memory["momentum"]
 
 
 def _like(tensor: torch.Tensor, wanted: torch.Tensor, fill: torch.Tensor | float) -> torch.Tensor:

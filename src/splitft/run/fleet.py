@@ -179,6 +179,10 @@ def exact_sizes(model: Model, ranks: RankPolicy) -> ModelSizes:
         head_parameters=max(0, whole - embedding - model.shape.blocks * block_parameters),
         adapter_parameters_per_rank=sum(map(sum, layers)),
     )
+    if ranks.lora.dropout:  # each layer keeps its own input and a mask of one byte a number
+        inputs = sum(width_in for width_in, _ in layers)
+        kept = counted.kept_elements_per_token + inputs + -(-inputs // model.dtype.itemsize)
+        counted = replace(counted, kept_elements_per_token=kept)
     if ranks.lora.method != "dora":
         return counted
     outputs = sum(width_out for _, width_out in layers)  # each kept twice: from the base, and from B A

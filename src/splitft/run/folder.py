@@ -136,7 +136,8 @@ def open_log(folder: Path, config: RunConfig, snapshot: Snapshot | None) -> Even
 def put_adapter(adapters: AdapterState, model: Model, ranks: RankPolicy, folder: Path) -> None:
     """Write an adapter as a PEFT folder, whole or not at all."""
     with whole_folder(folder) as draft:
-        write_peft(adapters, model, ranks.scale, draft, ranks.lora.scaling == "rslora")
+        lora = ranks.lora
+        write_peft(adapters, model, ranks.scale, draft, lora.scaling == "rslora", lora.dropout)
         write_sums(draft)
 
 

@@ -43,6 +43,9 @@ class LoraSpec(Spec):
     keeps steps stable at every rank (arXiv 2312.03732)."""
     lr_ratio: float = Field(1.0, gt=0)
     """Learning rate of B divided by that of A: 1 for LoRA; LoRA+ recommends about 16 (arXiv 2402.12354)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the numbers of a layer's input that its factors do not see in a training step (peft's
+    lora_dropout): drawn anew for each layer and micro-batch, the same at every cut. None in evaluation."""
     targets: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
     """Adapted linear layers: attention projections, all linear layers, or module names."""
 
@@ -74,6 +77,9 @@ class SplitSpec(Spec):
     one step on all clients' batches together (SplitLoRA); `shared-in-turn`: one copy, with one step for each
     batch in random order (SplitFed v2); `shared-by-arrival`: one copy, with one step whenever a client's step
     is complete, and nobody waits (a client's gradient is that of the copy as it was when its step began)."""
+    turns: Literal["random", "fixed"] = "random"
+    """Order of the clients with `shared-in-turn`: drawn for each step (SplitFed v2), or the clients' order in
+    every step (SplitLoRA's public code)."""
     group_tokens: int = Field(1024, ge=1)
     """Most padded tokens that the server processes together when it groups several clients' batches; on a CPU
     larger groups are no faster (`benchmarks/server_batching.py`)."""
@@ -108,6 +114,9 @@ class TrainingSpec(Spec):
     """Local optimizer, the same on both sides of the cut."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay on the adapters."""
+    clip: float | None = Field(None, gt=0)
+    """Largest gradient norm of a step; a longer gradient is scaled down to it. null for no bound. Client and
+    server each clip the gradient of the factors that they hold, so the bound depends on the cut."""
     order: Literal["together", "in-turn"] = "together"
     """`together`: clients train at the same time and are then aggregated; `in-turn`: one after the other,
     each passing its factors and optimizer state to the next (vanilla split learning)."""
@@ -135,14 +144,15 @@ class AggregateSpec(Spec):
     norm_bound: float | None = Field(5.0, ge=1)
     """Largest update of a client, as a multiple of the median of this round's and the last rounds' updates;
     a larger one is scaled down to it. null for no bound."""
-    server_optimizer: Literal["none", "fedavgm", "fedadam"] = "none"
-    """Server optimizer that applies the mean update: `none`; `fedavgm` adds momentum; `fedadam` adapts the
-    learning rate of each number to its earlier changes (Reddi et al. 2021, arXiv 2003.00295). With
-    factors, zero-pad, ffa and fedsa."""
+    server_optimizer: Literal["none", "fedavgm", "nesterov", "fedadam"] = "none"
+    """Server optimizer that applies the mean update: `none`; `fedavgm` adds momentum; `nesterov` adds it as
+    DiLoCo does (arXiv 2311.08105); `fedadam` adapts the learning rate of each number to its earlier changes
+    (Reddi et al. 2021, arXiv 2003.00295). With factors, zero-pad, ffa and fedsa."""
     server_lr: float | None = Field(None, gt=0)
-    """Learning rate of the server optimizer; null for 1 with fedavgm and 0.01 with fedadam."""
+    """Learning rate of the server optimizer; null for 1 with fedavgm, 0.7 with nesterov and 0.01 with
+    fedadam."""
     server_momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of fedavgm."""
+    """Momentum of fedavgm and nesterov."""
     server_betas: tuple[float, float] = (0.9, 0.99)
     """Decay of fedadam's first and second moment, each at least 0 and below 1."""
     server_tau: float = Field(1e-3, gt=0)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from splitft.adapters import AdapterBank
+from splitft.adapters.dropout import DropoutRows
 from splitft.errors import ProtocolError
 from splitft.geometry import Span
 from splitft.model import Segment, pack, pad, pick
@@ -89,17 +90,20 @@ def forward_together(
     cuts: Mapping[str, int],
     slot: Callable[[str], str],
     messages: Sequence[Activations],
-    training: bool,
+    dropout: Callable[[Activations], Sequence[DropoutRows]],
 ) -> Group:
     """Run the blocks from each client's cut to the end; `slot` names the factors of a client's rows.
 
+    `dropout` returns the rows of a message with what fixes their masks, or none.
     Messages are on the CPU; leaves, outputs and the graph are on the devices of the blocks.
     """
     group = Group(messages={message.client: message for message in messages})
     order = sorted(messages, key=lambda one: (cuts[one.client], one.client))
+    training = order[0].training
     width = max(max(message.lengths) for message in order)
     stops = [*(cuts[message.client] for message in order[1:]), segment.shape.blocks]
     rows: list[tuple[str | None, int]] = []
+    masks: list[DropoutRows] = []
     hidden: torch.Tensor | None = None
     # a client's rows join the batch at its cut; the batch runs on to the next client's cut
     for message, stop in zip(order, stops, strict=True):
@@ -108,9 +112,10 @@ def forward_together(
         group.leaves[message.client] = leaf
         hidden = leaf if hidden is None else torch.cat([hidden.to(device), leaf])
         rows.append((slot(message.client), len(message.lengths)))
+        masks += dropout(message)
         span = Span(cuts[message.client], stop)
         if len(span):
-            with bank.routed(merge_runs(rows)):
+            with bank.routed(merge_runs(rows), masks):
                 hidden = segment.run(hidden, span)
     assert hidden is not None
     # only the labelled positions go back

@@ -21,6 +21,7 @@ from splitft.errors import ProtocolError
 from splitft.geometry import Plan, Span
 from splitft.model import CPU, Model, Segment, pack
 from splitft.privacy.defence import Defence
+from splitft.training.micro_batch import MicroBatch
 from splitft.training.ranks import RankPolicy
 
 SLOT = "own"
@@ -137,18 +138,23 @@ class ClientBlocks:
         """Return the personal factors B, which never leave; none by most rules."""
         return self._known.select("B") if self._ranks.keeps_own else AdapterState()
 
-    def run(self, batch: Batch, base: bool = False) -> torch.Tensor:
-        """Run tokens through the client's blocks -> (B, T, D); with `base`, without the factors."""
-        with self.bank.routed([(None if base else SLOT, len(batch.lengths))]):
+    def run(self, batch: Batch, step: MicroBatch | None = None, base: bool = False) -> torch.Tensor:
+        """Run tokens through the client's blocks -> (B, T, D); with `base`, without the factors.
+
+        `step` is the micro-batch of a training step, which fixes its dropout.
+        """
+        masks = () if step is None else self._ranks.dropout(self.name, step.step, step.number, batch.lengths)
+        with self.bank.routed([(None if base else SLOT, len(batch.lengths))], masks):
             return self.segment.run(batch.tokens, self.plan.client)
 
-    def hidden(self, batch: Batch, *place: object) -> torch.Tensor:
+    def hidden(self, batch: Batch, *place: object, step: MicroBatch | None = None) -> torch.Tensor:
         """Run tokens through the client's blocks and its defences -> (N, D); `place` fixes the noise."""
 
         def base(public: Batch) -> torch.Tensor:
             return pack(self.run(public, base=True), public.lengths)
 
-        return self._defence.hidden(pack(self.run(batch), batch.lengths), self.plan.cut, base, *place)
+        own = pack(self.run(batch, step), batch.lengths)
+        return self._defence.hidden(own, self.plan.cut, base, *place)
 
     @property
     def _private(self) -> Span:

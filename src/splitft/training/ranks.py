@@ -9,12 +9,13 @@ Both sides compute ranks from the same specification, so ranks are never sent.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from splitft.adapters import AdapterState, Factors, Fresh, fit_all, initial_state
+from splitft.adapters.dropout import DropoutRows
 from splitft.adapters.state import Key
 from splitft.errors import ProtocolError
 from splitft.geometry import ranks_by_block
@@ -105,6 +106,15 @@ class RankPolicy:
         trained = {key: factors.first(ranks[key[0]]) for key, factors in state.items()}
         rest = {key: factors.beyond(ranks[key[0]]) for key, factors in state.items()}
         return AdapterState(trained), AdapterState({key: one for key, one in rest.items() if one.rank})
+
+    def dropout(
+        self, client: str, step: int, micro_batch: int, lengths: Sequence[int]
+    ) -> tuple[DropoutRows, ...]:
+        """Return what fixes the dropout of a client's micro-batch at every layer; empty without dropout."""
+        p = self.lora.dropout
+        if not p:
+            return ()
+        return (DropoutRows(p, self.seed, client, step, micro_batch, len(lengths), max(lengths)),)
 
     def validate_upload(
         self, client: str, sent: AdapterState, before: AdapterState, cut: int
