@@ -201,6 +201,64 @@ def all_at_once(whole: Whole, start: Factors, batches: Batches, lr: float, cut: 
     return {**_detached(own[0]), **_detached(server)}
 
 
+def public_splitlora(
+    folder: Path, scale: float, start: Factors, batches: Batches, lr: float, cut: int
+) -> Factors:
+    """SplitLoRA's public loop: two models, the server's optimizer steps once a client, in fixed order.
+
+    Each client's hidden states are cut out of its graph; the server steps, then the client goes on from their
+    gradient with an optimizer of its own. After each round's steps the clients' adapters are averaged, by
+    tokens; no optimizer is ever reset.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    model.requires_grad_(False)
+    server = _leaves(_deeper(start, cut))
+    at_server = _adam(server, lr)
+    own = [_leaves(_shallower(start, cut)) for _ in batches[0]]
+    at_clients = [_adam(one, lr) for one in own]
+    blocks = model.model.layers
+    for clients in batches:
+        for step in range(len(clients[0])):
+            for client, optimizer in enumerate(at_clients):
+                ids, labels = clients[client][step]
+                hidden = _through(model, blocks[:cut], own[client], scale, model.model.embed_tokens(ids))
+                received = hidden.clone().detach().requires_grad_(True)
+                last = model.model.norm(_through(model, blocks[cut:], server, scale, received))
+                logits, targets = model.lm_head(last)[:, :-1], labels[:, 1:]
+                loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100)
+                loss.backward()
+                at_server.step()
+                at_server.zero_grad()
+                hidden.backward(received.grad)
+                optimizer.step()
+                optimizer.zero_grad()
+        mean = _mean([(_tokens(steps), _detached(one)) for steps, one in zip(clients, own, strict=True)])
+        for one in own:
+            for layer, pair in one.items():
+                for tensor, value in zip(pair, mean[layer], strict=True):
+                    tensor.data.copy_(value)
+    return {**_detached(own[0]), **_detached(server)}
+
+
+def _through(model: Any, blocks: Any, factors: Factors, scale: float, hidden: torch.Tensor) -> torch.Tensor:
+    """Run these blocks with LoRA on their layers; right padding needs no mask beside the causal one."""
+    length = hidden.shape[1]
+    positions = torch.arange(length)[None]
+    causal = torch.full((length, length), -torch.inf, dtype=hidden.dtype).triu(1)[None, None]
+    turned = model.model.rotary_emb(hidden, positions)
+    hooks = []
+    for (index, name), (A, B) in factors.items():
+        module = model.model.layers[index].get_submodule(name)
+        hooks.append(module.register_forward_hook(
+            lambda module, inputs, output, A=A, B=B: output + scale * (inputs[0] @ A.T) @ B.T
+        ))  # fmt: skip
+    for block in blocks:
+        hidden = block(hidden, attention_mask=causal, position_ids=positions, position_embeddings=turned)
+    for hook in hooks:
+        hook.remove()
+    return hidden
+
+
 def _leaves(factors: Factors) -> Factors:
     return {layer: tuple(t.clone().requires_grad_() for t in pair) for layer, pair in factors.items()}
 

@@ -173,6 +173,16 @@ def test_splitlora_steps_the_servers_copy_on_all_activations_together(played):
     _assert_equal(run.learnt(), oracle.all_at_once(run.whole, run.start, run.batches, LR, CUT))
 
 
+def test_splitlora_code_is_the_loop_of_the_public_code(played, tiny_llama):
+    run = played("splitlora-code", clients={"cuts": CUT}, training={"optimizer_state": "keep"})
+    steps = [event.client for event in run.events if isinstance(event, StepDone)]
+    names = [client.name for client in run.prepared.clients]
+    assert steps == names * ROUNDS * STEPS
+    scale = run.prepared.ranks.scale
+    wanted = oracle.public_splitlora(tiny_llama, scale, run.start, run.batches, LR, CUT)
+    _assert_equal(run.learnt(), wanted)
+
+
 RESUMED = ["centralized", "local", "fedlora", "flexlora", "split", "splitfed-v2", "splitlora"]
 """Those that train in a way of their own; the rest are what `test_resume.py` tries."""
 
