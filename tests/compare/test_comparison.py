@@ -17,7 +17,7 @@ from splitft.compare.comparison_page import (
     target_sentence,
 )
 from splitft.errors import RunError
-from splitft.report.cost_charts import loss_against_costs, loss_with_bands
+from splitft.report.cost_charts import accuracy_by_round, loss_against_costs, loss_with_bands
 from splitft.tracking.comparability import differences
 from splitft.tracking.history import Point, first_below, loss_history, mean_loss_on_the_way
 from splitft.tracking.summary import summarise
@@ -62,6 +62,25 @@ def test_the_common_target_is_the_best_of_the_worst():
     assert "did not improve" in common_target(stuck)[1]
 
 
+def test_token_accuracy_stands_beside_the_loss_where_all_report_it():
+    both = [trained("a", seed, [4, 3, 2]) for seed in (0, 1)]
+    right = [0.1, 0.2, 0.3]
+    both[0] = replace(both[0], history=_with_accuracy(both[0].history, right))
+    both[1] = replace(both[1], history=_with_accuracy(both[1].history, [share + 0.1 for share in right]))
+    data = compare_runs([*both, trained("b", 0, [4, 3, 2])])
+    assert [one["accuracy"] for one in data["methods"]] == [pytest.approx([0.3, 0.4]), [None]]
+    a, b = comparison_table(data).rows
+    assert (a[3], b[3]) == ("35.0", "–")
+    [chart] = accuracy_by_round({"a": [run.history for run in both], "b": [trained("b", 0, [4, 3]).history]})
+    [line] = chart.data
+    assert (line.name, list(line.y)) == ("a", pytest.approx([0.15, 0.25, 0.35]))
+    assert "Token accuracy by round" in comparison_page(data, "")
+
+
+def _with_accuracy(history, shares):
+    return [replace(point, accuracy=share) for point, share in zip(history, shares, strict=True)]
+
+
 def test_the_rows_are_means_over_seeds():
     runs = [trained("a", 0, [4, 3, 2]), trained("a", 1, [4, 3, 2.2]), trained("b", 0, [4, 3.5, 3.0])]
     data = compare_runs(runs, target=2.1)
@@ -69,10 +88,10 @@ def test_the_rows_are_means_over_seeds():
     perplexity = (math.exp(2) + math.exp(2.2)) / 2
     # Ann computes 4 s in two rounds; the server is idle for 8 of 18 s without moving
     assert a == (
-        "a", f"2.100±{math.sqrt(0.02):.3f}", f"{perplexity:.4g}", "20.0 (1 of 2)", "10.0 (1 of 2)", "–",
+        "a", f"2.100±{math.sqrt(0.02):.3f}", f"{perplexity:.4g}", "–", "20.0 (1 of 2)", "10.0 (1 of 2)", "–",
         "2.00", "5.00", "hidden states",
     )  # fmt: skip
-    assert b[3:5] == ("– (0 of 1)", "– (0 of 1)")
+    assert b[4:6] == ("– (0 of 1)", "– (0 of 1)")
     assert target_sentence(data) == "Target: held-out loss 2.1000, as given."
     page = comparison_page(data, "seed: <0>")
     assert "seed: &lt;0&gt;" in page

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from splitft.data.text import Example, eval_batches
-from splitft.evaluation.likelihood import mean_loss, windows
+from splitft.evaluation.likelihood import likelihood, windows
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -19,18 +19,22 @@ def test_the_mean_loss_is_transformers_own(tiny_folders, family):
         Example(tuple(generator.integers(1, 257, length).tolist()), labelled_from=first)
         for length, first in ((4, 1), (19, 1), (9, 5), (30, 12), (2, 1))
     ]
-    total, count = 0.0, 0
+    total, right, count = 0.0, 0, 0
     for example in examples:
         tokens = torch.tensor([example.tokens])
         labels = tokens.clone()
         labels[:, : example.labelled_from] = -100
         with torch.no_grad():
-            loss = float(model(input_ids=tokens, labels=labels).loss)
+            found = model(input_ids=tokens, labels=labels)
+        loss = float(found.loss)
+        right += int((found.logits.argmax(2)[:, :-1] == labels[:, 1:]).sum())
         total += loss * (len(example) - example.labelled_from)
         count += len(example) - example.labelled_from
     done = []
-    found, tokens = mean_loss(model, eval_batches(examples, 5, 64), done.append)
-    assert (found, tokens) == (pytest.approx(total / count, rel=1e-5), count)
+    ours = likelihood(model, eval_batches(examples, 5, 64), done.append)
+    assert (ours.loss, ours.accuracy, ours.tokens) == (
+        pytest.approx(total / count, rel=1e-5), right / count, count,
+    )  # fmt: skip
     assert sum(done) == len(examples)
 
 

@@ -13,11 +13,11 @@ from splitft.geometry import HEAD_POSITIONS, Span, head_positions, logits_bytes
 from splitft.model import (
     Segment,
     divergence,
+    held_out_sums,
     loss_and_gradient,
     losses_and_gradients,
     open_model,
-    summed_loss,
-    summed_losses,
+    sums_of_batches,
 )
 from splitft.specs import ModelSpec
 from tiny import VOCAB, WIDTH, tiny_model
@@ -46,7 +46,12 @@ def test_loss_and_gradient_are_those_of_autograd_whatever_the_chunk(tiny_folders
     loss, gradient = loss_and_gradient(head, hidden, targets)
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-6)
-    assert summed_loss(head, hidden, targets) / POSITIONS == pytest.approx(loss, rel=1e-6)
+    targets[::3] = head.logits(hidden).argmax(1)[::3]  # some that are right
+    total, right = held_out_sums(head, hidden, targets)
+    assert total == pytest.approx(
+        float(functional.cross_entropy(head.logits(hidden), targets, reduction="sum").detach()), rel=1e-6
+    )
+    assert right == int((head.logits(hidden).argmax(1) == targets).sum()) >= 13
 
 
 @pytest.mark.parametrize("chunk", [1, 10, 256])
@@ -63,12 +68,12 @@ def test_divergence_is_torchs_own_and_nothing_of_a_thing_from_itself(tiny_llama,
 def test_batches_of_several_clients_have_the_losses_and_gradients_of_each_alone(tiny_llama):
     head, batches = _head(tiny_llama), [_hidden(count) for count in (37, 0, 5)]
     together = losses_and_gradients(head, batches)
-    sums = summed_losses(head, batches)
+    sums = sums_of_batches(head, batches)
     for (loss, gradient), total, (hidden, targets) in zip(together, sums, batches, strict=True):
         alone = loss_and_gradient(head, hidden, targets)
         assert loss == alone[0]
         assert torch.equal(gradient, alone[1])
-        assert total == summed_loss(head, hidden, targets)
+        assert total == held_out_sums(head, hidden, targets)
 
 
 def test_losses_are_read_from_the_device_once_however_many_chunks_and_clients(tiny_llama, monkeypatch):
@@ -78,7 +83,7 @@ def test_losses_are_read_from_the_device_once_however_many_chunks_and_clients(ti
     monkeypatch.setattr(torch.Tensor, "tolist", lambda one: lists.append(one) or as_list(one))
     for run in (
         lambda: losses_and_gradients(head, batches),
-        lambda: summed_losses(head, batches),
+        lambda: sums_of_batches(head, batches),
         lambda: divergence(head, batches[0][0], batches[0][0]),
     ):
         lists.clear()
@@ -154,4 +159,4 @@ def test_without_labelled_positions_the_loss_is_zero(tiny_llama):
     head, (hidden, targets) = _head(tiny_llama), _hidden(0)
     loss, gradient = loss_and_gradient(head, hidden, targets)
     assert (loss, gradient.shape) == (0.0, (0, WIDTH))
-    assert summed_loss(head, hidden, targets) == 0.0
+    assert held_out_sums(head, hidden, targets) == (0.0, 0)

@@ -218,8 +218,8 @@ def test_several_runs_stand_side_by_side(finished, tmp_path):
     other = [event for event in story() if event.t < 125 and not isinstance(event, Warned)]
     told = seen(finished, run_folder(tmp_path / "b-run", other, "seed: 8\nlora: {rank: 4}\n"))
     assert "2 runs side by side" in told.words
-    assert "a-run splitft tiny 7 2 4.000 3.000 -25.0 % 120" in told.words
-    assert "b-run splitft tiny 7 2 of 2 4.000 3.500 -12.5 % 120" in told.words
+    assert "a-run splitft tiny 7 2 4.000 3.000 -25.0 % – 120" in told.words
+    assert "b-run splitft tiny 7 2 of 2 4.000 3.500 -12.5 % – 120" in told.words
     assert "key a-run b-run seed 7 8" in told.words
     assert "lora.rank" not in told.words, "on which they agree"
     held_out, training, *_ = figures(told)

@@ -195,7 +195,8 @@ class Progress(_Display):
     def _evaluation(self, event: Evaluated) -> str:
         when = "before training" if event.round == 0 else f"after round {event.round}"
         change = f" (before training {self._first_loss:.3f})" if event.round and self._first_loss else ""
-        return f"{when}: held-out loss {event.loss:.3f}{change}"
+        right = "" if event.accuracy is None else f", token accuracy {100 * event.accuracy:.1f} %"
+        return f"{when}: held-out loss {event.loss:.3f}{change}{right}"
 
 
 class ProgressBars(_Display):

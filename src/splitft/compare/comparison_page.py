@@ -12,22 +12,22 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from splitft.report.cost_charts import loss_with_bands
+from splitft.report.cost_charts import accuracy_by_round, loss_with_bands
 from splitft.report.page import render
 from splitft.tracking.evaluations import METRICS, metric_text
 from splitft.tracking.history import Point
 from splitft.tracking.table import Table
 
 HEADINGS = (
-    "method", "loss", "perplexity", "s to\ntarget", "MB to\ntarget", "client\nGB", "client\ns", "server\ns",
-    "the server\nreads",
+    "method", "loss", "perplexity", "right\n%", "s to\ntarget", "MB to\ntarget", "client\nGB", "client\ns",
+    "server\ns", "the server\nreads",
 )  # fmt: skip
 NOTE = (
-    "Loss and perplexity are of the held-out text after the last round, means over seeds; ± is the standard "
-    "deviation. s and MB to target: simulated seconds, and traffic of training, until the first evaluation "
-    "at or below the target. Client GB: predicted peak memory of the client that needs most. Client s and "
-    "server s: seconds of computing a round on the simulated clock, of the client that computes most and of "
-    "the server."
+    "Loss and perplexity are of the held-out text after the last round, means over seeds; ± is the "
+    "standard deviation. Right: share of its tokens that are the most probable ones. s and MB to target: "
+    "simulated seconds, and traffic of training, until the first evaluation at or below the target. "
+    "Client GB: predicted peak memory of the client that needs most. Client s and server s: seconds of "
+    "computing a round on the simulated clock, of the client that computes most and of the server."
 )
 
 TARGETS_NOTE = (
@@ -47,6 +47,7 @@ def comparison_table(data: Mapping[str, Any]) -> Table:
                 one["method"],
                 _spread(one["loss"]),
                 _mean(one["perplexity"], "{:.4g}"),
+                _mean([share and 100 * share for share in one["accuracy"]], "{:.1f}"),
                 _mean(one["simulated_s_to_target"], "{:,.1f}") + short,
                 _mean(one["mb_to_target"], "{:,.1f}") + short,
                 _mean(one["client_memory_gb"], "{:.2f}"),
@@ -55,7 +56,7 @@ def comparison_table(data: Mapping[str, Any]) -> Table:
                 one["server_reads"],
             )
         )
-    return Table(HEADINGS, rows, "lrrrrrrrl", gap=1, wrap=(len(HEADINGS) - 1,))
+    return Table(HEADINGS, rows, "lrrrrrrrrl", gap=1, wrap=(len(HEADINGS) - 1,))
 
 
 def target_table(data: Mapping[str, Any]) -> Table:
@@ -161,7 +162,10 @@ def comparison_page(data: Mapping[str, Any], config: str) -> str:
         edges=" ".join(f"{line}." for line in edge_sentences(data)),
         tuning=tuning_table(data),
         metrics=metric_table(data),
-        charts=[chart for chart in loss_with_bands(histories, data["target"]) if chart.data],
+        charts=[
+            *(chart for chart in loss_with_bands(histories, data["target"]) if chart.data),
+            *accuracy_by_round(histories),
+        ],
         runs=Table(("method", "seed", "loss after", "folder"), runs, "lrrl", wrap=(3,)),
         config=config,
     )

@@ -71,6 +71,7 @@ METRICS = {
     "rounds": ("gauge", "Rounds to train."),
     "rounds_done": ("gauge", "Rounds that are trained and saved."),
     "held_out_loss": ("gauge", "Mean held-out loss of all sites after the last round, in nats per token."),
+    "held_out_accuracy": ("gauge", "Share of the held-out tokens of all sites that are predicted right."),
     "steps_total": ("counter", "Optimizer steps of all sites."),
     "tokens_total": ("counter", "Labelled tokens trained on."),
     "step_seconds_total": ("counter", "Wall seconds of steps by leg."),
@@ -163,6 +164,7 @@ def _samples(status: Status, now: float) -> Iterable[tuple[str, Labels, float | 
     for name in ("rounds", "rounds_done", "disk_free_bytes"):
         yield name, {}, status.get(name)
     yield "held_out_loss", {}, status.get("eval_loss")
+    yield "held_out_accuracy", {}, status.get("eval_accuracy")
     yield "steps_total", {}, status.get("steps")
     yield "tokens_total", {}, status.get("tokens")
     for leg, seconds in status.get("seconds", {}).items():

@@ -1,6 +1,6 @@
-"""Compute the loss of a whole model on text.
+"""Compute the loss and the token accuracy of a whole model on text.
 
-    batches --mean_loss--> nats per labelled token, labelled tokens
+    batches --likelihood--> nats per labelled token, share of them predicted right, labelled tokens
 
 Shapes: B sequences, T tokens, V vocabulary, N labelled positions. Perplexity is e to the loss. Those
 of different tokenizers do not compare, nor those of different divisions of one text (examples, windows).
@@ -9,6 +9,7 @@ of different tokenizers do not compare, nor those of different divisions of one 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +21,22 @@ CHUNK = 256
 """Positions whose float32 logits are in memory at one time."""
 
 
+@dataclass(frozen=True)
+class Likelihood:
+    """The labelled tokens of some text under a model."""
+
+    loss: float
+    """Mean loss, in nats."""
+    accuracy: float
+    """Share of them that are the most probable tokens."""
+    tokens: int
+    """Their number."""
+
+
 @torch.inference_mode()
-def mean_loss(model: Any, batches: Sequence[Batch], advance: Callable[[int], None]) -> tuple[float, int]:
-    """Return the mean loss over all labelled tokens of all batches, and the number of tokens."""
-    total, count = 0.0, 0
+def likelihood(model: Any, batches: Sequence[Batch], advance: Callable[[int], None]) -> Likelihood:
+    """Return loss and accuracy over all labelled tokens of all batches."""
+    total, right, count = 0.0, 0, 0
     for batch in batches:
         mask = torch.arange(batch.tokens.shape[1]) < torch.tensor(batch.lengths)[:, None]  # (B, T)
         logits = model(
@@ -33,9 +46,10 @@ def mean_loss(model: Any, batches: Sequence[Batch], advance: Callable[[int], Non
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
             total += float(functional.cross_entropy(labelled[part].float(), targets[part], reduction="sum"))
+            right += int((labelled[part].argmax(1) == targets[part]).sum())
         count += len(targets)
         advance(len(batch.lengths))
-    return total / count, count
+    return Likelihood(total / count, right / count, count)
 
 
 def windows(tokens: Sequence[int], size: int) -> list[Example]:

@@ -20,7 +20,7 @@ from typing import Any
 from splitft.data.text import Example, eval_batches
 from splitft.errors import RunError
 from splitft.evaluation.generation import continue_all
-from splitft.evaluation.likelihood import mean_loss
+from splitft.evaluation.likelihood import likelihood
 from splitft.evaluation.metrics import FINAL, exact_match, overlap
 
 BATCH_TOKENS = 1024
@@ -61,7 +61,7 @@ class TaskResult:
 
 
 def perplexity(task_input: TaskInput) -> TaskResult:
-    """Compute loss and perplexity over the labelled tokens of all examples."""
+    """Compute loss, perplexity and token accuracy over the labelled tokens of all examples."""
     batches = eval_batches(task_input.examples, len(task_input.examples), BATCH_TOKENS)
     done = 0
 
@@ -70,9 +70,11 @@ def perplexity(task_input: TaskInput) -> TaskResult:
         done += count
         task_input.advance(done, len(task_input.examples))
 
-    loss, tokens = mean_loss(task_input.model, batches, advance)
-    counts = {"tokens": tokens, "examples": len(task_input.examples)}
-    return TaskResult({"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **counts})
+    found = likelihood(task_input.model, batches, advance)
+    metrics = {
+        "loss": found.loss, "perplexity": math.exp(min(found.loss, 700.0)), "accuracy": found.accuracy,
+    }  # fmt: skip
+    return TaskResult({**metrics, "tokens": found.tokens, "examples": len(task_input.examples)})
 
 
 def e2e(task_input: TaskInput) -> TaskResult:

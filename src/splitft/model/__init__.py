@@ -4,10 +4,10 @@ from splitft.model.checkpointing import checkpoint_blocks
 from splitft.model.devices import CPU
 from splitft.model.loss import (
     divergence,
+    held_out_sums,
     loss_and_gradient,
     losses_and_gradients,
-    summed_loss,
-    summed_losses,
+    sums_of_batches,
     token_losses,
 )
 from splitft.model.padding import pack, pad, pick
@@ -20,13 +20,13 @@ __all__ = [
     "Segment",
     "checkpoint_blocks",
     "divergence",
+    "held_out_sums",
     "loss_and_gradient",
     "losses_and_gradients",
     "open_model",
     "pack",
     "pad",
     "pick",
-    "summed_loss",
-    "summed_losses",
+    "sums_of_batches",
     "token_losses",
 ]

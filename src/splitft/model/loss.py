@@ -44,22 +44,32 @@ def losses_and_gradients(segment: Segment, batches: Sequence[Labelled]) -> list[
     ]
 
 
-def summed_loss(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -> float:
-    """Return the sum of the loss over M positions, without gradient."""
-    [loss] = summed_losses(segment, [(hidden, targets)])
-    return loss
+def held_out_sums(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[float, int]:
+    """Return the sum of the loss over M positions, and how many of them are predicted right."""
+    [sums] = sums_of_batches(segment, [(hidden, targets)])
+    return sums
 
 
 @torch.no_grad()
-def summed_losses(segment: Segment, batches: Iterable[Labelled]) -> list[float]:
-    """Return the summed loss of each batch; all are read from the device at once."""
-    return _read_sums([
-        [
-            functional.cross_entropy(_wide(segment.logits(rows)), wanted, reduction="sum")
-            for rows, wanted in _chunks(segment, hidden, targets)
-        ]
-        for hidden, targets in batches
-    ])  # fmt: skip
+def sums_of_batches(segment: Segment, batches: Iterable[Labelled]) -> list[tuple[float, int]]:
+    """Return the same of each batch; all are read from the device at once.
+
+    A position is right if its most probable token is the target; of equally probable ones the first counts.
+    """
+    losses, right = [], []
+    for hidden, targets in batches:
+        parts = [_sums(segment, rows, wanted) for rows, wanted in _chunks(segment, hidden, targets)]
+        losses.append([loss for loss, _ in parts])
+        right.append([count for _, count in parts])
+    sums = _read_sums([*losses, *right])
+    return [(loss, round(count)) for loss, count in zip(sums, sums[len(losses) :], strict=False)]
+
+
+def _sums(segment: Segment, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed loss and the right predictions of a few positions, on the device, in one type."""
+    logits = _wide(segment.logits(hidden))
+    loss = functional.cross_entropy(logits, targets, reduction="sum")
+    return loss, (logits.argmax(1) == targets).sum().to(loss.dtype)
 
 
 @torch.no_grad()

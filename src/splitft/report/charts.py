@@ -62,6 +62,7 @@ def one_run_charts(summary: Mapping[str, Any], events: Sequence[Event], blocks: 
     """Return all charts of one run that have something to show."""
     charts = [
         held_out_loss(summary),
+        held_out_accuracy(summary),
         training_loss(events),
         cuts_by_round(summary, blocks, events),
         traffic(summary),
@@ -75,7 +76,10 @@ def several_runs_charts(
     summaries: Mapping[str, Mapping[str, Any]], events: Mapping[str, Sequence[Event]]
 ) -> list[Chart]:
     """Return the charts that compare runs, which are given by their names."""
-    losses = {name: _by_round(summary["eval_loss"], first=0) for name, summary in summaries.items()}
+    losses, accuracies = (
+        {name: _by_round(summary[key], first=0) for name, summary in summaries.items()}
+        for key in ("eval_loss", "eval_accuracy")
+    )
     steps = {name: mean_by_step(_steps(of_run)) for name, of_run in events.items()}
     charts = [
         Chart(
@@ -83,6 +87,12 @@ def several_runs_charts(
             "Of the global adapters on all clients' held-out text; round 0 is before training.",
             _lines(losses, markers=True),
             axes("round", "nats per token", max(len(xs) for xs, _ in losses.values())),
+        ),
+        Chart(
+            "Held-out token accuracy",
+            "Share of all clients' labelled tokens that the global adapters give the highest probability.",
+            _lines(accuracies, markers=True),
+            axes("round", "share of tokens", max(len(xs) for xs, _ in losses.values())),
         ),
         Chart(
             "Training loss",
@@ -105,6 +115,18 @@ def held_out_loss(summary: Mapping[str, Any]) -> Chart:
         "Of the global adapters on each client's held-out text; round 0 is before training.",
         _lines(lines, bold=_by_round(summary["eval_loss"], first=0), markers=True),
         axes("round", "nats per token", len(summary["eval_loss"])),
+    )
+
+
+def held_out_accuracy(summary: Mapping[str, Any]) -> Chart:
+    """Draw the token accuracy on held-out text by round, of all clients and of each."""
+    accuracies = summary["eval_accuracy"]
+    lines = {client["name"]: _by_round(client["accuracy"], first=0) for client in summary["clients"]}
+    return Chart(
+        "Held-out token accuracy",
+        "Share of the labelled tokens that the global adapters give the highest probability.",
+        _lines(lines, bold=_by_round(accuracies, first=0), markers=True),
+        axes("round", "share of tokens", len(accuracies)),
     )
 
 

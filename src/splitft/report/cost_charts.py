@@ -59,6 +59,24 @@ def loss_with_bands(histories: Mapping[str, Sequence[History]], target: float | 
     ]
 
 
+def accuracy_by_round(histories: Mapping[str, Sequence[History]]) -> list[Chart]:
+    """Draw the token accuracy of each method after each round, means over seeds; empty if it is not known."""
+    lines, most = [], 0
+    for index, (name, seeds) in enumerate(histories.items()):
+        by_round = [
+            {point.round: point.accuracy for point in points if point.accuracy is not None}
+            for points in seeds
+        ]
+        shared = sorted(set.intersection(*map(set, by_round)))
+        means = {number: sum(one[number] for one in by_round) / len(by_round) for number in shared}
+        if means:
+            lines.append(_line(name, list(means), list(means.values()), _style(index)))
+            most = max(most, len(means))
+    layout = axes("round", "share of tokens", most, hovermode="closest")
+    caption = "Share of the held-out tokens that are the most probable ones, after each round."
+    return [Chart("Token accuracy by round", caption, lines, layout)] if lines else []
+
+
 def simulated_by_round(summaries: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
     """Draw the simulated seconds of each round, one line for each run; empty without a simulated clock."""
     timed = {name: one["simulated"]["seconds"] for name, one in summaries.items() if one["simulated"]}

@@ -16,8 +16,19 @@ from splitft.report.run_record import RunRecord
 from splitft.report.timeline import clock_charts, machine_table
 from splitft.tracking.evaluations import evaluation_table
 from splitft.tracking.events import RoundTimed
-from splitft.tracking.summary import change_text, client_table, clock, headline, loss_text, spent_text
+from splitft.tracking.summary import (
+    change_text,
+    client_table,
+    clock,
+    headline,
+    loss_text,
+    share_text,
+    spent_text,
+)
 from splitft.tracking.table import Table
+
+COLUMNS = ("held out", "truncated", "accuracy after")
+"""Columns of the table of clients for which the terminal has no room."""
 
 
 def one_run(run: RunRecord) -> str:
@@ -89,10 +100,10 @@ def _notes(summary: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
 
 
 def _clients(summary: Mapping[str, Any]) -> Table:
-    """Return the table of clients with two columns more than the terminal has room for."""
+    """Return the table of clients with more columns than the terminal has room for."""
     table = client_table(summary)
     rows = [
-        (*row, f"{client['eval_examples']:,}", f"{client['truncated']:,}")
+        (*row, f"{client['eval_examples']:,}", f"{client['truncated']:,}", share_text(client["accuracy"]))
         for row, client in zip(table.rows, summary["clients"], strict=True)
     ]
-    return replace(table, headings=(*table.headings, "held out", "truncated"), rows=rows)
+    return replace(table, headings=(*table.headings, *COLUMNS), rows=rows)

@@ -21,7 +21,7 @@ from splitft.report.run_record import RunRecord
 from splitft.report.sections import run_values
 from splitft.tracking.comparability import differences
 from splitft.tracking.history import loss_history
-from splitft.tracking.summary import change_text, clock, loss_text
+from splitft.tracking.summary import change_text, clock, loss_text, share_text
 from splitft.tracking.table import Table
 
 
@@ -46,7 +46,7 @@ def several_runs(runs: Sequence[RunRecord]) -> str:
 def _run_table(runs: Sequence[RunRecord]) -> Table:
     """Return one row for each run."""
     headings = (
-        "run", "method", "model", "seed", "rounds", "loss before", "loss after", "change",
+        "run", "method", "model", "seed", "rounds", "loss before", "loss after", "change", "accuracy after",
         "tokens", "MB", "time", "simulated",
     )  # fmt: skip
     rows = []
@@ -65,6 +65,7 @@ def _run_table(runs: Sequence[RunRecord]) -> Table:
                 loss_text(losses, 0),
                 loss_text(losses, -1),
                 change_text(losses),
+                share_text(summary["eval_accuracy"]),
                 f"{summary['tokens']:,}",
                 f"{sent:,.1f}",
                 clock(summary["wall_seconds"]),

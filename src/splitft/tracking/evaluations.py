@@ -16,6 +16,7 @@ from splitft.tracking.table import Table
 _METRICS = {
     "loss": ("loss", 3),
     "perplexity": ("perplexity", 2),
+    "accuracy": ("token accuracy", 4),
     "bleu": ("BLEU", 2),
     "chrf": ("chrF", 2),
     "rouge_l": ("ROUGE-L", 4),

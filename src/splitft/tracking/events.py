@@ -232,6 +232,10 @@ class Evaluated(Stamped):
     """Mean loss in nats over the labeled held-out tokens of all clients."""
     by_client: Mapping[str, float]
     """The same for each client alone, as it reports it."""
+    accuracy: float | None = None
+    """Share of these tokens that are the most probable ones; None if a client does not report it."""
+    accuracy_by_client: Mapping[str, float] = {}
+    """The same for each client that reports it."""
     outliers: Mapping[str, str] = {}
     """Clients whose loss does not fit the others' for the same adapters, and why; not part of `loss`."""
     traffic: Mapping[str, Traffic] = {}

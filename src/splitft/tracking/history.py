@@ -33,6 +33,8 @@ class Point:
     """MB (10^6 bytes) sent in training so far, both directions, all clients."""
     examples: int = 0
     """Sequences trained on so far, by all clients."""
+    accuracy: float | None = None
+    """Share of the held-out tokens that are the most probable ones; None if it is not known."""
 
 
 def loss_history(events: Iterable[Event]) -> list[Point]:
@@ -41,6 +43,7 @@ def loss_history(events: Iterable[Event]) -> list[Point]:
     trained: defaultdict[int, int] = defaultdict(int)
     seconds: dict[int, float] = {}
     losses: dict[int, float] = {}
+    accuracies: dict[int, float | None] = {}
     for event in events:
         match event:
             case StepDone():
@@ -52,6 +55,7 @@ def loss_history(events: Iterable[Event]) -> list[Point]:
                 seconds[event.round] = event.seconds
             case Evaluated() if math.isfinite(event.loss):
                 losses[event.round] = event.loss
+                accuracies[event.round] = event.accuracy
             case _:
                 pass
     return [
@@ -61,6 +65,7 @@ def loss_history(events: Iterable[Event]) -> list[Point]:
             sum(spent for done, spent in seconds.items() if done <= number) if seconds else None,
             sum(count for done, count in sent.items() if done <= number) / 1e6,
             sum(count for done, count in trained.items() if done <= number),
+            accuracies[number],
         )
         for number, loss in sorted(losses.items())
     ]

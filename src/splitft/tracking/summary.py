@@ -24,7 +24,8 @@ from splitft.tracking.table import Table
 def summarise(events: Iterable[Event]) -> dict[str, Any]:
     """Return the summary of events; empty without a RunStarted.
 
-    `eval_loss` and each client's `loss` have one number before training and one after each round; `cut`,
+    `eval_loss`, `eval_accuracy` and each client's `loss` and `accuracy` have one number before training and
+    one after each round (no number where accuracy is not reported); `cut`,
     `train_loss` and `aggregation_error` have one for each round. `examples` and `tokens` count what was
     trained on, repetitions included.
     """
@@ -76,6 +77,8 @@ def headline(summary: Mapping[str, Any]) -> str:
         return "Held-out loss: not measured before and after."
     text = f"Held-out loss of all clients: {losses[0]:.3f} before, {losses[-1]:.3f} after"
     text += f" ({change_text(losses)})." if losses[0] else "."
+    if accuracy := accuracy_text(summary.get("eval_accuracy") or []):
+        text += f" Token accuracy: {accuracy}."
     if outliers := summary.get("loss_outliers"):
         text += f" Left out, as their reports do not fit the others': {', '.join(outliers)}."
     lacking, clients = summary["not_improved"], len(summary["clients"])
@@ -89,6 +92,18 @@ def change_text(losses: Sequence[float | None]) -> str:
     """Return the change from the first loss to the last in percent; a dash where either is unknown."""
     first, last = (losses[0], losses[-1]) if losses else (None, None)
     return f"{100 * (last / first - 1):+.1f} %" if first and last is not None else "–"
+
+
+def accuracy_text(shares: Sequence[float | None]) -> str:
+    """Return the first and the last token accuracy in percent; empty where either is unknown."""
+    first, last = (shares[0], shares[-1]) if len(shares) > 1 else (None, None)
+    return "" if first is None or last is None else f"{100 * first:.1f} % before, {100 * last:.1f} % after"
+
+
+def share_text(shares: Sequence[float | None]) -> str:
+    """Return the last of the shares in percent; a dash where it is not known."""
+    last = shares[-1] if shares else None
+    return "–" if last is None else f"{100 * last:.1f} %"
 
 
 def loss_text(losses: Sequence[float | None], index: int) -> str:

@@ -54,6 +54,7 @@ class _ClientTotals:
     bytes_down: int = 0
     cut: Series = field(default_factory=Series)
     loss: Series = field(default_factory=Series)
+    accuracy: Series = field(default_factory=Series)
     train_loss: Series = field(default_factory=Series)
     losses: dict[int, tuple[float, int]] = field(default_factory=dict)
     """Of rounds that are not done: the sum of losses times tokens, and the tokens."""
@@ -130,6 +131,7 @@ class SummaryFold:
         self._changes: dict[int, Mapping[str, int]] = {}
         self._rounds = 0
         self._losses, self._errors, self._spent, self._warnings = Series(), Series(), Series(), Series()
+        self._accuracies = Series()
         self._outliers: dict[str, str] = {}  # of the last evaluation
         self._steps = 0
         self._tokens = 0
@@ -164,12 +166,14 @@ class SummaryFold:
                     _add_bytes(self._bytes, traffic)
             case Evaluated():
                 self._losses.append(_finite(event.loss))
+                self._accuracies.append(event.accuracy)
                 self._outliers = dict(event.outliers)
                 for message in event.warnings:
                     self._warnings.append(message)
                 for one in self._infos():
                     loss = _finite(event.by_client.get(one.name, math.nan))
                     self._clients[one.name].loss.append(loss)
+                    self._clients[one.name].accuracy.append(event.accuracy_by_client.get(one.name))
                 for traffic in event.traffic.values():
                     _add_bytes(self._evaluation_bytes, traffic)
             case RoundTimed():
@@ -202,6 +206,7 @@ class SummaryFold:
             "finished": self._finished,
             "rounds": self._rounds,
             "eval_loss": self._losses.copy(),
+            "eval_accuracy": self._accuracies.copy(),
             "loss_outliers": dict(self._outliers),
             "not_improved": [client["name"] for client in clients if not _improved(client["loss"])],
             "clients": clients,
@@ -254,6 +259,7 @@ class SummaryFold:
             "trained_on": client.trained_on,
             "held_out": client.held_out,
             "loss": own.loss.copy(),
+            "accuracy": own.accuracy.copy(),
             "train_loss": own.train_loss.copy(),
             "bytes_up": own.bytes_up,
             "bytes_down": own.bytes_down,

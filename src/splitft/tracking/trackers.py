@@ -34,9 +34,9 @@ class Tracker(Protocol):
 
 
 class CsvTracker:
-    """Write one line for each round and client to `metrics.csv`: cut, held-out loss, bytes up and down."""
+    """Write a line for each round and client to `metrics.csv`: cut, held-out loss, bytes, token accuracy."""
 
-    HEADINGS = ("round", "client", "cut", "loss", "bytes_up", "bytes_down")
+    HEADINGS = ("round", "client", "cut", "loss", "bytes_up", "bytes_down", "accuracy")
 
     def __init__(self, folder: Path, config: Mapping[str, Any], file: str = "metrics.csv") -> None:
         """Open the file for appending. Raises ConfigError for a file that is not in the run folder."""
@@ -46,8 +46,12 @@ class CsvTracker:
         new = not path.exists()
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
+        self._columns = len(self.HEADINGS)
         if new:
             self._writer.writerow(self.HEADINGS)
+        else:  # an earlier version may have begun the file, with fewer columns
+            with path.open(newline="", encoding="utf-8") as file_there:
+                self._columns = len(next(csv.reader(file_there), self.HEADINGS))
         self._cuts: dict[str, int] = {}
         self._bytes: dict[str, tuple[int, int]] = {}
 
@@ -63,7 +67,9 @@ class CsvTracker:
         elif isinstance(event, Evaluated):
             for name, loss in event.by_client.items():
                 up, down = self._bytes.get(name, (0, 0))
-                self._writer.writerow((event.round, name, self._cuts.get(name), loss, up, down))
+                right = event.accuracy_by_client.get(name)
+                row = (event.round, name, self._cuts.get(name), loss, up, down, right)
+                self._writer.writerow(row[: self._columns])
             self._file.flush()
 
     def close(self) -> None:

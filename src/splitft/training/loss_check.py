@@ -20,6 +20,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 
 from splitft.protocol import Evaluation
+from splitft.tracking.events import Evaluated, Traffic
 
 MOST_DEVIATIONS = 3.5
 """Robust standard deviations."""
@@ -36,6 +37,32 @@ EXPLODED_RATIO, EXPLODED_NATS = 2.0, 2.0
 def reported_losses(results: Mapping[str, Evaluation]) -> dict[str, float]:
     """Return the mean held-out loss of each client, as it reports it."""
     return {name: result.loss / max(1, result.tokens) for name, result in results.items()}
+
+
+def evaluated(
+    round: int,
+    results: Mapping[str, Evaluation],
+    outliers: Mapping[str, str],
+    traffic: Mapping[str, Traffic],
+) -> Evaluated:
+    """Return the event of an evaluation: loss and token accuracy of each client, and of all that fit.
+
+    The accuracy of all is that of their tokens together; None if a client does not report it.
+    """
+    fitting = [result for name, result in results.items() if name not in outliers]
+    tokens = max(1, sum(result.tokens for result in fitting))
+    correct = [result.correct for result in fitting if result.correct is not None]
+    return Evaluated(
+        round=round,
+        loss=sum(result.loss for result in fitting) / tokens,
+        by_client=reported_losses(results),
+        accuracy=sum(correct) / tokens if correct and len(correct) == len(fitting) else None,
+        accuracy_by_client={
+            name: one.correct / max(1, one.tokens) for name, one in results.items() if one.correct is not None
+        },
+        outliers=outliers,
+        traffic=traffic,
+    )
 
 
 def loss_outliers(losses: Mapping[str, float], before: Mapping[str, float]) -> dict[str, str]:

@@ -29,8 +29,8 @@ from splitft.privacy.dp_fedavg import UpdateBounds
 from splitft.privacy.noise import Noise
 from splitft.protocol import AdapterUpload, Evaluation, GlobalAdapters, RoundStart
 from splitft.specs import AggregateSpec, PrivacySpec, TrainingSpec
-from splitft.tracking.events import CutsChanged, Evaluated, Listener, RoundDone, RoundUndone, Traffic
-from splitft.training.loss_check import loss_outliers, reported_losses, round_failure
+from splitft.tracking.events import CutsChanged, Listener, RoundDone, RoundUndone, Traffic
+from splitft.training.loss_check import evaluated, loss_outliers, reported_losses, round_failure
 from splitft.training.norm_bound import NormBound
 from splitft.training.ranks import RankPolicy
 from splitft.training.run_state import Federation as Federation
@@ -257,17 +257,9 @@ class FederatedTrainer:
         """Add the held-out loss of every client to the state; `before` are the last ones."""
         losses = reported_losses(results)
         outliers = {} if self.privacy.protects_labels else loss_outliers(losses, before)
-        fitting = {name: result for name, result in results.items() if name not in outliers}
-        tokens = sum(result.tokens for result in fitting.values())
-        evaluated = Evaluated(
-            round=state.round,
-            loss=sum(result.loss for result in fitting.values()) / max(1, tokens),
-            by_client=losses,
-            outliers=outliers,
-            traffic=self.federation.traffic(),
-        )
-        self.listener(evaluated)
-        usual = statistics.median(losses[name] for name in fitting) if outliers else 0.0
+        self.listener(evaluated(state.round, results, outliers, self.federation.traffic()))
+        fitting = [loss for name, loss in losses.items() if name not in outliers]
+        usual = statistics.median(fitting) if outliers else 0.0
         known = {name: before.get(name, usual) for name in outliers}
         return replace(state, losses={**losses, **known})
 

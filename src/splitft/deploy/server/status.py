@@ -59,6 +59,7 @@ class RunStatus:
         """Rounds that are saved on disk."""
         self._started = False
         self._held_out: float | None = None
+        self._accuracy: float | None = None
         self._notes: deque[tuple[int, str]] = deque(maxlen=NOTES_KEPT)
         self._noted = 0
         self._lock = Lock()
@@ -96,7 +97,7 @@ class RunStatus:
                 case SessionEnded() if event.detail:
                     self._note(f"the session ends: {event.detail}")
                 case Evaluated():
-                    self._held_out = event.loss
+                    self._held_out, self._accuracy = event.loss, event.accuracy
                     for name, loss in event.by_client.items():
                         self._sites[name].held_out = loss
                 case CheckpointSaved():
@@ -149,6 +150,7 @@ class RunStatus:
                 "rounds": self._rounds,
                 "rounds_done": self.rounds_done,
                 "eval_loss": self._held_out,
+                "eval_accuracy": self._accuracy,
                 "sites": sites,
                 "notes": list(self._notes),
             }
