@@ -10,6 +10,8 @@
     splitfed-v1 [0, k)          a copy for each client     averaged every round     the text
     splitfed-v2 [0, k)          one copy, batch by batch   averaged every round     the text
     splitlora   [0, k)          one copy, all at once      averaged every round     the text
+    splitlora-  [0, k)          one copy, batch by batch,  averaged every round     the text
+     code                       in the clients' order
     splitft     [0, k_i)        a copy for each client     averaged as products     hidden states
 
 A method fixes the keys of the configuration that define it, and has its own defaults for others. Training
@@ -71,18 +73,21 @@ _PLAIN = {"split.labels": "server", "aggregate.rule": "factors"}
 """Split methods before SplitFT: labels and loss on the server, FedAvg of factors."""
 _ALONE = {**_FACTORS, "aggregate.federated": Fixed(False, "aggregates nothing")}
 _ORDINARY = {"training.optimizer_state": "keep"}
-"""Training without rounds: one optimizer from beginning to end."""
+"""One optimizer from beginning to end. By default all methods that average begin a round with new optimizers,
+since the factors are new; these average nothing, and a round of theirs is no more than an evaluation."""
 
 METHODS: Registry[Method] = Registry("method", "splitft.methods", {
     "centralized": Method(
         source="LoRA: Hu et al. 2021, arXiv 2106.09685",
-        difference="All clients' text lies in one place, on the server's machine: the upper bound.",
+        difference="All clients' text lies in one place, on the server's machine: the upper bound. It has no "
+        "rounds that could reset its optimizer.",
         fixes={**_WHOLE, **_ALONE, "clients.pooled": Fixed(True, "has all text in one place")},
         defaults=_ORDINARY,
     ),
     "local": Method(
         source="LoRA without federation: Hu et al. 2021, arXiv 2106.09685",
-        difference="Every client trains alone, and is evaluated with its own adapter: the lower bound.",
+        difference="Every client trains alone, and is evaluated with its own adapter: the lower bound. It "
+        "has no rounds that could reset its optimizer.",
         fixes={**_WHOLE, **_ALONE},
         defaults=_ORDINARY,
     ),
@@ -107,7 +112,8 @@ METHODS: Registry[Method] = Registry("method", "splitft.methods", {
     ),
     "split": Method(
         source="Gupta and Raskar 2018, arXiv 1810.06060; Vepakomma et al. 2018, arXiv 1812.00564",
-        difference="Clients train in turn: one model, with its optimizer, is handed from each to the next.",
+        difference="Clients train in turn: one model, with its optimizer, is handed from each to the next, "
+        "round after round.",
         fixes={
             **_SPLIT,
             **_ONE_RANK,
@@ -118,7 +124,7 @@ METHODS: Registry[Method] = Registry("method", "splitft.methods", {
                 1.0, "hands its one model through all clients, so that each has its turn in every round"
             ),
         },
-        defaults={**_PLAIN, "training.optimizer_state": "keep"},
+        defaults={**_PLAIN, **_ORDINARY},
         one_cut=True,
     ),
     "splitfed-v1": Method(
@@ -134,7 +140,8 @@ METHODS: Registry[Method] = Registry("method", "splitft.methods", {
         difference="One copy on the server, stepping once for each client's batch, in random order.",
         fixes={**_SPLIT,
             **_ONE_RANK, "split.server_adapters": Fixed("shared-in-turn", "has one server's copy that steps "
-                                                        "client by client")},
+                                                        "client by client"),
+            "split.turns": Fixed("random", "draws the order of the clients for each step")},
         defaults=_PLAIN,
         one_cut=True,
     ),
@@ -145,6 +152,19 @@ METHODS: Registry[Method] = Registry("method", "splitft.methods", {
         fixes={**_SPLIT,
             **_ONE_RANK,
             **_FACTORS, "split.server_adapters": Fixed("shared", "has one server's copy for all clients")},
+        defaults=_PLAIN,
+        one_cut=True,
+    ),
+    "splitlora-code": Method(
+        source="The public code of SplitLoRA: github.com/FDU-INC/Split_LoRA, gpt2_ft_sfl.py (2407.00952)",
+        difference="SplitLoRA as its code has it: the server steps once for each client's batch, in the "
+        "clients' order. There, optimizers are never reset (training.optimizer_state: keep), all clients "
+        "weigh alike in the average, and what is averaged lacks the last step.",
+        fixes={**_SPLIT,
+            **_ONE_RANK,
+            **_FACTORS,
+            "split.server_adapters": Fixed("shared-in-turn", "steps the server's copy client by client"),
+            "split.turns": Fixed("fixed", "keeps the order of the clients")},
         defaults=_PLAIN,
         one_cut=True,
     ),

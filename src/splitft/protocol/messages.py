@@ -235,6 +235,9 @@ class HeldOutLoss(Message):
     step: Count
     loss: Loss
     tokens: Length
+    correct: Count | None = None
+    """Labelled tokens that are the most probable ones; None from earlier versions."""
+    LEFT_OUT = frozenset({"correct"})
 
 
 class Evaluation(Message):
@@ -246,6 +249,9 @@ class Evaluation(Message):
     """Sum over labelled tokens, in nats; with noise if the run protects labels."""
     tokens: Count
     """Labelled tokens."""
+    correct: Count | None = None
+    """Those that are the most probable ones; None if the run protects labels, and from earlier versions."""
+    LEFT_OUT = frozenset({"correct"})
 
 
 MESSAGES: dict[str, type[Message]] = {
