@@ -91,7 +91,12 @@ def test_methods_with_one_cut_refuse_several():
 def test_splitft_lets_cuts_choose_themselves_where_a_fleet_is_described_and_cuts_are_not():
     fleet = {"devices": "phone"}
     assert from_mapping({"schedule": fleet}).clients.cuts == "auto"
-    assert from_mapping({"schedule": fleet}).schedule.controller == "makespan"
+    assert from_mapping({"schedule": fleet}).schedule.controller == "quickest"
+    assert from_mapping({"schedule": fleet}).split.server_adapters == "auto"
+    given = {"split": {"server_adapters": "shared-in-turn"}}
+    assert from_mapping({"schedule": fleet, **given}).split.server_adapters == "shared-in-turn"
+    by_name = from_mapping({"schedule": {**fleet, "controller": "makespan"}, "clients": {"cuts": "auto"}})
+    assert (by_name.schedule.controller, by_name.split.server_adapters) == ("makespan", "per-client")
     assert from_mapping({"schedule": fleet, "clients": {"cuts": 3}}).clients.cuts == 3
     assert from_mapping({"schedule": {**fleet, "controller": "fixed"}}).clients.cuts == 2
     assert from_mapping({"schedule": fleet, "method": "splitft-fixed"}).clients.cuts == 2

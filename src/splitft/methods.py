@@ -57,7 +57,8 @@ class Method:
     one_cut: bool = False
     """True if all clients have the same cut in all rounds."""
     follows_fleet: bool = False
-    """True if a controller chooses the cuts when machines or links are given and cuts are not."""
+    """True if the controller `quickest` chooses when machines or links are given, and neither cuts nor a
+    controller."""
 
 
 _SPLIT = {"schedule.controller": Fixed("fixed", "has one cut for all, which stays")}
@@ -75,6 +76,13 @@ _ALONE = {**_FACTORS, "aggregate.federated": Fixed(False, "aggregates nothing")}
 _ORDINARY = {"training.optimizer_state": "keep"}
 """One optimizer from beginning to end. By default all methods that average begin a round with new optimizers,
 since the factors are new; these average nothing, and a round of theirs is no more than an evaluation."""
+
+_BY_FLEET = {
+    "clients.cuts": "auto",
+    "schedule.controller": "quickest",
+    "split.server_adapters": "auto",
+}
+"""Left to the controller where a fleet is described, each unless it is given."""
 
 METHODS: Registry[Method] = Registry("method", "splitft.methods", {
     "centralized": Method(
@@ -188,7 +196,7 @@ def filled(name: str, given: Sections) -> dict[str, Any]:
     method = METHODS[name]
     values = {key: fixed.value for key, fixed in method.fixes.items()} | dict(method.defaults)
     if method.follows_fleet and _has_fleet(given):
-        values |= {"clients.cuts": "auto", "schedule.controller": "makespan"}
+        values |= _BY_FLEET
     result = dict(given)
     for key, value in values.items():
         section, _, last = key.partition(".")

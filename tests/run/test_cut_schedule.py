@@ -53,6 +53,54 @@ def test_makespan_gives_quick_clients_more_blocks_than_slow_ones(run):
     assert slow < quick
 
 
+FAR = {"up_mbit_per_s": 5.0, "down_mbit_per_s": 5.0, "latency_ms": 500.0}
+
+
+def test_quickest_leaves_the_whole_model_on_a_client_and_splits_another_in_the_same_rounds(run):
+    """The quick machine is far away, the slow one is near; where blocks run changes no result."""
+    fleet = {"devices": [QUICK, SLOW], "links": [FAR, "lan"]}
+    prepared, mixed, events = run(clients=2, controller="quickest", **fleet)
+    L = prepared.model.shape.blocks
+    assert mixed.cuts["client-1"] == L
+    assert mixed.cuts["client-2"] < L
+    (first,) = of(events, CutsChanged)
+    assert f"client-1: trains the whole model (cut {L}) and is not split" in first.reason
+    sent = {event.client: event.traffic for event in of(events, StepDone)}
+    assert not sent["client-1"].up
+    assert sent["client-2"].up["hidden"] > 0
+    _, split, before = run(clients=2, controller="makespan", **fleet)
+    assert max(split.cuts.values()) < L
+    assert of(events, RoundTimed)[0].seconds < of(before, RoundTimed)[0].seconds
+    assert largest_relative_difference(mixed.adapters.tensors(), split.adapters.tensors()) < 1e-5
+
+
+def test_a_client_that_becomes_slow_is_split_after_all_and_the_model_does_not_notice(run):
+    change = [{"round": 2, "client": 2, "compute": 0.001}]
+    fleet = {"devices": [SLOW, QUICK], "links": ["lan", FAR]}
+    prepared, moved, events = run(clients=2, controller="quickest", changes=change, **fleet)
+    L = prepared.model.shape.blocks
+    first, second = of(events, CutsChanged)
+    assert (first.cuts["client-2"], second.cuts["client-2"] < L) == (L, True)
+    _, still, _ = run(clients=2, controller="makespan", **fleet)
+    assert largest_relative_difference(moved.adapters.tensors(), still.adapters.tensors()) < 1e-5
+
+
+def test_quickest_keeps_to_the_deepest_cut_that_is_given_and_others_reach_the_whole_model_by_it(run):
+    fleet = {"devices": [QUICK, SLOW], "links": [FAR, "lan"]}
+    _, state, _ = run(clients=2, controller="quickest", max_cut=3, **fleet)
+    assert max(state.cuts.values()) <= 3
+    prepared, state, _ = run(clients=2, controller="makespan", max_cut=4, **fleet)
+    assert state.cuts["client-1"] == prepared.model.shape.blocks == 4
+
+
+def test_where_no_cut_keeps_a_privacy_bound_the_whole_model_does(run):
+    fleet = {"devices": QUICK, "max_recovery": 0.1, "recovery": AUDIT}
+    _, state, _ = run(controller="quickest", **fleet)
+    assert set(state.cuts.values()) == {4}
+    with pytest.raises(ScheduleError, match=r"cut 3 gives 0\.20"):
+        run(controller="quickest", max_cut=3, **fleet)
+
+
 def test_a_client_that_slows_down_is_relieved_in_the_next_round_and_the_model_does_not_notice(run):
     change = [{"round": 2, "client": 2, "compute": 0.001}]
     _, still, before = run(controller="makespan", devices=[SLOW, QUICK, QUICK])

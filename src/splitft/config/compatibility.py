@@ -66,6 +66,11 @@ def _rule(config: Any) -> Rule:
     return RULES[config.aggregate.rule]
 
 
+def _shared(config: Any) -> bool:
+    """Return whether clients share the server's factors; with auto they need not."""
+    return bool(config.split.way != "per-client")
+
+
 def _with_rank(name: str) -> str:
     return f"{name} (with lora.rank_at_cut: null)" if RULES[name].equal_ranks else name
 
@@ -131,6 +136,16 @@ BETWEEN_SECTIONS = (
         "found {found} names for {c.clients.count} clients; give one a client"),
     Requirement(("deploy.min_clients", "clients.count"), lambda c: c.deploy.min_clients > c.clients.count,
         "found {c.deploy.min_clients}, but there are {c.clients.count} clients"),
+    Requirement(("devices.server_replicas", "split.server_adapters"),
+        lambda c: c.devices.server_replicas > 1 and _shared(c),
+        "found {c.devices.server_replicas}, but with split.server_adapters {c.split.server_adapters} all "
+        "clients train one set of factors, which one process holds; give 1, or per-client"),
+    Requirement(("devices.server_replicas", "clients.cuts"),
+        lambda c: c.devices.server_replicas > 1 and c.clients.cuts == "whole",
+        "found {c.devices.server_replicas}, but with clients.cuts whole nothing is on the server; give 1"),
+    Requirement(("devices.server_replicas", "clients.count"),
+        lambda c: c.devices.server_replicas > max(1, c.clients.count),
+        "found {c.devices.server_replicas} for {c.clients.count} clients; give at most one a client"),
     Requirement(("schedule.devices", "clients.count"), lambda c: _wrong_length(c, c.schedule.devices),
         "found {found} for {c.clients.count} clients; give one for all, or one a client"),
     Requirement(("schedule.links", "clients.count"), lambda c: _wrong_length(c, c.schedule.links),
@@ -179,7 +194,7 @@ BETWEEN_SECTIONS = (
         "after each batch and would mix the gradients of several clients' parts; give 1, or shared or "
         "per-client"),
     Requirement(("aggregate.rule", "split.server_adapters"),
-        lambda c: _rule(c).keeps_own_b and c.split.server_adapters != "per-client",
+        lambda c: _rule(c).keeps_own_b and _shared(c),
         "found {c.aggregate.rule}, which leaves each client its own B, but split.server_adapters is shared: "
         "all train one on the server; give server_adapters: per-client, or another rule"),
 )
@@ -219,7 +234,7 @@ METHODS_KEYS = (
     Requirement(("lora.client_ranks", "clients.count"), lambda c: _wrong_length(c, c.lora.client_ranks),
         "found {found} ranks for {c.clients.count} clients; give one a client"),
     Requirement(("lora.client_ranks", "split.server_adapters"),
-        lambda c: c.lora.client_ranks is not None and c.split.server_adapters != "per-client",
+        lambda c: c.lora.client_ranks is not None and _shared(c),
         "needs the server's adapters apart for each client; give split.server_adapters: per-client"),
     Requirement(("training.optimizer_state", "lora.client_ranks"),
         lambda c: c.lora.client_ranks is not None and c.training.optimizer_state == "keep",
@@ -234,7 +249,7 @@ PRIVACY = (
         "found {found:g}, but the bound is on A and B, and lora.method dora trains magnitudes too; give "
         "lora.method: lora"),
     Requirement(("privacy.updates.clip_norm", "split.server_adapters"),
-        lambda c: c.split.server_adapters != "per-client" and c.privacy.updates.clip_norm,
+        lambda c: _shared(c) and c.privacy.updates.clip_norm,
         "found {found:g}, but with split.server_adapters {c.split.server_adapters} all clients train one set "
         "of factors, so no client has an update to bound; give per-client"),
     Requirement(("privacy.{index}.defence", "split.labels"),

@@ -16,8 +16,9 @@ from splitft.model.devices import RunDevices, take_devices
 from splitft.protocol import MessageSerializer
 from splitft.run.fleet import exact_sizes
 from splitft.run.inputs import ranks_of
+from splitft.run.run_mode import settled_alone
 from splitft.run.setup import most_rows, serializer_of
-from splitft.specs import DevicesSpec
+from splitft.specs.codecs import kind_of
 from splitft.training.ranks import RankPolicy
 
 HEADER_BYTES = 2**21
@@ -46,8 +47,10 @@ class RunTerms:
 
 def load_run_terms(config: RunConfig) -> RunTerms:
     """Open the model and derive the terms. Raises DeployError if the run cannot be deployed."""
+    config = settled_alone(config)
     check_deployable(config)
-    devices = take_devices(DevicesSpec.everywhere(config.devices.server))  # one party is here
+    here = config.devices.model_copy(update={"clients": config.devices.server})  # one party is here
+    devices = take_devices(here)
     model = open_model(config.model, devices.every)
     ranks = ranks_of(config, model.shape.blocks, site_names(config))
     limit = _frame_limit(config, model, ranks)
@@ -79,7 +82,14 @@ def select_sites(config: RunConfig, names: Sequence[str]) -> RunConfig:
 
 
 def _frame_limit(config: RunConfig, model: Model, ranks: RankPolicy) -> int:
-    """Return the bytes of a batch's hidden states and of all adapters with moments, in fp64, and headers."""
+    """Return the bytes of a batch's hidden states and of all adapters with moments, in fp64, and headers.
+
+    A codec that learns also sends what it has learned: axes (D, D) in int8, and rows of facts.
+    """
     batch = most_rows(config) * model.shape.width * 8
     adapter = config.lora.rank * exact_sizes(model, ranks).adapter_parameters_per_rank * model.shape.blocks
-    return batch + 3 * 8 * adapter + HEADER_BYTES
+    learns = config.wire.chooses or any(
+        kind_of(codec).learned for codec in (config.wire.hidden, config.wire.gradient)
+    )
+    learned = 2 * model.shape.width**2 if learns else 0
+    return batch + 3 * 8 * adapter + learned + HEADER_BYTES

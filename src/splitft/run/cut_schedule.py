@@ -19,17 +19,18 @@ from functools import cached_property
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
 from splitft.privacy.known_leakage import audited_recovery, check_fixed_cuts, shallowest_cut
+from splitft.run.fleet import wire_costs
 from splitft.schedule.arrival_order import StepMark, arrival_order
 from splitft.schedule.clock import client_round, simulate_in_turn, simulate_round
 from splitft.schedule.codec_cost import WireBytes
 from splitft.schedule.controllers import Decision, choose
 from splitft.schedule.cost import move_seconds
-from splitft.schedule.memory import client_memory, server_peak_bytes
+from splitft.schedule.memory import peak_bytes
 from splitft.schedule.problem import ClientChoices, CutProblem, feasible, measured_ratios, problem_of
 from splitft.schedule.round_timeline import SERVER
 from splitft.schedule.simulated_search import round_simulator
-from splitft.schedule.workload import ClientProfile, Fleet, SharedCosts
-from splitft.tracking.events import Bar, Event, RoundTimed, StepDone
+from splitft.schedule.workload import ClientProfile, Fleet
+from splitft.tracking.events import Bar, Event, RoundTimed, StepDone, WireChosen
 
 AUTO_SHARE = 4
 """With `cuts: auto` the first decision starts from a quarter of the model's blocks on every client."""
@@ -53,6 +54,8 @@ class CutSchedule:
     """The cuts of round 1, chosen before any client loads a block."""
     site_cuts: Mapping[str, int] = field(default_factory=dict)
     """Shallowest cuts that data owners allow, by client; only of those that have a bound."""
+    split_only: bool = False
+    """True while every client is to be split, so that its codecs can be measured (`choose_first`)."""
     _timeline_sent: bool = False  # RoundTimed has bars in the first round, and whenever a cut moves
     _steps: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # client, leg -> seconds of steps
     _round: int = 0  # of these steps
@@ -60,9 +63,13 @@ class CutSchedule:
 
     @classmethod
     def begin(
-        cls, config: RunConfig, fleet: Fleet, site_cuts: Mapping[str, int] | None = None
+        cls,
+        config: RunConfig,
+        fleet: Fleet,
+        site_cuts: Mapping[str, int] | None = None,
+        split_only: bool = False,
     ) -> tuple[CutSchedule, dict[str, int]]:
-        """Return the schedule of a run and the cuts of round 1.
+        """Return the schedule of a run and the cuts of round 1; with `split_only` no client has all blocks.
 
         Raises ScheduleError, naming what a client lacks, if it fits at no cut and `schedule.misfit` is stop,
         or if cuts reveal more than `schedule.max_recovery`.
@@ -71,7 +78,7 @@ class CutSchedule:
         blocks = fleet.costs.sizes.blocks
         equal = blocks if config.clients.cuts == "whole" else max(1, blocks // AUTO_SHARE)
         start = config.cuts or (equal,) * len(everyone)
-        schedule = cls(config, fleet, everyone, site_cuts=site_cuts or {})
+        schedule = cls(config, fleet, everyone, site_cuts=site_cuts or {}, split_only=split_only)
         given = dict(zip(everyone, start, strict=True))
         # fixed cuts
         if not config.schedule.adaptive:
@@ -103,8 +110,19 @@ class CutSchedule:
         )
         self.fleet = replace(self.fleet, clients=clients)
 
+    def choose_first(self, cuts: Mapping[str, int], why: str = "") -> None:
+        """Choose the cuts of round 1 again, if codecs were measured at `cuts`; `why` adds to the reason."""
+        measured, self.split_only = self.split_only, False
+        if measured and self.config.schedule.may_choose_whole:
+            self.first = choose(self.config.schedule.controller, self.problem(1, cuts))
+        self.first = replace(self.first, reason="; ".join(filter(None, (self.first.reason, why))))
+
     def observe(self, event: Event) -> None:
-        """Take in the measured seconds of a deployed run's steps; other events are ignored."""
+        """Take in the codecs and the measured seconds of a deployed run; other events are ignored."""
+        if isinstance(event, WireChosen):
+            chosen = {"hidden": event.hidden, "gradient": event.gradient}
+            wire, width = self.config.wire.model_copy(update=chosen), self.fleet.costs.sizes.width
+            self.set_wires({event.client: wire_costs(wire, width)})
         if not isinstance(event, StepDone):
             return
         if event.round != self._round:
@@ -126,7 +144,6 @@ class CutSchedule:
             rounds_left=training.rounds - number + 1,
             moments_kept=training.optimizer_state == "keep",
         )
-        deepest = self.fleet.costs.sizes.blocks - 1 if schedule.max_cut is None else schedule.max_cut
         return replace(
             predicted,
             gamma=float(schedule.gamma),
@@ -136,7 +153,7 @@ class CutSchedule:
                 replace(
                     one,
                     min_cut=max(schedule.min_cut, self.min_cut, self.site_cuts.get(one.name, 1)),
-                    max_cut=deepest,
+                    max_cut=self.max_cut,
                     loss=(losses or {}).get(one.name),
                     measured=self._measured(one, number - 1),
                     # before the first round no client has loaded a block, so none has to move
@@ -165,13 +182,24 @@ class CutSchedule:
     @cached_property
     def min_cut(self) -> int:
         """The shallowest cut that `schedule.max_recovery` allows."""
-        bound = self.config.schedule.max_recovery
+        bound, L = self.config.schedule.max_recovery, self.fleet.costs.sizes.blocks
         if bound is None:
             return 1
-        deepest = self.fleet.costs.sizes.blocks - 1
-        if self.config.schedule.max_cut is not None:
-            deepest = self.config.schedule.max_cut
-        return shallowest_cut(self._recovery, bound, deepest)
+        try:
+            return shallowest_cut(self._recovery, bound, min(self.max_cut, L - 1))
+        except ScheduleError:
+            if self.max_cut == L:  # the whole model on the client sends no hidden states
+                return L
+            raise
+
+    @property
+    def max_cut(self) -> int:
+        """The deepest cut that the controller may choose."""
+        L, schedule = self.fleet.costs.sizes.blocks, self.config.schedule
+        if schedule.max_cut is not None:
+            return min(schedule.max_cut, L - self.split_only)
+        whole = schedule.may_choose_whole and self.config.split.labels == "client" and not self.split_only
+        return L if whole else L - 1
 
     @cached_property
     def _recovery(self) -> Mapping[int, float]:
@@ -226,7 +254,7 @@ class CutSchedule:
             weight_bytes=loaded,
             legs={name: timeline.seconds_by_leg(name) for name in participants},
             idle={name: timeline.idle_s(name) for name in (*participants, SERVER)},
-            memory_bytes=_memory(costs, [clients[name] for name in participants], cuts),
+            memory_bytes=peak_bytes(costs, [clients[name] for name in participants], cuts),
             bars=tuple(
                 Bar(who=one.who, leg=one.leg, start=one.start_s, end=one.end_s) for one in timeline.intervals
             )
@@ -263,11 +291,3 @@ class CutSchedule:
                     f"{one.memory_bytes / 1e9:.1f} GB (schedule.devices)"
                 )
         return found
-
-
-def _memory(
-    costs: SharedCosts, clients: Sequence[ClientProfile], cuts: Mapping[str, int]
-) -> dict[str, float]:
-    """Predict the peak memory of each of these clients, and of the server with all of them."""
-    needed = {one.name: client_memory(costs, one, cuts[one.name]).total for one in clients}
-    return {**needed, SERVER: server_peak_bytes(costs, clients, [cuts[one.name] for one in clients])}

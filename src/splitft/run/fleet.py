@@ -101,7 +101,7 @@ def fleet_of(
         server=ServerProfile(
             machines.device("server", schedule.server),
             group_tokens=config.split.group_tokens,
-            adapters=config.split.server_adapters,
+            adapters=config.split.way,
         ),
         lora=config.lora,
         wire=wire_costs(config.wire, sizes.width),

@@ -32,12 +32,14 @@ from splitft.run.codec_choice import choose_wires
 from splitft.run.cut_schedule import CutSchedule
 from splitft.run.fleet import wire_costs
 from splitft.run.inputs import RunInputs, gather
+from splitft.run.run_mode import settle
 from splitft.specs import DataSpec, PrivacySpec, SiteBoundsSpec, WireSpec
 from splitft.specs.rules import RULES
 from splitft.tracking.events import ClientInfo, Listener, WireChosen
 from splitft.training import Client, ClientSetup, FederatedTrainer, RunState, Server, Simulation
 from splitft.training.parking import parking_on
 from splitft.training.ranks import RankPolicy
+from splitft.training.replicas import plan_replicas
 from splitft.training.rounds import Federation, Schedule
 
 PUBLIC_EXAMPLES, PUBLIC_TOKENS = 16, 64
@@ -103,7 +105,8 @@ def prepare(config: RunConfig, inputs: RunInputs | None = None) -> RunSetup:
     check_accountant(config)
     inputs = gather(config) if inputs is None else inputs
     config, model, ranks = inputs.config, inputs.model, inputs.ranks
-    cut_schedule, cuts = CutSchedule.begin(config, inputs.fleet())
+    config, fleet, why = settle(config, inputs.fleet())
+    cut_schedule, cuts = CutSchedule.begin(config, fleet, split_only=config.wire.chooses)
     # clients
     texts = [client for client in inputs.clients if client.name in cuts]
     public = public_text(config, model)
@@ -131,11 +134,14 @@ def prepare(config: RunConfig, inputs: RunInputs | None = None) -> RunSetup:
     facts = tuple(one.facts.model_copy(update={"cut": cuts[one.name]}) for one in texts)
     # server
     deepest = Span(min(cuts.values()), model.shape.blocks)
-    server = Server(model, deepest, ranks, config.split, config.training, inputs.devices.server)
+    tokens = {one.name: one.workload.padded_tokens for one in fleet.clients if one.name in cuts}
+    places = plan_replicas(inputs.devices, tokens)
+    server = Server(model, deepest, ranks, config.split, config.training, places)
     # codecs
     serializer = serializer_of(config, model)
     wires, chosen = choose_wires(clients, server, serializer) if config.wire.chooses else ({}, ())
     cut_schedule.set_wires({name: wire_costs(wire, model.shape.width) for name, wire in wires.items()})
+    cut_schedule.choose_first(cuts, why)
     return RunSetup(
         config, model, ranks, server, clients, facts, inputs.text, serializer, cut_schedule, wires, chosen,
         inputs.devices,

@@ -10,10 +10,9 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
-from splitft.adapters import AdapterState, Factors, with_folded
+from splitft.adapters import AdapterState, with_folded, with_mean_of_own
 from splitft.config import RunConfig, load
 from splitft.data.tokens import Tokenised
 from splitft.errors import RunError
@@ -25,6 +24,7 @@ from splitft.protocol.channel import Tap
 from splitft.run.folder import Run, find_snapshot, fix_dtype, is_finished, open_log, put_adapter
 from splitft.run.lock import hold
 from splitft.run.promises import audited, received, run_promises
+from splitft.run.run_mode import as_begun, with_way
 from splitft.run.same_inputs import check_inputs
 from splitft.run.setup import RunSetup, prepare
 from splitft.tracking.events import (
@@ -59,7 +59,7 @@ def train(
     Raises RunError if `out` holds a run already (or, with `resume`, another one), and what `prepare` raises.
     """
     run, config = Run(Path(out)), config if isinstance(config, RunConfig) else load(config, overrides)
-    config = fix_dtype(config, run.folder, resume)
+    config = as_begun(fix_dtype(config, run.folder, resume), run.folder, resume)
     snapshot = find_snapshot(run.folder, config, resume)
     if snapshot is not None and snapshot.state.round >= config.training.rounds and is_finished(run.folder):
         return run
@@ -74,11 +74,13 @@ def _train(
     """Train into a run folder that this process holds."""
     with silence_transformers():
         prepared = prepare(config)  # raises before anything is written
+        config = with_way(config, prepared.config.split.way)
         base, tokenizer = weight_digests(prepared.model), tokenizer_digest(prepared.model.tokenizer())
     if snapshot is not None:
         check_inputs(run.folder, base, tokenizer, prepared.facts)
     with (
         stopping(run.folder),
+        contextlib.closing(prepared.server),
         contextlib.closing(open_log(run.folder, config, snapshot)) as log,
         open_trackers(config.trackers, run.folder, config.model_dump(mode="json")) as trackers,
         silence_transformers(),
@@ -152,11 +154,7 @@ def _global_adapter(prepared: RunSetup, state: RunState) -> AdapterState:
     own = list(_own(prepared, state).values())
     if not own:
         return with_folded(state.adapters, state.folded)
-    mean = {
-        key: Factors(factors.A, torch.stack([one[key].B for one in own]).mean(0))
-        for key, factors in state.adapters.items()
-    }
-    return AdapterState(mean)
+    return with_mean_of_own(state.adapters, own)
 
 
 def _begin(prepared: RunSetup, listener: Listener, base: Mapping[str, str], tokenizer: str) -> RunState:

@@ -25,7 +25,7 @@ text are not included; `Device.memory_bytes` is the memory that remains for trai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from splitft.errors import ScheduleError
@@ -33,6 +33,7 @@ from splitft.geometry import check_cut, head_positions, logits_bytes
 from splitft.schedule.profile import ALLOCATOR_SLACK as ALLOCATOR_SLACK
 from splitft.schedule.profile import RUNTIME_BYTES as RUNTIME_BYTES
 from splitft.schedule.profile import Device
+from splitft.schedule.round_timeline import SERVER
 from splitft.schedule.workload import ClientProfile, SharedCosts
 
 BACKWARD = 1.5
@@ -126,6 +127,14 @@ def server_peak_bytes(costs: SharedCosts, clients: Sequence[ClientProfile], cuts
         raise ScheduleError(f"{len(clients)} clients but {len(cuts)} cuts; give one cut a client")
     own = sum(server_memory(costs, client, cut).total for client, cut in zip(clients, cuts, strict=True))
     return server_shared_bytes(costs, clients, min(cuts)) + own
+
+
+def peak_bytes(
+    costs: SharedCosts, clients: Sequence[ClientProfile], cuts: Mapping[str, int]
+) -> dict[str, float]:
+    """Predict the peak memory of each of these clients, and of SERVER with all of them."""
+    needed = {one.name: client_memory(costs, one, cuts[one.name]).total for one in clients}
+    return {**needed, SERVER: server_peak_bytes(costs, clients, [cuts[one.name] for one in clients])}
 
 
 def server_shared_bytes(costs: SharedCosts, clients: Sequence[ClientProfile], shallowest: int) -> float:

@@ -17,6 +17,8 @@ MOST_IN_FLIGHT = 16
 
 ServerAdapters = Literal["per-client", "shared", "shared-in-turn", "shared-by-arrival"]
 """The owners of the server's adapters, and when shared ones step."""
+AUTO = "auto"
+"""Left to the controller, which chooses once for the whole run (`run.run_mode`)."""
 
 
 class LoraSpec(Spec):
@@ -72,17 +74,23 @@ class SplitSpec(Spec):
     labels: Literal["client", "server"] = "client"
     """`client`: head and loss are on the client, and token ids stay there. `server`: the server receives the
     labels, and so the text."""
-    server_adapters: ServerAdapters = "per-client"
+    server_adapters: ServerAdapters | Literal["auto"] = "per-client"
     """`per-client`: one copy of the server's adapters for each client (SplitFed v1); `shared`: one copy, with
     one step on all clients' batches together (SplitLoRA); `shared-in-turn`: one copy, with one step for each
-    batch in random order (SplitFed v2); `shared-by-arrival`: one copy, with one step whenever a client's step
-    is complete, and nobody waits (a client's gradient is that of the copy as it was when its step began)."""
+    batch, see `turns` (SplitFed v2); `shared-by-arrival`: one copy, with one step whenever a client's step
+    is complete, and nobody waits (a client's gradient is that of the copy as it was when its step began);
+    `auto`: the quickest of these by schedule.controller `quickest`, chosen once, and else per-client."""
     turns: Literal["random", "fixed"] = "random"
     """Order of the clients with `shared-in-turn`: drawn for each step (SplitFed v2), or the clients' order in
     every step (SplitLoRA's public code)."""
     group_tokens: int = Field(1024, ge=1)
     """Most padded tokens that the server processes together when it groups several clients' batches; on a CPU
     larger groups are no faster (`benchmarks/server_batching.py`)."""
+
+    @property
+    def way(self) -> ServerAdapters:
+        """`server_adapters`, or per-client while it is left to `auto`."""
+        return "per-client" if self.server_adapters == "auto" else self.server_adapters
 
 
 class TrainingSpec(Spec):
