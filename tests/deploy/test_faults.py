@@ -32,11 +32,12 @@ EVERYONE = ("client-1", "client-2", "client-3")
 def run(tmp_path, tiny_llama, monkeypatch):
     """Runs a federation, and calls the test at the first step of a round."""
 
-    def play(kill, in_round: int, **deploy):
+    def play(kill, in_round: int, sections=(), **deploy):
         (tmp_path / "scratch").mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
         training = {"rounds": 6, "steps": 120, "batch_size": 2}
-        file = settings_file(tmp_path, tiny_llama, training=training, deploy={"silence_s": 6, **deploy})
+        deploy = {"silence_s": 6, **deploy}
+        file = settings_file(tmp_path, tiny_llama, training=training, deploy=deploy, **dict(sections))
         done = []
 
         def listener(event):
@@ -104,4 +105,25 @@ def test_a_run_survives_the_death_of_the_whole_server(run, record_property):
     assert [event.participants for event in of(events, "RoundDone")][-1] == EVERYONE
     steps = [event.step for event in of(events, "StepDone") if event.client == "client-1"]
     assert steps == list(range(6 * 120))
+    assert ended.summary["finished"]
+
+
+@pytest.mark.parametrize("mode", ["shared", "shared-in-turn", "shared-by-arrival"])
+@pytest.mark.fault(
+    "kill -9 of all processes of a site in a step on shared factors, {mode}",
+    "the others go on; it is back in the next session",
+)
+def test_a_site_that_is_killed_in_a_step_on_shared_factors_does_not_hold_up_the_others(
+    run, record_property, mode
+):
+    shared = {"split": {"server_adapters": mode}}
+    ended, events = run(lambda folder: kill(folder, "kits/client-2"), 2, shared)
+    record_property("recovery_s", stood_still_s(events))
+    assert ("client-2", "lost") in [(event.site, event.state) for event in of(events, "SiteChanged")]
+    participants = [event.participants for event in of(events, "RoundDone")]
+    assert ("client-1", "client-3") in participants
+    assert participants[-1] == EVERYONE
+    assert len(participants) == 6
+    for name in ("client-1", "client-3"):
+        assert [one.step for one in of(events, "StepDone") if one.client == name] == list(range(6 * 120))
     assert ended.summary["finished"]

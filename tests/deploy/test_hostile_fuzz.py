@@ -28,6 +28,7 @@ from splitft.protocol import (
     Heartbeat,
     Join,
     LastHidden,
+    LocalStep,
     Message,
     Next,
     Register,
@@ -89,6 +90,9 @@ OTHERS = st.one_of(
               loss=st.sampled_from([-1.7e308, 0.0, 1.7e308]), tokens=SMALL | LARGE),
     st.builds(RoundReady, client=st.just(EVIL), round=st.integers(1, 2), moments=moments()),
     st.builds(Heartbeat, client=st.just(EVIL)),
+    st.builds(LocalStep, client=st.just(EVIL), round=SMALL, step=SMALL, training=st.booleans(),
+              sequences=st.integers(1, 9) | LARGE, tokens=st.integers(1, 99) | LARGE,
+              loss=st.sampled_from([None, -1.7e308, 0.0, 1.7e308])),
     st.builds(Next, client=st.just(EVIL)),
     st.builds(
         Register, client=st.just(EVIL), train_examples=LARGE, train_tokens=LARGE, eval_examples=LARGE,

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 import splitft
 from laws.federations import largest_relative_difference
-from splitft.config import from_mapping
+from splitft.config import from_mapping, load
 from splitft.deploy.flare.poc import run_poc
+from splitft.tracking.log import read_events
 
 pytest.importorskip("nvflare")
 pytestmark = [
@@ -31,6 +33,25 @@ CONFIG = {
     "training": {"rounds": 2, "steps": 2, "batch_size": 2},
     "wire": {"hidden": "fp32", "gradient": "fp32", "adapter": "fp32"},
 }
+
+FAST = Path(__file__).resolve().parents[2] / "examples/fast.yaml"
+
+
+def test_the_fast_example_is_deployed_as_it_is(tmp_path, monkeypatch):
+    """One copy of the server's adapters for all, which steps site by site, and int8 on the wire."""
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    config = load(FAST, [])
+    assert config.split.server_adapters == "shared-in-turn"
+    run = run_poc(config, tmp_path / "deployed")
+    assert run.summary["finished"]
+    before, after = run.summary["eval_loss"]
+    assert after < before
+    events = read_events(run.folder / "events.jsonl")
+    assert not [event for event in events if event.event == "SiteChanged"]
+    steps = [(event.client, event.step) for event in events if event.event == "StepDone"]
+    names = [f"client-{number}" for number in range(1, config.clients.count + 1)]
+    assert sorted(steps) == [(name, step) for name in names for step in range(config.training.steps)]
 
 
 def test_deployment_of_the_real_model_equals_its_simulation(tmp_path, monkeypatch):

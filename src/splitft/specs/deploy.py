@@ -45,8 +45,8 @@ class DeploySpec(Spec):
     patience_s: float = Field(60.0, ge=0)
     """Shortest time that a round waits for slow sites."""
     turn_s: float = Field(30.0, gt=0)
-    """With split.server_adapters shared-in-turn, a site whose gradient takes longer than this loses its turn if
-    another site waits for its own; it sends the step again, and then has twice as long."""
+    """With split.server_adapters shared-in-turn, a site whose gradient takes longer than this loses its turn
+    if another site waits; it sends the step again, and then has twice as long."""
     round_s: float | None = Field(None, gt=0)
     """If given, longest time for the local steps of a round."""
 

@@ -23,7 +23,7 @@ from splitft.adapters import AdapterState, LocalOptimizer, Moments, moments_with
 from splitft.data.text import Batch, BatchStream
 from splitft.errors import ProtocolError
 from splitft.geometry import Plan, Side
-from splitft.model import CPU, Model, checkpoint_blocks, loss_and_gradient, pick
+from splitft.model import CPU, Model, checkpoint_blocks, pick
 from splitft.privacy.defence import Defence
 from splitft.privacy.noise import Noise
 from splitft.protocol import (
@@ -43,10 +43,10 @@ from splitft.protocol import (
 from splitft.specs import PrivacySpec, TrainingSpec
 from splitft.training.client_blocks import SLOT, ClientBlocks
 from splitft.training.held_out import HeldOutEvaluator
-from splitft.training.micro_batch import MicroBatch, StepTotals, check_finite
+from splitft.training.micro_batch import MicroBatch, StepTotals
 from splitft.training.parking import Parking
 from splitft.training.ranks import RankPolicy
-from splitft.training.sent_batch import SentBatch, split_batch
+from splitft.training.sent_batch import SentBatch, grade, split_batch
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ class Client:
         if sent.graded:  # a second gradient of the same labels would be a second look at them
             raise ProtocolError(f"{self.name}: LastHidden came twice; the gradient at the cut was due")
         sent.check_rows(self.name, message)
-        loss, gradient = self._graded(micro_batch, sent.batch, message.hidden.to(self.segment.device))
+        last = message.hidden.to(self.segment.device)
+        loss, gradient = grade(self.blocks, self._defence, micro_batch, sent.batch, last)
         sent.graded = True
         return HeadGradient(
             client=self.name,
@@ -197,7 +198,7 @@ class Client:
         for micro_batch, batch in self._split_step():
             with torch.enable_grad():
                 last = pick(self.blocks.run(batch, micro_batch), batch.labelled)  # (M, D)
-            loss, gradient = self._graded(micro_batch, batch, last.detach())
+            loss, gradient = grade(self.blocks, self._defence, micro_batch, batch, last.detach())
             totals.add(micro_batch, loss)
             if last.requires_grad:
                 torch.autograd.backward([last], [micro_batch.weighted(gradient).to(last.dtype)])
@@ -267,23 +268,6 @@ class Client:
         self.steps, self._moments = steps, moments
 
     # ----------------------------------------------------------------------------------------------
-
-    def _graded(
-        self, micro_batch: MicroBatch, batch: Batch, last: torch.Tensor
-    ) -> tuple[float | None, torch.Tensor]:
-        """Return the mean loss, None if labels are protected, and the defended gradient (M, D) at `last`."""
-        place, defence = micro_batch.place, self._defence
-        labels = defence.labels(batch.targets(), last, self.segment.logits, *place)
-        loss, gradient = loss_and_gradient(self.segment, last, labels)
-        check_finite(loss, self.name, micro_batch)
-        gradient = defence.gradient(
-            gradient,
-            last,
-            self.segment.shape.vocab,
-            lambda rows, labels: loss_and_gradient(self.segment, rows, labels)[1],
-            *place,
-        )
-        return (None if defence.privacy.protects_labels else loss), gradient
 
     def _split_step(self) -> list[tuple[MicroBatch, Batch]]:
         batch = self.setup.stream.batch(self.steps).to(self.segment.device)

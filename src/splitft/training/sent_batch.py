@@ -3,7 +3,7 @@
 Batch --split_batch--> (MicroBatch, Batch), ...
 SentBatch(micro_batch, batch, hidden) --activations--> Activations     leaves; tokens never do
                                         the batch and its graph are on the device; what travels is on the CPU
-LastHidden --check_rows--> the client's head
+LastHidden --check_rows--> the client's head: grade(...) -> loss, gradient at the last hidden states
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import torch
 
 from splitft.data.text import Batch
 from splitft.errors import ProtocolError
+from splitft.model import loss_and_gradient
+from splitft.privacy.defence import Defence
 from splitft.protocol import Activations, LastHidden
 from splitft.specs import PrivacySpec
 from splitft.training.client_blocks import ClientBlocks
-from splitft.training.micro_batch import MicroBatch
+from splitft.training.micro_batch import MicroBatch, check_finite
 
 
 def split_batch(batch: Batch, parts: int, round: int, step: int) -> list[tuple[MicroBatch, Batch]]:
@@ -80,3 +82,21 @@ class SentBatch:
         expected = self.micro_batch.labelled
         if len(message.hidden) != expected:
             raise ProtocolError(f"{client}: LastHidden has {len(message.hidden)} rows, {expected} were due")
+
+
+def grade(
+    blocks: ClientBlocks, defence: Defence, micro_batch: MicroBatch, batch: Batch, last: torch.Tensor
+) -> tuple[float | None, torch.Tensor]:
+    """Return the mean loss, None if labels are protected, and the defended gradient (M, D) at `last`."""
+    place, segment = micro_batch.place, blocks.segment
+    labels = defence.labels(batch.targets(), last, segment.logits, *place)
+    loss, gradient = loss_and_gradient(segment, last, labels)
+    check_finite(loss, blocks.name, micro_batch)
+    gradient = defence.gradient(
+        gradient,
+        last,
+        segment.shape.vocab,
+        lambda rows, labels: loss_and_gradient(segment, rows, labels)[1],
+        *place,
+    )
+    return (None if defence.privacy.protects_labels else loss), gradient

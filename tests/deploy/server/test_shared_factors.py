@@ -10,11 +10,10 @@ import time
 
 import pytest
 
-from deploy.network import HEAD_BYTES, SPEC, deployed, kind_of
-from deploy.server.test_federation import Cut, Dying, Faulty, difference
+from deploy.network import HEAD_BYTES, SPEC, deployed
+from deploy.server.test_federation import Faulty, difference
 from laws.federations import federation, play, write_text
 from splitft.protocol.frame import open_frame
-from splitft.schedule.arrival_order import StepMark
 from splitft.training.batching import in_random_order
 
 CUTS = [1, 2, 3]
@@ -190,74 +189,3 @@ def test_a_slow_site_with_the_whole_model_is_stopped_and_its_steps_count(parties
     steps = [event.step for event in outcome.of("StepDone") if event.client == slow.name]
     assert steps == list(range(len(steps)))
     assert slow.steps == len(steps) < 16  # the last, which was underway, is reported too
-
-
-# --- sites that vanish, or are slow ------------------------------------------------------------------
-
-
-@pytest.mark.fault(
-    "a site vanishes in the middle of a step, {mode}", "the others go on; of its step nothing remains"
-)
-@pytest.mark.parametrize("mode", MODES)
-def test_a_site_that_vanishes_in_the_middle_of_a_step_does_not_hold_up_the_others(parties, mode):
-    spec = SPEC.model_copy(update={"silence_s": 2.0})
-    outcome = deployed(
-        parties(mode), {"client-2": lambda transport: Dying(transport, "HeadGradient", 2)}, spec
-    )
-    assert outcome.error is None
-    assert outcome.states("client-2") == ["lost"]
-    assert outcome.participants() == [("client-1", "client-3")] * 2
-    for name in ("client-1", "client-3"):
-        assert [one.step for one in outcome.of("StepDone") if one.client == name] == list(range(6))
-    assert [one.step for one in outcome.of("StepDone") if one.client == "client-2"] == [0]
-    assert outcome.state.adapters.all_finite()
-
-
-class Hanging:
-    """Is alive, and does not send its n-th gradient for some seconds."""
-
-    def __init__(self, transport, nth, seconds):
-        self._transport, self._left, self._seconds = transport, nth, seconds
-
-    def ask(self, data, within_s):
-        if kind_of(data) == "HeadGradient":
-            self._left -= 1
-            if self._left == 0:
-                time.sleep(self._seconds)
-        return self._transport.ask(data, within_s)
-
-
-@pytest.mark.fault("a site hangs in a common step, alive", "it is stopped, and the others go on")
-def test_a_site_that_hangs_in_a_common_step_is_stopped_and_the_others_go_on(parties):
-    spec = SPEC.model_copy(update={"slack": 1.0, "patience_s": 2.0})
-    outcome = deployed(parties("shared"), {"client-2": lambda transport: Hanging(transport, 2, 6)}, spec)
-    assert outcome.error is None
-    assert outcome.states("client-2")[0] == "late"
-    for name in ("client-1", "client-3"):
-        assert [one.step for one in outcome.of("StepDone") if one.client == name] == list(range(6))
-
-
-@pytest.mark.fault(
-    "a site is silent in its turn for longer than turn_s", "the turn passes on, and it takes the step again"
-)
-def test_a_turn_passes_on_and_the_step_is_taken_again(parties):
-    """The oracle is a simulation whose steps come in the order in which they were completed."""
-    spec = SPEC.model_copy(update={"turn_s": 0.5})
-    outcome = deployed(
-        parties("shared-in-turn"), {"client-2": lambda transport: Cut(transport, "HeadGradient", 2, 4)}, spec
-    )
-    done = [(event.round, event.client) for event in outcome.of("StepDone")]
-
-    def order(number, cuts, steps):
-        return [
-            StepMark(client, event) for r, client in done if r == number for event in ("begins", "completes")
-        ]
-
-    def ordered(simulation):
-        simulation._order = order
-        return simulation
-
-    assert_equal(outcome, play(parties("shared-by-arrival"), around=ordered)[0])
-    assert sorted(done) == sorted((r, name) for r in (1, 2) for name in EVERYONE for _ in range(3))
-    first = [client for number, client in done if number == 1]
-    assert first[-1] == "client-2"  # the others were not held up by its line
