@@ -4,13 +4,13 @@
     aten op          -->  unwrap, compute on the CPU, wrap again
 
 It shows what a CPU hides: an operand on another device raises as on CUDA (except for numbers of 0 dimensions,
-and CPU indices), every copy between devices and every wait for a number is counted, and operators are logged
-in the order in which they were launched. It cannot show whether a real device has a kernel, races between its
-streams, or its rounding. Losses differ from the CPU's in the last digits, since torch takes another attention
-path for a device that it does not know. Blocks that a backward pass computes again (checkpointing) run on
+and CPU indices), every copy between devices, its bytes and every wait for a number are counted, and operators
+are logged in the order in which they were launched. It cannot show whether a real device has a kernel, races
+between its streams, or its rounding. Losses differ from the CPU's in the last digits, since torch takes
+another attention path for a device that it does not know. Blocks that a backward pass computes again run on
 `acc:0` only.
 
-Importing this registers the devices for the whole process; `enabled` makes them available, so that `auto`
+Importing this registers the devices for the whole process; `available` makes them available, so that `auto`
 finds them.
 The registration of backends in Python is experimental in torch 2.13.
 """
@@ -43,22 +43,25 @@ CONTAINERS = ("sparse", "quantized", "cudnn", "mkldnn", "nested", "_make_dep_tok
 """Parts of names of factories for tensors of other kinds."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Record:
     """What the devices did since it was begun."""
 
     copies: Counter[str] = field(default_factory=Counter)
     """Copies by direction: `to`, `from`, `across`."""
+    nbytes: Counter[str] = field(default_factory=Counter)
+    """Bytes of these copies as they left."""
     waits: int = 0
     """Numbers that were read from a device."""
     log: list[tuple[str, str]] = field(default_factory=list)
     """(device, operator or `to`, `from`, `across`, `wait`, `synchronize`) in order."""
 
-    def note(self, device: torch.device, what: str) -> None:
+    def note(self, device: torch.device, what: str, nbytes: int = 0) -> None:
         """Add a line to the log, and count copies and waits."""
         self.log.append((str(device), what))
         if what in ("to", "from", "across"):
             self.copies[what] += 1
+            self.nbytes[what] += nbytes
         self.waits += what == "wait"
 
 
@@ -117,12 +120,12 @@ class _Across(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: _Wrapped, device: torch.device) -> _Wrapped:
         ctx.source = x.place
-        _crossing(x.place, device)
+        _crossing(x, device)
         return _Wrapped(x.raw.clone(), device)
 
     @staticmethod
     def backward(ctx: Any, gradient: _Wrapped) -> tuple[_Wrapped, None]:
-        _crossing(gradient.place, ctx.source)
+        _crossing(gradient, ctx.source)
         return _Wrapped(gradient.raw.clone(), ctx.source), None
 
 
@@ -186,13 +189,13 @@ def _copy(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "aten::_to_copy":
         [source], target = args, kwargs.get("device")
         device = source.device if target is None or _is_fake(torch.device(target)) else torch.device(target)
-        _crossing(source.device, device)
+        _crossing(source, device)
         out = func(*tree_map(_unwrapped, args), **tree_map(_unwrapped, kwargs))
         if out.data_ptr() and out.data_ptr() == _unwrapped(source).data_ptr():
             out = out.clone()  # on the CPU it would have been the same tensor
         return _Wrapped(out, device) if _is_fake(device) else out
     target, source = args[:2] if name == "aten::copy_" else (args[1], args[0])
-    _crossing(source.device, target.device)
+    _crossing(source, target.device)
     _unwrapped(target).copy_(_unwrapped(source))
     return target
 
@@ -226,18 +229,20 @@ def _unwrapped(x: Any) -> Any:
     return x.raw if isinstance(x, _Wrapped) else x
 
 
-def _note(device: torch.device, what: str) -> None:
+def _note(device: torch.device, what: str, nbytes: int = 0) -> None:
     for record in _records:
-        record.note(device, what)
+        record.note(device, what, nbytes)
 
 
-def _crossing(source: torch.device, target: torch.device) -> None:
+def _crossing(x: torch.Tensor, target: torch.device) -> None:
+    """Count a copy of x, unless it is on its target."""
+    source, nbytes = x.device, x.numel() * x.dtype.itemsize
     if source == target:
         return
     if _is_fake(source) and _is_fake(target):
-        _note(target, "across")
+        _note(target, "across", nbytes)
     else:
-        _note(target if _is_fake(target) else source, "to" if _is_fake(target) else "from")
+        _note(target if _is_fake(target) else source, "to" if _is_fake(target) else "from", nbytes)
 
 
 def _synchronize(device: object = None) -> None:
@@ -291,7 +296,7 @@ def _register() -> None:
         library.impl(name, factory(operator), "PrivateUse1")
 
     def copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-        _crossing(source.device, target.device)
+        _crossing(source, target.device)
         _unwrapped(target).copy_(_unwrapped(source))
         return target
 
@@ -300,17 +305,26 @@ def _register() -> None:
 
 
 @contextlib.contextmanager
-def enabled() -> Iterator[Record]:
-    """Make the devices available, and record what they do."""
+def available() -> Iterator[None]:
+    """Make the devices available."""
     global _available
-    record, before = Record(), _available
-    _available = True
-    _records.append(record)
+    before, _available = _available, True
     try:
         with torch.autograd.set_multithreading_enabled(False):  # an error in a backward pass is raised here
-            yield record
+            yield
     finally:
         _available = before
+
+
+@contextlib.contextmanager
+def enabled() -> Iterator[Record]:
+    """Make the devices available, and record what they do."""
+    record = Record()
+    _records.append(record)
+    try:
+        with available():
+            yield record
+    finally:
         _records.remove(record)
 
 

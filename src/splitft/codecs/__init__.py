@@ -1,6 +1,6 @@
 """Codecs: tensors as named, typed parts, rounded as the user chose."""
 
-from splitft.codecs.codec import Codec, codec_of
+from splitft.codecs.codec import Codec, codec_of, place_to_decode, place_to_encode
 from splitft.codecs.encoded import CodecContext, Encoded, Memory, StoredPart, TensorEntry
 from splitft.specs.codecs import CODECS, CodecKind, CodecOption
 
@@ -15,4 +15,6 @@ __all__ = [
     "StoredPart",
     "TensorEntry",
     "codec_of",
+    "place_to_decode",
+    "place_to_encode",
 ]

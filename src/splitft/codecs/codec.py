@@ -4,10 +4,16 @@
 
 Only what travels is rounded. Backward passes use the received gradient as if nothing had been rounded
 (straight-through estimator).
+
+    tensor on cuda:0 --encode there--> parts --one copy--> CPU --(frame)--> CPU --one copy--> decode on cuda:1
+
+A codec that computes on any device (`CodecKind.on_device`) does so wherever that makes the copy between the
+device and the CPU smaller. What is encoded is always on the CPU in the end.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Protocol
@@ -17,7 +23,7 @@ import torch
 from splitft.codecs.encoded import MAX_CODEC_NAME, CodecContext, Encoded, Parameter, StoredPart
 from splitft.errors import PluginError
 from splitft.registry import generation
-from splitft.specs.codecs import CodecChoice
+from splitft.specs.codecs import CODECS, CodecChoice
 
 
 class Codec(Protocol):
@@ -79,3 +85,17 @@ def _codec_of(text: str, generation: int) -> Codec:
             f"{MAX_CODEC_NAME} letters"
         )
     return codec
+
+
+def place_to_encode(codec: Codec, tensor: torch.Tensor, context: CodecContext) -> torch.Tensor:
+    """Return a tensor where to encode it: on its device if the copy is smaller then, else on the CPU."""
+    kind = CODECS[codec.name]
+    drawn = kind.draws_gradients and context.unbiased
+    smaller = codec.bytes_for(tuple(tensor.shape)) < tensor.nbytes
+    return tensor if kind.runs_on(tensor.device.type) and smaller and not drawn else tensor.cpu()
+
+
+def place_to_decode(codec: Codec, encoded: Encoded, dtype: torch.dtype, device: torch.device) -> Encoded:
+    """Return what arrived where to decode it: on the device if it is a smaller copy than the numbers."""
+    smaller = encoded.nbytes < math.prod(encoded.shape) * dtype.itemsize
+    return encoded.to(device) if CODECS[codec.name].runs_on(device.type) and smaller else encoded

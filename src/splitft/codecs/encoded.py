@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -78,9 +78,9 @@ class CodecContext:
         return self.role == "gradient"
 
     def uniform(self, like: torch.Tensor) -> torch.Tensor:
-        """Return float32 numbers in [0, 1) of this shape, the same for the same seed."""
+        """Return float32 numbers in [0, 1) of this shape, drawn on the CPU: the same for the same seed."""
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(like.shape, generator=generator, dtype=torch.float32)
+        return torch.rand(like.shape, generator=generator, dtype=torch.float32).to(like.device)
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,18 @@ class Encoded:
     def nbytes(self) -> int:
         """Size of the payload in bytes."""
         return sum(part.numel() * part.dtype.itemsize for part in self.parts.values())
+
+    def to(self, device: torch.device) -> Encoded:
+        """Return it with its parts on a device; what crosses, crosses in one copy."""
+        if all(part.device == device for part in self.parts.values()):
+            return self
+        # a part begins at a multiple of the size of its numbers if larger ones come first
+        order = sorted(self.parts, key=lambda name: -self.parts[name].dtype.itemsize)
+        flat = [self.parts[name].reshape(-1).view(torch.uint8) for name in order]
+        joined = (flat[0] if len(flat) == 1 else torch.cat(flat)).to(device)
+        found = dict(zip(order, torch.split(joined, [len(one) for one in flat]), strict=True))
+        parts = {name: found[name].view(part.dtype).view(part.shape) for name, part in self.parts.items()}
+        return replace(self, parts=parts)
 
     @property
     def entry(self) -> TensorEntry:

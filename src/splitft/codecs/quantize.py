@@ -14,6 +14,7 @@ largest of the message.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from splitft.codecs.rotation import (
 from splitft.errors import WireError
 
 CHUNK = 4096
-"""Groups quantized at a time, so that their numbers stay in the processor's cache."""
+"""Groups quantized at a time on a CPU, so that their numbers stay in its cache."""
 OUTLIER_CHANNELS = 4
 """Outlier channels of a row of 128 numbers or more."""
 _TINY = 1e-30
@@ -67,18 +68,17 @@ class Int8:
         rest, parts = _without_outliers(rows, single_row=False)
         groups = grouped(rest)
         # scales; `buffer` is reused so that a chunk stays in the cache
-        buffer = torch.empty(min(CHUNK, len(groups)), groups.shape[1])
-        largest = torch.empty(len(groups))
-        for start in range(0, len(groups), CHUNK):
-            part = groups[start : start + CHUNK]
-            largest[start : start + CHUNK] = torch.abs(part, out=buffer[: len(part)]).amax(1)
+        chunks = _chunks(groups)
+        buffer = torch.empty_like(groups[chunks[0]] if chunks else groups)
+        largest = groups.new_empty(len(groups))
+        for chunk in chunks:
+            largest[chunk] = torch.abs(groups[chunk], out=buffer[: len(groups[chunk])]).amax(1)
         scales, top = scale_bytes(largest / 127)
         # codes
         per_step = 1 / steps_of(scales, top)[:, None]
-        codes = torch.empty(groups.shape, dtype=torch.int8)
+        codes = torch.empty_like(groups, dtype=torch.int8)
         noise = context.uniform(groups) if context.unbiased else None
-        for start in range(0, len(groups), CHUNK):
-            chunk = slice(start, start + CHUNK)
+        for chunk in chunks:
             work = torch.mul(groups[chunk], per_step[chunk], out=buffer[: len(groups[chunk])])
             if noise is None:
                 work.round_()
@@ -142,12 +142,10 @@ class Packed:
         rest, parts = _without_outliers(rows)
         groups = grouped(rotated(rest))
         scales, top = scale_bytes(self._steps(groups))
-        steps = steps_of(scales, top)
-        middle = (self.levels - 1) / 2
-        codes = torch.empty(groups.shape, dtype=torch.uint8)
+        steps, middle = steps_of(scales, top), (self.levels - 1) / 2
+        codes = torch.empty_like(groups, dtype=torch.uint8)
         noise = context.uniform(groups) if context.unbiased and self.bits > 2 else None
-        for start in range(0, len(groups), CHUNK):
-            chunk = slice(start, start + CHUNK)
+        for chunk in _chunks(groups):
             work = groups[chunk] * (1 / steps[chunk, None])
             work += middle + 0.5 if noise is None else middle + noise[chunk]
             codes[chunk] = work.clamp_(0, self.levels - 1)  # truncation is floor: nothing is negative
@@ -195,7 +193,13 @@ def scale_bytes(steps: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def steps_of(scales: torch.Tensor, top: int) -> torch.Tensor:
     """Return the steps that bytes stand for."""
-    return (_EIGHTHS * 2.0**top)[scales.long()].float()
+    return (_eighths(scales.device) * 2.0**top)[scales.long()]
+
+
+@functools.cache
+def _eighths(device: torch.device) -> torch.Tensor:
+    """Return the step of each byte for a `top` of 0; a power of two more or less changes no digit."""
+    return torch.exp2((torch.arange(256, dtype=torch.float64) - 255) / 8).float().to(device)
 
 
 def top_of(parameters: Mapping[str, Parameter]) -> int:
@@ -206,7 +210,6 @@ def top_of(parameters: Mapping[str, Parameter]) -> int:
     return top
 
 
-_EIGHTHS = torch.exp2((torch.arange(256, dtype=torch.float64) - 255) / 8)
 LOWEST_TOP, HIGHEST_TOP = -90, 120
 
 
@@ -230,6 +233,12 @@ def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return torch.cat([(packed >> (bits * place)) & mask for place in range(share)])[:count]
 
 
+def _chunks(groups: torch.Tensor) -> list[slice]:
+    """Return ranges of groups to quantize at a time; on other devices than a CPU all at once."""
+    step = CHUNK if groups.device.type == "cpu" else max(1, len(groups))
+    return [slice(start, start + step) for start in range(0, len(groups), step)]
+
+
 def _outlier_layout(rows: int, width: int, single_row: bool = True) -> dict[str, StoredPart]:
     """Return the parts of mean and outlier channels, which the wire calls `channels` and `apart`.
 
@@ -249,7 +258,7 @@ def _without_outliers(
     """Return rows without their mean and outlier channels, and the parts that hold these."""
     layout = _outlier_layout(len(rows), rows.shape[1], single_row)
     if not layout["mean"].shape[0]:
-        return rows, {name: torch.empty(part.shape, dtype=part.dtype) for name, part in layout.items()}
+        return rows, {name: rows.new_empty(part.shape, dtype=part.dtype) for name, part in layout.items()}
     mean = _mean(rows).to(torch.bfloat16)
     rest = rows - mean.float()
     energy = rest.square().sum(0)
@@ -271,7 +280,7 @@ def _mean(rows: torch.Tensor) -> torch.Tensor:
 def _with_outliers(rest: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Invert `_without_outliers`. Raises WireError for channels out of range."""
     channels, width = parts["channels"].long(), rest.shape[1]
-    if len(channels) and not 0 <= int(channels.min()) <= int(channels.max()) < width:
+    if len(channels) and bool(((channels < 0) | (channels >= width)).any()):
         raise WireError(f"outlier channels {channels.tolist()} are out of range for rows of width {width}")
     if not len(parts["mean"]):
         return rest

@@ -43,7 +43,7 @@ def groups_of(width: int) -> tuple[int, int]:
 def attention_sinks(rows: torch.Tensor) -> torch.Tensor:
     """Return (N,): which rows (N, D) are far longer than the others, as those of attention sinks are."""
     length = torch.linalg.vector_norm(rows, dim=1)
-    return length > SINK * length.median() if len(rows) else torch.zeros(0, dtype=torch.bool)
+    return length > SINK * length.median() if len(rows) else rows.new_zeros(0, dtype=torch.bool)
 
 
 def grouped(rows: torch.Tensor) -> torch.Tensor:
@@ -63,24 +63,24 @@ def ungrouped(groups: torch.Tensor, width: int) -> torch.Tensor:
 
 def rotated(rows: torch.Tensor) -> torch.Tensor:
     """Apply the fixed rotation to each row of (N, D)."""
-    signs, hadamard, mix = _rotation(rows.shape[1])
+    signs, hadamard, mix = _rotation(rows.shape[1], rows.device)
     parts = (rows * signs).reshape(len(rows), len(signs) // len(hadamard), len(hadamard)) @ hadamard
     return (parts if mix is None else torch.matmul(mix, parts)).reshape(rows.shape)
 
 
 def rotated_back(rows: torch.Tensor) -> torch.Tensor:
     """Invert `rotated`."""
-    signs, hadamard, mix = _rotation(rows.shape[1])
+    signs, hadamard, mix = _rotation(rows.shape[1], rows.device)
     parts = rows.reshape(len(rows), len(signs) // len(hadamard), len(hadamard))
     parts = parts if mix is None else torch.matmul(mix.T, parts)
     return (parts @ hadamard.T).reshape(rows.shape) * signs
 
 
 @functools.cache
-def _rotation(width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _rotation(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return signs (D,), a Hadamard matrix (2^a, 2^a) and an orthogonal matrix (m, m), D = m 2^a.
 
-    The orthogonal matrix is None if m is 1 or large.
+    They are drawn on the CPU. The orthogonal matrix is None if m is 1 or large.
     """
     generator = torch.Generator().manual_seed(_SEED + width)
     power = min(math.gcd(width, GROUP), width)
@@ -91,5 +91,5 @@ def _rotation(width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | No
     count, mix = width // power, None
     if 1 < count <= LARGEST_MIX:
         drawn = torch.randn(count, count, generator=generator, dtype=torch.float64)
-        mix = torch.linalg.qr(drawn).Q.float().contiguous()
-    return signs, hadamard / math.sqrt(power), mix
+        mix = torch.linalg.qr(drawn).Q.float().contiguous().to(device)
+    return signs.to(device), (hadamard / math.sqrt(power)).to(device), mix

@@ -14,6 +14,7 @@ from typing import Literal
 
 from splitft.protocol import Message, MessageSerializer
 from splitft.protocol.codec_state import CodecState
+from splitft.protocol.serializer import ON_THE_CPU, Place
 from splitft.tracking.events import Role, Traffic
 
 Direction = Literal["up", "down"]
@@ -53,9 +54,16 @@ class Channel:
     """One client's connection, with a counter of its bytes."""
 
     def __init__(
-        self, client: str, serializer: MessageSerializer, tap: Tap | None = None, seed: int = 0
+        self,
+        client: str,
+        serializer: MessageSerializer,
+        tap: Tap | None = None,
+        seed: int = 0,
+        places: Mapping[str, Place] | None = None,
     ) -> None:
+        """`places` say where `client` and `server` compute with what arrives; by default on the CPU."""
         self._client, self._serializer, self._tap = client, serializer, tap
+        self._places = places or {"client": ON_THE_CPU, "server": ON_THE_CPU}
         self._meter = Meter()
         self.ends = {"client": CodecState(seed, client), "server": CodecState(seed, client)}
         """Memory of codecs at each end."""
@@ -78,9 +86,9 @@ class Channel:
         payload_bytes = frame.header.payload_bytes
         if self._serializer.wire.in_process == "direct":
             self._meter.count(direction, message, payload_bytes)
-            return self._serializer.unpack(frame, self.ends[receiver])
+            return self._serializer.unpack(frame, self.ends[receiver], self._places[receiver])
         data = frame.to_bytes()
         if self._tap is not None:
             self._tap(self._client, direction, data)
         self._meter.count(direction, message, payload_bytes, len(data))
-        return self._serializer.from_bytes(data, state=self.ends[receiver])
+        return self._serializer.from_bytes(data, state=self.ends[receiver], place=self._places[receiver])

@@ -58,6 +58,8 @@ class Message(BaseModel):
     """Role of each field that holds tensors. The frame's overhead counts towards the first role."""
     LEFT_OUT: ClassVar[frozenset[str]] = frozenset()
     """Plain fields that a frame omits if they have their default."""
+    RESTARTS: ClassVar[bool] = False
+    """True if codecs at both ends begin anew with this message: whatever came before is forgotten."""
 
     FRAME_KIND: ClassVar[str | None] = None
     """Name in a frame, if it differs from the class name. Frames keep their names when a class is renamed."""

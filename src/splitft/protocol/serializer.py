@@ -3,6 +3,9 @@
     send       Message --pack--> Frame --to_bytes--> bytes
     receive    bytes --open_frame--> UnreadFrame --outline--> message of shapes --read, fill--> Message
 
+Hidden states and gradients are encoded on their device and decoded on the receiver's, where that makes the
+copy smaller (`codecs.codec`). What is in a frame is on the CPU.
+
 A received message is checked before its payload is read: its header against the terms, and its own rules on
 an outline, whose tensors have a type and a shape but no memory (torch's device `meta`). So nothing is
 allocated for an invalid message. The numbers are then decoded and must be finite.
@@ -18,11 +21,11 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from splitft.adapters import AdapterState
-from splitft.codecs import CodecContext, Encoded, TensorEntry
-from splitft.errors import AdapterError, ProtocolError
+from splitft.adapters.state import CPU, AdapterState
+from splitft.codecs import CodecContext, Encoded, TensorEntry, place_to_decode, place_to_encode
+from splitft.errors import AdapterError, ProtocolError, WireError
 from splitft.protocol.adapter_deltas import Origin
-from splitft.protocol.agreement import RAW, Agreement, as_stored
+from splitft.protocol.agreement import RAW, TURN, Agreement, as_stored
 from splitft.protocol.codec_state import CodecState
 from splitft.protocol.frame import MAX_FRAME_BYTES, Frame, open_frame
 from splitft.protocol.frame_header import FrameHeader
@@ -31,6 +34,16 @@ from splitft.tracking.events import Role
 
 Check = Callable[[Message], None]
 """Raises ProtocolError unless a message may come now; its tensors have shapes, but no numbers yet."""
+Place = Callable[[Message], torch.device]
+"""Returns the device on which the receiver of such a message, without numbers yet, computes with them."""
+
+
+def always(device: torch.device) -> Place:
+    """Return the place of a receiver with one device."""
+    return lambda message: device
+
+
+ON_THE_CPU = always(CPU)
 
 
 @dataclass(frozen=True)
@@ -62,9 +75,10 @@ class MessageSerializer(Agreement):
         limit: int = MAX_FRAME_BYTES,
         check: Check | None = None,
         state: CodecState | None = None,
+        place: Place = ON_THE_CPU,
     ) -> Message:
         """Return the message of `receive`."""
-        return self.receive(data, limit, check, state).message
+        return self.receive(data, limit, check, state, place).message
 
     def receive(
         self,
@@ -72,17 +86,20 @@ class MessageSerializer(Agreement):
         limit: int = MAX_FRAME_BYTES,
         check: Check | None = None,
         state: CodecState | None = None,
+        place: Place = ON_THE_CPU,
     ) -> ReceivedMessage:
         """Read and check a message from the other side. Raises WireError or ProtocolError.
 
-        `check` is called with the outline, before any payload is read.
+        `check` is called with the outline, before any payload is read. Tensors are on the CPU, or on the
+        device of `place` if decoding there makes a smaller copy.
         """
         state = CodecState() if state is None else state
         unread = open_frame(data, limit)
         outline = self._outline(unread, state)
         if check is not None:
             check(outline)
-        return ReceivedMessage(self._filled(outline, unread.read(), state), unread.payload_bytes)
+        filled = self._filled(outline, unread.read(), state, place(outline))
+        return ReceivedMessage(filled, unread.payload_bytes)
 
     def pack(self, message: Message, state: CodecState | None = None) -> Frame:
         """Return the message with its tensors encoded. Raises ProtocolError if it may not be sent."""
@@ -90,7 +107,7 @@ class MessageSerializer(Agreement):
         tensors: dict[str, Encoded] = {}
         kind = message.frame_kind()
         state = CodecState() if state is None else state
-        _begin(state, vars(message))
+        _begin(state, type(message), vars(message))
         for name, field in type(message).model_fields.items():
             value = getattr(message, name)
             if name not in message.ROLES:
@@ -103,11 +120,13 @@ class MessageSerializer(Agreement):
                 if role == "label" and not self.labels_travel:
                     raise ProtocolError("labels must not leave the client in this run")
                 tensors[name] = self._encoded(role, name, value, context)
+                if self.in_turn(role, name):
+                    tensors[name] = _with_turn(state, kind, tensors[name])
                 continue
             members = value.tensors() if isinstance(value, AdapterState) else value or {}
             for key, tensor in members.items():
                 encode = partial(self._encoded, role, name, context=context)
-                decode = partial(self._decoded, kind, key, context=context)
+                decode = partial(self._decoded, kind, key, context=context, device=CPU)
                 tensors[f"{name}/{key}"] = (
                     self.delta_state(state).encode(_origin(kind), key, tensor, encode, decode)
                     if name == "adapters"
@@ -115,10 +134,11 @@ class MessageSerializer(Agreement):
                 )
         return Frame(kind, fields, tensors)
 
-    def unpack(self, frame: Frame, state: CodecState | None = None) -> Message:
+    def unpack(self, frame: Frame, state: CodecState | None = None, place: Place = ON_THE_CPU) -> Message:
         """Return the message of a frame, checked. Raises ProtocolError or WireError."""
         state = CodecState() if state is None else state
-        return self._filled(self._outline(frame.header, state), frame, state)
+        outline = self._outline(frame.header, state)
+        return self._filled(outline, frame, state, place(outline))
 
     # ----------------------------------------------------------------------------------------------
 
@@ -141,16 +161,17 @@ class MessageSerializer(Agreement):
         except AdapterError as error:
             raise ProtocolError(f"{kind.frame_kind()}: {error}") from error
 
-    def _filled(self, outline: Message, frame: Frame, state: CodecState) -> Message:
+    def _filled(self, outline: Message, frame: Frame, state: CodecState, device: torch.device) -> Message:
         """Return the message of an outline with its numbers, which are decoded in this order."""
-        _begin(state, frame.fields)
+        _begin(state, type(outline), frame.fields)
         step = _step(frame.fields)
         numbers = {}
         for name, encoded in frame.tensors.items():
             field, _, key = name.partition("/")
-            decode = partial(
-                self._decoded, frame.kind, name, context=state.context(frame.kind, encoded.role, *step)
-            )
+            if self.in_turn(outline.ROLES[field], field):
+                _check_turn(state, frame.kind, encoded)
+            context = state.context(frame.kind, encoded.role, *step)
+            decode = partial(self._decoded, frame.kind, name, context=context, device=device)
             numbers[name] = (
                 self.delta_state(state).decode(_origin(frame.kind), key, encoded, decode)
                 if field == "adapters"
@@ -160,12 +181,14 @@ class MessageSerializer(Agreement):
 
     def _encoded(self, role: Role, field: str, tensor: torch.Tensor, context: CodecContext) -> Encoded:
         """Return a tensor as its codec writes it. Raises ProtocolError for numbers that are not finite."""
-        codec, shape = self.codec(role, field), tuple(tensor.shape)
-        if codec == RAW:
-            return Encoded(role, RAW, tensor.dtype, shape, {"": tensor.detach()})
-        if not bool(torch.isfinite(tensor).all()):
+        name, shape = self.codec(role, field), tuple(tensor.shape)
+        if name == RAW:
+            return Encoded(role, RAW, tensor.dtype, shape, {"": tensor.detach().cpu()})
+        codec = self.codec_of(role)
+        placed = place_to_encode(codec, tensor.detach().reshape(as_stored(role, name, shape)), context)
+        if not bool(torch.isfinite(placed).all()):
             raise ProtocolError(f"{field} has numbers that are not finite and cannot be sent")
-        encoded = self.codec_of(role).encode(tensor.reshape(as_stored(role, codec, shape)), context)
+        encoded = codec.encode(placed, context).to(CPU)
         return replace(encoded, dtype=self.type_of(role), shape=shape)
 
     def _own_type(self, sent: Encoded | TensorEntry) -> torch.dtype:
@@ -173,20 +196,24 @@ class MessageSerializer(Agreement):
         role: Role = sent.role  # type: ignore[assignment]  # validated in the header
         return self.type_of(role) if sent.dtype in self.other_types and role != "adapter" else sent.dtype
 
-    def _decoded(self, kind: str, name: str, encoded: Encoded, context: CodecContext) -> torch.Tensor:
+    def _decoded(
+        self, kind: str, name: str, encoded: Encoded, context: CodecContext, device: torch.device
+    ) -> torch.Tensor:
         """Return the numbers of a tensor. Raises ProtocolError unless all of them are finite."""
         if encoded.codec == RAW:
             tensor = encoded.parts[""]
         else:
             role: Role = encoded.role  # type: ignore[assignment]  # validated in the header
+            codec, dtype = self.codec_of(role), self._own_type(encoded)
+            encoded = place_to_decode(codec, encoded, dtype, device)
             stored = replace(encoded, shape=as_stored(role, encoded.codec, encoded.shape))
-            decoded = self.codec_of(role).decode(stored, self._own_type(encoded), context)
-            tensor = decoded.reshape(encoded.shape)
+            tensor = codec.decode(stored, dtype, context).reshape(encoded.shape)
         scales = [part for part in encoded.parts.values() if part is not tensor and part.is_floating_point()]
-        for one in (tensor, *scales):
-            wide = one.float() if one.dtype.itemsize == 1 else one  # torch has no isfinite for float8
-            if one.is_floating_point() and not bool(torch.isfinite(wide).all()):
-                raise ProtocolError(f"{kind}: tensor {name!r} has numbers that are not finite")
+        numbers = [one for one in (tensor, *scales) if one.is_floating_point()]
+        # torch has no isfinite for float8
+        finite = [torch.isfinite(one.float() if one.dtype.itemsize == 1 else one).all() for one in numbers]
+        if finite and not bool(torch.stack(finite).all()):  # one wait for the device
+            raise ProtocolError(f"{kind}: tensor {name!r} has numbers that are not finite")
         return tensor
 
 
@@ -210,8 +237,10 @@ def _origin(kind: str) -> Origin:
     return "own" if kind == "AdapterUpload" else "global"
 
 
-def _begin(state: CodecState, values: Mapping[str, Any]) -> None:
-    """Begin the round or batch that a message with these fields begins."""
+def _begin(state: CodecState, kind: type[Message], values: Mapping[str, Any]) -> None:
+    """Begin what a message of this type and with these fields begins: codecs anew, a round, a batch."""
+    if kind.RESTARTS:
+        state.restart()
     if "cut" in values:
         state.begin_round(values["cut"])
     if "labelled" in values:
@@ -219,6 +248,24 @@ def _begin(state: CodecState, values: Mapping[str, Any]) -> None:
         counts = [stop - start for start, stop in labelled]
         examples = list(zip(ids, lengths, counts, strict=True)) if ids else []
         state.begin_batch(values["training"], examples, values.get("micro_batch", 0))
+
+
+def _with_turn(state: CodecState, kind: str, encoded: Encoded) -> Encoded:
+    """Count a tensor, and return it with the number of those before it in its stream."""
+    turn = state.coded(kind)
+    state.count(kind)
+    return replace(encoded, parameters={**encoded.parameters, TURN: turn})
+
+
+def _check_turn(state: CodecState, kind: str, encoded: Encoded) -> None:
+    """Count a tensor. Raises WireError if the sender has coded another number of them before it."""
+    here, there = state.coded(kind), encoded.parameters.get(TURN, state.coded(kind))
+    if here != there:
+        raise WireError(
+            f"{kind}: the codec {encoded.codec} goes on from {there} tensors at the sender, {here} here: one "
+            "side has begun anew; both do when the site joins again, with the next round"
+        )
+    state.count(kind)
 
 
 def _step(values: Mapping[str, Any]) -> tuple[int, int]:

@@ -53,8 +53,8 @@ class CodecKind:
     roles: frozenset[CodecRole] = frozenset({"hidden", "gradient"})
     """Roles of the tensors that it may encode."""
     memory: Literal["none", "sender", "both"] = "none"
-    """The ends that must remember earlier messages. With `sender` messages must come in order; with `both`
-    the run cannot be deployed, because a site that returns has lost its copy."""
+    """The ends that must remember earlier messages, which must then come in order. With `both`, they begin
+    anew together: in a deployed run with each session and after an absence (`CodecState.restart`)."""
     learned: str | None = None
     """Name in the memory that appears once the codec has learned; before, it sends something larger."""
     needs_example_ids: bool = False
@@ -63,8 +63,20 @@ class CodecKind:
     """Widest floating-point type that passes unchanged, in bytes; 0 if the codec rounds."""
     flattens_adapters: bool = False
     """True if a LoRA factor, which is narrow, is encoded as one row of all its numbers."""
+    on_device: bool = False
+    """True if it encodes and decodes on any device: only its bytes are copied to the CPU, or from there.
+    Other codecs have their tensors on the CPU."""
+    missing_on: frozenset[str] = frozenset()
+    """Types of device, such as `mps`, that lack a data type which it needs."""
+    draws_gradients: bool = False
+    """True if it rounds gradients at random. Random numbers are drawn on the CPU and would be as large as the
+    tensor, so gradients are encoded on the CPU."""
     speeds: Mapping[CodecRole, Speed] = field(default_factory=dict)
     """Measured throughput by role; without one, encoding takes no time on the simulated clock."""
+
+    def runs_on(self, device_type: str) -> bool:
+        """Return whether it encodes and decodes on devices of this type."""
+        return device_type == "cpu" or (self.on_device and device_type not in self.missing_on)
 
     def read_options(self, name: str, texts: Mapping[str, str]) -> dict[str, float]:
         """Parse the options of the codec `name`. Raises ValueError that says what is allowed."""
@@ -134,21 +146,27 @@ CODECS: Registry[CodecKind] = Registry(
     "codec",
     "splitft.codecs",
     {
-        "fp64": CodecKind(partial(_CAST, "fp64"), roles=_ALL, exact_bytes=8),
-        "fp32": CodecKind(partial(_CAST, "fp32"), roles=_ALL, exact_bytes=4),
-        "bf16": CodecKind(partial(_CAST, "bf16"), roles=_ALL),
+        "fp64": CodecKind(partial(_CAST, "fp64"), roles=_ALL, exact_bytes=8, on_device=True),
+        "fp32": CodecKind(partial(_CAST, "fp32"), roles=_ALL, exact_bytes=4, on_device=True),
+        "bf16": CodecKind(partial(_CAST, "bf16"), roles=_ALL, on_device=True),
         "fp8": CodecKind(
             Lazy("splitft.codecs.cast:ScaledCast"),
+            on_device=True,
+            missing_on=frozenset({"mps"}),
             speeds={"hidden": Speed(2.2e9, 0.99e9), "gradient": Speed(2.3e9, 0.99e9)},
         ),
         "int8": CodecKind(
             Lazy("splitft.codecs.quantize:Int8"),
             roles=_ALL,
             flattens_adapters=True,
+            on_device=True,
+            draws_gradients=True,
             speeds={"hidden": Speed(1.1e9, 3.6e9), "gradient": Speed(0.66e9, 3.7e9)},
         ),
         "int4": CodecKind(
             partial(Lazy("splitft.codecs.quantize:Packed"), 4),
+            on_device=True,
+            draws_gradients=True,
             speeds={"hidden": Speed(0.74e9, 1.0e9), "gradient": Speed(0.49e9, 1.1e9)},
         ),
         "int2": CodecKind(

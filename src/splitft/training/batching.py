@@ -46,7 +46,7 @@ class Group:
         """Raise ProtocolError if the gradient does not belong to this group's batch."""
         awaited = self.messages[message.client]
         expect(message, HeadGradient, round=awaited.round, step=awaited.step)
-        if message.gradient.shape != self.outputs[message.client].shape:
+        if message.gradient.shape != (awaited.labelled_tokens, awaited.hidden.shape[1]):
             raise ProtocolError(f"{message.client}: gradient {tuple(message.gradient.shape)} does not fit")
 
     def labelled(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -95,7 +95,7 @@ def forward_together(
     """Run the blocks from each client's cut to the end; `slot` names the factors of a client's rows.
 
     `dropout` returns the rows of a message with what fixes their masks, or none.
-    Messages are on the CPU; leaves, outputs and the graph are on the devices of the blocks.
+    Messages come from any device; leaves, outputs and the graph are on the devices of the blocks.
     """
     group = Group(messages={message.client: message for message in messages})
     order = sorted(messages, key=lambda one: (cuts[one.client], one.client))
@@ -142,7 +142,7 @@ def backward_together(
     for client in gradients:
         gradient = group.leaves[client].grad
         assert gradient is not None
-        at_cuts[client] = (pack(gradient, group.messages[client].lengths) / weights[client]).cpu()
+        at_cuts[client] = pack(gradient, group.messages[client].lengths) / weights[client]
     return at_cuts
 
 

@@ -260,8 +260,9 @@ class ServerBlocks:
 
     def place_of(self, message: Message) -> torch.device:
         """Return the device that computes with a client's message: it is best decoded there."""
-        enters = isinstance(message, Activations) and message.client in self.cuts
-        return self.segment.device_of(self.cuts[message.client]) if enters else self.segment.device
+        if isinstance(message, Activations) and message.client in self.cuts:
+            return self.segment.device_of(self.cuts[message.client])
+        return self.segment.device
 
     def slot(self, client: str) -> str:
         """Return the slot that the client's rows run with in a step."""

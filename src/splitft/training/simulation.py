@@ -37,6 +37,7 @@ from splitft.protocol import (
     expect,
 )
 from splitft.protocol.channel import Channel, Tap
+from splitft.protocol.serializer import always
 from splitft.schedule.arrival_order import ArrivalOrder, one_at_a_time, waves
 from splitft.tracking.events import Role, StepDone, Traffic
 from splitft.training.client import Client
@@ -66,8 +67,14 @@ class Simulation:
         self.server, self._order = server, order
         self.clients: Mapping[str, Client] = {client.name: client for client in clients}
         self._channels = {
-            name: Channel(name, terms if isinstance(terms, MessageSerializer) else terms[name], tap, seed)
-            for name in self.clients
+            name: Channel(
+                name,
+                terms if isinstance(terms, MessageSerializer) else terms[name],
+                tap,
+                seed,
+                {"client": always(client.segment.device), "server": server.blocks.place_of},
+            )
+            for name, client in self.clients.items()
         }
         segments = (server.segment, *(client.segment for client in clients))
         self._devices = tuple(dict.fromkeys(device for one in segments for device in one.devices))
@@ -105,8 +112,10 @@ class Simulation:
             self.clients[name].install(self._channels[name].down(message))
 
     def undo(self, messages: Mapping[str, GlobalAdapters], state: RunState) -> None:
-        """Send every client the adapters of `state` again; its optimizer begins anew."""
+        """Send every client the adapters of `state` again; its optimizer and its codecs begin anew."""
         for name, client in self.clients.items():
+            for end in self._channels[name].ends.values():
+                end.restart()
             span = Span(0, state.cuts[name])
             known = state.adapters.within(span).replace_B(client.own()).updated(client.private())
             client.restore(span.stop, known, client.steps, {}, state.folded.within(span))
