@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given
@@ -60,6 +62,40 @@ def test_parts_are_quantized_as_the_whole(kind, monkeypatch):
     whole = QUANTIZERS[kind].quantize(weight)
     monkeypatch.setattr(quantized_weights, "CHUNK", 512)
     assert torch.equal(QUANTIZERS[kind].quantize(weight), whole)
+
+
+def _most_bytes(work) -> int:
+    """The most bytes that torch has allocated at one time within `work`."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    events = [one for one in profile.profiler.kineto_results.events() if one.name() == "[memory]"]
+    assert events
+    return max(accumulate(one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_weights_are_made_with_little_memory_beside_their_own(kind, dtype, monkeypatch):
+    """A matrix in bfloat16 that is multiplied by scales in float32 would be widened as a whole, twice."""
+    shape, chunk = (1024, 256), 2**13
+    monkeypatch.setattr(quantized_weights, "CHUNK", chunk)
+    held = QUANTIZERS[kind].quantize(_weight(shape))
+    most = _most_bytes(lambda: QUANTIZERS[kind].full(held, shape, dtype, slice(None)))
+    own = shape[0] * shape[1] * dtype.itemsize
+    if kind == "int8":
+        assert own <= most < own + 3 * 8 * chunk
+    else:  # bitsandbytes makes them itself, but for float64
+        assert own <= most < (1.6 if dtype == torch.float64 else 1.2) * own
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_weights_made_in_parts_have_the_bits_of_one_product(kind, monkeypatch):
+    held, shape = QUANTIZERS[kind].quantize(_weight((50, 48))), (50, 48)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        whole = QUANTIZERS[kind].full(held, shape, dtype, slice(4, 50))
+        with monkeypatch.context() as patch:
+            patch.setattr(quantized_weights, "CHUNK", 64)
+            assert torch.equal(QUANTIZERS[kind].full(held, shape, dtype, slice(4, 50)), whole)
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)

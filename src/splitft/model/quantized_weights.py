@@ -34,8 +34,8 @@ BLOCK = 64
 """Consecutive numbers that share a scale in 4 bits; bitsandbytes' default, which transformers keeps."""
 SLICE = 2**25
 """Weights that are made from their bytes at one time; only matrices as large as output matrices have more."""
-CHUNK = 2**22
-"""Weights that are quantized at one time, a multiple of BLOCK: a bound of the memory that it takes."""
+CHUNK = 2**20
+"""Weights that are quantized or widened at one time, a multiple of BLOCK: a bound of the memory it takes."""
 Shape = tuple[int, int]
 """(out, in)."""
 
@@ -105,7 +105,7 @@ class FourBit:
 
     def slices(self, shape: Shape) -> Iterator[slice]:
         """Yield multiples of 64 rows, which are whole blocks at any width."""
-        yield from _slices(shape, BLOCK)
+        yield from _slices(shape, BLOCK, SLICE)
 
     def nbytes(self, shape: Shape) -> int:
         """Return the number of bytes of a matrix: 4.5 bits a weight."""
@@ -130,8 +130,12 @@ class EightBit:
 
     def full(self, held: torch.Tensor, shape: Shape, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         """Return the weights of some rows as numbers of a type."""
-        scales, numbers = self.parts(held, shape)
-        return numbers[rows].to(dtype).mul_(scales[rows, None] * (1 / 127))
+        scales, numbers = (one[rows] for one in self.parts(held, shape))
+        factors = (scales[:, None] * (1 / 127)).to(torch.promote_types(dtype, torch.float32))
+        made = torch.empty(numbers.shape, dtype=dtype, device=held.device)
+        for part in _slices((len(numbers), shape[1]), 1, CHUNK):  # on a CPU in two arrays of the wider type
+            torch.mul(numbers[part], factors[part], out=made[part])
+        return made
 
     def parts(self, held: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the scales (out,) and the numbers (out, in)."""
@@ -140,7 +144,7 @@ class EightBit:
 
     def slices(self, shape: Shape) -> Iterator[slice]:
         """Yield as many rows as have about SLICE weights."""
-        yield from _slices(shape, 1)
+        yield from _slices(shape, 1, SLICE)
 
     def nbytes(self, shape: Shape) -> int:
         """Return the number of bytes of a matrix."""
@@ -214,9 +218,9 @@ def fingerprint(kind: str) -> tuple[int, str]:
     return held.numel(), hashlib.sha256(held.numpy().tobytes()).hexdigest()
 
 
-def _slices(shape: Shape, multiple: int) -> Iterator[slice]:
+def _slices(shape: Shape, multiple: int, weights: int) -> Iterator[slice]:
     out, inputs = shape
-    most = max(multiple, SLICE // inputs // multiple * multiple)
+    most = max(multiple, weights // inputs // multiple * multiple)
     for start in range(0, out, most):
         yield slice(start, min(out, start + most))
 
