@@ -103,10 +103,13 @@ class ClientBlocks:
         self._folded = add_folded(self._folded, folded)
         self.bank.put(SLOT, self._known, folded=self._folded)
 
-    def join(self, cut: int, round: int, adapters: AdapterState, folded: AdapterState) -> None:
+    def join(
+        self, cut: int, round: int, adapters: AdapterState, folded: AdapterState, personal: AdapterState
+    ) -> None:
         """Hold the blocks before this cut with the factors that they have after a round.
 
         Factors that are not sent are computed here: all before round 1, later those that the rule leaves out.
+        `personal` are those that never leave, as this client had them, and take the place of computed ones.
         Raises ProtocolError if other factors arrive.
         """
         self.plan = Plan(cut, self.plan.blocks, self.plan.labels)
@@ -114,9 +117,12 @@ class ClientBlocks:
         sizes = {key: size for key, size in self.bank.sizes.items() if key[0] in self.plan.client}
         down = self._ranks.sharing.down if round else ""
         computed = self._ranks.start(sizes, self._dtype, 0 if self._ranks.sharing.down else round)
-        if set(adapters.keys()) != (set(sizes) if down else set()):
+        due = {key for key in sizes if key[0] not in self._private}
+        if set(adapters.keys()) != (due if down else set()):
             raise ProtocolError(f"{self.name}: the global adapters are not those of {self.plan.client}")
-        self._known, self._folded = computed.updated(adapters.fill_from(computed)), folded
+        known = computed.updated(adapters.fill_from(computed))
+        self._known = known.updated(personal.within(self.plan.client).fill_from(known))
+        self._folded = folded
         self.bank.put(SLOT, self._known, folded=folded)
 
     def restore(self, cut: int, known: AdapterState, folded: AdapterState) -> None:
@@ -137,6 +143,10 @@ class ClientBlocks:
     def own(self) -> AdapterState:
         """Return the personal factors B, which never leave; none by most rules."""
         return self._known.select("B") if self._ranks.keeps_own else AdapterState()
+
+    def personal(self) -> AdapterState:
+        """Return all factors that never leave: those of private blocks, and the personal B of the others."""
+        return self.own().updated(self.private())
 
     def run(self, batch: Batch, step: MicroBatch | None = None, base: bool = False) -> torch.Tensor:
         """Run tokens through the client's blocks -> (B, T, D); with `base`, without the factors.

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from splitft.adapters import AdapterState, Factors
-from splitft.deploy.server.steps import check_factors
+from splitft.deploy.server.federation import check_factors
 from splitft.errors import AdapterError
+from splitft.geometry import Span
 from splitft.specs import LoraSpec
 from splitft.training.ranks import RankPolicy
 
@@ -22,7 +23,7 @@ def _state(rank: int = 2, out: int = 5, magnitude: bool = False) -> AdapterState
 
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_factors_that_are_due_pass(magnitude):
-    check_factors("a", _state(magnitude=magnitude), _state(4, magnitude=magnitude), 2, RANKS)
+    check_factors("a", _state(magnitude=magnitude), _state(4, magnitude=magnitude), Span(0, 2), RANKS)
 
 
 @pytest.mark.parametrize(
@@ -36,4 +37,4 @@ def test_factors_that_are_due_pass(magnitude):
 )
 def test_factors_that_are_not_are_refused_with_the_sites_name(sent, words):
     with pytest.raises(AdapterError, match=f"^client-2 .*{words}"):
-        check_factors("client-2", sent, _state(4), 2, RANKS)
+        check_factors("client-2", sent, _state(4), Span(0, 2), RANKS)

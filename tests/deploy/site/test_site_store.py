@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from damage import mutations
+from splitft.adapters import AdapterState, Factors
 from splitft.deploy.site.site_store import KeptState, SiteStore
 from splitft.errors import ForbiddenError
 
@@ -110,3 +114,50 @@ def test_a_site_declines_to_go_on_with_another_text(tmp_path):
     SiteStore(tmp_path / "new", "one").check_text(5)  # a run of an earlier version: known from now on
     with pytest.raises(ForbiddenError):
         SiteStore(tmp_path / "new", "two").check_text(6)
+
+
+def own(value: float) -> AdapterState:
+    return AdapterState({(0, "q_proj"): Factors(torch.zeros(2, 0), torch.full((3, 2), value))})
+
+
+def test_factors_that_never_leave_are_kept_beside_the_moments(tmp_path):
+    store = SiteStore(tmp_path)
+    store.save(1, 2, 10, KeptState(moments(1.0).moments, own(2.0)))
+    found = store.load(1, 2, 10)
+    assert (value_of(found), found.own.tensors()["0.q_proj.B"].tolist()) == (1.0, [[2.0, 2.0]] * 3)
+    assert found.own[0, "q_proj"].names == "B"
+    assert [stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()] == [0o600]
+
+
+DYING = """
+import sys, torch
+from pathlib import Path
+from splitft.adapters import AdapterState, Factors
+from splitft.deploy.site.site_store import KeptState, SiteStore
+store = SiteStore(Path(sys.argv[1]))
+for number in range(1, 10**6):
+    B = torch.full((300, 200), float(number))
+    state = KeptState({}, AdapterState({(0, "q_proj"): Factors(torch.zeros(200, 0), B)}))
+    store.save(number, 2, number, state, begun=True)
+    store.save(number, 2, number, state)
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.fault(
+    "a site's process is killed (SIGKILL) while it writes", "what it has told of is on its disk"
+)
+def test_what_was_written_before_a_kill_is_whole(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", DYING, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        for line in process.stdout:
+            if int(line) == 20:
+                break
+    finally:
+        process.kill()
+        rest = process.communicate()[0].split()
+    last = int(rest[-1]) if rest else 20
+    found = SiteStore(tmp_path).load(last, 2, last)
+    assert found.own.tensors()["0.q_proj.B"].unique().tolist() == [float(last)]

@@ -17,21 +17,23 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
-from threading import Condition, Lock, Semaphore
+from threading import Condition, Semaphore
 
 from splitft.deploy.requests import Envelope, ReplyCache
 from splitft.deploy.server.arrivals import Arrival, ArrivalQueue, Fault, refusal
 from splitft.deploy.server.claims import check_outline, unusable
 from splitft.deploy.server.quota import HEARTBEAT, INVALID, MOST_HELD, REPEATED, UNASKED, InboxLimits, Quota
+from splitft.deploy.server.site_codecs import SiteCodecs
 from splitft.deploy.server.uptime import UPTIME
 from splitft.errors import ProtocolError, SiteFailureError, SplitftError, TransportError, WireError
 from splitft.protocol import (
-    Activations,
     AdapterUpload,
+    ChooseCodecs,
+    CodecsChosen,
+    CodecTrial,
     EndSession,
     Evaluate,
     Evaluation,
-    HeadGradient,
     Heartbeat,
     Join,
     Message,
@@ -45,7 +47,7 @@ from splitft.protocol import (
     Wait,
 )
 from splitft.protocol.channel import Meter
-from splitft.protocol.codec_state import CodecState
+from splitft.protocol.serializer import ON_THE_CPU, Place
 from splitft.tracking.events import Traffic
 
 HOLD_S = 3.0
@@ -60,10 +62,8 @@ STEP_ANSWER_S = 3600.0
 class _Site:
     """One site's side of the inbox."""
 
-    codec_state: CodecState
+    codecs: SiteCodecs
     quota: Quota
-    codec_lock: Lock = field(default_factory=Lock)
-    """Held while `codec_state` is used: the site's channels have threads of their own."""
     replies: ReplyCache = field(default_factory=ReplyCache)
     orders: deque[Message] = field(default_factory=deque)
     """Orders that the site has not fetched yet."""
@@ -86,9 +86,11 @@ class Inbox:
         seed: int = 0,
     ) -> None:
         room = Semaphore(MOST_HELD)
-        self._sites = {name: _Site(CodecState(seed, name), Quota(limits, room)) for name in sites}
+        self._sites = {name: _Site(SiteCodecs(serializer, seed, name), Quota(limits, room)) for name in sites}
         self._strangers: set[str] = set()  # senders that are no site of the session
         self._key, self._serializer, self._limits = session_key, serializer, limits
+        self.place: Place = ON_THE_CPU
+        """Where the server computes with what arrives, once there is a server."""
         # a thread for each message that may be underway, so that no site waits for another's
         workers = max(1, len(self._sites)) * limits.messages
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="inbox")
@@ -134,13 +136,13 @@ class Inbox:
         """Read a new message, hand it over, and wait for its reply."""
         own = self._sites[site]
         try:
-            with own.codec_lock:
-                received = self._serializer.receive(
-                    frame,
-                    self._limits.frame_bytes,
-                    lambda outline: check_outline(site, outline, self._limits),
-                    own.codec_state,
-                )
+            received = own.codecs.receive(
+                frame,
+                self._limits.frame_bytes,
+                lambda outline: check_outline(site, outline, self._limits),
+                self.place,
+                choosing=own.open_order == ChooseCodecs.__name__,
+            )
         except WireError as error:
             return self._invalid(site, error)
         except Exception as error:  # whatever the bytes have caused is their sender's fault
@@ -152,8 +154,7 @@ class Inbox:
         if isinstance(reply, Refused):
             own.quota.charge(INVALID)
         try:
-            with own.codec_lock:
-                packed = self._serializer.pack(reply, own.codec_state)
+            packed = own.codecs.pack(reply)
         except SplitftError as error:  # such as hidden states that overflow in the server's blocks
             return self._invalid(site, error)
         data = packed.to_bytes()
@@ -165,7 +166,7 @@ class Inbox:
     def _reply_to(self, site: str, message: Message) -> Message:
         """Hand a message over and wait for the reply: that to a step, otherwise the site's next order."""
         own = self._sites[site]
-        if isinstance(message, Heartbeat):
+        if isinstance(message, Heartbeat | CodecTrial):
             own.quota.charge(HEARTBEAT)
             return Wait()
         if isinstance(message, Next):
@@ -175,7 +176,7 @@ class Inbox:
             own.quota.charge(UNASKED)
             self._check_order_done(site, "")
         with self._changed:
-            if isinstance(message, RoundReady | AdapterUpload | Evaluation):
+            if isinstance(message, RoundReady | AdapterUpload | Evaluation | CodecsChosen):
                 own.quota.charge(0 if own.open_order else UNASKED)
                 own.open_order = ""
             stale = any(isinstance(order, Join) for order in own.orders)
@@ -186,7 +187,7 @@ class Inbox:
             self._unanswered[id(arrival)] = arrival
             self._changed.notify_all()
         try:
-            if isinstance(message, Activations | HeadGradient):
+            if arrival.is_step:
                 return arrival.answer.result(timeout=STEP_ANSWER_S)
             return self._next_order(site)
         except FutureTimeoutError as error:
@@ -202,7 +203,7 @@ class Inbox:
             self._changed.wait_for(lambda: bool(own.orders) or self._end is not None, POLL_S)
             if own.orders:
                 order = own.orders.popleft()
-                if isinstance(order, RoundStart | Train | Evaluate):
+                if isinstance(order, RoundStart | Train | Evaluate | ChooseCodecs):
                     own.open_order = type(order).__name__
                 return order
             return self._end or Wait()
@@ -248,6 +249,10 @@ class Inbox:
         with self._changed:
             self._sites[site].orders.append(order)
             self._changed.notify_all()
+
+    def use_codecs(self, site: str, hidden: str, gradient: str) -> None:
+        """Use the codecs that a site chose in an earlier session."""
+        self._sites[site].codecs.use(hidden, gradient)
 
     def withdraw(self, site: str) -> None:
         """Drop the orders that the site has not fetched."""

@@ -47,7 +47,7 @@ def begin(
                 machines=party.schedule.machines(),
                 base=_digests(party),
                 precision=describe(terms.model.spec.dtype, terms.devices.server),
-                devices="server on " + " and ".join(map(str, terms.devices.server)),
+                devices=terms.devices.of_server,
             )
         )
         for message in (*party.schedule.left_out, *party.schedule.misfits):
@@ -61,6 +61,8 @@ def begin(
     old = snapshot.state
     cuts = {name: old.cuts.get(name, cut) for name, cut in party.cuts.items()}
     party.server.moments.update(snapshot.server_moments)
+    for name, own in snapshot.own.items():
+        party.server.client_states.add_own(name, own)
     party.server.place(cuts)
     party.server.install(old.adapters, old.folded)
     losses = {name: loss for name, loss in old.losses.items() if name in cuts}

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Event as Flag
 
-from splitft.adapters import with_folded
+from splitft.adapters import with_folded, with_mean_of_own
 from splitft.deploy.run_terms import RunTerms, site_names
 from splitft.deploy.server.claims import SiteLimits
 from splitft.deploy.server.federation import FederationSetup, RemoteFederation
@@ -44,6 +44,7 @@ from splitft.tracking.events import (
     SessionEnded,
     SessionStarted,
     SiteChanged,
+    WireChosen,
 )
 from splitft.tracking.log import EventLog, read_events, settled
 from splitft.tracking.summary_writer import SummaryWriter
@@ -167,12 +168,15 @@ class ServerSession:
                 self._record_declined(listener, done)
                 return self._end(listener, done, "paused", self._too_few(registered))
             party = open_server(self._terms, registered)
+            self.inbox.place = party.server.blocks.place_of
             try:
                 state = self._train(party, registered, snapshot, listener)
             except PausedError as error:
                 return self._end_early(listener, self._status.rounds_done, str(error))
             except _MakeRoomError:
                 return self._end(listener, self._status.rounds_done, "back", "an absent site can join")
+            finally:
+                party.server.close()
             return self._finish(listener, state.round)
 
     # ----------------------------------------------------------------------------------------------
@@ -214,31 +218,34 @@ class ServerSession:
         self._record_declined(listener, state.round)
         steps, old_cuts = ({}, {}) if snapshot is None else (snapshot.steps, snapshot.state.cuts)
         absent_cuts = {name: cut for name, cut in old_cuts.items() if name not in party.cuts}
+        before = settled(read_events(self._folder / "events.jsonl")) if snapshot is not None else []
+        wires = {event.client: event for event in before if isinstance(event, WireChosen)}
         limits = {name: SiteLimits.of(config, one) for name, one in registered.items()}
         setup = FederationSetup(
-            party.server, terms.ranks, config.deploy, party.manifest, party.tensors, limits
-        )
-        federation = RemoteFederation(self.inbox, setup, state, steps, listener)
+            party.server, terms.ranks, config.deploy, party.manifest, party.tensors, limits,
+            config.privacy.private_blocks, config.wire.chooses, wires,
+        )  # fmt: skip
+        def measuring(event: Event) -> None:
+            """Let the controller of the cuts know codecs, and the seconds of steps."""
+            party.schedule.observe(event)
+            listener(event)
+
+        federation = RemoteFederation(self.inbox, setup, state, steps, measuring)
 
         def save(state: RunState) -> None:
             check_kept(self._folder)
             whole = replace(state, cuts={**absent_cuts, **state.cuts})
             moments = {slot: own for slot, own in party.server.moments.items() if own}
-            path = save_snapshot(self._folder, Snapshot(whole, federation.steps, {}, moments))
-            trained = with_folded(state.adapters, state.folded)
+            own = {name: one for name, one in party.server.client_states.own.items() if one}
+            path = save_snapshot(self._folder, Snapshot(whole, federation.steps, {}, moments, own=own))
+            trained = with_folded(with_mean_of_own(state.adapters, own.values()), state.folded)
             put_adapter(trained, terms.model, terms.ranks, Run(self._folder).adapter_dir)
             listener(CheckpointSaved(round=state.round, path=str(path.relative_to(self._folder))))
             self._summary.write()
             if self._room_wanted.is_set() and state.round < config.training.rounds:
                 raise _MakeRoomError
 
-        def measuring(event: Event) -> None:
-            """Let the controller of the cuts know the seconds of steps."""
-            party.schedule.observe(event)
-            listener(event)
-
         if snapshot is not None:  # the seconds of the last round were measured in an earlier session
-            before = settled(read_events(self._folder / "events.jsonl"))
             self._totals.restart(before)
             for event in before:
                 party.schedule.observe(event)
