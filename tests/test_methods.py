@@ -103,6 +103,33 @@ def test_splitft_lets_cuts_choose_themselves_where_a_fleet_is_described_and_cuts
     assert from_mapping({}).clients.cuts == 2
 
 
+OPTIONS = {
+    "lora": {"rank": 8, "dropout": 0.1, "lr_ratio": 4, "scaling": "rslora"},
+    "training": {"lr": 3e-3, "clip": 1.0, "warmup": 2, "schedule": "cosine", "weight_decay": 0.1},
+    "wire": {"hidden": "int8", "gradient": "int8", "adapter": "bf16"},
+    "data": {"max_tokens": 64},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_the_options_that_are_given_and_new_optimizers_each_round_if_it_averages(name):
+    config = from_mapping({"method": name, **OPTIONS})
+    for section, options in OPTIONS.items():
+        for key, value in options.items():
+            assert getattr(getattr(config, section), key) == value
+    averages = config.aggregate.federated and config.training.order == "together"
+    assert (config.training.optimizer_state == "reset") == averages
+    plain = from_mapping({"method": "splitft"}).model_dump(mode="json")
+    changed = {
+        f"{section}.{key}"
+        for section, values in from_mapping({"method": name}).model_dump(mode="json").items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if plain[section][key] != value
+    }
+    assert changed <= METHODS[name].fixes.keys() | METHODS[name].defaults.keys()
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

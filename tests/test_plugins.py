@@ -13,6 +13,7 @@ from splitft.config import from_mapping, load
 from splitft.errors import ConfigError, RunError
 from splitft.specs.extensions import TRACKERS
 from splitft.tracking.events import Evaluated
+from splitft.tracking.trackers import CsvTracker
 
 TRACKER = """
 from splitft.specs.extensions import TRACKERS
@@ -43,6 +44,20 @@ def plugin(tmp_path):
         del sys.modules[name]
 
 
+def test_a_table_that_an_earlier_version_began_keeps_its_columns(tmp_path):
+    evaluated = Evaluated(round=1, loss=2.0, by_client={"a": 2.0}, accuracy_by_client={"a": 0.25})
+    file = tmp_path / "metrics.csv"
+    older = "round,client,cut,loss,bytes_up,bytes_down\n"
+    for earlier, last in ((older, "1,a,,2.0,0,0"), ("", "1,a,,2.0,0,0,0.25")):
+        file.unlink(missing_ok=True)
+        if earlier:
+            file.write_text(earlier, encoding="utf-8")
+        tracker = CsvTracker(tmp_path, {})
+        tracker(evaluated)
+        tracker.close()
+        assert file.read_text(encoding="utf-8").splitlines()[1] == last
+
+
 def test_a_plugin_is_found_beside_its_configuration_and_kept_with_the_run(tmp_path, tiny_llama, plugin):
     path = plugin(TRACKER)
     file = settings_file(
@@ -52,7 +67,8 @@ def test_a_plugin_is_found_beside_its_configuration_and_kept_with_the_run(tmp_pa
     assert (run.folder / "names.txt").read_text().split()[0] == "RunStarted"
     assert (run.folder / "plugins/mine.py").read_text() == TRACKER
     lines = (run.folder / "metrics.csv").read_text().splitlines()
-    assert lines[0] == "round,client,cut,loss,bytes_up,bytes_down"
+    assert lines[0] == "round,client,cut,loss,bytes_up,bytes_down,accuracy"
+    assert all(0 <= float(line.rpartition(",")[2]) <= 1 for line in lines[1:])
     assert len(lines) == 1 + 3 * (run.config.training.rounds + 1)
 
     digest = hashlib.sha256(TRACKER.encode()).hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel
@@ -207,6 +209,8 @@ def test_the_servers_optimizer_goes_on_after_a_stop(tmp_path, tiny_llama, text, 
     again = splitft.train(once, tmp_path / "stopped", resume=True)
     assert _files(again.folder) == _files(whole.folder)
     assert _told(again) == _told(whole)
+    for adapter in whole.folder.rglob("adapter_config.json"):
+        assert json.loads(adapter.read_text(encoding="utf-8"))["lora_dropout"] == 0.2
 
 
 def test_cuts_do_not_matter_with_schedules_two_rates_and_a_server_optimizer(tiny_llama, text):

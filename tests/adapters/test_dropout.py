@@ -73,6 +73,33 @@ def test_without_dropout_nothing_is_drawn(monkeypatch):
         block["proj"](torch.ones(2, 5, 4))
 
 
+def test_the_schedule_foresees_what_layers_keep_for_their_backward_pass():
+    layers = ("q_proj", "k_proj", "v_proj")
+    block = nn.ModuleDict({name: nn.Linear(WIDTH, 8, bias=False).requires_grad_(False) for name in layers})
+    bank = attach([block], layers, 1.0, torch.float32)
+    bank.put("a", AdapterState({(0, one): Factors(torch.ones(2, WIDTH), torch.ones(8, 2)) for one in layers}))
+    x = torch.ones(8, 64, WIDTH, requires_grad=True)
+
+    def kept(rows: list[DropoutRows]) -> int:
+        found: dict[int, int] = {}
+
+        def see(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if tensor.shape[-1] == WIDTH and tensor.numel() > 2 * WIDTH:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        held = []
+        with bank.routed([("a", 8)], rows), torch.autograd.graph.saved_tensors_hooks(see, lambda one: one):
+            held = [block[name](x) for name in layers]
+        del held
+        return sum(found.values())
+
+    inputs = 3 * WIDTH  # of the layers; `run.fleet` adds the input and a mask of one byte a number
+    foreseen = (inputs + -(-inputs // 4)) * 4 * 8 * 64
+    assert kept([ROWS]) - kept([]) + x.nbytes == foreseen  # x itself is not kept any more
+
+
 def test_what_is_folded_into_the_base_sees_the_whole_input():
     block = nn.ModuleDict({"proj": nn.Linear(WIDTH, 3, bias=False).requires_grad_(False)})
     bank = attach([block], ["proj"], 1.0, torch.float32)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from splitft.cli.progress import Progress
-from splitft.tracking.events import RunResumed, Warned
+from splitft.tracking.events import Evaluated, RunResumed, Warned
 from splitft.tracking.summary import client_table, summarise
 from tracking.story import ANN, BOB, started, step, story
 
@@ -58,6 +58,11 @@ def test_in_a_pipe_lines_of_progress_keep_a_distance():
         "round 1/2: step 6/8 ",
         "round 1/2: step 11/8",
     ]
+
+
+def test_the_token_accuracy_is_told_where_it_is_known():
+    told = Evaluated(round=0, loss=4.0, by_client={ANN: 4.0}, accuracy=0.3125)
+    assert lines([told]) == ["before training: held-out loss 4.000, token accuracy 31.2 %"]
 
 
 def test_speed_and_time_left_are_those_of_the_last_steps():

@@ -94,6 +94,7 @@ def test_a_scrape_has_the_numbers_of_the_run(tmp_path, status):
     assert found[("splitft_up",)] == 1
     assert (value("rounds"), value("rounds_done"), value("session_running")) == (2, 2, 1)
     assert value("held_out_loss") == 3.0
+    assert ("splitft_held_out_accuracy", ("run", "first")) not in found  # no site has told it
     assert (value("steps_total"), value("tokens_total")) == (6, 120)
     assert value("step_seconds_total", leg="server_forward") == 3.0
     assert value("bytes_total", purpose="training", role="hidden", direction="up") == 720

@@ -34,6 +34,10 @@ def test_ranks_of_their_own_are_accepted():
     [
         ({"method": "local", "clients": {"cuts": "whole"}}, "aggregate.federated: false .* give true"),
         (
+            {"split": {"server_adapters": "shared-in-turn", "turns": "fixed"}},
+            "split.turns: fixed .* in their order of arrival; give random",
+        ),
+        (
             {"wire": {"hidden": "temporal"}, "training": {"micro_batches": 2, "in_flight": 2}},
             "wire.hidden: temporal .* no order; give training.in_flight: 1",
         ),

@@ -139,6 +139,20 @@ def test_the_headline_names_the_change_and_who_did_not_gain(summary):
     assert headline({**summary, "not_improved": []}).endswith("It fell on every client.")
 
 
+def test_the_token_accuracy_stands_beside_the_loss_and_is_unknown_in_older_logs(summary):
+    assert summary["eval_accuracy"] == [None] * 3
+    assert "accuracy" not in headline(summary)
+    told = [
+        event.model_copy(update={"accuracy": share, "accuracy_by_client": {ANN: share}})
+        for event in story()
+        for share in ([0.25, 0.3, 0.5][event.round] if isinstance(event, Evaluated) else None,)
+    ]
+    known = summarise(told)
+    assert known["eval_accuracy"] == [0.25, 0.3, 0.5]
+    assert [one["accuracy"] for one in known["clients"]] == [[0.25, 0.3, 0.5], [None] * 3]
+    assert "Token accuracy: 25.0 % before, 50.0 % after." in headline(known)
+
+
 def test_the_headline_counts_those_who_did_not_gain_when_they_are_many(summary):
     clients = [f"client-{i}" for i in range(9)]
     text = headline({**summary, "clients": clients, "not_improved": clients[:7]})

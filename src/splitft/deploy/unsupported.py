@@ -39,6 +39,10 @@ UNSUPPORTED = (
         "true puts the text of all clients in one place, which is for simulation; give false"),
     Requirement(("training.order",), lambda c: c.training.order == "in-turn",
         "in-turn is for simulation; give together"),
+    Requirement(("split.turns",),
+        lambda c: c.split.server_adapters == "shared-in-turn" and c.split.turns == "fixed",
+        "fixed lets every site wait for those before it, present or not; a deployed run takes batches in "
+        "their order of arrival; give random"),
     Requirement(("aggregate.federated",), lambda c: not c.aggregate.federated,
         "false lets every client train for itself, which needs no server; give true, or train at each site"),
     Requirement(("wire.{index}",), _unordered_codecs,

@@ -122,6 +122,18 @@ def test_magnitudes_travel_as_in_the_simulation(tiny_llama, text):
     assert largest_relative_difference(found, alone.adapters.tensors()) < 1e-9
 
 
+def test_dropout_clipping_and_accuracy_are_those_of_the_simulation(tiny_llama, text):
+    training = {"rounds": 2, "steps": 2, "clip": 0.05, "micro_batches": 2}
+    sections = {"lora": {"dropout": 0.3}, "training": training}
+    alone, events = play(federation(tiny_llama, text, CUTS, **sections))
+    outcome = deployed(federation(tiny_llama, text, CUTS, **sections))
+    assert outcome.error is None
+    assert difference(outcome.state, alone) < 1e-6
+    told = [one.accuracy_by_client for one in events if one.event == "Evaluated"]
+    assert [one.accuracy_by_client for one in outcome.of("Evaluated")] == told
+    assert all(len(one) == len(CUTS) for one in told)
+
+
 @pytest.mark.parametrize("rule", ["zero-pad", "svd", "stack", "exact", "ffa"])
 def test_every_rule_that_shares_all_it_trains_learns_what_it_learns_in_simulation(tiny_llama, text, rule):
     sections = {
