@@ -57,9 +57,48 @@ def test_the_bytes_foretold_are_those_of_the_tensors_that_a_run_then_sends(setti
 
 def test_makespan_is_no_slower_than_the_others_by_its_own_prediction(settings):
     choices = {choice.controller: choice for choice in plan(from_mapping(settings)).choices}
-    assert set(choices) == {"fixed", "resources", "paper", "makespan"}
+    assert set(choices) == set(CONTROLLERS)
     assert list(choices["fixed"].cuts.values()) == [1, 2, 3]
     assert choices["makespan"].round_seconds <= choices["fixed"].round_seconds
+
+
+def test_quickest_is_not_slower_than_any_method_in_the_plan_of_the_same_run(settings):
+    result = plan(from_mapping(settings))
+    chosen, *others = result.alternatives
+    assert {one.method for one in others} == {
+        "fedlora", "splitfed-v1", "splitfed-v2", "splitlora", "splitft-fixed", "makespan",
+    }  # fmt: skip
+    assert all(chosen.round_seconds <= one.round_seconds * (1 + 1e-9) for one in others)
+    assert chosen.round_seconds == {c.controller: c for c in result.choices}["quickest"].round_seconds
+
+
+def test_the_plan_says_who_is_not_split_and_what_other_methods_would_take(settings, tmp_path):
+    far = {"up_mbit_per_s": 5.0, "down_mbit_per_s": 5.0, "latency_ms": 500.0}
+    slow = {
+        "block_forward_ms_per_token": 5.0, "block_backward_ms_per_token": 5.0,
+        "head_ms_per_token": 0.1, "memory_gb": 4.0,
+    }  # fmt: skip
+    settings["clients"]["shares"] = {"by": "iid"}  # as much work for each
+    settings["schedule"] = {"devices": ["workstation", slow, slow], "links": [far, "lan", "lan"]}
+    del settings["clients"]["cuts"]
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    said = " ".join(CliRunner().invoke(app, ["plan", str(file)]).output.split())
+    assert "quickest does not split client-1: the whole model trains there" in said
+    assert "splitfed-v2" in said
+    assert "times as long" in said
+    said = " ".join(CliRunner().invoke(app, ["plan", str(file), "schedule.max_cut=3"]).output.split())
+    assert "does not split" not in said
+
+
+def test_a_method_that_needs_more_memory_than_there_is_says_so(settings):
+    small = {
+        "block_forward_ms_per_token": 5.0, "block_backward_ms_per_token": 5.0,
+        "head_ms_per_token": 0.1, "memory_gb": 1e-6,
+    }  # fmt: skip
+    settings["schedule"] = {"devices": [small, "laptop", "laptop"], "misfit": "leave-out"}
+    of = {one.method: one for one in plan(from_mapping(settings)).alternatives}
+    assert set(of["chosen"].cuts) == {"client-2", "client-3"}
 
 
 def test_a_client_that_fits_nowhere_is_named_with_what_it_lacks(settings):

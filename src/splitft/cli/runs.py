@@ -12,6 +12,7 @@ import typer
 from splitft.cli.app import AsJson, ConfigFile, RunFolder, console, say, verb
 
 if TYPE_CHECKING:
+    from splitft.config import RunConfig
     from splitft.tracking.table import Table
 
 MAX_CUTS = 8
@@ -24,12 +25,21 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as schedule.server=laptop")
     ] = None,
+    as_map: Annotated[
+        bool,
+        typer.Option(
+            "--map", help="Show which method is quickest, by clients' machines, links and steps a round."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Predict seconds, bytes and memory of every client at every cut, without training."""
     from splitft.config import load
     from splitft.run.plan import plan as plan_run
 
+    if as_map:
+        _show_map(load(file, overrides or []), as_json)
+        return
     data = plan_run(load(file, overrides or [])).to_json()
     if as_json:
         typer.echo(json.dumps(data, indent=2))
@@ -40,8 +50,25 @@ def plan(
         screen.print(table.to_rich())
         screen.print()
     screen.print(choice_table(data).to_rich())
+    screen.print()
+    screen.print(alternative_table(data).to_rich())
+    say(screen, "", *choice_sentences(data))
     if data["assumption"]:
         say(screen, "", f"Assumed  {data['assumption']}")
+
+
+def _show_map(config: RunConfig, as_json: bool) -> None:
+    """Print which method is quickest where."""
+    from splitft.run.border import LEGEND, border_map, map_table, memory_lines
+
+    data = border_map(config).to_json()
+    if as_json:
+        typer.echo(json.dumps(data, indent=2))
+        return
+    screen = console()
+    say(screen, f"{data['model']}, {data['blocks']} blocks", *memory_lines(data), "")
+    screen.print(map_table(data).to_rich())
+    say(screen, "", LEGEND)
 
 
 @verb
@@ -126,3 +153,51 @@ def choice_table(data: Mapping[str, Any]) -> Table:
             )
         )
     return Table(("controller", "seconds a round", "cuts", "why"), rows, "lrll")
+
+
+def alternative_table(data: Mapping[str, Any]) -> Table:
+    """Return the round of `quickest` and of the methods of the field on the same clients."""
+    from splitft.tracking.table import Table
+
+    rows = []
+    for one in data["alternatives"]:
+        seconds, cuts = one["round_seconds"], [str(cut) for cut in one["cuts"].values()]
+        each = f"{cuts[0]} for all" if len(set(cuts)) == 1 else " ".join(cuts)
+        name = "quickest" if one["method"] == "chosen" else one["method"]
+        rows.append(
+            (
+                name,
+                "–" if seconds is None else f"{seconds:.3g}",
+                each if cuts else f"– ({one['lack']})",
+                one["adapters"],
+            )
+        )
+    return Table(("method", "seconds a round", "cuts", "server's factors step"), rows, "lrll")
+
+
+def choice_sentences(data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the choice of `quickest` means: who is not split, and its time against the others'."""
+    chosen, *others = data["alternatives"]
+    if chosen["round_seconds"] is None:
+        yield f"quickest finds no cuts: {chosen['lack']}."
+        return
+    whole = [name for name, cut in chosen["cuts"].items() if cut == data["blocks"]]
+    if len(whole) == len(chosen["cuts"]):
+        yield (
+            "quickest splits nothing: every client trains the whole model, and only adapters travel "
+            f"(schedule.max_cut={data['blocks'] - 1} splits all)."
+        )
+    elif whole:
+        yield (
+            f"quickest does not split {', '.join(whole)}: the whole model trains there, and only adapters "
+            f"travel (schedule.max_cut={data['blocks'] - 1} splits all)."
+        )
+    timed = [one for one in others if one["round_seconds"] is not None]
+    if timed:
+        next_best = min(timed, key=lambda one: one["round_seconds"])
+        ratio = next_best["round_seconds"] / chosen["round_seconds"]
+        yield (
+            f"A round takes {chosen['round_seconds']:.3g} s; the quickest other method, "
+            f"{next_best['method']}, takes {ratio:.2f} times as long. One step of every client is taken to "
+            "be worth as much in each of them (specs/server_stepping.py)."
+        )

@@ -23,6 +23,7 @@ from splitft.cache import KeyedCache, cache_folder, file_digest
 from splitft.config import RunConfig
 from splitft.errors import ScheduleError
 from splitft.model.source import silence_transformers
+from splitft.run.alternatives import Alternative, alternatives
 from splitft.run.cut_schedule import CutSchedule
 from splitft.run.paper_plan import assumed_work, assumption, lacks_tokenizer, needs_weights
 from splitft.schedule.clock import client_round, simulate_round
@@ -92,6 +93,8 @@ class RunPlan:
     blocks: int
     clients: tuple[ClientPlan, ...]
     choices: tuple[Choice, ...]
+    alternatives: tuple[Alternative, ...] = ()
+    """The choice of `quickest`, and the methods of the field on the same clients."""
     assumption: str = ""
     """What is assumed instead of counted, in words; "" for nothing."""
 
@@ -107,19 +110,28 @@ def plan(config: RunConfig) -> RunPlan:
     given = config.cuts or (1,) * len(fleet.clients)
     names = tuple(client.name for client in fleet.clients)
     current = dict(zip(names, given, strict=True))
-    allowed = feasible(CutSchedule(config, fleet, names).problem(1, current))
+    schedule = CutSchedule(config, fleet, names)
+    problem = schedule.problem(1, current)
+    deepest = max(blocks - 1, schedule.max_cut, *given)  # all blocks on a client, if it is given them
+    allowed = feasible(
+        replace(problem, clients=tuple(replace(one, max_cut=deepest) for one in problem.clients))
+        if deepest in given
+        else problem
+    )
+    shown = range(1, deepest + 1)
     clients = tuple(
         ClientPlan(
             client.name,
             client.device.source,
             client.link.source,
-            tuple(_price(fleet, client, cut, cut in allowed[client.name].cuts) for cut in range(1, blocks)),
+            tuple(_price(fleet, client, cut, cut in allowed[client.name].cuts) for cut in shown),
             allowed[client.name].lack,
         )
         for client in fleet.clients
     )
     choices = tuple(_choice(config, fleet, controller) for controller in CONTROLLERS)
-    return RunPlan(config.model.name, blocks, clients, choices, assumption(config))
+    compared = alternatives(config, fleet)
+    return RunPlan(config.model.name, blocks, clients, choices, compared, assumption(config))
 
 
 def fleet_for(config: RunConfig) -> Fleet:

@@ -102,6 +102,11 @@ class ModeChoice:
     """Seconds of a round, divided by the progress of its steps."""
     cuts: dict[str, int]
 
+    @property
+    def round_s(self) -> float:
+        """Seconds of a round."""
+        return self.seconds * SERVER_STEPPING[self.mode.adapters].progress
+
 
 def best_mode(
     ways: Sequence[ServerAdapters],
