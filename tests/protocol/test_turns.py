@@ -7,7 +7,7 @@ import torch
 
 from splitft.adapters import AdapterState
 from splitft.errors import WireError
-from splitft.protocol import Activations, CodecsChosen, CodecTrial, Join, MessageSerializer, RoundStart
+from splitft.protocol import Activations, CodecsChosen, Join, MessageSerializer, RoundStart, TryCodec
 from splitft.protocol.codec_state import CodecState
 from splitft.specs import WireSpec
 
@@ -117,10 +117,10 @@ def test_a_frame_of_a_sender_that_counts_nothing_is_read():
 @pytest.mark.parametrize(
     "message",
     [
-        CodecTrial(client="a", hidden="int4"),
+        TryCodec(client="a", hidden="int4"),
         CodecsChosen(client="a", hidden="int4", gradient="int8", reason=""),
     ],
-    ids=["CodecTrial", "CodecsChosen"],
+    ids=["TryCodec", "CodecsChosen"],
 )
 def test_trials_begin_anew(message):
     line = Line("temporal")

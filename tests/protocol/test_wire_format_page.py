@@ -35,7 +35,7 @@ from splitft.specs import WireSpec
 PAGE = (Path(__file__).parents[2] / "docs/wire-format.md").read_text(encoding="utf-8")
 UP = {
     "RoundReady", "Activations", "HeadGradient", "AdapterUpload", "Evaluation", "Hello", "Declined", "Next",
-    "Alive", "LocalStep", "CodecTrial", "CodecsChosen",
+    "Alive", "LocalStep", "TryCodec", "CodecsChosen",
 }  # fmt: skip
 DUMPED = LastHidden(step=5, hidden=torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.25, -1.0, 8.0, -0.125]]))
 TERMS = MessageSerializer(4, torch.float32, torch.float32, WireSpec())

@@ -6,7 +6,6 @@ from splitft.protocol.control import (
     BaseTensor,
     ChooseCodecs,
     CodecsChosen,
-    CodecTrial,
     Declined,
     EndSession,
     Evaluate,
@@ -18,6 +17,7 @@ from splitft.protocol.control import (
     Register,
     Stop,
     Train,
+    TryCodec,
     Wait,
 )
 from splitft.protocol.messages import (
@@ -45,7 +45,6 @@ __all__ = [
     "BaseFile",
     "BaseTensor",
     "ChooseCodecs",
-    "CodecTrial",
     "CodecsChosen",
     "CutGradient",
     "Declined",
@@ -68,6 +67,7 @@ __all__ = [
     "RoundStart",
     "Stop",
     "Train",
+    "TryCodec",
     "Wait",
     "expect",
 ]

@@ -3,7 +3,7 @@
     client                                    server
       Register     workload             ---->          or Declined: the data owner forbids the run
                                         <----  Join            cut, step and global factors of the run
-      CodecTrial, Activations, ..., CodecsChosen    ---->    if asked to (ChooseCodecs), with `wire: auto`
+      TryCodec, Activations, ..., CodecsChosen    ---->    if asked to (ChooseCodecs), with `wire: auto`
       Next         request for an order ---->
                                         <----  Wait, RoundStart, Train, GlobalAdapters, Evaluate, EndSession
       Activations, HeadGradient         ---->
@@ -111,7 +111,7 @@ class ChooseCodecs(Message):
     """Rounds finished."""
 
 
-class CodecTrial(Message):
+class TryCodec(Message):
     """Client to server: hidden states come and go in this codec from now on, and gradients exactly."""
 
     client: Name
@@ -211,6 +211,6 @@ class EndSession(Message):
 
 
 CONTROL_MESSAGES: tuple[type[Message], ...] = (
-    Register, Declined, Join, ChooseCodecs, CodecTrial, CodecsChosen, Next, Heartbeat, Wait, Train, LocalStep,
+    Register, Declined, Join, ChooseCodecs, TryCodec, CodecsChosen, Next, Heartbeat, Wait, Train, LocalStep,
     Evaluate, Stop, Again, Refused, EndSession,
 )  # fmt: skip

@@ -8,13 +8,13 @@ import torch
 from splitft.deploy.server.claims import SiteLimits
 from splitft.deploy.server.site_codecs import MOST_TRIALS, SiteCodecs, TrialCount
 from splitft.errors import ProtocolError
-from splitft.protocol import Activations, CodecsChosen, CodecTrial, LastHidden, MessageSerializer
+from splitft.protocol import Activations, CodecsChosen, LastHidden, MessageSerializer, TryCodec
 from splitft.protocol.serializer import ON_THE_CPU
 from splitft.run.codec_choice import with_codecs
 from splitft.specs import WireSpec
 
 TERMS = MessageSerializer(8, torch.float32, torch.float32, WireSpec(hidden="auto", gradient="auto"))
-TRIAL = CodecTrial(client="a", hidden="int8")
+TRIAL = TryCodec(client="a", hidden="int8")
 CHOICE = CodecsChosen(client="a", hidden="int4", gradient="int8", reason="fits")
 
 
@@ -29,7 +29,7 @@ def received(codecs: SiteCodecs, frame: bytes, choosing: bool = True):
     return codecs.receive(frame, 10**6, lambda outline: None, ON_THE_CPU, choosing).message
 
 
-@pytest.mark.parametrize("message", [TRIAL, CHOICE], ids=["CodecTrial", "CodecsChosen"])
+@pytest.mark.parametrize("message", [TRIAL, CHOICE], ids=["TryCodec", "CodecsChosen"])
 @pytest.mark.fault("a site changes its codecs without having been asked", "it is refused; its codecs stay")
 def test_a_site_that_was_not_asked_keeps_its_codecs(message):
     codecs = SiteCodecs(TERMS, 0, "a")
@@ -50,7 +50,7 @@ def test_messages_come_and_go_in_the_codec_that_is_tried_and_then_chosen():
 
 def test_a_codec_of_no_candidate_is_refused():
     with pytest.raises(ProtocolError, match="cannot be tried"):
-        received(SiteCodecs(TERMS, 0, "a"), TERMS.to_bytes(CodecTrial(client="a", hidden="topk")))
+        received(SiteCodecs(TERMS, 0, "a"), TERMS.to_bytes(TryCodec(client="a", hidden="topk")))
 
 
 def test_a_site_tries_codecs_on_its_held_out_text_alone_and_not_for_ever():

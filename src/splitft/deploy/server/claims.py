@@ -31,7 +31,6 @@ from splitft.protocol import (
     Activations,
     AdapterUpload,
     CodecsChosen,
-    CodecTrial,
     Declined,
     Evaluation,
     HeadGradient,
@@ -41,6 +40,7 @@ from splitft.protocol import (
     Next,
     Register,
     RoundReady,
+    TryCodec,
     expect,
 )
 from splitft.specs import TrainingSpec
@@ -54,7 +54,7 @@ ADAMW_FIELDS = frozenset({"exp_avg", "exp_avg_sq", "step"})
 """Moments of a parameter with AdamW."""
 
 FROM_CLIENTS = (
-    Register, Declined, CodecTrial, CodecsChosen, Next, Heartbeat, RoundReady, Activations, HeadGradient,
+    Register, Declined, TryCodec, CodecsChosen, Next, Heartbeat, RoundReady, Activations, HeadGradient,
     LocalStep, AdapterUpload, Evaluation,
 )  # fmt: skip
 """Messages that a client may send."""

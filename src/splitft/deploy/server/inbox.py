@@ -30,7 +30,6 @@ from splitft.protocol import (
     AdapterUpload,
     ChooseCodecs,
     CodecsChosen,
-    CodecTrial,
     EndSession,
     Evaluate,
     Evaluation,
@@ -44,6 +43,7 @@ from splitft.protocol import (
     RoundReady,
     RoundStart,
     Train,
+    TryCodec,
     Wait,
 )
 from splitft.protocol.channel import Meter
@@ -166,7 +166,7 @@ class Inbox:
     def _reply_to(self, site: str, message: Message) -> Message:
         """Hand a message over and wait for the reply: that to a step, otherwise the site's next order."""
         own = self._sites[site]
-        if isinstance(message, Heartbeat | CodecTrial):
+        if isinstance(message, Heartbeat | TryCodec):
             own.quota.charge(HEARTBEAT)
             return Wait()
         if isinstance(message, Next):

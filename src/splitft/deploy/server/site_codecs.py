@@ -1,6 +1,6 @@
 """The codecs of one site at the server: what they remember, and which they are with `wire: auto`.
 
-    ChooseCodecs --> CodecTrial(int4) --> held-out batches in int4 --> CodecTrial(int8) --> ... CodecsChosen
+    ChooseCodecs --> TryCodec(int4) --> held-out batches in int4 --> TryCodec(int8) --> ... CodecsChosen
 
 The site chooses, on its own text (`run.codec_choice`); here its messages are read and written in the codec
 that it tries or has chosen. It can do neither unless it was asked to, and has the run's candidates alone.
@@ -17,10 +17,10 @@ from splitft.errors import ProtocolError
 from splitft.protocol import (
     Activations,
     CodecsChosen,
-    CodecTrial,
     LocalStep,
     Message,
     MessageSerializer,
+    TryCodec,
     expect,
 )
 from splitft.protocol.codec_state import CodecState
@@ -51,10 +51,10 @@ class SiteCodecs:
         with self._lock:
             received = self._serializer.receive(frame, limit, check, self._state, place)
             message = received.message
-            if isinstance(message, CodecTrial | CodecsChosen):
+            if isinstance(message, TryCodec | CodecsChosen):
                 if not choosing:
                     raise ProtocolError(f"{message.client} was not asked to choose its codecs")
-                if isinstance(message, CodecTrial):
+                if isinstance(message, TryCodec):
                     check_trial(message.hidden, self._given.wire)
                     self.use(message.hidden, EXACT)
                 else:

@@ -1,6 +1,6 @@
 """Choose a site's codecs on its own text: the trials of `run.codec_choice`, over the messages of a session.
 
-    CodecTrial(codec) --> both ends begin anew in it      Activations --> LastHidden, for each held-out batch
+TryCodec(codec) --> both ends begin anew in it      Activations --> LastHidden, for each held-out batch
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from splitft.deploy.site.steps import RefusedError
-from splitft.protocol import Activations, CodecTrial, HeldOutLoss, LastHidden, Message, Refused, expect
+from splitft.protocol import Activations, HeldOutLoss, LastHidden, Message, Refused, TryCodec, expect
 from splitft.protocol.codec_state import CodecState
 from splitft.run.codec_choice import EXACT
 
@@ -32,7 +32,7 @@ class TrialLine:
 
     def begin(self, hidden: str) -> None:
         """Begin anew at both ends, with this codec for hidden states and exact gradients."""
-        self._reply(CodecTrial(client=self._name, hidden=hidden))
+        self._reply(TryCodec(client=self._name, hidden=hidden))
         self._use(hidden, EXACT)
 
     def ask(self, sent: Activations) -> LastHidden | HeldOutLoss:
