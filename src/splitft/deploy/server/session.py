@@ -225,6 +225,7 @@ class ServerSession:
             party.server, terms.ranks, config.deploy, party.manifest, party.tensors, limits,
             config.privacy.private_blocks, config.wire.chooses, wires,
         )  # fmt: skip
+
         def measuring(event: Event) -> None:
             """Let the controller of the cuts know codecs, and the seconds of steps."""
             party.schedule.observe(event)
