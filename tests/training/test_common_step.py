@@ -96,3 +96,15 @@ def test_a_step_given_up_in_the_middle_leaves_nothing_on_shared_factors(begun, m
     alone, others = begun(mode, names=("client-1",), micro_batches=1)
     part(alone, others["client-1"])
     assert largest_relative_difference(learnt(server), learnt(alone)) < 1e-9
+
+
+def test_a_step_that_is_forgotten_and_taken_again_counts_once(begun):
+    server, clients = begun()
+    one, two, three = clients.values()
+    part(server, two)
+    server.forget(two.name)
+    two.start(RoundStart(round=1, cut=two.plan.cut))
+    step(server, one, two, three)
+    once, others = begun()
+    step(once, *others.values())
+    assert largest_relative_difference(learnt(server), learnt(once)) < 1e-9

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from deploy.network import HEAD_BYTES, SPEC, deployed
-from deploy.server.test_federation import Faulty, difference
+from deploy.server.test_federation import Faulty, Slow, difference
 from laws.federations import federation, play, write_text
 from splitft.protocol.frame import open_frame
 from splitft.training.batching import in_random_order
@@ -129,8 +129,11 @@ def assert_equal(outcome, simulated):
     [(mode, "client") for mode in MODES] + [("shared", "server"), ("shared-in-turn", "server")],
 )
 def test_sites_that_share_the_servers_factors_learn_what_the_simulation_does(parties, mode, labels):
+    def uneven(site, transport):
+        return Slow(transport, 0.1) if site == "client-2" else transport
+
     split = {"split": {"server_adapters": mode, "labels": labels}}
-    assert_equal(run(parties(mode, **split)), play(parties(mode, **split))[0])
+    assert_equal(run(parties(mode, **split), uneven), play(parties(mode, **split))[0])
 
 
 @pytest.mark.fault(
