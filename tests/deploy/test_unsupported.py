@@ -25,6 +25,12 @@ def test_private_blocks_and_every_codec_are_accepted(codec):
     check_deployable(configured(privacy={"private_blocks": 1}, wire={"hidden": codec}))
 
 
+@pytest.mark.parametrize("mode", ["shared", "shared-in-turn", "shared-by-arrival"])
+def test_shared_factors_and_whole_models_are_accepted(mode):
+    check_deployable(configured(split={"server_adapters": mode}))
+    check_deployable(configured(clients={"cuts": "whole"}))
+
+
 def test_ranks_of_their_own_are_accepted():
     check_deployable(configured(lora={"client_ranks": "halving"}, aggregate={"rule": "zero-pad"}))
 
@@ -33,6 +39,7 @@ def test_ranks_of_their_own_are_accepted():
     ("sections", "words"),
     [
         ({"method": "local", "clients": {"cuts": "whole"}}, "aggregate.federated: false .* give true"),
+        ({"split": {"server_adapters": "shared-in-turn", "turns": "fixed"}}, "split.turns: fixed .* give random"),
         (
             {"split": {"server_adapters": "shared-in-turn", "turns": "fixed"}},
             "split.turns: fixed .* in their order of arrival; give random",

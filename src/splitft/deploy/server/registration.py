@@ -69,7 +69,8 @@ def unfit(config: RunConfig, blocks: int, name: str, register: Register) -> str 
     elif config.clients.cuts == "whole":
         deepest, key = blocks, "clients.cuts"
     else:
-        deepest, key = config.schedule.max_cut or blocks - 1, "schedule.max_cut"
+        whole = config.schedule.may_choose_whole and config.split.labels == "client"
+        deepest, key = config.schedule.max_cut or blocks - (not whole), "schedule.max_cut"
     if register.min_cut <= deepest:
         return None
     return f"its data owner allows cuts from {register.min_cut} on, and this run goes to {deepest} ({key})"
