@@ -36,7 +36,7 @@ def text(tmp_path_factory):
 @pytest.fixture
 def threads(monkeypatch):
     """Run replicas on threads; the setups of those that were started."""
-    monkeypatch.setattr("splitft.training.replicas.server_replicas.start_replica", ReplicaThread)
+    monkeypatch.setattr("splitft.training.replicas.pool.start_replica", ReplicaThread)
     monkeypatch.setattr(ReplicaThread, "started", [])
     return ReplicaThread.started
 
@@ -78,6 +78,7 @@ OPTIONS = {
     "micro-batches": {"training": {**SHORT, "batch_size": 4, "micro_batches": 2, "in_flight": 2}},
     "labels on the server": {"split": {"labels": "server"}},
     "dora": {"lora": {"method": "dora"}},
+    "dropout": {"lora": {"dropout": 0.3}},
     "half of the clients": {"training": {**SHORT, "rounds": 3, "participation": 0.5}},
     "ranks of each client": {"lora": {"client_ranks": [2, 4, 3, 4]}, "aggregate": {"rule": "svd"}},
     "small groups": {"split": {"group_tokens": 1}},

@@ -13,8 +13,9 @@ from splitft.config import from_mapping
 from splitft.errors import ConfigError, ModelError, ProtocolError, ReplicaError
 from splitft.model.devices import RunDevices
 from splitft.protocol import RoundStart
-from splitft.training.replicas import ReplicaPlan, plan_replicas
+from splitft.training.replicas import ReplicaPlan, ServerReplicas, plan_replicas
 from splitft.training.replicas.packet import Packet, read_packet, under, write_packet
+from splitft.training.server_blocks import ServerBlocks
 
 GPUS = tuple(torch.device("cuda", index) for index in range(4))
 
@@ -86,10 +87,17 @@ def test_a_configuration_that_replicas_do_not_fit_is_refused_with_the_reason(sec
         from_mapping({**base, **sections})
 
 
+def test_all_that_needs_blocks_is_asked_of_the_replicas():
+    """A new method of the server's blocks has to be thought of in replicas, whose server holds none."""
+    without_blocks = {"shared", "by_arrival", "initial", "begin", "rest", "slot", "evaluation_slot"}
+    public = {name for name in vars(ServerBlocks) if not name.startswith("_")}
+    assert public - without_blocks == public & vars(ServerReplicas).keys()
+
+
 @pytest.fixture
 def prepared(tiny_llama, tmp_path, monkeypatch):
     """Three clients of cut 1 whose server has two replicas on threads."""
-    monkeypatch.setattr("splitft.training.replicas.server_replicas.start_replica", ReplicaThread)
+    monkeypatch.setattr("splitft.training.replicas.pool.start_replica", ReplicaThread)
     text = write_text(tmp_path / "notes.jsonl")
     made = federation(tiny_llama, text, [1, 1, 1], devices={"server_replicas": 2})
     yield made
@@ -182,6 +190,6 @@ def test_an_error_of_loading_is_that_of_one_server(prepared, tmp_path, monkeypat
 
 def test_a_replica_that_is_gone_is_told_of_with_what_to_do(begun):
     server, messages = begun
-    server.blocks._replicas[1]._carrier.close()
+    server.blocks._replicas._replicas[1]._carrier.close()
     with pytest.raises(ReplicaError, match=r"process 2 of 2 of the server has ended.*--resume"):
         server.forward(messages)

@@ -142,10 +142,6 @@ class Replica:
             raise self._error(reply)
         return reply
 
-    def ask(self, request: Packet) -> Packet:
-        """Hand over a request and wait for its reply."""
-        return self.result(self.post(request))
-
     def close(self) -> None:
         """End the replica."""
         self._carrier.close()

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from splitft.adapters import AdapterState
-from splitft.errors import ReplicaError
 from splitft.geometry import Plan, Span
 from splitft.model import CPU, Model
 from splitft.protocol import Activations, Message
@@ -31,7 +30,7 @@ from splitft.training.batching import Group
 from splitft.training.ranks import RankPolicy
 from splitft.training.replicas.packet import Packet, under
 from splitft.training.replicas.plan import ReplicaPlan
-from splitft.training.replicas.process import Carrier, Replica, ReplicaProcess, threads_each
+from splitft.training.replicas.pool import ReplicaPool
 from splitft.training.replicas.worker import ReplicaSetup
 from splitft.training.server_blocks import ServerBlocks
 
@@ -68,18 +67,10 @@ class ServerReplicas(ServerBlocks):
         self._split, self._plan = split, plan
         self._places: dict[str, int] = {}  # the replica of each client
         self._number = 0
-        self._replicas: list[Replica] = []
-        try:
-            for number in range(plan.count):
-                devices = plan.devices_of(number)
-                setup = ReplicaSetup(model.spec, deepest, ranks, split, training, devices)
-                carrier = start_replica(setup, threads_each(plan.count))
-                self._replicas.append(Replica(f"process {number + 1} of {plan.count}", carrier))
-            for replica in self._replicas:
-                replica.await_ready()
-        except BaseException:
-            self.close()
-            raise
+        self._replicas = ReplicaPool([
+            ReplicaSetup(model.spec, deepest, ranks, split, training, plan.devices_of(number))
+            for number in range(plan.count)
+        ])  # fmt: skip
 
     @property
     def pipelined(self) -> bool:
@@ -88,8 +79,7 @@ class ServerReplicas(ServerBlocks):
 
     def close(self) -> None:
         """End the replicas."""
-        for replica in self._replicas:
-            replica.close()
+        self._replicas.close()
 
     def place_of(self, message: Message) -> torch.device:
         """Return the host: a message goes to its replica through it."""
@@ -103,7 +93,7 @@ class ServerReplicas(ServerBlocks):
             Plan(cut, self.segment.shape.blocks, self._split.labels)
         self.cuts = dict(cuts)
         self._divide(cuts)
-        replies = self._ask_all([Packet("place", {"cuts": self.cuts}) for _ in self._replicas])
+        replies = self._replicas.ask_all([Packet("place", {"cuts": self.cuts})] * len(self._replicas))
         return sum(int(reply.fields["read"]) for reply in replies)
 
     def start(
@@ -119,16 +109,16 @@ class ServerReplicas(ServerBlocks):
                 moments = self.client_states.moments_of(name, held)
                 request = _added(request, under(f"moments {i}", moments))
             requests.append(request)
-        self._ask_all(requests)
+        self._replicas.ask_all(requests)
 
     def trained(self, client: str) -> AdapterState:
         """Return the factors of blocks [k, L) trained for one client."""
-        reply = self._replicas[self._places[client]].ask(Packet("trained", {"client": client}))
+        [reply] = self._replicas.ask({self._places[client]: Packet("trained", {"client": client})}).values()
         return AdapterState.from_tensors(reply.tensors)
 
     def finish(self) -> None:
         """End the round: keep moments and personal factors where the run keeps them."""
-        for reply in self._ask_all([Packet("finish") for _ in self._replicas]):
+        for reply in self._replicas.ask_all([Packet("finish")] * len(self._replicas)):
             for i, name in enumerate(reply.fields["moments"]):
                 self.client_states.moments[name] = reply.part(f"moments {i}")
             for i, name in enumerate(reply.fields["own"]):
@@ -137,7 +127,7 @@ class ServerReplicas(ServerBlocks):
     def install(self, state: AdapterState, folded: AdapterState | None) -> None:
         """Load the aggregated factors to evaluate with, for each client with its personal ones."""
         self._divide(self.cuts)
-        self._ask_all([
+        self._replicas.ask_all([
             self._with_factors("install", clients, state, folded, {}) for clients in self._shares()
         ])  # fmt: skip
 
@@ -168,9 +158,9 @@ class ServerReplicas(ServerBlocks):
             fields = {"group": group.number, "training": training, "messages": plain}
             requests[place] = Packet("forward", fields, tensors)
         try:
-            self._ask(requests)
+            self._replicas.ask(requests)
         except Exception:  # nobody will ask for the parts that have succeeded
-            self._post(dict.fromkeys(requests, Packet("drop", {"group": group.number})))
+            self._replicas.post(dict.fromkeys(requests, Packet("drop", {"group": group.number})))
             raise
         return group
 
@@ -200,7 +190,7 @@ class ServerReplicas(ServerBlocks):
         """
         assert isinstance(group, DividedGroup)
         parts = self._parts(gradients)
-        replies = self._ask({
+        replies = self._replicas.ask({
             place: Packet(
                 "backward",
                 {"group": group.number, "weights": {client: weights[client] for client in part}},
@@ -216,7 +206,7 @@ class ServerReplicas(ServerBlocks):
 
     def step(self, weights: Mapping[str, int]) -> None:
         """Step the optimizers of clients that have completed a step; the server does not wait for it."""
-        self._post({
+        self._replicas.post({
             place: Packet("step", {"weights": {client: weights[client] for client in part}})
             for place, part in self._parts(weights).items()
         })  # fmt: skip
@@ -224,12 +214,12 @@ class ServerReplicas(ServerBlocks):
     def forget(self, client: str) -> None:
         """Drop what the client's current step has added to its gradients."""
         if client in self._places:
-            self._post({self._places[client]: Packet("forget", {"client": client})})
+            self._replicas.post({self._places[client]: Packet("forget", {"client": client})})
 
     def leave(self, client: str) -> None:
         """Drop a participant that takes no further part in the round."""
         if client in self._places:
-            self._post({self._places[client]: Packet("leave", {"client": client})})
+            self._replicas.post({self._places[client]: Packet("leave", {"client": client})})
 
     # ----------------------------------------------------------------------------------------------
 
@@ -270,42 +260,15 @@ class ServerReplicas(ServerBlocks):
         return Packet(kind, {**fields, "cuts": cuts, "folds": folded is not None}, tensors)
 
     def _ask_parts(self, group: Group, kind: str) -> dict[str, tuple[Any, Any]]:
-        """Ask each replica for its part of a group; return (loss, tensor) of each client."""
+        """Ask each replica for its part of a group; return the plain value and the tensor of each client."""
         assert isinstance(group, DividedGroup)
-        replies = self._ask({place: Packet(kind, {"group": group.number}) for place in group.parts})
+        replies = self._replicas.ask({place: Packet(kind, {"group": group.number}) for place in group.parts})
         found = {}
         for place, part in group.parts.items():
-            losses = replies[place].fields.get("losses", [None] * len(part))
-            for i, (client, loss) in enumerate(zip(part, losses, strict=True)):
-                found[client] = loss, replies[place].tensors.get(str(i))
+            values = replies[place].fields.get("values", [None] * len(part))
+            for i, (client, value) in enumerate(zip(part, values, strict=True)):
+                found[client] = value, replies[place].tensors.get(str(i))
         return {client: found[client] for client in group.messages}
-
-    def _ask(self, requests: Mapping[int, Packet]) -> dict[int, Packet]:
-        """Hand each replica its request, then wait for all; raise the first error when all have answered."""
-        tickets = {place: self._replicas[place].post(request) for place, request in requests.items()}
-        replies, errors = {}, []
-        for place, ticket in tickets.items():
-            try:
-                replies[place] = self._replicas[place].result(ticket)
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise next((one for one in errors if isinstance(one, ReplicaError)), errors[0])
-        return replies
-
-    def _ask_all(self, requests: Sequence[Packet]) -> list[Packet]:
-        """Hand every replica a request and wait for all."""
-        return list(self._ask(dict(enumerate(requests))).values())
-
-    def _post(self, requests: Mapping[int, Packet]) -> None:
-        """Hand replicas requests that have no answer but an error."""
-        for place, request in requests.items():
-            self._replicas[place].post(request, answered=False)
-
-
-def start_replica(setup: ReplicaSetup, threads: int) -> Carrier:
-    """Start one replica; tests replace this to run it on a thread."""
-    return ReplicaProcess(setup, threads)
 
 
 def _added(request: Packet, tensors: Mapping[str, torch.Tensor]) -> Packet:

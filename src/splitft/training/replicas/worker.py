@@ -180,13 +180,14 @@ class ReplicaWorker:
         group = self._groups[request.fields["group"]]
         graded = self._blocks.losses_and_gradients(group)
         gradients = _numbered({client: one for client, (_, one) in graded.items()}, list(group.messages))
-        return Packet("losses", {"losses": [graded[client][0] for client in group.messages]}, gradients)
+        losses = [graded[client][0] for client in group.messages]
+        return Packet("losses_and_gradients", {"values": losses}, gradients)
 
     def _held_out_sums(self, request: Packet) -> Packet:
         group = self._groups[request.fields["group"]]
         sums = self._blocks.held_out_sums(group)
         self._end_evaluation(request)
-        return Packet("losses", {"losses": [sums[client] for client in group.messages]})
+        return Packet("held_out_sums", {"values": [sums[client] for client in group.messages]})
 
     def _backward(self, request: Packet) -> Packet:
         """Run backward for some clients of a group; keep its graph while others' gradients are to come."""
