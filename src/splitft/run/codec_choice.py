@@ -28,7 +28,7 @@ from typing import Protocol
 import torch
 
 from splitft.codecs import CodecContext, codec_of
-from splitft.errors import ProtocolError
+from splitft.errors import ForbiddenError, ProtocolError
 from splitft.model import divergence
 from splitft.protocol import Activations, HeldOutLoss, LastHidden, MessageSerializer, expect
 from splitft.protocol.channel import Channel
@@ -86,6 +86,15 @@ class Candidates:
         gradient = _allowed(GRADIENT, wire.gradient, allows.gradient, ordered)
         exact = EXACT if allows.hidden is None or EXACT in allows.hidden else hidden[-1] if hidden else EXACT
         return cls(hidden, gradient, exact)
+
+    def check(self, hidden: str, gradient: str) -> None:
+        """Raise ForbiddenError unless both are candidates: a server may only repeat what was chosen here."""
+        for role, asked, known in (("hidden", hidden, self.hidden), ("gradient", gradient, self.gradient)):
+            if asked not in known:
+                raise ForbiddenError(
+                    f"the server asks for {role} in the codec {asked!r}; this site has the choice of "
+                    f"{', '.join(known)} (allows.{role})"
+                )
 
 
 def _allowed(

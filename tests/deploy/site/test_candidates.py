@@ -6,7 +6,7 @@ import pytest
 
 from splitft.config import from_mapping
 from splitft.deploy.site.policy import candidates_of, refusals
-from splitft.errors import ProtocolError
+from splitft.errors import ForbiddenError, ProtocolError
 from splitft.run.codec_choice import GRADIENT, HIDDEN, check_choice, check_trial
 from splitft.specs import SiteSpec, WireSpec
 
@@ -59,6 +59,18 @@ def test_the_server_takes_no_other_codec_from_a_site(hidden):
         check_choice(hidden, "int8", AUTO)
     with pytest.raises(ProtocolError, match="cannot be chosen for gradient"):
         check_choice("int8", "temporal", AUTO)
+
+
+@pytest.mark.fault(
+    "a server says that a site had chosen a codec which its owner forbids", "the site declines"
+)
+def test_a_server_cannot_choose_for_a_site_what_its_owner_forbids():
+    found = candidates_of(site(hidden=["int8"]), configured())
+    found.check("int8", "int4")
+    with pytest.raises(ForbiddenError, match=r"'bf16'; this site has the choice of int8 \(allows.hidden\)"):
+        found.check("bf16", "int4")
+    with pytest.raises(ForbiddenError, match="gradient in the codec 'fp32'"):
+        found.check("int8", "fp32")
 
 
 def test_a_run_that_names_its_codecs_lets_no_site_choose():

@@ -43,7 +43,7 @@ from splitft.protocol import (
 )
 from splitft.protocol.codec_state import CodecState
 from splitft.protocol.serializer import always
-from splitft.run.codec_choice import check_choice, choose_codecs, with_codecs
+from splitft.run.codec_choice import choose_codecs, with_codecs
 from splitft.training.client import Client
 
 AFTER_ERROR_S = 1.0
@@ -233,11 +233,12 @@ class SiteSession:
             self._clock.pause(HURRIED_S)
 
     def _join(self, order: Join) -> None:
-        """Take over the run's state, with this site's own moments."""
+        """Take over the run's state, with what this site has kept and the codecs that it has chosen."""
         if self._policy is not None:
             self._policy.check_join(order.cut, order.manifest, order.tensors)
+        self._serializer = self._connection.serializer
         if order.hidden:
-            check_choice(order.hidden, order.gradient, self._connection.serializer.wire)
+            self._connection.candidates.check(order.hidden, order.gradient)
             self._use_codecs(order.hidden, order.gradient)
         self._store.check_text(order.round)
         if self._client is None:
