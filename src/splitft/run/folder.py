@@ -184,13 +184,14 @@ def export(folder: Path | str, to: Path | str, *, merged: bool = False) -> Path:
 def _check_same(old: RunConfig, new: RunConfig, folder: Path) -> None:
     """Raise RunError unless they differ in the number of rounds alone, and the learning rate is constant.
 
-    The places of model and text may differ too, where `check_inputs` compares the content.
+    The places of model and text may differ too, where `check_inputs` compares the content, and the number of
+    the server's processes, which changes rounding alone.
     """
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     for flat in (before, after):  # a plug-in is its content, wherever it lies; trackers only watch
         flat["plugins"] = [plugin["sha256"][:12] for plugin in flat["plugins"]]
         del flat["trackers"]
-    may_differ = {"training.rounds", *moved_keys(folder)}
+    may_differ = {"training.rounds", "devices.server_replicas", *moved_keys(folder)}
     if after["model.dtype"] == AUTO:  # each party of a deployed run has its own
         may_differ.add("model.dtype")
     changed = [key for key in after if before[key] != after[key] and key not in may_differ]
