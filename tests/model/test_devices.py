@@ -21,8 +21,8 @@ from splitft.model.devices import (
 from splitft.specs import DevicesSpec, ModelSpec
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
-def test_auto_is_the_cpu_where_there_is_nothing_else():
+def test_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert available_devices() == (CPU,)
     assert take_devices(DevicesSpec()) == RunDevices((CPU,), (CPU,))
 

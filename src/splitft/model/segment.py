@@ -79,16 +79,16 @@ class Segment:
         *,
         embedding: bool,
         head: bool,
-        dtype: torch.dtype,
         devices: Sequence[torch.device] = (CPU,),
     ) -> None:
         """Load the parts of `causal_lm` (on meta) that are held here from `checkpoint` to these devices.
 
-        Raises ModelError if the family is unknown or the checkpoint lacks tensors, GeometryError if
-        the span does not fit.
+        Numbers have the skeleton's type. Raises ModelError if the family is unknown or the checkpoint lacks
+        tensors, GeometryError if the span does not fit.
         """
         self.shape: ModelShape = shape_of(causal_lm.config)
-        self.dtype, self._devices = dtype, tuple(devices)
+        self.dtype: torch.dtype = causal_lm.dtype
+        self._devices = tuple(devices)
         self.device = self._devices[-1]
         """Device of the embedding, the head and the results."""
         self._device_of: dict[int, torch.device] = {}
@@ -111,7 +111,7 @@ class Segment:
         self._fill_shared_parts(names)
         self._check_that_only_blocks_act()
         self.resize(span)
-        if dtype == HALF:
+        if self.dtype == HALF:
             keep_in_range(self.blocks, [self._tail])
 
     @property

@@ -107,7 +107,6 @@ class Model:
             span,
             embedding=embedding,
             head=head,
-            dtype=self.dtype,
             devices=(device,) if isinstance(device, torch.device) else device,
         )
 
