@@ -140,7 +140,7 @@ def test_a_server_that_asks_for_a_step_again_and_again_is_not_obeyed(parties):
 # --- the next session ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cuts", [CUTS, [1, 4, 3]])
+@pytest.mark.parametrize("cuts", [CUTS, [1, 4, 3], "whole"])
 def test_the_next_session_goes_on_with_the_moments_of_shared_factors(tiny_llama, tmp_path, text, cuts):
     def session(folder, rounds):
         config = from_mapping({
