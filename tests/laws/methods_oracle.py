@@ -9,7 +9,7 @@ whose factors it has for itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +137,20 @@ def client_by_client(
 
 
 def by_arrival(
-    whole: Whole, start: Factors, batches: Batches, lr: float, cuts: Sequence[int], orders: Sequence[Order]
+    whole: Whole,
+    start: Factors,
+    batches: Batches,
+    lr: float,
+    cuts: Sequence[int],
+    orders: Sequence[Order],
+    rate: Callable[[int], float] = lambda step: 1.0,
 ) -> Factors:
     """Delayed gradients: a step's gradient is of the server's factors as they were when it began.
 
     `orders` are by round: clients whose step begins (True) or completes (False), in order; `cuts` by client.
+    `rate` is the factor of the learning rate at a client's step of the run, on both sides.
     """
-    for clients, order in zip(batches, orders, strict=True):
+    for number, (clients, order) in enumerate(zip(batches, orders, strict=True)):
         server = _leaves(_deeper(start, min(cuts)))
         at_server = _adam(server, lr)
         own = [_leaves(_shallower(start, cut)) for cut in cuts]
@@ -156,6 +163,8 @@ def by_arrival(
                 continue
             loss = whole.loss({**own[client], **seen[client]}, clients[client][taken[client]])
             loss.backward()
+            for optimizer in (at_server, at_clients[client]):
+                optimizer.param_groups[0]["lr"] = lr * rate(number * len(clients[client]) + taken[client])
             taken[client] += 1
             at_clients[client].step()
             at_clients[client].zero_grad()
@@ -164,8 +173,10 @@ def by_arrival(
                     today.grad = old.grad
             at_server.step()
             at_server.zero_grad()
-        ends = [{**_deeper(_detached(server), cut), **_detached(one)}
-                for cut, one in zip(cuts, own, strict=True)]  # fmt: skip
+        ends = [  # whole models train by themselves
+            {**_deeper(_detached(server), cut), **_detached(one)} if count else alone(whole, start, steps, lr)
+            for cut, one, count, steps in zip(cuts, own, taken, clients, strict=True)
+        ]
         start = _mean([(_tokens(steps), one) for steps, one in zip(clients, ends, strict=True)])
     return start
 

@@ -229,13 +229,12 @@ def test_it_resumes_bit_for_bit_with_moments_and_moving_cuts(tmp_path, tiny_llam
     assert adapter_bytes(again.folder) == adapter_bytes(whole.folder)
 
 
-def test_the_learning_rate_of_the_server_follows_each_clients_own_steps(played):
-    """With a linear decay: the oracle's rate is that of the client whose gradient came."""
-    run = played(training={"schedule": "linear", "optimizer": "sgd", "lr": 0.1, "rounds": 1})
-    again = played(training={"schedule": "constant", "optimizer": "sgd", "lr": 0.1, "rounds": 1})
-    assert largest_relative_difference(run.state.adapters.tensors(), again.state.adapters.tensors()) > 1e-3
-    last = [event.step for event in run.events if isinstance(event, StepDone)]
-    assert max(last) == STEPS - 1
+def test_the_servers_learning_rate_is_that_of_the_step_whose_gradient_came(played):
+    run = played(training={"schedule": "linear"})
+    wanted = oracle.by_arrival(
+        run.whole, run.start, run.batches, LR, CUTS, _orders(run), lambda step: 1 - step / (ROUNDS * STEPS)
+    )
+    _assert_equal(run.learnt(), wanted)
 
 
 def test_what_bounds_each_clients_update_does_not_fit_factors_that_all_train(sections):

@@ -84,6 +84,7 @@ OPTIONS = {
     "labels on the server": {"split": {"labels": "server"}},
     "shared factors": {"split": {"server_adapters": "shared"}},
     "shared in turn": {"split": {"server_adapters": "shared-in-turn"}},
+    "shared by arrival": {"split": {"server_adapters": "shared-by-arrival"}},
     "micro-batches and kept moments": {"training": {**SHORT, "micro_batches": 2, "optimizer_state": "keep"}},
     "one after the other": {
         "training": {**SHORT, "order": "in-turn"},

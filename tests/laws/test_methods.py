@@ -133,10 +133,14 @@ def test_flexlora_averages_products_of_unequal_ranks(played, method):
     )
 
 
-@pytest.mark.parametrize(("method", "cuts"), [("splitft-fixed", 2), ("splitft", [1, 2, 3])])
+@pytest.mark.parametrize(
+    ("method", "cuts"), [("splitft-fixed", 2), ("splitft", [1, 2, 3]), ("splitft", [1, 4, 2])]
+)
 def test_splitft_averages_products_of_ranks_lowered_at_each_cut(played, method, cuts):
     run = played(method, clients={"cuts": cuts}, lora={"rank_at_cut": 2})
-    lowered = [{cut - 1, cut} for cut in (cuts if isinstance(cuts, list) else [cuts] * 3)]
+    lowered = [  # a whole model has no cut
+        {cut - 1, cut} if cut < 4 else set() for cut in (cuts if isinstance(cuts, list) else [cuts] * 3)
+    ]
     ranks = [{block: 2 if block in near else 4 for block in range(4)} for near in lowered]
     _assert_equal_products(
         run.learnt(), oracle.averaged_products(run.whole, run.start, run.batches, LR, ranks)

@@ -8,13 +8,14 @@ import torch
 from laws.federations import federation, largest_relative_difference, play, write_text
 from laws.rules_oracle import Global, train
 from laws.test_cut_invariance import _with_labels
-from splitft.adapters import with_folded
+from splitft.adapters import AdapterState, with_folded
 from splitft.geometry import Span
 
 STEPS, ROUNDS = 6, 3
 RULES = ("stack", "exact", "ffa", "fedsa")
 TRAINING = {"rounds": ROUNDS, "steps": STEPS}
-BY_ROUND = [[1, 2, 3], [3, 3, 1], [2, 1, 2]]
+BY_ROUND = [[1, 2, 4], [4, 3, 1], [2, 1, 4]]
+"""Four is the whole model."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def _updates(prepared, state):
         adapters = state.adapters
         if prepared.ranks.keeps_own:
             cut = state.cuts[client.name]
-            server = prepared.server.client_states.own[client.name].within(Span(cut, blocks))
+            own = prepared.server.client_states.own.get(client.name, AdapterState())
+            server = own.within(Span(cut, blocks))
             adapters = adapters.replace_B(client.own().within(Span(0, cut)).union(server))
         for key, factors in with_folded(adapters, state.folded).items():
             found[f"{client.name}/{key}"] = factors.product()

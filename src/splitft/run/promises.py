@@ -16,13 +16,14 @@ from splitft.schedule.workload import Fleet
 from splitft.tracking.events import ClientInfo, Received
 
 
-def received(config: RunConfig) -> Received:
-    """Return the kind of data that the server receives, by where the blocks and the text are."""
+def received(config: RunConfig, blocks: int) -> Received:
+    """Return the kind of data that the server receives, by where the L `blocks` and the text are."""
     if config.clients.pooled:
         return "text"
     if not config.aggregate.federated:
         return "nothing"
-    return "adapters" if config.clients.cuts == "whole" else "hidden"
+    stay_whole = not config.schedule.adaptive and set(config.cuts or ()) == {blocks}
+    return "adapters" if config.clients.cuts == "whole" or stay_whole else "hidden"
 
 
 def run_promises(
@@ -43,8 +44,9 @@ def run_promises(
 
 def audited(prepared: RunSetup) -> str:
     """Return the audit's finding for the run's setting, or "" if no hidden states leave the clients."""
-    config = prepared.config
-    if received(config) != "hidden":
+    config, blocks = prepared.config, prepared.model.shape.blocks
+    split = [facts.cut for facts in prepared.facts if facts.cut < blocks]
+    if received(config, blocks) != "hidden" or not split:
         return ""
-    cut, codec = min(facts.cut for facts in prepared.facts), str(config.wire.hidden)
+    cut, codec = min(split), str(config.wire.hidden)
     return audited_sentence(config.model.name, cut, codec, config.privacy, config.split.labels == "server")

@@ -171,7 +171,7 @@ def _begin(prepared: RunSetup, listener: Listener, base: Mapping[str, str], toke
             rounds=config.training.rounds,
             steps=config.training.steps,
             labels=config.split.labels,
-            received=received(config),
+            received=received(config, model.shape.blocks),
             defences=run_promises(config, fleet, prepared.facts, model.shape.width, longest),
             audited=audited(prepared),
             clients=prepared.facts,

@@ -71,7 +71,11 @@ class RunStarted(Stamped):
     def privacy(self) -> str:
         """What the server can read, as the run prints it first and its report repeats it."""
         sentence = PRIVACY[self.labels if self.received == "hidden" else self.received]
-        return " ".join(filter(None, (sentence, self.audited)))
+        whole = [client.name for client in self.clients if client.cut == self.blocks]
+        apart = ""
+        if self.received == "hidden" and whole:
+            apart = f"Clients that begin with the whole model send adapters alone: {', '.join(whole)}."
+        return " ".join(filter(None, (sentence, apart, self.audited)))
 
 
 class RunResumed(Stamped):
