@@ -14,14 +14,19 @@ from splitft.cli import app
 from splitft.config import from_mapping, load
 from splitft.errors import ModelError
 from splitft.model import open_model
+from splitft.run import border
 from splitft.run.fleet import exact_sizes
 from splitft.run.inputs import ranks_of
 from splitft.run.plan import fleet_for, plan
+from splitft.schedule.presets import DEVICES
 from splitft.specs import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ROOT / "examples/shapes"
-PUBLISHED = {"llama-3.1-8b": 8_030_261_248, "qwen3-32b": 32_762_123_264}
+PUBLISHED = {
+    "smollm2-135m": 134_515_008, "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824,
+    "llama-3.1-8b": 8_030_261_248, "qwen3-32b": 32_762_123_264,
+}  # fmt: skip
 """Parameters of the published checkpoints."""
 
 
@@ -108,6 +113,39 @@ def test_the_example_is_planned_and_says_what_it_assumes(as_json):
         assert data["blocks"] == 32
         assert len(data["clients"]) == 5
     assert load(SHAPES / "plan.yaml").model.name == "examples/shapes/llama-3.1-8b"
+
+
+def test_the_launch_overhead_of_presets_is_a_multiple_of_their_estimate():
+    devices = [
+        fleet_for(_config("smollm2-135m", devices="phone", launch_overhead=times)).clients[0].device
+        for times in (0.0, 4.0)
+    ]
+    assert devices[0] == fleet_for(_config("smollm2-135m", devices="phone")).clients[0].device
+    assert devices[0].block_overhead_s == 0
+    assert devices[1].block_overhead_s == pytest.approx(4 * 81 * 30e-6)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_map_says_which_method_is_quickest_where(as_json, tmp_path, monkeypatch):
+    assert border.FLEETS["one of each"] == tuple(DEVICES)
+    monkeypatch.setattr(border, "FLEETS", {"2 x laptop": ("laptop",) * 2})
+    file = tmp_path / "run.yaml"
+    settings = {
+        "model": {"name": str(SHAPES / "smollm2-135m"), "dtype": "bfloat16"},
+        "data": {"max_tokens": 64},
+        "clients": {"count": 2, "cuts": 2},
+    }
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    result = CliRunner().invoke(app, ["plan", str(file), "--map", *(["--json"] if as_json else [])])
+    assert result.exit_code == 0, result.output
+    if as_json:
+        data = json.loads(result.output)
+        assert len(data["places"]) == 4 * 3  # links, steps
+        assert data["places"][0]["methods"]["fedlora"]["cuts"] == [30] * 2
+        assert data["memory_gb"]["cut 1"] < data["memory_gb"]["whole"]
+    else:
+        assert "whole: " in result.output
+        assert "2 x laptop" in result.output
 
 
 def test_a_measured_machine_needs_the_weights_and_says_so():

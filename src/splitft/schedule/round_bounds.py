@@ -53,8 +53,11 @@ def _server_s(clients: Sequence[ClientRound], server: ServerProfile) -> float:
         legs = client.step[where[0] : where[-1] + 1]
         held = server.adapters == "shared-in-turn"
         overhead_s = len(where) * server.group_overhead_s if held else 0.0
-        work = legs if held else tuple(client.step[index] for index in where)
-        work_s += client.steps * client.micro_batches * (_seconds(work) + overhead_s)
+        # a group has its fixed time once, so of a client in a group only the rest is certain
+        alone_s = (
+            _seconds(legs) if held else sum(client.step[i].seconds - client.step[i].shared_s for i in where)
+        )
+        work_s += client.steps * client.micro_batches * (alone_s + overhead_s)
         first_s.append(_seconds(client.before) + _seconds(client.step[: where[0]]))
         last_s.append(_seconds(client.step[where[-1] + 1 :]) + _seconds(client.after))
     return min(first_s) + work_s + min(last_s)
@@ -68,7 +71,11 @@ def _lockstep_s(clients: Sequence[ClientRound], server: ServerProfile) -> float:
         where = _at_server(client.step)
         between = [_seconds(client.step[a + 1 : b]) for a, b in pairwise(where)]
         stages = [max(pair) for pair in zip(stages or between, between, strict=True)]
-    work_s = sum(_seconds(client.step[index] for index in _at_server(client.step)) for client in clients)
+    at_server = zip(*([client.step[i] for i in _at_server(client.step)] for client in clients), strict=True)
+    work_s = sum(
+        _seconds(legs) - sum(leg.shared_s for leg in legs) + max(leg.shared_s for leg in legs)
+        for legs in at_server
+    )
     groups = len(_at_server(clients[0].step))
     again_s = max(_seconds(_around(client)) for client in clients)
     enter_s = max(
