@@ -55,7 +55,7 @@ class DropoutRows:
         mixed = rows[:, None] + _mixed(width, column, device)
         mixed.mul_(_FIRST)
         mixed.bitwise_xor_(_shifted(mixed, 15)).mul_(_SECOND)
-        below = mixed < round(self.p * 2**32) - 2**31
+        below = mixed < min(round(self.p * 2**32), 2**32 - 1) - 2**31
         return below.view(self.sequences, self.tokens, width)
 
 
