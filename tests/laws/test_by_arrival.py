@@ -12,6 +12,7 @@ from laws.test_methods import Played, _assert_equal
 from runs import StoppedError, adapter_bytes, settings, stop_at
 from splitft.config import from_mapping
 from splitft.errors import ConfigError
+from splitft.protocol import RoundStart
 from splitft.schedule.arrival_order import StepMark, waves
 from splitft.seeds import Draw
 from splitft.tracking.events import StepDone
@@ -180,8 +181,6 @@ def test_a_client_forgotten_in_its_step_leaves_the_shared_factors_as_they_were(t
     server.place(state.cuts)
     server.start(1, list(state.cuts), state.adapters)
     before = server.trained("client-1")[0].tensors()
-    from splitft.protocol import RoundStart
-
     one, _ = prepared.clients
     for client in prepared.clients:
         client.start(RoundStart(round=1, cut=client.plan.cut))
@@ -195,6 +194,25 @@ def test_a_client_forgotten_in_its_step_leaves_the_shared_factors_as_they_were(t
     server.finish()
     slots = {slot for layer in server.blocks.bank._layers.values() for slot in layer.slots}
     assert slots == set()
+
+
+def test_a_step_begun_again_sees_the_factors_of_its_new_beginning(tiny_llama, text):
+    def hidden(begun_before):
+        prepared = federation(tiny_llama, text, [1, 2], split={"server_adapters": "shared-by-arrival"})
+        server, state = prepared.server, prepared.initial()
+        server.place(state.cuts)
+        server.start(1, list(state.cuts), state.adapters)
+        one, other = prepared.clients
+        for client in prepared.clients:
+            client.start(RoundStart(round=1, cut=client.plan.cut))
+        batch = other.forward()
+        if begun_before:
+            server.forward([batch])
+            server.forget("client-2")
+        server.backward([one.head(server.forward([one.forward()])["client-1"])])
+        return server.forward([batch])["client-2"].hidden
+
+    assert torch.equal(hidden(True), hidden(False))
 
 
 def _unequal(server, before):
