@@ -101,6 +101,25 @@ def test_where_no_cut_keeps_a_privacy_bound_the_whole_model_does(run):
         run(controller="quickest", max_cut=3, **fleet)
 
 
+def test_by_time_a_quick_client_takes_more_steps_and_weighs_more_in_rounds_as_long(tiny_llama, text):
+    def play(**training):
+        prepared = federation(
+            tiny_llama, text, [2, 2], training={**TRAINING, "rounds": 2, **training},
+            schedule={"controller": "fixed", "devices": [SLOW, QUICK], "links": "lan", "server": QUICK},
+        )  # fmt: skip
+        events = []
+        prepared.trainer(prepared.simulation(), events.append).train(prepared.initial())
+        steps = [(event.round, event.client) for event in of(events, StepDone)]
+        return {key: steps.count(key) for key in steps}, [one.seconds for one in of(events, RoundTimed)]
+
+    usual, usual_s = play()
+    steps, seconds = play(steps_by="time")
+    assert set(usual.values()) == {2}
+    assert all(steps[number, "client-1"] == 2 for number in (1, 2))
+    assert all(2 < steps[number, "client-2"] <= 8 for number in (1, 2))
+    assert seconds == pytest.approx(usual_s, rel=0.02)
+
+
 def test_a_client_that_slows_down_is_relieved_in_the_next_round_and_the_model_does_not_notice(run):
     change = [{"round": 2, "client": 2, "compute": 0.001}]
     _, still, before = run(controller="makespan", devices=[SLOW, QUICK, QUICK])

@@ -8,7 +8,7 @@ import splitft
 from laws.federations import write_text
 from splitft.config import dump, from_mapping, load
 from splitft.deploy.run_terms import load_run_terms
-from splitft.errors import ConfigError
+from splitft.errors import ConfigError, DeployError
 from splitft.run import run_mode
 from splitft.run.plan import fleet_for
 from splitft.run.run_mode import settle, ways_of
@@ -111,3 +111,25 @@ def test_codecs_are_measured_on_split_clients_and_then_the_whole_model_is_an_opt
     first = next(event for event in events if isinstance(event, CutsChanged))
     assert first.cuts["client-1"] == 4
     assert "client-1" in first.reason or "every client trains the whole model" in first.reason
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"training": {"steps_by": "time", "schedule": "cosine"}}, "training.schedule cosine"),
+        ({"training": {"steps_by": "time"}, "split": {"server_adapters": "shared"}}, "adapters shared"),
+        ({"training": {"steps_by": "time"}, "privacy": {"hidden": {"defence": "clip"}}}, "privacy"),
+    ],
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
+)  # fmt: skip
+def test_steps_by_time_are_refused_where_clients_need_equal_numbers(configured, section, said):
+    with pytest.raises(ConfigError, match="clients need equal numbers of steps") as caught:
+        configured(**section)
+    assert said in str(caught.value)
+
+
+def test_steps_by_time_cannot_be_deployed_and_the_ways_it_leaves_are_per_client(configured):
+    config = configured(training={"steps_by": "time"})
+    assert ways_of(config) == ["per-client"]
+    with pytest.raises(DeployError, match=r"training\.steps_by: time goes by the simulated clock"):
+        load_run_terms(config)

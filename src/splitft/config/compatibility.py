@@ -71,6 +71,21 @@ def _shared(config: Any) -> bool:
     return bool(config.split.way != "per-client")
 
 
+def _needs_equal_steps(config: Any) -> str:
+    """Return the setting with which clients may not take unequal numbers of steps; "" if there is none."""
+    training, privacy = config.training, config.privacy
+    noisy = any(getattr(privacy, role).defence != "none" for role in ("hidden", "gradient", "labels"))
+    broken = {
+        f"training.schedule {training.schedule}": training.schedule != "constant",
+        f"training.warmup {training.warmup}": training.warmup,
+        f"training.order {training.order}": training.order != "together",
+        f"split.server_adapters {config.split.way}": _shared(config),
+        "aggregate.federated false": not config.aggregate.federated,
+        "privacy, which is accounted by the step,": noisy or privacy.updates.clip_norm,
+    }
+    return next((name for name, found in broken.items() if found), "")
+
+
 def _with_rank(name: str) -> str:
     return f"{name} (with lora.rank_at_cut: null)" if RULES[name].equal_ranks else name
 
@@ -184,6 +199,9 @@ BETWEEN_SECTIONS = (
         lambda c: c.training.warmup > c.training.rounds * c.training.steps,
         lambda c: f"found {c.training.warmup}, but the run has {c.training.rounds * c.training.steps} local "
         "steps; give at most that"),
+    Requirement(("training.steps_by", "training.schedule"),
+        lambda c: c.training.steps_by == "time" and _needs_equal_steps(c),
+        "found time, but with {found} clients need equal numbers of steps; give count"),
     Requirement(("training.micro_batches", "training.batch_size"),
         lambda c: c.training.batch_tokens is None and c.training.micro_batches > c.training.batch_size,
         "found {c.training.micro_batches} parts of a batch of {c.training.batch_size} sequences; give at "

@@ -43,6 +43,9 @@ UNSUPPORTED = (
         lambda c: c.split.server_adapters == "shared-in-turn" and c.split.turns == "fixed",
         "fixed lets every site wait for those before it, present or not; a deployed run takes batches in "
         "their order of arrival; give random"),
+    Requirement(("training.steps_by",), lambda c: c.training.steps_by == "time",
+        "time goes by the simulated clock, and a deployed run holds every site to one number of steps; give "
+        "count"),
     Requirement(("aggregate.federated",), lambda c: not c.aggregate.federated,
         "false lets every client train for itself, which needs no server; give true, or train at each site"),
     Requirement(("wire.{index}",), _unordered_codecs,

@@ -10,8 +10,6 @@ measured (`observe`), and the clock shows what the profiles predict.
 
 from __future__ import annotations
 
-import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,15 +18,17 @@ from splitft.config import RunConfig
 from splitft.errors import ScheduleError
 from splitft.privacy.known_leakage import audited_recovery, check_fixed_cuts, shallowest_cut
 from splitft.run.fleet import wire_costs
+from splitft.run.measured_legs import MeasuredLegs
 from splitft.schedule.arrival_order import StepMark, arrival_order
 from splitft.schedule.clock import client_round, simulate_in_turn, simulate_round
 from splitft.schedule.codec_cost import WireBytes
 from splitft.schedule.controllers import Decision, choose
 from splitft.schedule.cost import move_seconds
 from splitft.schedule.memory import peak_bytes
-from splitft.schedule.problem import ClientChoices, CutProblem, feasible, measured_ratios, problem_of
+from splitft.schedule.problem import CutProblem, feasible, problem_of
 from splitft.schedule.round_timeline import SERVER
 from splitft.schedule.simulated_search import round_simulator
+from splitft.schedule.step_counts import steps_by_time
 from splitft.schedule.workload import ClientProfile, Fleet
 from splitft.tracking.events import Bar, Event, RoundTimed, StepDone, WireChosen
 
@@ -56,10 +56,10 @@ class CutSchedule:
     """Shallowest cuts that data owners allow, by client; only of those that have a bound."""
     split_only: bool = False
     """True while every client is to be split, so that its codecs can be measured (`choose_first`)."""
+    steps_taken: Mapping[str, int] = field(default_factory=dict)
+    """Steps of the round that trains, where they go by time."""
     _timeline_sent: bool = False  # RoundTimed has bars in the first round, and whenever a cut moves
-    _steps: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # client, leg -> seconds of steps
-    _round: int = 0  # of these steps
-    _ratios: dict[str, dict[str, float]] = field(default_factory=dict)  # measured / predicted, by client, leg
+    _measured: MeasuredLegs = field(default_factory=MeasuredLegs)
 
     @classmethod
     def begin(
@@ -123,13 +123,8 @@ class CutSchedule:
             chosen = {"hidden": event.hidden, "gradient": event.gradient}
             wire, width = self.config.wire.model_copy(update=chosen), self.fleet.costs.sizes.width
             self.set_wires({event.client: wire_costs(wire, width)})
-        if not isinstance(event, StepDone):
-            return
-        if event.round != self._round:
-            self._round, self._steps = event.round, {}
-        legs = self._steps.setdefault(event.client, defaultdict(list))
-        for leg, seconds in event.seconds.items():
-            legs[leg].append(seconds)
+        if isinstance(event, StepDone):
+            self._measured.observe(event)
 
     def problem(
         self, number: int, cuts: Mapping[str, int], losses: Mapping[str, float] | None = None
@@ -155,7 +150,7 @@ class CutSchedule:
                     min_cut=max(schedule.min_cut, self.min_cut, self.site_cuts.get(one.name, 1)),
                     max_cut=self.max_cut,
                     loss=(losses or {}).get(one.name),
-                    measured=self._measured(one, number - 1),
+                    measured=self._measured.of(one, number - 1, training.steps),
                     # before the first round no client has loaded a block, so none has to move
                     options=tuple(replace(option, move_s=0.0) for option in one.options)
                     if number == 1
@@ -164,20 +159,6 @@ class CutSchedule:
                 for one in predicted.clients
             ),
         )
-
-    def _measured(self, client: ClientChoices, number: int) -> dict[str, float]:
-        """Return a client's seconds by leg in a whole round at its current cut, from the steps measured last.
-
-        A step's seconds are the median over the round. A client that did not train in round `number` keeps
-        the ratio of measured to predicted seconds that it had before.
-        """
-        predicted = client.option(client.current).seconds
-        if self._round == number and (legs := self._steps.get(client.name)):
-            steps = self.config.training.steps
-            seconds = {leg: steps * statistics.median(times) for leg, times in legs.items()}
-            self._ratios[client.name] = measured_ratios(replace(client, measured=seconds))
-        ratios = self._ratios.get(client.name, {})
-        return {leg: ratio * predicted[leg] for leg, ratio in ratios.items() if leg in predicted}
 
     @cached_property
     def min_cut(self) -> int:
@@ -228,6 +209,13 @@ class CutSchedule:
             return Decision(cuts, "")
         return choose(self.config.schedule.controller, self.problem(number, cuts, losses))
 
+    def steps(self, number: int, participants: Sequence[str], cuts: Mapping[str, int]) -> dict[str, int]:
+        """Return each participant's steps within the time of the slowest, as the last round was."""
+        clients = {client.name: client for client in self._clients(max(1, number - 1))}
+        rounds = [client_round(self.fleet.costs, clients[name], cuts[name]) for name in participants]
+        self.steps_taken = steps_by_time(rounds, self.fleet.costs.server)
+        return self.steps_taken
+
     def charge(
         self, number: int, participants: Sequence[str], before: Mapping[str, int], cuts: Mapping[str, int]
     ) -> RoundTimed:
@@ -243,7 +231,10 @@ class CutSchedule:
             loaded += max(0, cut - before[name]) * costs.sizes.block_parameters * costs.weight_bytes
         # then they train
         simulate = simulate_in_turn if self.config.training.order == "in-turn" else simulate_round
-        rounds = [client_round(costs, clients[name], cuts[name]) for name in participants]
+        rounds = [
+            replace(one, steps=self.steps_taken.get(one.name, one.steps))
+            for one in (client_round(costs, clients[name], cuts[name]) for name in participants)
+        ]
         timeline = simulate(rounds, costs.server)
         with_bars = not self._timeline_sent or any(before[name] != cut for name, cut in cuts.items())
         self._timeline_sent = True

@@ -72,7 +72,7 @@ def _lockstep_s(clients: Sequence[ClientRound], server: ServerProfile) -> float:
         between = [_seconds(client.step[a + 1 : b]) for a, b in pairwise(where)]
         stages = [max(pair) for pair in zip(stages or between, between, strict=True)]
     at_server = zip(*([client.step[i] for i in _at_server(client.step)] for client in clients), strict=True)
-    work_s = sum(
+    work_s: float = sum(
         _seconds(legs) - sum(leg.shared_s for leg in legs) + max(leg.shared_s for leg in legs)
         for legs in at_server
     )

@@ -15,6 +15,10 @@ MOST_IN_FLIGHT = 16
 """Largest number of micro-batches in flight; each keeps its activations on both sides."""
 
 
+MOST_TIMES = 4
+"""A client takes at most so many times `training.steps`: with each its factors go further from others'."""
+
+
 ServerAdapters = Literal["per-client", "shared", "shared-in-turn", "shared-by-arrival"]
 """The owners of the server's adapters, and when shared ones step."""
 AUTO = "auto"
@@ -100,6 +104,10 @@ class TrainingSpec(Spec):
     """Federated rounds."""
     steps: int = Field(10, ge=1)
     """Local optimizer steps of a client in a round."""
+    steps_by: Literal["count", "time"] = "count"
+    """`count`: every client takes `steps`; `time`: one that would be done earlier than the slowest takes more
+    in the same time, up to 4 times as many, by the simulated clock. It then weighs more in the average, which
+    is by labelled tokens. For a constant learning rate, and one copy of the server's adapters a client."""
     batch_size: int = Field(4, ge=1)
     """Sequences in a batch."""
     batch_tokens: int | None = Field(None, ge=1)
@@ -133,6 +141,11 @@ class TrainingSpec(Spec):
     blocks when the cut moves."""
     participation: float = Field(1.0, gt=0, le=1)
     """Share of the clients drawn for each round; at least one client."""
+
+    @property
+    def most_steps(self) -> int:
+        """Most steps of a client in a round."""
+        return self.steps * (MOST_TIMES if self.steps_by == "time" else 1)
 
 
 class AggregateSpec(Spec):

@@ -48,10 +48,10 @@ class RoundProgress:
     def check(self, message: Activations, training: TrainingSpec) -> None:
         """Raise ProtocolError unless this micro-batch is allowed now."""
         client, of = message.client, message.micro_batches
-        if self.steps >= training.steps:
+        if self.steps >= training.most_steps:
             raise ProtocolError(
-                f"{client} sends step {self.steps + 1} of round {message.round}, in which {training.steps} "
-                f"were ordered"
+                f"{client} sends step {self.steps + 1} of round {message.round}, in which "
+                f"{training.most_steps} were ordered"
             )
         if of > training.micro_batches:
             raise ProtocolError(f"{client} sends a step in {of} parts; {training.micro_batches} were agreed")

@@ -104,7 +104,9 @@ class FederatedTrainer:
         self.server.place(cuts)
         self.server.start(number, participants, state.adapters, state.folded)
         # train: local steps
-        uploads = self.federation.train(number, participants, self.training.steps, self.listener)
+        by_time = self.training.steps_by == "time" and participants
+        steps = self.schedule.steps(number, participants, cuts) if by_time else self.training.steps
+        uploads = self.federation.train(number, participants, steps, self.listener)
         full_sets = {
             name: self._full_set(state, name, cuts[name], upload) for name, upload in uploads.items()
         }

@@ -20,12 +20,18 @@ from splitft.seeds import Draw
 from splitft.tracking.events import RoundTimed, StepDone, Traffic
 from splitft.training.ranks import RankPolicy
 
+Steps = int | Mapping[str, int]
+"""Local steps in a round: one number for all clients, or one each."""
+
 
 class Schedule(Protocol):
     """Chooser of cuts and keeper of the simulated clock."""
 
     def choose(self, number: int, cuts: Mapping[str, int], losses: Mapping[str, float]) -> Decision:
         """Choose the cuts of the next round from the current ones and the last held-out losses."""
+
+    def steps(self, number: int, participants: Sequence[str], cuts: Mapping[str, int]) -> Mapping[str, int]:
+        """Return the local steps of each participant in a round (`training.steps_by: time`)."""
 
     def charge(
         self, number: int, participants: Sequence[str], before: Mapping[str, int], cuts: Mapping[str, int]
@@ -40,7 +46,7 @@ class Federation(Protocol):
         """Begin a round with these clients; those that are away do not answer."""
 
     def train(
-        self, number: int, participants: Sequence[str], steps: int, listener: Callable[[StepDone], None]
+        self, number: int, participants: Sequence[str], steps: Steps, listener: Callable[[StepDone], None]
     ) -> dict[str, AdapterUpload]:
         """Run the local steps; return the uploads of participants whose training counts."""
 

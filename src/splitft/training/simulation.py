@@ -41,7 +41,7 @@ from splitft.protocol.serializer import always
 from splitft.schedule.arrival_order import ArrivalOrder, one_at_a_time, waves
 from splitft.tracking.events import Role, StepDone, Traffic
 from splitft.training.client import Client
-from splitft.training.rounds import RunState
+from splitft.training.run_state import RunState, Steps
 from splitft.training.server import Server
 
 K = TypeVar("K")
@@ -90,19 +90,21 @@ class Simulation:
         return _all(RoundReady, ready)
 
     def train(
-        self, number: int, participants: Sequence[str], steps: int, listener: Callable[[StepDone], None]
+        self, number: int, participants: Sequence[str], steps: Steps, listener: Callable[[StepDone], None]
     ) -> dict[str, AdapterUpload]:
         """Run the round's local steps; return the clients' uploads."""
         self._count(participants)
+        counts = dict.fromkeys(participants, steps) if isinstance(steps, int) else steps
+        most = max(counts.values(), default=0)
         split = [name for name in participants if not self.clients[name].whole]
-        for _ in range(steps):
+        for index in range(most):
             for name in participants:
-                if self.clients[name].whole:
+                if self.clients[name].whole and index < counts[name]:
                     listener(self._step_alone(name))
             if not self.server.blocks.by_arrival:
-                self._step_together(split, listener)
-        if self.server.blocks.by_arrival:
-            self._step_in_order(number, split, steps, listener)
+                self._step_together([name for name in split if index < counts[name]], listener)
+        if self.server.blocks.by_arrival:  # where all take as many
+            self._step_in_order(number, split, most, listener)
         uploads = {name: self._channels[name].up(self.clients[name].upload()) for name in participants}
         return _all(AdapterUpload, uploads)
 

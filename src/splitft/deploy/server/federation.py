@@ -43,7 +43,7 @@ from splitft.protocol import (
 from splitft.specs import DeploySpec
 from splitft.tracking.events import Listener, StepDone, Traffic, WireChosen
 from splitft.training.ranks import RankPolicy
-from splitft.training.rounds import RunState
+from splitft.training.run_state import RunState, Steps
 from splitft.training.server import Server
 
 
@@ -121,12 +121,13 @@ class RemoteFederation:
         return ready
 
     def train(
-        self, number: int, participants: Sequence[str], steps: int, listener: Callable[[StepDone], None]
+        self, number: int, participants: Sequence[str], steps: Steps, listener: Callable[[StepDone], None]
     ) -> dict[str, AdapterUpload]:
         """Run the round's local steps; returns the uploads of sites that finished or were stopped in time."""
         self._steps.begin_training(number, participants, listener)
         for name in participants:
-            self._inbox.post(name, Train(round=number, steps=steps))
+            count = steps if isinstance(steps, int) else steps[name]
+            self._inbox.post(name, Train(round=number, steps=count))
 
         def check(site: str, message: Message) -> AdapterUpload:
             message = expect(message, AdapterUpload, round=number)

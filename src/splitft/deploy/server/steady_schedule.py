@@ -28,6 +28,10 @@ class SteadySchedule:
             self._listener(Warned(message=f"round {number}: the cuts stay as they are: {error}"))
             return Decision(cuts, f"no other cuts could be chosen: {error}")
 
+    def steps(self, number: int, participants: Sequence[str], cuts: Mapping[str, int]) -> Mapping[str, int]:
+        """Return the steps of each participant."""
+        return self._schedule.steps(number, participants, cuts)
+
     def charge(
         self, number: int, participants: Sequence[str], before: Mapping[str, int], cuts: Mapping[str, int]
     ) -> RoundTimed:
