@@ -139,6 +139,8 @@ def _show(status: Status) -> Group:
         f"{status.get('run', status['job'])}: round {status.get('round', 0)} of {status.get('rounds', '?')}"
     )
     title += f", held-out loss {loss:.3f}" if isinstance(loss, float) else ""
+    right = status.get("eval_accuracy")
+    title += f", token accuracy {100 * right:.1f} %" if isinstance(right, float) else ""
     total = sum(site["tokens_per_s"] for site in sites)
     state = f"{total:.0f} tokens/s in all" if status["state"] == "RUNNING" else status["state"]
     rows = [

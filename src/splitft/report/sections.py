@@ -70,11 +70,13 @@ def run_values(run: RunRecord) -> dict[str, Any]:
 def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
     """Return the most important numbers: label, number and note."""
     summary, losses, simulated = run.summary, run.summary["eval_loss"], run.summary["simulated_seconds"]
+    right = share_text(summary["eval_accuracy"])
     cuts = sorted({cut for client in summary["clients"] for cut in client["cut"]})
     span = str(cuts[0]) if len(cuts) == 1 else f"{cuts[0]} to {cuts[-1]}"
     up, down = (sum(counts[way] for counts in summary["bytes"].values()) / 1e6 for way in ("up", "down"))
     return [
         ("held-out loss", f"{loss_text(losses, 0)} → {loss_text(losses, -1)}", change_text(losses)),
+        *([("token accuracy", right, "of the held-out tokens")] if right != "–" else []),
         ("clients", f"{len(summary['clients'])}", f"cut {span} of {run.started.blocks} blocks"),
         ("tokens trained on", f"{summary['tokens']:,}", f"in {count(summary['steps'], 'step')}"),
         ("sent in training", f"{up + down:,.1f} MB", f"{up:,.1f} up, {down:,.1f} down"),
