@@ -56,7 +56,7 @@ MENDABLE = {
     "no such text": (lambda t, m: [f"data.source={t / 'gone.jsonl'}"], ["gone.jsonl"]),
     "no such column": (lambda t, m: ["data.text=body"], ["body", "text"]),
     "cut 0": (lambda t, m: ["clients.cuts=0"], ["clients.cuts: found 0", "at least 1"]),
-    "cut of more than all blocks": (lambda t, m: ["clients.cuts=5"], ["clients.cuts: cut 5", "choose 1 to 4"]),
+    "cut past the last block": (lambda t, m: ["clients.cuts=5"], ["clients.cuts: cut 5", "choose 1 to 4"]),
     "cut of all blocks, labels on the server": (
         lambda t, m: ["clients.cuts=4", "split.labels=server"], ["clients.cuts: cut 4", "choose 1 to 3"]),
     "one cut too deep": (lambda t, m: ["clients.cuts=[1, 9, 2]"], ["clients.cuts[1]: cut 9"]),

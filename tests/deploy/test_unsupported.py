@@ -39,7 +39,6 @@ def test_ranks_of_their_own_are_accepted():
     ("sections", "words"),
     [
         ({"method": "local", "clients": {"cuts": "whole"}}, "aggregate.federated: false .* give true"),
-        ({"split": {"server_adapters": "shared-in-turn", "turns": "fixed"}}, "split.turns: fixed .* give random"),
         (
             {"split": {"server_adapters": "shared-in-turn", "turns": "fixed"}},
             "split.turns: fixed .* in their order of arrival; give random",
