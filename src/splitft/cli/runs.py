@@ -192,7 +192,11 @@ def choice_sentences(data: Mapping[str, Any]) -> Iterator[str]:
             f"quickest does not split {', '.join(whole)}: the whole model trains there, and only adapters "
             f"travel (schedule.max_cut={data['blocks'] - 1} splits all)."
         )
-    timed = [one for one in others if one["round_seconds"] is not None]
+    parts = [one for one in others if one["method"].startswith("training.")]
+    for one in parts:
+        share = 1 - one["round_seconds"] / chosen["round_seconds"]
+        yield f"{one['method']} would shorten the round by {100 * share:.0f} % and change no result."
+    timed = [one for one in others if one["round_seconds"] is not None and one not in parts]
     if timed:
         next_best = min(timed, key=lambda one: one["round_seconds"])
         ratio = next_best["round_seconds"] / chosen["round_seconds"]

@@ -16,12 +16,14 @@ from splitft.errors import ScheduleError
 from splitft.run.run_mode import mode_of, problem_in
 from splitft.schedule.border import ONE_CUT
 from splitft.schedule.controllers import choose
-from splitft.schedule.design_space import RunMode
+from splitft.schedule.design_space import ModeChoice, RunMode
 from splitft.schedule.problem import CutProblem, RoundSimulator, feasible
 from splitft.schedule.simulated_search import quickest_of
 from splitft.schedule.workload import Fleet
 from splitft.specs.training import ServerAdapters
 
+DIVISIONS = ((1, 1), (2, 2), (4, 2), (4, 4), (8, 4))
+"""Micro-batches of a step, and those in flight, that a plan tries; they change no result."""
 FIXED_CUT = 2
 """The cut of `splitft-fixed`."""
 
@@ -49,6 +51,7 @@ def alternatives(config: RunConfig, fleet: Fleet) -> tuple[Alternative, ...]:
         if chosen
         else Alternative("chosen", "per-client", {}, None, "no client fits, or the server lacks memory")
     ]
+    found += _in_parts(config, fleet, chosen)
     open_config = _under(config, "quickest", max_cut=None)
     division = config.training.micro_batches, config.training.in_flight
     for method, way in {"fedlora": "per-client", **ONE_CUT, "splitft-fixed": "per-client"}.items():
@@ -60,6 +63,18 @@ def alternatives(config: RunConfig, fleet: Fleet) -> tuple[Alternative, ...]:
             continue
         found.append(_with_one_cut(method, way, problem, _clock(problem)))
     return (*found, _makespan(config, fleet, RunMode("per-client", *division)))
+
+
+def _in_parts(config: RunConfig, fleet: Fleet, chosen: ModeChoice | None) -> list[Alternative]:
+    """Return the choice in other micro-batches, if they would be quicker than the configuration's."""
+    sequences = max(int(client.workload.sequences) for client in fleet.clients)
+    divisions = [one for one in DIVISIONS if one[0] <= sequences]
+    better = mode_of(_under(config, "quickest"), fleet, divisions) if chosen else None
+    if better is None or chosen is None or better.mode == chosen.mode:
+        return []
+    mode = better.mode
+    label = f"training.micro_batches={mode.micro_batches} training.in_flight={mode.in_flight}"
+    return [Alternative(label, mode.adapters, better.cuts, better.round_s)]
 
 
 def _with_one_cut(

@@ -10,7 +10,7 @@ and in a deployed run, whose sites know no fleet, auto is per-client: exact at a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,14 +40,17 @@ def settle(config: RunConfig, fleet: Fleet) -> tuple[RunConfig, Fleet, str]:
     return with_way(config, way), replace(fleet, costs=costs), reason
 
 
-def mode_of(config: RunConfig, fleet: Fleet) -> ModeChoice | None:
-    """Return the quickest mode of a run; None if there is nothing to compare."""
+def mode_of(config: RunConfig, fleet: Fleet, divisions: Sequence[tuple[int, int]] = ()) -> ModeChoice | None:
+    """Return the quickest mode of a run; None if there is nothing to compare.
+
+    `divisions` are other numbers of micro-batches, and of those in flight, than the configuration's.
+    """
     if not CONTROLLERS[config.schedule.controller].chooses_mode:
         return None
     ways = ways_of(config)
     division = config.training.micro_batches, config.training.in_flight
     try:
-        return best_mode(ways, [division], lambda mode: problem_in(config, fleet, mode))
+        return best_mode(ways, [division, *divisions], lambda mode: problem_in(config, fleet, mode))
     except ScheduleError:  # the first decision says what is lacking
         return None
 
