@@ -32,7 +32,7 @@ from splitft.errors import ModelError
 
 BLOCK = 64
 """Consecutive numbers that share a scale in 4 bits; bitsandbytes' default, which transformers keeps."""
-SLICE = 2**25
+SLICE = 2**24
 """Weights that are made from their bytes at one time; only matrices as large as output matrices have more."""
 CHUNK = 2**20
 """Weights that are quantized or widened at one time, a multiple of BLOCK: a bound of the memory it takes."""
