@@ -4,7 +4,7 @@
            <--as of one process--------                <--replies--- replica 1: clients b, d   blocks [k, L)
 
 With a slot for each client (`per-client`) clients have nothing in common on the server but frozen weights, so
-where each is computed changes nothing but rounding. The division is that of the predicted work (`plan`) and
+where each is computed changes nothing but rounding. The division is that of the predicted work (`division`) and
 stays for a round. All replicas get their part of a group before the first reply is awaited, and a group has
 batches for every replica, so they work at the same time.
 
@@ -28,8 +28,8 @@ from splitft.protocol import Activations, Message
 from splitft.specs import SplitSpec, TrainingSpec
 from splitft.training.batching import Group
 from splitft.training.ranks import RankPolicy
+from splitft.training.replicas.division import ReplicaPlan
 from splitft.training.replicas.packet import Packet, under
-from splitft.training.replicas.plan import ReplicaPlan
 from splitft.training.replicas.pool import ReplicaPool
 from splitft.training.replicas.worker import ReplicaSetup
 from splitft.training.server_blocks import ServerBlocks
