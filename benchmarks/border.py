@@ -18,7 +18,7 @@ from measuring import REPOSITORY, begin, options, table
 from splitft.config import RunConfig, from_mapping
 from splitft.run.border import LEGEND, border_map, map_table, memory_gb, verdict
 from splitft.run.plan import fleet_for
-from splitft.schedule.border import FLEETS, Terrain, crossing_steps
+from splitft.schedule.border import FLEETS, TIE, Terrain, crossing_steps
 
 SMALL = {"training.checkpoint_blocks": True, "model.quantize": "nf4"}
 """Weights of blocks in 4.5 bits, and activations of blocks computed again."""
@@ -171,7 +171,23 @@ def short(data: Mapping[str, Any]) -> str:
             f"- **{size}** ({one['model']}): the whole model takes {whole:.1f} GB on a client, cut 1 "
             f"{split:.1f} GB. Quickest of {len(kinds)} places: {said or 'nothing'}{none}."
         )
+    leads = [lead for one in data["maps"].values() for place in one["places"] if (lead := _own_lead(place))]
+    ahead = [lead for lead in leads if 1 + TIE < lead < math.inf]
+    lines.append(
+        "- **Unequal cuts** (splitft) are quicker than one cut for all and than whole models in "
+        f"{len(ahead)} of the {len(leads)} places where any method fits, by {max(ahead, default=1.0):.2f} times "
+        f"at most; in {leads.count(math.inf)} others nothing else fits client and server. Elsewhere splitft is "
+        "as quick as "
+        "the quickest of them, whose choice it makes."
+    )
     return "\n".join(lines)
+
+
+def _own_lead(place: Mapping[str, Any]) -> float | None:
+    """Return how many times quicker splitft is than the best other method; None if nothing fits."""
+    seconds = {name: one["seconds"] for name, one in place["methods"].items() if one["seconds"] is not None}
+    own_s = seconds.pop("splitft", None)
+    return min(seconds.values(), default=math.inf) / own_s if own_s else None
 
 
 def sensitivity_table(data: Mapping[str, Any]) -> str:
