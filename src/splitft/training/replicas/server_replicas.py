@@ -4,8 +4,9 @@
            <--as of one process--------                <--replies--- replica 1: clients b, d   blocks [k, L)
 
 With a slot for each client (`per-client`) clients have nothing in common on the server but frozen weights, so
-where each is computed changes nothing but rounding. Predicted work divides them (`division`), for a round. All replicas get their part of a group before the first reply is awaited, and a group has
-batches for every replica, so they work at the same time.
+where each is computed changes nothing but rounding. They are divided by predicted work (`division`), for a
+round. All replicas get their part of a group before the first reply is awaited, and a group has batches for
+every replica, so they work at the same time.
 
 This process holds no blocks. It keeps what outlives a round: moments and personal factors, from which
 checkpoints are made.
