@@ -173,12 +173,12 @@ def short(data: Mapping[str, Any]) -> str:
         )
     leads = [lead for one in data["maps"].values() for place in one["places"] if (lead := _own_lead(place))]
     ahead = [lead for lead in leads if 1 + TIE < lead < math.inf]
+    most, alone = max(ahead, default=1.0), leads.count(math.inf)
     lines.append(
         "- **Unequal cuts** (splitft) are quicker than one cut for all and than whole models in "
-        f"{len(ahead)} of the {len(leads)} places where any method fits, by {max(ahead, default=1.0):.2f} times "
-        f"at most; in {leads.count(math.inf)} others nothing else fits client and server. Elsewhere splitft is "
-        "as quick as "
-        "the quickest of them, whose choice it makes."
+        f"{len(ahead)} of the {len(leads)} places where any method fits, by {most:.2f} times at most; in "
+        f"{alone} others nothing else fits client and server. Elsewhere splitft is as quick as the quickest "
+        "of them, whose choice it makes."
     )
     return "\n".join(lines)
 
