@@ -1,6 +1,6 @@
 """Map where splitting pays: model sizes x clients' machines x links x steps a round, on the simulated clock.
 
-    examples/shapes/*/config.json --run.border--> benchmarks/border.json --page--> docs/which-method-when.md
+    examples/shapes/*/config.json --run.border_map--> benchmarks/border.json --page--> docs/which-method-when.md
 
 Pure arithmetic, without weights. `--page` writes the page from the stored figures alone; a test checks that
 the page is what the figures give, and that the arithmetic still gives the figures.
@@ -16,7 +16,7 @@ from typing import Any
 
 from measuring import REPOSITORY, begin, options, table
 from splitft.config import RunConfig, from_mapping
-from splitft.run.border import LEGEND, border_map, map_table, memory_gb, verdict
+from splitft.run.border_map import LEGEND, border_map, map_table, memory_gb, verdict
 from splitft.run.plan import fleet_for
 from splitft.schedule.border import FLEETS, TIE, Terrain, crossing_steps
 

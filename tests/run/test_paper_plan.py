@@ -14,7 +14,7 @@ from splitft.cli import app
 from splitft.config import from_mapping, load
 from splitft.errors import ModelError
 from splitft.model import open_model
-from splitft.run import border
+from splitft.run import border_map
 from splitft.run.fleet import exact_sizes
 from splitft.run.inputs import ranks_of
 from splitft.run.plan import fleet_for, plan
@@ -127,8 +127,8 @@ def test_the_launch_overhead_of_presets_is_a_multiple_of_their_estimate():
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_the_map_says_which_method_is_quickest_where(as_json, tmp_path, monkeypatch):
-    assert border.FLEETS["one of each"] == tuple(DEVICES)
-    monkeypatch.setattr(border, "FLEETS", {"2 x laptop": ("laptop",) * 2})
+    assert border_map.FLEETS["one of each"] == tuple(DEVICES)
+    monkeypatch.setattr(border_map, "FLEETS", {"2 x laptop": ("laptop",) * 2})
     file = tmp_path / "run.yaml"
     settings = {
         "model": {"name": str(SHAPES / "smollm2-135m"), "dtype": "bfloat16"},

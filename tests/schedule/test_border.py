@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from schedule.cases import SHAPE, costs
-from splitft.run.border import verdict
+from splitft.run.border_map import verdict
 from splitft.schedule.border import FLEETS, ONE_CUT, Terrain, border, crossing_steps
 from splitft.schedule.clock import client_round, simulate_round
 from splitft.schedule.cost import round_seconds

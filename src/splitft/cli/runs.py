@@ -59,7 +59,7 @@ def plan(
 
 def _show_map(config: RunConfig, as_json: bool) -> None:
     """Print which method is quickest where."""
-    from splitft.run.border import LEGEND, border_map, map_table, memory_lines
+    from splitft.run.border_map import LEGEND, border_map, map_table, memory_lines
 
     data = border_map(config).to_json()
     if as_json:

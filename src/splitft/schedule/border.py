@@ -1,7 +1,7 @@
 """Where splitting pays: every method on the simulated clock, over fleets, links and steps a round.
 
     model's costs, work of a step  x  fleets of presets  x  links  x  steps a round
-        --border--> a Place each: every method's seconds a round, or what it lacks
+        --border--> a MapPlace each: every method's seconds a round, or what it lacks
 
     fedlora                            cut L for all: needs memory for the whole model
     splitfed-v1, splitfed-v2, splitlora   the quickest cut for all, with hindsight
@@ -69,7 +69,7 @@ class MethodTime:
 
 
 @dataclass(frozen=True)
-class Place:
+class MapPlace:
     """One place of the map."""
 
     fleet: str
@@ -84,12 +84,12 @@ class Place:
         return min((one for one in chosen if one is not None), default=None)
 
 
-def border(costs: SharedCosts, work: Workload, terrain: Terrain) -> tuple[Place, ...]:
+def border(costs: SharedCosts, work: Workload, terrain: Terrain) -> tuple[MapPlace, ...]:
     """Return every place of the map: `costs` has the model and the server, `work` a client's batches."""
     places = []
     for fleet, steps, link in product(terrain.fleets, terrain.steps, terrain.links):
         clients = _clients(costs, replace(work, steps=steps), fleet, link, terrain)
-        places.append(Place(fleet, link, steps, _methods(costs, clients)))
+        places.append(MapPlace(fleet, link, steps, _methods(costs, clients)))
     return tuple(places)
 
 

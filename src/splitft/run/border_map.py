@@ -14,7 +14,7 @@ from typing import Any
 
 from splitft.config import RunConfig
 from splitft.run.plan import fleet_for
-from splitft.schedule.border import FLEETS, TIE, Place, Terrain, border
+from splitft.schedule.border import FLEETS, TIE, MapPlace, Terrain, border
 from splitft.schedule.memory import client_memory
 from splitft.schedule.presets import DEVICES
 from splitft.schedule.workload import Fleet
@@ -40,7 +40,7 @@ class BorderMap:
     """Memory of a client with the whole model, and with cut 1."""
     devices_gb: Mapping[str, float]
     """Memory of each machine."""
-    places: tuple[Place, ...]
+    places: tuple[MapPlace, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
