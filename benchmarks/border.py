@@ -1,6 +1,6 @@
 """Map where splitting pays: model sizes x clients' machines x links x steps a round, on the simulated clock.
 
-    examples/shapes/*/config.json --run.border_map--> benchmarks/border.json --page--> docs/which-method-when.md
+    examples/shapes/*/config.json --border_map--> benchmarks/border.json --page--> docs/which-method-when.md
 
 Pure arithmetic, without weights. `--page` writes the page from the stored figures alone; a test checks that
 the page is what the figures give, and that the arithmetic still gives the figures.
