@@ -156,8 +156,10 @@ def test_with_one_client_it_is_per_client_training(tiny_llama, text):
     assert largest_relative_difference(shared.adapters.tensors(), own.adapters.tensors()) == 0
 
 
-def test_where_no_steps_overlap_it_is_shared_in_turn_in_that_order(sections):
-    config = from_mapping(sections())
+@pytest.mark.parametrize("rate", ["constant", "linear"])
+def test_where_no_steps_overlap_it_is_shared_in_turn_in_that_order(sections, rate):
+    training = {"schedule": rate}
+    config = from_mapping(sections(training=training))
     seed = config.seed
 
     def in_drawn_order(number, cuts, steps):
@@ -170,7 +172,7 @@ def test_where_no_steps_overlap_it_is_shared_in_turn_in_that_order(sections):
         ]
 
     ours = federation_of(config, in_drawn_order)
-    in_turn = from_mapping(sections(split={"server_adapters": "shared-in-turn"}))
+    in_turn = from_mapping(sections(split={"server_adapters": "shared-in-turn"}, training=training))
     theirs = federation_of(in_turn, None)
     assert largest_relative_difference(ours.tensors(), theirs.tensors()) == 0
 

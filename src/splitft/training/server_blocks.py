@@ -197,8 +197,9 @@ class ServerBlocks:
             for client in weights:
                 self.parking.rest(client)
         elif self._split.server_adapters == "shared-in-turn":
-            if weights:
-                self._optimizers[SHARED].step()
+            for client in weights:
+                self._optimizers[SHARED].at(self._counts[client]).step()
+                self._counts[client] += 1
         elif self.by_arrival:
             for client in weights:
                 self.bank.hand_over(client, SHARED)
