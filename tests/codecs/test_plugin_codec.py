@@ -119,13 +119,15 @@ def test_the_schedule_charges_its_speed_and_nothing_without_one(add):
     assert codec_seconds("steps", "gradient") == (0.0, 0.0)
 
 
-def test_memory_at_both_ends_cannot_be_deployed(add):
-    add(KIND)
-    wire = {"hidden": "steps", "gradient": "bf16"}
-    check_deployable(from_mapping({"wire": wire}))
-    add(replace(KIND, memory="both"))
+@pytest.mark.parametrize("memory", ["sender", "both"])
+def test_a_codec_that_remembers_is_deployed_where_messages_have_an_order(add, memory):
+    add(replace(KIND, memory=memory))
+    sections = {"wire": {"hidden": "steps", "gradient": "bf16"}}
+    check_deployable(from_mapping(sections))
+    training = {"batch_size": 4, "micro_batches": 2, "in_flight": 2}
     with pytest.raises(DeployError, match=r"wire\.hidden: steps"):
-        check_deployable(from_mapping({"wire": wire}))
+        check_deployable(from_mapping({**sections, "training": training}))
+    check_deployable(from_mapping({**sections, "training": {**training, "in_flight": 1}}))
 
 
 def test_example_ids_are_sent_if_it_needs_them(add):
