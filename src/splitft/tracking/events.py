@@ -6,8 +6,9 @@
 
 Rounds of training are numbered from 1; round 0 is the state before training, so that
 `Evaluated(round=0)` is the loss before and `Evaluated(round=r)` the loss after round r. The records inside
-events (`Traffic`, `ClientInfo`, `Bar`) are defined in `records.py`, and the events of a deployed run's
-sessions in `session_events.py`; both can be imported from here too.
+events (`Traffic`, `ClientInfo`, `Bar`) are defined in `records.py`, the events of a deployed run's sessions
+in `session_events.py`, those of what was kept out of the adapters in `safety_events.py`; all can be imported
+from here too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from splitft.tracking.records import ClientInfo as ClientInfo
 from splitft.tracking.records import Received as Received
 from splitft.tracking.records import Role as Role
 from splitft.tracking.records import Traffic as Traffic
+from splitft.tracking.safety_events import RoundUndone as RoundUndone
+from splitft.tracking.safety_events import UpdatesBounded as UpdatesBounded
 from splitft.tracking.session_events import SessionEnded as SessionEnded
 from splitft.tracking.session_events import SessionStarted as SessionStarted
 from splitft.tracking.session_events import SiteChanged as SiteChanged
@@ -144,46 +147,6 @@ class RoundDone(Stamped):
     """||mean(BA) - BA_global|| / ||mean(BA)|| over all layers; 0 is exact."""
     traffic: Mapping[str, Traffic] = {}
     """Adapters sent in this round, by client."""
-
-
-class UpdatesBounded(Stamped):
-    """Updates of some participants were far larger than the others' and have been scaled down."""
-
-    event: Literal["UpdatesBounded"] = "UpdatesBounded"
-    round: int
-    """Round, from 1."""
-    scale: Mapping[str, float]
-    """What was left of each such client's update, as a share below 1."""
-    limit: float
-    """Largest update that was let through, in the units of `typical`."""
-    typical: float
-    """Median of this round's and the last rounds' updates: root mean square of the changed numbers."""
-
-    @property
-    def message(self) -> str:
-        """The event in one sentence."""
-        listed = ", ".join(f"{name} (to {share:.2g} of it)" for name, share in sorted(self.scale.items()))
-        return (
-            f"round {self.round}: the update was scaled down of {listed}: it was more than "
-            f"{self.limit / self.typical:.3g} times the median (aggregate.norm_bound)"
-        )
-
-
-class RoundUndone(Stamped):
-    """Most clients failed in a round; the run has gone back to the adapters before it."""
-
-    event: Literal["RoundUndone"] = "RoundUndone"
-    round: int
-    """Round, from 1."""
-    reason: str
-    """What failed, in words."""
-    in_a_row: int
-    """Rounds undone since the last one that counted, this one included."""
-
-    @property
-    def message(self) -> str:
-        """The event in one sentence."""
-        return f"round {self.round} is undone, its adapters are not used: {self.reason}"
 
 
 class PrivacySpent(Stamped):
