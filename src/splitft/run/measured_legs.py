@@ -1,6 +1,6 @@
 """Measured seconds of a deployed run's steps, as a controller takes them: by leg, over what was predicted.
 
-    StepDone(client, seconds by leg), ... --median over the round--> ratios --> ClientChoices.measured
+StepDone(client, seconds by leg), ... --median over the round--> ratios --> ClientChoices.measured
 """
 
 from __future__ import annotations
