@@ -47,7 +47,7 @@ FIELDS = {
     "CutGradient": {"step", "loss"},
     "AdapterUpload": {"client", "round", "tokens"},
     "GlobalAdapters": {"round"},
-    "Evaluation": {"client", "round", "loss", "tokens"},
+    "Evaluation": {"client", "round", "loss", "tokens", "correct"},
 }
 """Plain fields that each message may have."""
 UP = {"RoundReady", "Activations", "HeadGradient", "AdapterUpload", "Evaluation"}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from splitft.errors import ModelError
@@ -141,3 +143,16 @@ def test_an_embedded_model_is_converted_once(tmp_path, monkeypatch):
     (folder / "config.json").write_text("{}")
     assert set(EMBEDDED) == {"smollm2-135m"}
     assert embedded_model("smollm2-135m") == folder
+
+
+def test_models_that_are_opened_at_once_leave_torchs_own_type_alone(tmp_path):
+    folder = str(tiny_model(tmp_path, "llama"))
+
+    def build(number: int) -> None:
+        open_model(ModelSpec(name=folder, dtype="float64")).segment(Span(0, 1), embedding=True)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(build, range(24)))
+    found = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    assert found == torch.float32

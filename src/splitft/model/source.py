@@ -11,6 +11,7 @@ import copy
 import difflib
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,9 @@ from splitft.model.quantized_weights import library
 from splitft.model.segment import Segment
 from splitft.model.weights import Checkpoint, in_folder, on_hub
 from splitft.specs import ModelSpec
+
+_ONE_AT_A_TIME = threading.Lock()
+"""transformers sets torch's default type, which is of the process, while it builds a model."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,7 @@ def _on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
     own.quantization_config = None
     for attempt in dict.fromkeys((attention, "eager")):  # some families, such as gemma2, have eager only
         try:
-            with torch.device("meta"):
+            with _ONE_AT_A_TIME, torch.device("meta"):
                 skeleton = AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation=attempt)
         except ValueError as error:
             refused = error

@@ -185,10 +185,10 @@ def test_ctrl_c_ends_every_process_and_says_how_to_go_on(tmp_path, tiny_llama):
 
 
 def test_what_cannot_be_deployed_is_said_before_anything_is_started(tmp_path, tiny_llama):
-    file = settings_file(tmp_path, tiny_llama, aggregate={"rule": "fedsa"})
+    file = settings_file(tmp_path, tiny_llama, aggregate={"federated": False})
     done = invoke("deploy", "poc", file, "--out", tmp_path / "run")
     assert done.exit_code == 2
-    assert "aggregate.rule" in done.stderr
+    assert "aggregate.federated" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -6,7 +6,6 @@ import shutil
 import stat
 
 import pytest
-import torch
 
 from deploy.network import kind_of, site_thread
 from laws.federations import largest_relative_difference, write_text
@@ -23,12 +22,6 @@ SITES = ("client-1", "client-2")
 CUTS = (1, 2)
 EXACT = {"hidden": "fp64", "gradient": "fp64", "adapter": "fp64"}
 PERSONAL = {"aggregate": {"rule": "fedsa"}, "privacy": {"private_blocks": 1}}
-
-
-@pytest.fixture(autouse=True)
-def _usual_type():
-    """Undo what sites that load a model of float64 at once, on threads of one process, leave behind."""
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="module")
