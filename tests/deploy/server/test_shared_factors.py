@@ -184,8 +184,8 @@ def test_a_slow_site_with_the_whole_model_is_stopped_and_its_steps_count(parties
     prepared = parties("per-client", [4, 1, 2], training={"rounds": 2, "steps": 8})
     slow = next(client for client in prepared.clients if client.whole)
     step = slow.step_alone
-    slow.step_alone = lambda: time.sleep(0.5) or step()
-    outcome = deployed(prepared, spec=SPEC.model_copy(update={"slack": 1.0, "patience_s": 1.0}))
+    slow.step_alone = lambda: time.sleep(0.8) or step()
+    outcome = deployed(prepared, spec=SPEC.model_copy(update={"slack": 1.0, "patience_s": 2.5}))
     assert outcome.error is None
     assert set(outcome.states(slow.name)) == {"late"}, outcome.reasons(slow.name)
     assert outcome.participants() == [EVERYONE, EVERYONE]

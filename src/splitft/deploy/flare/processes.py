@@ -96,7 +96,11 @@ class Service:
 
     def stop(self) -> None:
         """Stop the process and its jobs."""
-        _end(processes_of(self.kit), STOP_S / 4)
+        found = set(processes_of(self.kit))
+        if self._process is not None and self._process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):  # just started, it may show no command line yet
+                found.add(psutil.Process(self._process.pid))
+        _end(list(found), STOP_S / 4)
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_S)
