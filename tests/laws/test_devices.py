@@ -105,14 +105,19 @@ def test_every_way_to_train_runs_on_devices(sections, trained, fake_devices):
     _the_same(trained(devices, **sections), trained(CPU, **sections))
 
 
+ADAPTERS = ("bf16", "int8")
+"""Codecs that round adapters little enough."""
+
+
 @pytest.mark.parametrize("codec", ["bf16", "int8", "int4", "fp8", "topk"])
 def test_codecs_take_their_tensors_from_devices(codec, trained, fake_devices):
     """Rounding may tip a number to the next code, so losses are near each other, no more."""
     sections = {
         "model": {"dtype": "float32"},
-        "wire": {"hidden": codec, "gradient": codec, "adapter": "fp32"},
+        "wire": {"hidden": codec, "gradient": codec, "adapter": codec if codec in ADAPTERS else "fp32"},
     }
-    (one, _), (other, _) = trained(TWO, **sections), trained(CPU, **sections)
+    (one, adapters), (other, _) = trained(TWO, **sections), trained(CPU, **sections)
+    assert all(tensor.device.type == "cpu" for tensor in adapters.values())
     torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
 
 

@@ -105,6 +105,8 @@ def test_moments_follow_the_cuts_and_the_clients_to_other_replicas(trained, thre
     _the_same(one, two)
 
 
+ON_CPU = {"server": "cpu", "clients": "cpu"}
+"""A fake device is known to the process of the tests alone."""
 DEPLOYED = {
     "model": {"dtype": "float64"},
     "clients": {"count": 3, "cuts": [1, 2, 2]},
@@ -179,7 +181,7 @@ def test_a_deployed_run_goes_on_after_a_replica_that_has_died(
 
 def test_a_run_with_replicas_resumes_to_the_last_bit(tiny_llama, text, tmp_path, threads):
     config = from_mapping(settings(
-        tiny_llama, text, devices={"server_replicas": 2}, aggregate={"rule": "factors"},
+        tiny_llama, text, devices={**ON_CPU, "server_replicas": 2}, aggregate={"rule": "factors"},
         lora={"rank_at_cut": None}, **KEEP,
     ))  # fmt: skip
     whole = splitft.train(config, tmp_path / "whole")
@@ -212,8 +214,10 @@ def test_processes_train_as_one_and_a_killed_one_ends_the_run_with_words(tiny_ll
     """The run ends readably, leaves no process, and goes on with fewer of them to the adapters of one."""
     sections = {"model": {"dtype": "float64"}, "wire": DEPLOYED["wire"], **KEEP,
                 "aggregate": {"rule": "factors"}, "lora": {"rank_at_cut": None}}  # fmt: skip
-    config = {n: from_mapping(settings(tiny_llama, text, devices={"server_replicas": n}, **sections))
-              for n in (1, 2)}  # fmt: skip
+    config = {
+        n: from_mapping(settings(tiny_llama, text, devices={**ON_CPU, "server_replicas": n}, **sections))
+        for n in (1, 2)
+    }
     before = set(_children())
     splitft.train(config[1], tmp_path / "one")
     killed = []

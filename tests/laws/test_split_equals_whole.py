@@ -43,7 +43,7 @@ def test_one_step_has_the_loss_and_the_gradient_at_the_cut_of_the_unsplit_model(
     whole_loss, whole_gradient = _unsplit(folder, client.setup.stream.batch(0), cut)
     assert loss == pytest.approx(whole_loss, rel=2e-6)
     scale = whole_gradient.abs().max()
-    torch.testing.assert_close(reply.gradient / scale, whole_gradient / scale, rtol=0, atol=2e-5)
+    torch.testing.assert_close(reply.gradient.cpu() / scale, whole_gradient / scale, rtol=0, atol=2e-5)
 
 
 def _unsplit(folder, batch, cut, dtype=torch.float32):

@@ -205,7 +205,8 @@ class MessageSerializer(Agreement):
         else:
             role: Role = encoded.role  # type: ignore[assignment]  # validated in the header
             codec, dtype = self.codec_of(role), self._own_type(encoded)
-            encoded = place_to_decode(codec, encoded, dtype, device)
+            where = CPU if role == "adapter" else device  # adapters between parties are of no device
+            encoded = place_to_decode(codec, encoded, dtype, where)
             stored = replace(encoded, shape=as_stored(role, encoded.codec, encoded.shape))
             tensor = codec.decode(stored, dtype, context).reshape(encoded.shape)
         scales = [part for part in encoded.parts.values() if part is not tensor and part.is_floating_point()]
