@@ -13,6 +13,8 @@ from splitft.geometry import Span
 from splitft.model import Segment
 
 CLIENTS = 8
+CPU = {"server": "cpu", "clients": "cpu"}
+"""Where a tensor's storage has an address to compare; a fake device has none."""
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +42,17 @@ def segments_of(prepared) -> list[Segment]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])  # as in the file, mapped; and converted
 def test_eight_clients_hold_the_weights_of_one(tiny_llama, text, dtype):
-    one = federation(tiny_llama, text, [2], model={"dtype": dtype})
+    one = federation(tiny_llama, text, [2], model={"dtype": dtype}, devices=CPU)
     alone = memory(segments_of(one))
     assert alone > 4 * 272 * 32 * 2  # embedding and head, and two blocks
     del one
-    many = federation(tiny_llama, text, [2] * CLIENTS, model={"dtype": dtype})
+    many = federation(tiny_llama, text, [2] * CLIENTS, model={"dtype": dtype}, devices=CPU)
     assert len({id(segment) for segment in segments_of(many)}) == CLIENTS
     assert memory(segments_of(many)) <= 1.05 * alone
 
 
 def test_clients_with_any_cuts_and_the_server_hold_the_model_once(tiny_llama, text):
-    prepared = federation(tiny_llama, text, [1, 2, 3, 2, 1])
+    prepared = federation(tiny_llama, text, [1, 2, 3, 2, 1], devices=CPU)
     whole = prepared.model.segment(Span(0, 4), embedding=True, head=True)
     assert memory([*segments_of(prepared), prepared.server.segment]) <= memory([whole])
 
@@ -70,7 +72,7 @@ RUNS = {
 @pytest.mark.parametrize("sections", RUNS.values(), ids=RUNS)
 def test_a_run_writes_no_frozen_weight(tiny_llama, text, sections):
     training = {"rounds": 2, "steps": 2, "lr": 0.1}
-    prepared = federation(tiny_llama, text, [1, 2, 3], **{"training": training, **sections})
+    prepared = federation(tiny_llama, text, [1, 2, 3], **{"training": training, "devices": CPU, **sections})
     segments = [*segments_of(prepared), prepared.server.segment]
     before = {name: one._version for segment in segments for name, one in weights(segment).items()}
     play(prepared)
@@ -84,7 +86,7 @@ def test_a_run_writes_no_frozen_weight(tiny_llama, text, sections):
 
 
 def test_a_client_that_leaves_takes_its_deeper_blocks_along(tiny_llama, text):
-    prepared = federation(tiny_llama, text, [1, 3])
+    prepared = federation(tiny_llama, text, [1, 3], devices=CPU)
     shallow, deep = segments_of(prepared)
     server = prepared.server.segment
     server.resize(Span(3, 4))

@@ -133,7 +133,8 @@ def test_a_type_that_is_given_is_kept_and_what_is_faster_is_said(tiny_llama, pro
 @pytest.fixture
 def config(tiny_llama, tmp_path):
     """A run with `dtype: auto`."""
-    changes = {"model": {"dtype": "auto"}, "training": {"rounds": 2, "steps": 2}}
+    cpu = {"server": "cpu", "clients": "cpu"}  # whose instructions the tests choose
+    changes = {"model": {"dtype": "auto"}, "training": {"rounds": 2, "steps": 2}, "devices": cpu}
     return from_mapping(settings(tiny_llama, write_text(tmp_path / "notes.jsonl"), **changes))
 
 
