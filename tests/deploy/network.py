@@ -30,6 +30,8 @@ from splitft.run.setup import RunSetup
 from splitft.specs import DeploySpec, SiteSpec
 from splitft.training import RunState
 
+EVERYONE = ("client-1", "client-2", "client-3")
+"""The sites of most federations here."""
 KEY = bytes(range(16))
 LIMIT = 10**6
 BATCH_TOKENS = 400

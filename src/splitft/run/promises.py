@@ -1,4 +1,4 @@
-"""What the first line of a run says of its privacy: what reaches the server, and what the defences guarantee.
+"""The first event of a run, and what it says of privacy: what reaches the server, what defences guarantee.
 
 configuration --received--> the kind of data    --run_promises--> guarantees    --audited--> what was read
 """
@@ -11,9 +11,26 @@ from collections.abc import Sequence
 from splitft.config import RunConfig
 from splitft.privacy.defence import promises
 from splitft.privacy.known_leakage import audited_sentence
-from splitft.run.setup import RunSetup
 from splitft.schedule.workload import Fleet
-from splitft.tracking.events import ClientInfo, Received
+from splitft.tracking.events import ClientInfo, Received, RunStarted
+from splitft.version import __version__
+
+
+def run_started(config: RunConfig, blocks: int, facts: tuple[ClientInfo, ...]) -> RunStarted:
+    """Return the first event of a run with these clients, as far as configuration and L `blocks` tell it."""
+    return RunStarted(
+        version=__version__,
+        method=config.method,
+        seed=config.seed,
+        model=config.model.name,
+        blocks=blocks,
+        rounds=config.training.rounds,
+        steps=config.training.steps,
+        labels=config.split.labels,
+        received=received(config, blocks),
+        audited=audited(config, blocks, facts),
+        clients=facts,
+    )
 
 
 def received(config: RunConfig, blocks: int) -> Received:
@@ -42,10 +59,9 @@ def run_promises(
     return tuple(promises(config.privacy, width, longest, times_sent, evaluations))
 
 
-def audited(prepared: RunSetup) -> str:
+def audited(config: RunConfig, blocks: int, facts: Sequence[ClientInfo]) -> str:
     """Return the audit's finding for the run's setting, or "" if no hidden states leave the clients."""
-    config, blocks = prepared.config, prepared.model.shape.blocks
-    split = [facts.cut for facts in prepared.facts if facts.cut < blocks]
+    split = [one.cut for one in facts if one.cut < blocks]
     if received(config, blocks) != "hidden" or not split:
         return ""
     cut, codec = min(split), str(config.wire.hidden)

@@ -23,7 +23,7 @@ from splitft.model.source import silence_transformers
 from splitft.protocol.channel import Tap
 from splitft.run.folder import Run, find_snapshot, fix_dtype, is_finished, open_log, put_adapter
 from splitft.run.lock import hold
-from splitft.run.promises import audited, received, run_promises
+from splitft.run.promises import run_promises, run_started
 from splitft.run.run_mode import as_begun, with_way
 from splitft.run.same_inputs import check_inputs
 from splitft.run.setup import RunSetup, prepare
@@ -33,14 +33,12 @@ from splitft.tracking.events import (
     Listener,
     RunDone,
     RunResumed,
-    RunStarted,
     Warned,
 )
 from splitft.tracking.summary_writer import SummaryWriter
 from splitft.tracking.trackers import open_trackers
 from splitft.training import RunState, Simulation
 from splitft.training.checkpoint import Snapshot, save_snapshot, what_is_safe
-from splitft.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -161,27 +159,15 @@ def _begin(prepared: RunSetup, listener: Listener, base: Mapping[str, str], toke
     """Report how a new run begins, and return its state before round 1."""
     config, model, fleet = prepared.config, prepared.model, prepared.cut_schedule.fleet
     longest = max(map(len, prepared.text.examples))
-    listener(
-        RunStarted(
-            version=__version__,
-            method=config.method,
-            seed=config.seed,
-            model=config.model.name,
-            blocks=model.shape.blocks,
-            rounds=config.training.rounds,
-            steps=config.training.steps,
-            labels=config.split.labels,
-            received=received(config, model.shape.blocks),
-            defences=run_promises(config, fleet, prepared.facts, model.shape.width, longest),
-            audited=audited(prepared),
-            clients=prepared.facts,
-            machines=prepared.cut_schedule.machines(),
-            base=base,
-            tokenizer=tokenizer,
-            devices=str(prepared.devices),
-            precision=describe(model.spec.dtype, prepared.devices.every) + model.rounding,
-        )
-    )
+    found = {
+        "defences": run_promises(config, fleet, prepared.facts, model.shape.width, longest),
+        "machines": prepared.cut_schedule.machines(),
+        "base": base,
+        "tokenizer": tokenizer,
+        "devices": str(prepared.devices),
+        "precision": describe(model.spec.dtype, prepared.devices.every) + model.rounding,
+    }
+    listener(run_started(config, model.shape.blocks, prepared.facts).model_copy(update=found))
     for choice in prepared.chosen:
         listener(choice)
     _warn_of_losses(prepared.text, config, listener)

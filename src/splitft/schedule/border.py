@@ -1,4 +1,4 @@
-"""Where splitting pays: every method on the simulated clock, over fleets, links and steps a round.
+"""Find where splitting pays: every method on the simulated clock, over fleets, links and steps a round.
 
     model's costs, work of a step  x  fleets of presets  x  links  x  steps a round
         --border--> a MapPlace each: every method's seconds a round, or what it lacks

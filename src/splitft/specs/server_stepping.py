@@ -1,4 +1,4 @@
-"""What is true of each way in which the server's factors step (`split.server_adapters`). No torch here.
+"""Facts about each way in which the server's factors step (`split.server_adapters`). No torch here.
 
     way                 copies of the factors    step
     per-client          one a client             with its client's
@@ -26,7 +26,7 @@ class ServerStepping:
     progress: float
     """Progress of a local step relative to `per-client`, each at its own best learning rate."""
     source: str
-    """Where the number comes from, in words."""
+    """Origin of the number, in words."""
 
 
 _TIE = (

@@ -15,7 +15,7 @@ class UpdatesBounded(Stamped):
     round: int
     """Round, from 1."""
     scale: Mapping[str, float]
-    """What was left of each such client's update, as a share below 1."""
+    """Rest of each such client's update, as a share below 1."""
     limit: float
     """Largest update that was let through, in the units of `typical`."""
     typical: float
@@ -38,7 +38,7 @@ class RoundUndone(Stamped):
     round: int
     """Round, from 1."""
     reason: str
-    """What failed, in words."""
+    """The failure, in words."""
     in_a_row: int
     """Rounds undone since the last one that counted, this one included."""
 

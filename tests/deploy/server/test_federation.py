@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from deploy.network import SPEC, KilledError, deployed, kind_of
+from deploy.lines import BY_ROUND, CutUntil, Mended, Mending, moving
+from deploy.network import EVERYONE, SPEC, KilledError, deployed, kind_of
 from laws.federations import Losing, federation, largest_relative_difference, play, write_text
 from splitft.errors import ModelError, PausedError, TransportError
 from splitft.geometry import Span
 
 TRAINING = {"rounds": 2, "steps": 4}
 CUTS = [1, 2, 3]
-EVERYONE = ("client-1", "client-2", "client-3")
 
 
 @pytest.fixture(scope="module")
@@ -328,40 +328,6 @@ def test_a_site_that_is_stopped_in_the_middle_of_a_divided_step_keeps_its_whole_
 
 # --- lost on the way to a new cut -------------------------------------------------------------------
 
-BY_ROUND = [[2, 2, 2], [3, 1, 2], [3, 1, 2], [1, 3, 2]]
-
-
-def moving(number, cuts):
-    return dict(zip(EVERYONE, BY_ROUND[number - 1], strict=True))
-
-
-class CutUntil:
-    """Its line is cut before its n-th message of a kind, until somebody says otherwise."""
-
-    def __init__(self, transport, kind, nth, mended):
-        self._transport, self._kind, self._left, self._mended = transport, kind, nth, mended
-
-    def ask(self, data, within_s):
-        if self._left > 0:
-            self._left -= kind_of(data) == self._kind
-        if self._left <= 0 and not self._mended.is_set():
-            raise TransportError("the network is cut")
-        return self._transport.ask(data, within_s)
-
-
-class Mending:
-    """Lets a line be mended before its n-th message of a kind, and gives it a second to be heard."""
-
-    def __init__(self, transport, kind, nth, mended):
-        self._transport, self._kind, self._left, self._mended = transport, kind, nth, mended
-
-    def ask(self, data, within_s):
-        self._left -= kind_of(data) == self._kind
-        if self._left <= 0 and not self._mended.is_set():
-            self._mended.set()
-            time.sleep(1.0)
-        return self._transport.ask(data, within_s)
-
 
 @pytest.mark.parametrize("lost", ["client-1", "client-2"])  # to a deeper cut, to a shallower one
 @pytest.mark.fault(
@@ -374,7 +340,7 @@ def test_whose_line_is_cut_when_it_has_moved_comes_back_at_its_old_cut_with_all_
     """What is trained is what a simulation trains in which it was merely absent from that round."""
     sections = {"training": {"rounds": 4, "steps": 3, "optimizer_state": "keep"}}
     spec = SPEC.model_copy(update={"silence_s": 1.0})
-    mended = threading.Event()
+    mended = Mended()
     transports = {
         lost: lambda transport: CutUntil(transport, "RoundReady", 2, mended),
         "client-3": lambda transport: Mending(transport, "AdapterUpload", 2, mended),

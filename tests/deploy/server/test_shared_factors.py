@@ -10,14 +10,13 @@ import time
 
 import pytest
 
-from deploy.network import HEAD_BYTES, SPEC, deployed
+from deploy.network import EVERYONE, HEAD_BYTES, SPEC, deployed
 from deploy.server.test_federation import Faulty, Slow, difference
 from laws.federations import federation, play, write_text
 from splitft.protocol.frame import open_frame
 from splitft.training.batching import in_random_order
 
 CUTS = [1, 2, 3]
-EVERYONE = ("client-1", "client-2", "client-3")
 TRAINING = {"rounds": 2, "steps": 3}
 FLEET = {"devices": ["laptop", "phone", "workstation"], "links": ["dsl", "lte", "lan"]}
 KINDS = {"begins": "Activations", "completes": "HeadGradient"}

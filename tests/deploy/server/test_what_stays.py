@@ -7,12 +7,12 @@ import threading
 import pytest
 import torch
 
-from deploy.network import SPEC, deployed, kind_of
+from deploy.lines import BY_ROUND, CutUntil, Mended, Mending, moving
+from deploy.network import EVERYONE, SPEC, deployed
 from laws.federations import Losing, federation, largest_relative_difference, play, write_text
 from splitft.errors import TransportError
 
 CUTS = [1, 2, 3]
-EVERYONE = ("client-1", "client-2", "client-3")
 PERSONAL = {
     "fedsa": {"aggregate": {"rule": "fedsa"}},
     "private_blocks": {"privacy": {"private_blocks": 1}},
@@ -77,52 +77,6 @@ def test_what_never_leaves_is_trained_as_in_simulation(kind, tiny_llama, text, t
     assert personal(alone).keys() == personal(prepared).keys() != set()
     assert largest_relative_difference(personal(prepared), personal(alone)) < 1e-9
     assert outcome.state.losses == pytest.approx(simulated.losses, rel=1e-9)
-
-
-BY_ROUND = [[2, 2, 2], [3, 1, 2], [3, 1, 2], [1, 3, 2]]
-
-
-def moving(number, cuts):
-    return dict(zip(EVERYONE, BY_ROUND[number - 1], strict=True))
-
-
-class CutUntil:
-    """Its line is cut before its n-th message of a kind, until somebody says otherwise."""
-
-    def __init__(self, transport, kind, nth, mended):
-        self._transport, self._kind, self._left, self._mended = transport, kind, nth, mended
-
-    def ask(self, data, within_s):
-        if self._left > 0:
-            self._left -= kind_of(data) == self._kind
-        if self._left <= 0 and not self._mended.is_set():
-            raise TransportError("the network is cut")
-        answer = self._transport.ask(data, within_s)
-        if self._left <= 0:
-            self._mended.heard.set()
-        return answer
-
-
-class Mended(threading.Event):
-    """Set when a line may be mended; `heard` is set when its site was heard again."""
-
-    def __init__(self):
-        super().__init__()
-        self.heard = threading.Event()
-
-
-class Mending:
-    """Lets a line be mended before its n-th message of a kind, and waits until its site is heard."""
-
-    def __init__(self, transport, kind, nth, mended):
-        self._transport, self._kind, self._left, self._mended = transport, kind, nth, mended
-
-    def ask(self, data, within_s):
-        self._left -= kind_of(data) == self._kind
-        if self._left <= 0:
-            self._mended.set()
-            assert self._mended.heard.wait(20)
-        return self._transport.ask(data, within_s)
 
 
 @pytest.mark.parametrize("kind", sorted(PERSONAL))

@@ -90,7 +90,7 @@ class Inbox:
         self._strangers: set[str] = set()  # senders that are no site of the session
         self._key, self._serializer, self._limits = session_key, serializer, limits
         self.place: Place = ON_THE_CPU
-        """Where the server computes with what arrives, once there is a server."""
+        """Device on which the server computes with what arrives; the CPU until there is a server."""
         # a thread for each message that may be underway, so that no site waits for another's
         workers = max(1, len(self._sites)) * limits.messages
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="inbox")

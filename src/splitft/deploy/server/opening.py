@@ -13,12 +13,11 @@ from splitft.deploy.run_terms import RunTerms
 from splitft.deploy.server.setup import ServerParty
 from splitft.model.precision import describe
 from splitft.privacy.accounting import accountant_missing
-from splitft.run.promises import run_promises
+from splitft.run.promises import run_promises, run_started
 from splitft.run.same_inputs import check_inputs
-from splitft.tracking.events import Listener, RunResumed, RunStarted, Warned
+from splitft.tracking.events import Listener, RunResumed, Warned
 from splitft.training import RunState
 from splitft.training.checkpoint import Snapshot
-from splitft.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -32,24 +31,14 @@ def begin(
     """
     config = terms.config
     if snapshot is None:
-        listener(
-            RunStarted(
-                version=__version__,
-                method=config.method,
-                seed=config.seed,
-                model=config.model.name,
-                blocks=terms.model.shape.blocks,
-                rounds=config.training.rounds,
-                steps=config.training.steps,
-                labels=config.split.labels,
-                defences=_promises(terms, party),
-                clients=party.facts,
-                machines=party.schedule.machines(),
-                base=_digests(party),
-                precision=describe(terms.model.spec.dtype, terms.devices.server),
-                devices=terms.devices.of_server,
-            )
-        )
+        found = {
+            "defences": _promises(terms, party),
+            "machines": party.schedule.machines(),
+            "base": _digests(party),
+            "precision": describe(terms.model.spec.dtype, terms.devices.server),
+            "devices": terms.devices.of_server,
+        }
+        listener(run_started(config, terms.model.shape.blocks, party.facts).model_copy(update=found))
         for message in (*party.schedule.left_out, *party.schedule.misfits):
             listener(Warned(message=message))
         return RunState(0, party.cuts, party.server.initial())

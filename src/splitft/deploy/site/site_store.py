@@ -45,10 +45,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class KeptState:
-    """What a site keeps of a round."""
+    """State of a site after a round, kept on its disk."""
 
     moments: Moments = field(default_factory=dict)
-    """Of its optimizer."""
+    """Moments of its optimizer."""
     own: AdapterState = field(default_factory=AdapterState)
     """Factors that never leave it."""
 
