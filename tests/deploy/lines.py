@@ -23,10 +23,11 @@ class CutUntil:
     def ask(self, data, within_s):
         if self._left > 0:
             self._left -= kind_of(data) == self._kind
-        if self._left <= 0 and not self._mended.is_set():
+        was_cut = self._left <= 0
+        if was_cut and not self._mended.is_set():
             raise TransportError("the network is cut")
         answer = self._transport.ask(data, within_s)
-        if self._left <= 0:
+        if was_cut:  # not a heartbeat that was underway when the line was cut
             self._mended.heard.set()
         return answer
 

@@ -204,11 +204,7 @@ def all_at_once(whole: Whole, start: Factors, batches: Batches, lr: float, cut: 
                     tensor.grad = grad
             at_server.step()
             at_server.zero_grad()
-        mean = _mean([(_tokens(steps), _detached(one)) for steps, one in zip(clients, own, strict=True)])
-        for one in own:
-            for layer, pair in one.items():
-                for tensor, value in zip(pair, mean[layer], strict=True):
-                    tensor.data.copy_(value)
+        _average(clients, own)
     return {**_detached(own[0]), **_detached(server)}
 
 
@@ -243,12 +239,17 @@ def public_splitlora(
                 hidden.backward(received.grad)
                 optimizer.step()
                 optimizer.zero_grad()
-        mean = _mean([(_tokens(steps), _detached(one)) for steps, one in zip(clients, own, strict=True)])
-        for one in own:
-            for layer, pair in one.items():
-                for tensor, value in zip(pair, mean[layer], strict=True):
-                    tensor.data.copy_(value)
+        _average(clients, own)
     return {**_detached(own[0]), **_detached(server)}
+
+
+def _average(clients: Any, own: list[Factors]) -> None:
+    """Give every client the mean of all clients' factors, weighted by their tokens."""
+    mean = _mean([(_tokens(steps), _detached(one)) for steps, one in zip(clients, own, strict=True)])
+    for one in own:
+        for layer, pair in one.items():
+            for tensor, value in zip(pair, mean[layer], strict=True):
+                tensor.data.copy_(value)
 
 
 def _through(model: Any, blocks: Any, factors: Factors, scale: float, hidden: torch.Tensor) -> torch.Tensor:
